@@ -1,0 +1,245 @@
+"""Every message of the protocol, as a frozen struct whose bounds are checked while it is decoded.
+
+A stream begins with ``Hello`` -> ``Welcome`` or ``Refusal``; then the service named in the hello speaks. Tensors
+follow the message they belong to (``wire.frames``); each docstring says which. Row = one sequence of a session's
+batch; hidden states travel packed, ``[sum(counts), hidden_size]`` in row order. Knows no sockets and makes no decisions.
+
+| version | change |
+| ------- | ------ |
+| 1       | first  |
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from petals.errors import PetalsError, ProtocolError, from_wire
+from petals.types import SESSION_ID_BYTES, BlockSpan
+from petals.wire.tensors import TensorSpec
+
+MAX_ROWS = 1024
+MAX_TENSORS = 4096
+MAX_POSITION = 2**31 - 1
+
+Name = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=4096)]
+Ticket = Annotated[bytes, Meta(max_length=512)]
+Session = Annotated[bytes, Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
+Count = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
+Counter = Annotated[int, Meta(ge=0, le=2**53)]
+PerRow = Annotated[tuple[Count, ...], Meta(max_length=MAX_ROWS)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Blocks = tuple[Count, Count]
+"""``(start, end)`` as it travels; ``span()`` turns it into a BlockSpan."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
+    """Common shape: an array that begins with the class name."""
+
+
+class Hello(Message):
+    """First frame of every stream, from the side that opened it."""
+
+    version: Count
+    service: Name
+    ticket: Ticket = b""
+    agent: Name = ""
+
+
+class Welcome(Message):
+    """The stream is admitted."""
+
+    version: Count
+    agent: Name = ""
+
+
+class Refusal(Message):
+    """The last message of a stream, or the answer to one request: a typed error."""
+
+    code: Name
+    message: Text
+    hint: Text = ""
+    step_id: Counter | None = None
+
+    @classmethod
+    def of(cls, error: PetalsError, step_id: int | None = None) -> "Refusal":
+        return cls(error.code, error.message[:4096], error.hint[:4096], step_id)
+
+    def to_error(self, peer_id: str) -> PetalsError:
+        return from_wire(self.code, self.message, self.hint, peer_id)
+
+
+class NextHop(Message):
+    """Where a hop's output goes next in a ring; an empty list means back on this stream (via the client)."""
+
+    peer_id: Name
+    blocks: Blocks
+
+
+Route = Annotated[tuple[NextHop, ...], Meta(max_length=256)]
+
+
+class OpenSession(Message):
+    """Reserve room for ``num_rows`` sequences of up to ``max_length`` tokens in ``blocks`` of ``model``.
+
+    ``alloc_timeout_seconds`` 0 asks for an answer at once. ``dtype`` is what the states will travel in.
+    """
+
+    session_id: Session
+    epoch: Counter
+    model: Name
+    blocks: Blocks
+    num_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
+    max_length: Count
+    dtype: Name
+    adapter: Name | None = None
+    alloc_timeout_seconds: Seconds = 0.0
+
+
+class SessionOpened(Message):
+    """The reservation stands for as long as the client gives signs of life, and ``lease_seconds`` beyond the last."""
+
+    session_id: Session
+    max_length: Count
+    lease_seconds: Seconds
+
+
+class Step(Message):
+    """Run ``counts[r]`` tokens of row r from position ``starts[r]``. Tensors: hidden ``[sum(counts), hidden_size]``.
+
+    ``starts[r]`` below the row's length rolls it back first; above it is a gap and refused. ``reorder[r]`` names the
+    old row that new row r continues (beam search); it is applied before ``starts`` are read and sets the row count.
+    Step ids only grow within a session; a repeated id is answered again and does no work twice.
+    """
+
+    session_id: Session
+    epoch: Counter
+    step_id: Counter
+    starts: PerRow
+    counts: PerRow
+    reorder: PerRow | None = None
+    next_hops: Route = ()
+
+
+class StepResult(Message):
+    """Output of a step. Tensors: hidden ``[sum(counts), hidden_size]``. Seconds are the server's own measurements."""
+
+    session_id: Session
+    epoch: Counter
+    step_id: Counter
+    queue_seconds: Seconds
+    compute_seconds: Seconds
+    batch_tokens: Count
+
+
+class KeepSession(Message):
+    """A sign of life between steps: the lease begins anew."""
+
+    session_id: Session
+
+
+class CloseSession(Message):
+    """Free everything the session holds."""
+
+    session_id: Session
+
+
+class SessionEnded(Message):
+    """Answer to CloseSession; also sent unasked before a server drops a session."""
+
+    session_id: Session
+    reason: Text = ""
+
+
+class Forward(Message):
+    """Run whole sequences once, keeping nothing. Tensors: hidden ``[sum(counts), hidden_size]``."""
+
+    model: Name
+    blocks: Blocks
+    counts: PerRow
+    adapter: Name | None = None
+
+
+class ForwardResult(Message):
+    """Tensors: hidden ``[sum(counts), hidden_size]``."""
+
+    queue_seconds: Seconds
+    compute_seconds: Seconds
+
+
+class GetInfo(Message):
+    """Ask a server how it is right now (what changes too fast for the directory)."""
+
+
+class Info(Message):
+    """A server's present state and its limits."""
+
+    model: Name
+    blocks: Blocks
+    state: Name
+    hidden_size: Count
+    dtype: Name
+    max_length: Count
+    max_batch_tokens: Count
+    tokens_free: Counter
+    num_sessions: Count
+    queue_tokens: Count
+    step_seconds: Seconds
+
+
+class DialBack(Message):
+    """Ask a peer to open a stream to us at these addresses (are we reachable?)."""
+
+    addresses: Annotated[tuple[Name, ...], Meta(max_length=16)]
+
+
+class DialedBack(Message):
+    """Whether the peer reached us, and the time on its clock (seconds since the epoch, for the skew)."""
+
+    reached: bool
+    wall_clock_seconds: float
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Refusal
+    | OpenSession
+    | SessionOpened
+    | Step
+    | StepResult
+    | KeepSession
+    | CloseSession
+    | SessionEnded
+    | Forward
+    | ForwardResult
+    | GetInfo
+    | Info
+    | DialBack
+    | DialedBack
+)
+Specs = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[AnyMessage, Specs])
+
+
+def encode_message(message: Message, specs: tuple[TensorSpec, ...] = ()) -> bytes:
+    """Payload of a MESSAGE frame."""
+    return _encoder.encode((message, specs))
+
+
+def decode_message(payload: bytes) -> tuple[AnyMessage, tuple[TensorSpec, ...]]:
+    """Payload of a MESSAGE frame -> message and specs of the tensors that follow. Raises ProtocolError."""
+    try:
+        return _decoder.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"A message could not be read: {error}") from error
+
+
+def span(blocks: Blocks) -> BlockSpan:
+    """``(start, end)`` off the wire -> BlockSpan. Raises ProtocolError if it is empty or reversed."""
+    if blocks[0] >= blocks[1]:
+        raise ProtocolError(f"Blocks {blocks[0]}:{blocks[1]} are not a span.")
+    return BlockSpan(*blocks)
