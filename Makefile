@@ -1,0 +1,33 @@
+# Everything a contributor types. The first run makes .venv and installs; later runs only run.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo test check format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh
+	@touch $(STAMP)
+
+demo: $(STAMP)          ## three servers on this machine answer a question
+	@$(BIN)/petals demo $(ARGS)
+
+test: $(STAMP)          ## every test, real processes included
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(STAMP)         ## style, types, layers and the fast tests: under two minutes
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow and not e2e" $(ARGS)
+
+format: $(STAMP)        ## let ruff rewrite
+	$(BIN)/ruff check --fix src tests examples
+	$(BIN)/ruff format src tests examples
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,46 @@
+"""Petals: one large language model on many people's machines.
+
+The public names, imported when first touched, so that `import petals` costs milliseconds and loads
+no torch. Must not contain anything else: code lives in `types`, `errors`, `wire`, `swarm`,
+`models`, `client`, `server`, `testing` and `cli`.
+"""
+
+from importlib import import_module
+
+__version__ = "3.0.0.dev0"
+
+_FAMILIES = ("Bloom", "Falcon", "Llama", "Mixtral")
+_FAMILY_KINDS = ("Config", "Model", "ForCausalLM", "ForSequenceClassification")
+
+_HOMES: dict[str, str] = {
+    "AutoDistributedConfig": "petals.client.auto",
+    "AutoDistributedModel": "petals.client.auto",
+    "AutoDistributedModelForCausalLM": "petals.client.auto",
+    "AutoDistributedModelForSequenceClassification": "petals.client.auto",
+    "AutoDistributedSpeculativeModel": "petals.client.auto",
+    "ClientConfig": "petals.client.config",
+    "InferenceSession": "petals.client.inference_session",
+    "PetalsError": "petals.errors",
+    "RemoteSequential": "petals.client.remote_sequential",
+    **{
+        f"Distributed{family}{kind}": "petals.client.auto"
+        for family in _FAMILIES
+        for kind in _FAMILY_KINDS
+    },
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its home at first use."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'petals' has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,52 @@
+"""Names and numbers that several layers share, and every PETALS_* environment variable.
+
+The environment is read when a function is called, never at import. Must not know torch, the network
+or any other part of petals.
+"""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+PUBLIC_INITIAL_PEERS: tuple[str, ...] = ()
+"""Peers dialled when none are named. Empty: no public swarm is operated."""
+
+ENV_CACHE = "PETALS_CACHE"
+ENV_INITIAL_PEERS = "PETALS_INITIAL_PEERS"
+ENV_SWARM_KEY = "PETALS_SWARM_KEY"
+ENV_MAX_RETRIES = "PETALS_MAX_RETRIES"
+
+DTYPE_NAMES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
+
+
+def cache_dir() -> Path:
+    """The folder for converted models, measured throughput and keys; PETALS_CACHE moves it."""
+    moved = os.environ.get(ENV_CACHE)
+    return Path(moved).expanduser() if moved else Path(platformdirs.user_cache_dir("petals"))
+
+
+def initial_peers() -> tuple[str, ...]:
+    """Addresses from PETALS_INITIAL_PEERS, separated by commas or white space."""
+    return tuple(os.environ.get(ENV_INITIAL_PEERS, "").replace(",", " ").split())
+
+
+def swarm_key_file() -> Path | None:
+    """The key file of a closed swarm from PETALS_SWARM_KEY, None when the variable is unset."""
+    value = os.environ.get(ENV_SWARM_KEY)
+    return Path(value).expanduser() if value else None
+
+
+def max_retries() -> int | None:
+    """How often a client repeats a failed request, from PETALS_MAX_RETRIES; None: no limit."""
+    value = os.environ.get(ENV_MAX_RETRIES, "")
+    return int(value) if value.isdigit() else None
+
+
+def __getattr__(name: str) -> object:
+    """`DTYPE_MAP`, which old scripts import from here, without torch until it is asked for."""
+    if name != "DTYPE_MAP":
+        raise AttributeError(f"module 'petals.constants' has no attribute {name!r}")
+    import torch
+
+    return {dtype: getattr(torch, dtype, "auto") for dtype in DTYPE_NAMES}
