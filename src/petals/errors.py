@@ -31,8 +31,9 @@
         ├── SessionClosed           used after close or after its lease ended
         └── SessionGap              a step does not follow the one before
 
-``retryable`` says whether the same request may succeed at another peer or later. Errors a client caused are never
-retryable and never ban a server. ``hint`` says what to type or check next. Knows no torch and no network.
+``retryable`` says whether the same request may succeed at another peer or later. Errors a client
+caused are never retryable and never ban a server. ``hint`` says what to type or check next. Knows
+no torch and no network.
 """
 
 from typing import ClassVar
@@ -175,7 +176,9 @@ class UnknownModel(RequestError):
 
 
 class BlocksNotServed(RequestError):
-    """The server does not hold the blocks it was asked for (its record was read before it moved)."""
+    """The server does not hold the blocks it was asked for (its record was read before it
+    moved).
+    """
 
     code = "blocks_not_served"
     retryable = True

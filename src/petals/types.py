@@ -17,7 +17,9 @@ SessionId = NewType("SessionId", bytes)
 """16 random bytes chosen by the client; unique together with the client's peer id."""
 
 ModelId = NewType("ModelId", str)
-"""Name of a model in the directory (the old ``dht_prefix``): equal for all who serve the same weights."""
+"""Name of a model in the directory (the old ``dht_prefix``): equal for all who serve the same
+weights.
+"""
 
 SESSION_ID_BYTES = 16
 

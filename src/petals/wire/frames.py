@@ -7,9 +7,10 @@
     | u8   | u32 big-end | length bytes     |
     +------+-------------+------------------+
 
-A MESSAGE frame carries a typed message (``wire.messages``) and the list of the tensors that follow it; their bytes
-follow in CHUNK frames, in order. CREDIT gives the sender leave for so many more chunk bytes. PING and PONG carry an
-8-byte nonce. CANCEL ends the message under way (its remaining chunks will not come). Knows no sockets and no torch.
+A MESSAGE frame carries a typed message (``wire.messages``) and the list of the tensors that follow
+it; their bytes follow in CHUNK frames, in order. CREDIT gives the sender leave for so many more
+chunk bytes. PING and PONG carry an 8-byte nonce. CANCEL ends the message under way (its remaining
+chunks will not come). Knows no sockets and no torch.
 """
 
 import struct
@@ -27,7 +28,9 @@ MAX_CHUNK_BYTES = 1024 * 1024
 """Largest CHUNK payload."""
 
 CHUNK_BYTES = 512 * 1024
-"""Chunk size we send: large enough that framing is free, small enough that a PONG never waits long behind it."""
+"""Chunk size we send: large enough that framing is free, small enough that a PONG never waits
+long behind it.
+"""
 
 HEADER = struct.Struct("!BI")
 
@@ -61,7 +64,9 @@ def encode_header(kind: FrameKind, length: int) -> bytes:
 
 
 def decode_header(header: bytes) -> tuple[FrameKind, int]:
-    """5 bytes -> (kind, payload length). Raises ProtocolError before anything of that length is allocated."""
+    """5 bytes -> (kind, payload length). Raises ProtocolError before anything of that length is
+    allocated.
+    """
     number, length = HEADER.unpack(header)
     try:
         kind = FrameKind(number)

@@ -1,8 +1,9 @@
 """Every message of the protocol, as a frozen struct whose bounds are checked while it is decoded.
 
-A stream begins with ``Hello`` -> ``Welcome`` or ``Refusal``; then the service named in the hello speaks. Tensors
-follow the message they belong to (``wire.frames``); each docstring says which. Row = one sequence of a session's
-batch; hidden states travel packed, ``[sum(counts), hidden_size]`` in row order. Knows no sockets and makes no decisions.
+A stream begins with ``Hello`` -> ``Welcome`` or ``Refusal``; then the service named in the hello
+speaks. Tensors follow the message they belong to (``wire.frames``); each docstring says which. Row
+= one sequence of a session's batch; hidden states travel packed, ``[sum(counts), hidden_size]`` in
+row order. Knows no sockets and makes no decisions.
 
 | version | change |
 | ------- | ------ |
@@ -16,7 +17,7 @@ from msgspec import Meta
 
 from petals.errors import PetalsError, ProtocolError, from_wire
 from petals.types import SESSION_ID_BYTES, BlockSpan
-from petals.wire.tensors import TensorSpec
+from petals.wire.specs import TensorSpec
 
 MAX_ROWS = 1024
 MAX_TENSORS = 4096
@@ -71,7 +72,9 @@ class Refusal(Message):
 
 
 class NextHop(Message):
-    """Where a hop's output goes next in a ring; an empty list means back on this stream (via the client)."""
+    """Where a hop's output goes next in a ring; an empty list means back on this stream (via
+    the client).
+    """
 
     peer_id: Name
     blocks: Blocks
@@ -81,9 +84,11 @@ Route = Annotated[tuple[NextHop, ...], Meta(max_length=256)]
 
 
 class OpenSession(Message):
-    """Reserve room for ``num_rows`` sequences of up to ``max_length`` tokens in ``blocks`` of ``model``.
+    """Reserve room for ``num_rows`` sequences of up to ``max_length`` tokens in ``blocks`` of
+    ``model``.
 
-    ``alloc_timeout_seconds`` 0 asks for an answer at once. ``dtype`` is what the states will travel in.
+    ``alloc_timeout_seconds`` 0 asks for an answer at once. ``dtype`` is what the states will travel
+    in.
     """
 
     session_id: Session
@@ -98,7 +103,9 @@ class OpenSession(Message):
 
 
 class SessionOpened(Message):
-    """The reservation stands for as long as the client gives signs of life, and ``lease_seconds`` beyond the last."""
+    """The reservation stands for as long as the client gives signs of life, and
+    ``lease_seconds`` beyond the last.
+    """
 
     session_id: Session
     max_length: Count
@@ -106,11 +113,13 @@ class SessionOpened(Message):
 
 
 class Step(Message):
-    """Run ``counts[r]`` tokens of row r from position ``starts[r]``. Tensors: hidden ``[sum(counts), hidden_size]``.
+    """Run ``counts[r]`` tokens of row r from position ``starts[r]``. Tensors: hidden
+    ``[sum(counts), hidden_size]``.
 
-    ``starts[r]`` below the row's length rolls it back first; above it is a gap and refused. ``reorder[r]`` names the
-    old row that new row r continues (beam search); it is applied before ``starts`` are read and sets the row count.
-    Step ids only grow within a session; a repeated id is answered again and does no work twice.
+    ``starts[r]`` below the row's length rolls it back first; above it is a gap and refused.
+    ``reorder[r]`` names the old row that new row r continues (beam search); it is applied before
+    ``starts`` are read and sets the row count. Step ids only grow within a session; a repeated id
+    is answered again and does no work twice.
     """
 
     session_id: Session
@@ -123,7 +132,9 @@ class Step(Message):
 
 
 class StepResult(Message):
-    """Output of a step. Tensors: hidden ``[sum(counts), hidden_size]``. Seconds are the server's own measurements."""
+    """Output of a step. Tensors: hidden ``[sum(counts), hidden_size]``. Seconds are the
+    server's own measurements.
+    """
 
     session_id: Session
     epoch: Counter
@@ -195,7 +206,9 @@ class DialBack(Message):
 
 
 class DialedBack(Message):
-    """Whether the peer reached us, and the time on its clock (seconds since the epoch, for the skew)."""
+    """Whether the peer reached us, and the time on its clock (seconds since the epoch, for the
+    skew).
+    """
 
     reached: bool
     wall_clock_seconds: float
@@ -231,15 +244,19 @@ def encode_message(message: Message, specs: tuple[TensorSpec, ...] = ()) -> byte
 
 
 def decode_message(payload: bytes) -> tuple[AnyMessage, tuple[TensorSpec, ...]]:
-    """Payload of a MESSAGE frame -> message and specs of the tensors that follow. Raises ProtocolError."""
+    """Payload of a MESSAGE frame -> message and specs of the tensors that follow. Raises
+    ProtocolError.
+    """
     try:
         return _decoder.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"A message could not be read: {error}") from error
 
 
 def span(blocks: Blocks) -> BlockSpan:
-    """``(start, end)`` off the wire -> BlockSpan. Raises ProtocolError if it is empty or reversed."""
+    """``(start, end)`` off the wire -> BlockSpan. Raises ProtocolError if it is empty or
+    reversed.
+    """
     if blocks[0] >= blocks[1]:
         raise ProtocolError(f"Blocks {blocks[0]}:{blocks[1]} are not a span.")
     return BlockSpan(*blocks)

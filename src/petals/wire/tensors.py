@@ -1,81 +1,17 @@
-"""Tensors as bytes: dtype, shape, layout, codec.
+"""Tensors as bytes: layout and codec.
 
-A tensor travels as one contiguous little-endian row-major buffer described by a ``TensorSpec``; nothing is ever
-pickled. Lossy codecs are the sender's choice per link (``Codec``); the receiver decodes into ``spec.dtype``.
-Knows torch; knows no sockets and no messages.
+A tensor travels as one contiguous little-endian row-major buffer described by a ``TensorSpec``;
+nothing is ever pickled. Lossy codecs are the sender's choice per link; the receiver decodes into
+``spec.dtype``. Knows torch; knows no sockets and no messages.
 """
 
-import math
-from collections.abc import Sequence
-from enum import StrEnum
-
-import msgspec
 import torch
 
 from petals.errors import ProtocolError
+from petals.wire.specs import INT8_BLOCK, ITEM_BYTES, Codec, TensorSpec
 
-MAX_DIMS = 8
-INT8_BLOCK = 64
-"""Values per scale in the int8 codec: 4 bytes of scale for 64 values costs 6 %."""
-
-
-class Codec(StrEnum):
-    """How the values are written. ``RAW`` is exact."""
-
-    RAW = "raw"
-    BF16 = "bf16"
-    INT8 = "int8"
-
-
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Shape, dtype and codec of one tensor that follows a message."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    codec: Codec = Codec.RAW
-
-    @property
-    def num_values(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on the wire."""
-        if self.codec is Codec.BF16:
-            return 2 * self.num_values
-        if self.codec is Codec.INT8:
-            num_blocks = -(-self.num_values // INT8_BLOCK)
-            return self.num_values + 4 * num_blocks
-        return self.num_values * DTYPES[self.dtype].itemsize
-
-
-def check_specs(specs: Sequence[TensorSpec], max_bytes: int) -> int:
-    """Total bytes of what a peer announces. Raises ProtocolError before any of it is allocated."""
-    total = 0
-    for spec in specs:
-        if spec.dtype not in DTYPES:
-            raise ProtocolError(f"Tensors of dtype {spec.dtype[:32]!r} do not travel.")
-        if len(spec.shape) > MAX_DIMS or any(not 0 <= n < 2**40 for n in spec.shape):
-            raise ProtocolError("A tensor's shape is out of bounds.")
-        if spec.codec is not Codec.RAW and not DTYPES[spec.dtype].is_floating_point:
-            raise ProtocolError(f"Codec {spec.codec} is for floating point tensors.")
-        total += spec.num_bytes
-        if total > max_bytes:
-            raise ProtocolError(f"Tensors of more than {max_bytes} bytes in one message are not allowed.")
-    return total
 
 
 def encode(tensor: torch.Tensor, codec: Codec = Codec.RAW) -> tuple[TensorSpec, memoryview]:
