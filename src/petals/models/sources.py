@@ -1,0 +1,294 @@
+"""Where a model's files are: a hub repository or a local folder, its config and its index of tensors.
+
+Resolves names, refuses what is not safe to read, and downloads single files through the ordinary hub cache
+(``HF_HUB_OFFLINE``, ``HF_HOME`` and tokens work as everywhere). Knows nothing of blocks or modules.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from petals.errors import (
+    ModelFilesBroken,
+    ModelNotFound,
+    ModelNotSupported,
+    NotEnoughDisk,
+    PickleCheckpointRefused,
+)
+from petals.types import ModelId
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PICKLE_FILES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+ALIASES = {
+    "bigscience/bloom-petals": "bigscience/bloom",
+    "bigscience/bloomz-petals": "bigscience/bloomz",
+}
+"""Names the original Petals gave to repackaged checkpoints -> the checkpoint they were made from."""
+
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+_announced_aliases: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubAccess:
+    """How to reach the hub; ``None`` means the hub library's own default."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model's files. ``folder`` is set for a local model, otherwise ``name`` is a hub id."""
+
+    name: str
+    config: PretrainedConfig
+    folder: Path | None = None
+    access: HubAccess = field(default_factory=HubAccess)
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name -> file name, read from the index, or from the only file's header.
+
+        Raises PickleCheckpointRefused, ModelFilesBroken, NotEnoughDisk.
+        """
+        index = self._find(INDEX_FILE)
+        if index is not None:
+            return _read_index(index)
+        single = self._find(SINGLE_FILE)
+        if single is not None:
+            return dict.fromkeys(_tensor_names(single), SINGLE_FILE)
+        if self.folder is not None:
+            found = _map_loose_files(self.folder)
+            if found:
+                return found
+        if any(self._find(name) is not None for name in PICKLE_FILES):
+            raise _pickle_refused(self.name)
+        raise ModelFilesBroken(
+            f"{self.name} has a config but no safetensors weights.",
+            hint=f"The folder or repository needs {SINGLE_FILE} or {INDEX_FILE} with its shards.",
+        )
+
+    @property
+    def model_id(self) -> ModelId:
+        """Default name in the directory: equal for everyone who loads the same repository or folder."""
+        if self.folder is None:
+            stem = self.name.replace("/", "--")
+            if self.access.revision not in (None, "main"):
+                stem += f"@{self.access.revision}"
+            return ModelId(stem)
+        settings = json.loads((self.folder / CONFIG_FILE).read_text("utf-8"))
+        for key in _VOLATILE_CONFIG_KEYS:
+            settings.pop(key, None)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return ModelId(f"{self.folder.resolve().name}-{digest[:8]}")
+
+    def path(self, file_name: str) -> Path:
+        """Local path of one file, downloaded first if it is not in the cache.
+
+        Raises ModelFilesBroken if the model has no such file, NotEnoughDisk if it does not fit.
+        """
+        found = self._find(file_name)
+        if found is None:
+            raise ModelFilesBroken(
+                f"{self.name} lists {file_name} in its index, but the file is missing.",
+                hint="Download the model again; an interrupted copy leaves such gaps.",
+            )
+        return found
+
+    def _find(self, file_name: str) -> Path | None:
+        if self.folder is not None:
+            path = self.folder / file_name
+            return path if path.is_file() else None
+        return _download(self.name, file_name, self.access)
+
+
+def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
+    """Resolve a hub id or a folder and read its config; no weights are touched.
+
+    Raises ModelNotFound for an unknown name, ModelNotSupported for a model that would need its
+    repository's own code, ModelFilesBroken for an unreadable config.
+    """
+    access = access or HubAccess()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        config_path = folder / CONFIG_FILE
+        if not config_path.is_file():
+            raise ModelNotFound(
+                f"The folder {source} has no {CONFIG_FILE}.",
+                hint="Give the folder that save_pretrained() or a hub download filled.",
+            )
+        return Checkpoint(name=source, config=_read_config(config_path, source), folder=folder)
+    name = _follow_alias(source)
+    downloaded = _download(name, CONFIG_FILE, access)
+    if downloaded is None:
+        raise ModelNotFound(
+            f"The repository {name} has no {CONFIG_FILE}.",
+            hint="Is it a model of transformers, and not an adapter, a GGUF file or a data set?",
+        )
+    return Checkpoint(name=name, config=_read_config(downloaded, name), access=access)
+
+
+def _follow_alias(source: str) -> str:
+    target = ALIASES.get(source)
+    if target is None:
+        return source
+    if source not in _announced_aliases:
+        _announced_aliases.add(source)
+        logger.warning("%s is an old name: using %s", source, target)
+    return target
+
+
+def _download(repo: str, file_name: str, access: HubAccess) -> Path | None:
+    """The cached file, or None if the repository (offline: its cached copy) has no such file."""
+    try:
+        with _hub_errors(repo, access):
+            return Path(
+                hf_hub_download(
+                    repo,
+                    file_name,
+                    revision=access.revision,
+                    token=access.token,
+                    cache_dir=access.cache_dir,
+                )
+            )
+    except LocalEntryNotFoundError as error:
+        if is_offline_mode() and file_name != CONFIG_FILE:
+            return None
+        raise ModelNotFound(
+            f"{file_name} of {repo} is not in the cache and the hub cannot be reached.",
+            hint="Go online once (HF_HUB_OFFLINE must not be set), or give a local folder.",
+        ) from error
+    except EntryNotFoundError:
+        return None
+
+
+@contextmanager
+def _hub_errors(repo: str, access: HubAccess) -> Iterator[None]:
+    try:
+        yield
+    except EntryNotFoundError:
+        raise
+    except GatedRepoError as error:
+        raise ModelNotFound(
+            f"{repo} is gated and this machine may not read it.",
+            hint=f"Accept its terms at https://huggingface.co/{repo}, then run: hf auth login",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelNotFound(
+            f"{repo} is neither a folder here nor a repository on the hub.",
+            hint="Check the spelling; for a private repository run: hf auth login",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFound(
+            f"{repo} has no revision {access.revision}.",
+            hint=f"See https://huggingface.co/{repo}/tree/main for branches and tags.",
+        ) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise NotEnoughDisk(
+                f"The disk is full while downloading {repo}.",
+                hint="Free some space, or point HF_HOME or --cache-dir at a larger disk.",
+            ) from error
+        raise
+
+
+def _read_config(path: Path, source: str) -> PretrainedConfig:
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        model_type = settings.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ModelFilesBroken(
+            f"The {CONFIG_FILE} of {source} is not a JSON object.",
+            hint="Download the model again.",
+        ) from error
+    if model_type not in CONFIG_MAPPING:
+        raise ModelNotSupported(_foreign_code(source, model_type, settings), hint=_FOREIGN_HINT)
+    try:
+        return AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelFilesBroken(
+            f"The {CONFIG_FILE} of {source} does not describe a {model_type}: {error}",
+            hint="Download the model again, or update transformers.",
+        ) from error
+
+
+_FOREIGN_HINT = (
+    "Petals runs only code that ships with transformers. Update transformers if the model is "
+    "newer than yours, or look for a repository converted to it."
+)
+
+
+def _foreign_code(source: str, model_type: object, settings: dict[str, Any]) -> str:
+    if settings.get("auto_map"):
+        return f"{source} needs Python code from its repository (trust_remote_code), which is off."
+    return f"transformers does not know the model type {model_type!r} of {source}."
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        entries = {str(key): str(file) for key, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFilesBroken(
+            f"{path.name} is not an index of safetensors files.", hint="Download the model again."
+        ) from error
+    for file_name in set(entries.values()):
+        pure = PurePosixPath(file_name)
+        if pure.is_absolute() or ".." in pure.parts or pure.suffix != ".safetensors":
+            raise ModelFilesBroken(
+                f"{path.name} points at {file_name!r}, which is not a safetensors file beside it.",
+                hint="Do not use this checkpoint: its index was tampered with.",
+            )
+    return entries
+
+
+def _map_loose_files(folder: Path) -> dict[str, str]:
+    """Tensors of a folder without index; Mistral's own ``consolidated`` copies do not count."""
+    files = sorted(
+        path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")
+    )
+    return {name: path.name for path in files for name in _tensor_names(path)}
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ModelFilesBroken(
+            f"{path.name} is not a whole safetensors file: {error}",
+            hint="Download it again; an interrupted copy looks like this.",
+        ) from error
+
+
+def _pickle_refused(source: str) -> PickleCheckpointRefused:
+    target = source.rstrip("/").split("/")[-1] + "-safetensors"
+    return PickleCheckpointRefused(
+        f"{source} has only pickle weights (.bin), and unpickling can run a stranger's code.",
+        hint=f"Convert it once, safely: petals models convert {source} {target}",
+    )
