@@ -1,0 +1,139 @@
+"""Architectures in miniature: a config of any model type with 5 blocks and a width of 32.
+
+Small enough to build in milliseconds, odd enough to show mistakes (grouped heads, windows shorter
+than a prompt, experts, mixed layer types). Knows nothing of weights, files or tests.
+"""
+
+import dataclasses
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from petals.errors import ModelNotSupported
+
+NUM_BLOCKS = 5
+VOCAB_SIZE = 96
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": NUM_BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB_SIZE,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 48,
+    "ffn_dim": 48,
+    "shared_intermediate_size": 48,
+    "shared_expert_intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "max_position_embeddings": 256,
+    "sliding_window": 8,
+    "attention_chunk_size": 8,
+    "rotary_dim": 4,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 4,
+    "query_pre_attn_scalar": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Applied to every architecture that has the attribute, under its own or transformers' name."""
+
+_WINDOWED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+_HYBRID = ["linear_attention", "linear_attention", "full_attention"] * 2
+_NO_EARLY_END = {"eos_token_id": None}
+
+_LATENT = {"num_key_value_heads": 4}
+"""Latent attention (MLA) expands its cache to one key and value per query head."""
+
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
+    "gemma3_text": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
+    "gemma4_text": {
+        "layer_types": _WINDOWED[:NUM_BLOCKS],
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 8,
+    },
+    "gpt_oss": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
+    "cohere2": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
+    "llama4_text": {"no_rope_layers": [1, 1, 0, 1, 0], "interleave_moe_layer_step": 2},
+    "qwen3_next": {"layer_types": _HYBRID[:NUM_BLOCKS]},
+    "qwen3_5_text": {"layer_types": _HYBRID[:NUM_BLOCKS]},
+    "deepseek_v2": {"topk_method": "greedy", **_LATENT},
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "dots1": {"n_shared_experts": 1},
+    "phi3": {"pad_token_id": 0},
+    "gpt2": {"n_inner": 48},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True},
+    "gptj": {"rotary_dim": 4},
+    "mpt": {"max_seq_len": 256},
+    "opt": {"word_embed_proj_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]], "window_size": 8},
+}
+
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
+    """A miniature of ``model_type``; ``overrides`` go to its (text) config.
+
+    Raises ModelNotSupported if the installed transformers does not know the type.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ModelNotSupported(
+            f"transformers does not know the model type {model_type!r}.",
+            hint="Update transformers, or check the spelling in the model's config.json.",
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    if "text_config" not in config_class.sub_configs:
+        return config_class(**_tiny_settings(config_class, model_type) | overrides)
+    text_class = type(config_class().get_text_config(decoder=True))
+    text = text_class(**_tiny_settings(text_class, text_class.model_type) | overrides)
+    settings: dict[str, Any] = {"text_config": text.to_dict()}
+    if "vision_config" in config_class.sub_configs:
+        settings["vision_config"] = dict(_VISION)
+    if hasattr(config_class(), "mm_tokens_per_image"):
+        settings["mm_tokens_per_image"] = 4
+    return config_class(**settings)
+
+
+def _tiny_settings(config_class: type[PretrainedConfig], model_type: str) -> dict[str, Any]:
+    known = _settable_names(config_class)
+    sizes = {name: value for name, value in _SIZES.items() if name in known}
+    return sizes | _NO_EARLY_END | _SPECIAL.get(model_type, {})
+
+
+def _settable_names(config_class: type[PretrainedConfig]) -> set[str]:
+    """Names that the constructor takes, transformers' common names for them included."""
+    own = {entry.name for entry in dataclasses.fields(config_class)}
+    return own | {common for common, name in config_class.attribute_map.items() if name in own}
