@@ -1,0 +1,128 @@
+"""Asking a model in the swarm one thing and showing the words as they come; used by generate, chat and demo.
+
+Knows the client's public names. Must not know servers, wire or processes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from petals.types import Route
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came back, by whom and how fast. Seconds are measured at the client."""
+
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    first_token_seconds: float
+    total_seconds: float
+    route: Route
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed after the first token; 0 for an answer of one token."""
+        rest = self.total_seconds - self.first_token_seconds
+        return (self.num_new_tokens - 1) / rest if rest > 0 else 0.0
+
+
+@dataclass(slots=True)
+class WordStream:
+    """A streamer for `generate`: decodes what is complete, hands it on, notes the times."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    show: Callable[[str], None]
+    began: float = field(default_factory=time.monotonic)
+    first_token_seconds: float = 0.0
+    _ids: list[int] = field(default_factory=list)
+    _shown: str = ""
+    _past_prompt: bool = False
+
+    def put(self, value: "torch.Tensor") -> None:
+        """Take the prompt once, then the new token ids, as `generate` hands them over."""
+        if not self._past_prompt:
+            self._past_prompt = True
+            return
+        if not self._ids:
+            self.first_token_seconds = time.monotonic() - self.began
+        self._ids.extend(value.reshape(-1).tolist())
+        self._show_whole()
+
+    def end(self) -> None:
+        """Show what is left."""
+        self._show_whole(last=True)
+
+    @property
+    def text(self) -> str:
+        return self._shown
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._ids)
+
+    def _show_whole(self, last: bool = False) -> None:
+        text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
+        # A character whose bytes are spread over tokens decodes to U+FFFD until it is complete.
+        if text.endswith("\ufffd") and not last:
+            return
+        self.show(text[len(self._shown) :])
+        self._shown = text
+
+
+def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> "torch.Tensor":
+    """Token ids `[1, n]` of a conversation; plain lines for a model without a chat template."""
+    if tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        encoded = tokenizer("\n".join([*lines, "assistant:"]), return_tensors="pt")
+    ids: torch.Tensor = encoded["input_ids"]
+    return ids
+
+
+def ask(
+    model: Any,  # noqa: ANN401
+    input_ids: "torch.Tensor",
+    stream: WordStream,
+    **generation: object,
+) -> Answer:
+    """Generate from `input_ids` `[1, n]` in a session of its own.
+
+    Raises what `generate` of a distributed model raises: RouteError, PeerError, RequestError.
+    """
+    num_prompt_tokens = input_ids.shape[1]
+    limit = generation["max_new_tokens"]
+    assert isinstance(limit, int)
+    stream.began = time.monotonic()
+    with model.inference_session(max_length=num_prompt_tokens + limit) as session:
+        model.generate(input_ids, session=session, streamer=stream, **generation)
+        route = tuple(session.route)
+    return Answer(
+        text=stream.text,
+        num_prompt_tokens=num_prompt_tokens,
+        num_new_tokens=stream.num_tokens,
+        first_token_seconds=stream.first_token_seconds,
+        total_seconds=time.monotonic() - stream.began,
+        route=route,
+    )
+
+
+def describe(answer: Answer) -> str:
+    """Which peer served which blocks and how fast, in one line."""
+    hops = ", ".join(f"…{hop.peer_id[-6:]} blocks {hop.blocks}" for hop in answer.route)
+    return (
+        f"{answer.num_new_tokens} tokens from {len(answer.route)} servers ({hops}); "
+        f"first token after {answer.first_token_seconds:.2f} s, "
+        f"then {answer.tokens_per_second:.1f} tokens/s"
+    )

@@ -1,0 +1,76 @@
+"""How commands speak: data on stdout, talk on stderr, errors as one sentence and a hint.
+
+Knows no command, no torch and no network. rich draws only on a terminal; elsewhere lines are plain.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+
+from petals.errors import ConfigError, PetalsError, RequestError
+
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def talk() -> Console:
+    """The console for people; made anew so that it follows a redirected stderr."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line of talk."""
+    talk().print(text, markup=False)
+
+
+def print_data(text: str) -> None:
+    """One line of data."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_json(value: object) -> None:
+    """A JSON document on stdout, for machines."""
+    print_data(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def report(error: PetalsError) -> int:
+    """Tell what went wrong and what to type next; return the exit status."""
+    sentence, _, hint = str(error).partition("\nhint: ")
+    console = talk()
+    console.print(f"error: {sentence}", style="red", markup=False)
+    if hint:
+        console.print(f"hint: {hint}", markup=False)
+    return EXIT_WRONG_INPUT if isinstance(error, (ConfigError, RequestError)) else EXIT_FAILED
+
+
+@contextmanager
+def stage(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal, one line per change elsewhere; yields how to change the text."""
+    console = talk()
+    if not console.is_terminal:
+        say(text)
+        yield say
+        return
+    with console.status(text) as status:
+        yield lambda changed: status.update(changed)
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM unwinds the stack like Ctrl-C does, so that what was started is stopped."""
+
+    def unwind(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,72 @@
+"""`petals generate`: one prompt, one answer, then out. Knows the client's public names only."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from petals.cli import options
+from petals.cli.answer import Answer, WordStream, ask, describe, encode_chat
+from petals.cli.client_model import load_client
+from petals.cli.console import print_json, say
+from petals.errors import BadInput
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(help="What to continue, or to ask with --chat.")],
+    join: options.Join = None,
+    swarm_key: options.SwarmKeyFile = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Continue one prompt with a model that a swarm serves."""
+    if not prompt.strip():
+        raise BadInput("The prompt is empty.", hint='Say --prompt "Once upon a time".')
+    with load_client(model, join, swarm_key) as client:
+        if chat:
+            input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
+        else:
+            input_ids = client.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if not as_json and not chat:
+            _show(prompt)
+        stream = WordStream(client.tokenizer, (lambda text: None) if as_json else _show)
+        answer = ask(
+            client.model,
+            input_ids,
+            stream,
+            max_new_tokens=max_new_tokens,
+            **client.sampling(temperature, seed),
+        )
+    if as_json:
+        print_json(_as_json(model, prompt, answer))
+    else:
+        _show("\n")
+        say(describe(answer))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _as_json(model: str, prompt: str, answer: Answer) -> dict[str, object]:
+    return {
+        "model": model,
+        "prompt": prompt,
+        "text": answer.text,
+        "num_prompt_tokens": answer.num_prompt_tokens,
+        "num_new_tokens": answer.num_new_tokens,
+        "first_token_seconds": round(answer.first_token_seconds, 4),
+        "total_seconds": round(answer.total_seconds, 4),
+        "tokens_per_second": round(answer.tokens_per_second, 2),
+        "route": [
+            {"peer_id": hop.peer_id, "blocks": [hop.blocks.start, hop.blocks.end]}
+            for hop in answer.route
+        ],
+    }

@@ -1,0 +1,116 @@
+"""`petals swarm`: a whole swarm on this machine, and keys for closed swarms.
+
+Starts processes through `testing.local_swarm`; knows no tensors and no messages.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petals.cli import options
+from petals.cli.console import interrupted_by_sigterm, print_data, say, stage
+from petals.errors import SwarmError
+from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig, even_spans
+from petals.types import BlockSpan
+
+app = typer.Typer(help="Run a whole swarm on this machine; make swarm keys.", no_args_is_help=True)
+
+_CHECK_SECONDS = 0.5
+
+
+@app.command("up")
+def up(
+    model: options.Model,
+    servers: Annotated[int, typer.Option(min=1, metavar="N", help="How many servers.")] = 3,
+    dtype: options.Dtype = "auto",
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A:B", help="One span per server instead of --servers even ones."),
+    ] = None,
+    swarm_key: options.SwarmKeyFile = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads of each server.")
+    ] = None,
+    state_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON with addresses and servers, once all are online."),
+    ] = None,
+) -> None:
+    """Start a bootstrap peer and N servers here; stay up until Ctrl-C."""
+    config = LocalSwarmConfig(
+        model=model,
+        spans=spans_of(model, servers, blocks),
+        dtype=dtype,
+        swarm_key=swarm_key,
+        num_threads=threads,
+    )
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
+    with interrupted_by_sigterm():
+        with stage(f"Starting {len(config.spans)} servers") as change:
+            swarm = LocalSwarm(config, say=change)
+            swarm.start()
+        with swarm:
+            if state_file is not None:
+                _write_whole(state_file, json.dumps(swarm.state(), indent=2))
+            show_swarm(swarm)
+            try:
+                wait_until_interrupted(swarm)
+            except KeyboardInterrupt:
+                say("Stopping the swarm")
+            finally:
+                if state_file is not None:
+                    state_file.unlink(missing_ok=True)
+
+
+@app.command("new-key")
+def new_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the key.")],
+) -> None:
+    """Make the key of a closed swarm: only who has the file can join."""
+    from petals.swarm.identity import create_swarm_key
+
+    create_swarm_key(file)
+    say("Give this file to every server and client of the swarm, and to nobody else.")
+    print_data(str(file))
+
+
+def show_swarm(swarm: LocalSwarm) -> None:
+    """Who serves what, for people, and the join addresses as data."""
+    for server in swarm.servers:
+        say(f"  …{server.peer_id[-6:]}  blocks {server.blocks}  pid {server.pid}")
+    say("Up. Ctrl-C stops everything. Join with:")
+    for address in swarm.initial_peers:
+        print_data(address)
+
+
+def wait_until_interrupted(swarm: LocalSwarm) -> None:
+    """Return never; raises KeyboardInterrupt, or SwarmError once none of the servers is left."""
+    told: set[str] = set()
+    while True:
+        time.sleep(_CHECK_SECONDS)
+        for name in swarm.exited() - told:
+            say(f"{name} ended by itself; the others stay up.")
+            told.add(name)
+        if len(told) > len(swarm.servers):
+            raise SwarmError("Every process of the swarm ended.")
+
+
+def spans_of(model: str, num_servers: int, blocks: list[str] | None) -> tuple[BlockSpan, ...]:
+    """The spans typed, or an even cut of the model. Raises ConfigError, ModelNotFound."""
+    if blocks:
+        return tuple(BlockSpan.parse(text) for text in blocks)
+    from petals.models.sources import open_checkpoint
+
+    config = open_checkpoint(model).config.get_text_config()
+    return even_spans(config.num_hidden_layers, num_servers)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Others wait for this file: it must never be seen half written."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
