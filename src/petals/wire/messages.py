@@ -49,10 +49,11 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """The stream is admitted."""
+    """The stream is admitted; the ticket proves that the answering side is a member, too."""
 
     version: Count
     agent: Name = ""
+    ticket: Ticket = b""
 
 
 class Refusal(Message):

@@ -1,0 +1,52 @@
+"""Time as an argument: whoever needs a clock is given one, so that tests can turn the hands.
+
+``now`` is the wall clock (record expiry, tickets; comparable between machines), ``monotonic``
+measures durations inside one process. Knows no network and no torch.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Timer(Protocol):
+    """A callback that has been ordered for later."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """Where a component gets its time from."""
+
+    def now(self) -> float:
+        """Wall clock, seconds since the epoch."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that only grow; meaningful as differences."""
+        ...
+
+    def call_later(self, delay_seconds: float, callback: Callable[[], object]) -> Timer:
+        """Run ``callback`` in the running event loop after ``delay_seconds``."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Return after ``seconds``."""
+        ...
+
+
+class SystemClock:
+    """The machine's clocks and the running event loop's timers."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def call_later(self, delay_seconds: float, callback: Callable[[], object]) -> Timer:
+        return asyncio.get_running_loop().call_later(delay_seconds, callback)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

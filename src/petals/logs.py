@@ -1,0 +1,36 @@
+"""Logging: everything Petals says goes to loggers under ``petals``; the command line decides where
+it is shown.
+
+Libraries that import Petals get silence unless they configure logging themselves. Knows no network
+and no torch.
+"""
+
+import logging
+import sys
+from typing import TextIO
+
+_ROOT = "petals"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of one module (pass ``__name__``)."""
+    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def configure_logging(level: int | str = logging.INFO, stream: TextIO | None = None) -> None:
+    """Show messages of ``level`` and above on ``stream`` (standard error if none is given).
+
+    Called by commands, once; calling again replaces the handler installed before.
+    """
+    root = logging.getLogger(_ROOT)
+    for handler in list(root.handlers):
+        if getattr(handler, "petals_owned", False):
+            root.removeHandler(handler)
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.petals_owned = True  # type: ignore[attr-defined]
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    )
+    root.addHandler(handler)
+    root.setLevel(level)
+    root.propagate = False

@@ -1,0 +1,51 @@
+"""Tasks that run beside the main flow and must neither vanish nor die unheard.
+
+A runner keeps its tasks alive, logs what kills them and ends them all when it is closed. One of the
+few places that catch every exception: there is no caller who could. Knows nothing of what it runs.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from petals.errors import PetalsError
+from petals.logs import get_logger
+
+logger = get_logger(__name__)
+
+
+class BackgroundTasks:
+    """Starts tasks and ends them. Use it as an async context manager, or ``close`` it."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "BackgroundTasks":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def start(self, work: Coroutine[Any, Any, object], name: str) -> "asyncio.Task[None]":
+        """Run ``work`` in a task of its own; an exception is logged, not raised."""
+        task = asyncio.create_task(_guard(work, name), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Cancel all tasks and wait until they have ended."""
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def _guard(work: Coroutine[Any, Any, object], name: str) -> None:
+    try:
+        await work
+    except PetalsError as error:
+        logger.warning("%s ended: %s", name, error)
+    except Exception:
+        logger.exception("%s failed", name)

@@ -1,0 +1,88 @@
+"""How a node is set up: addresses, identity, swarm key, bounds.
+
+Frozen values, checked by whoever uses them. Knows no engine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from petals.clock import Clock
+from petals.swarm.admission import Admission, SwarmKey
+from petals.swarm.identity import Identity
+from petals.swarm.transport import Transport
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelLimits:
+    """Bounds of channels, checked before memory is taken.
+
+    ``max_tensor_bytes`` is for one message; ``max_queued`` counts unread messages of one channel;
+    ``max_inflight_bytes`` is for everything this node is receiving, ``max_inflight_bytes_per_peer``
+    the part of it one peer may use. Silence is measured while something is pending.
+    """
+
+    max_tensor_bytes: int = 256 * MIB
+    max_queued: int = 1024
+    max_inflight_bytes: int = 2048 * MIB
+    max_inflight_bytes_per_peer: int = 512 * MIB
+    max_streams: int = 4096
+    max_streams_per_peer: int = 256
+    ping_interval_seconds: float = 1.5
+    silence_seconds: float = 6.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """One peer's place in the network.
+
+    ``initial_peers`` are multiaddresses of any members; empty starts a swarm of one's own.
+    ``host_maddrs``, where given, replaces ``host``, ``port`` and ``quic``. ``identity_path`` None
+    makes an identity for this run only. ``client_mode`` keeps the node out of other peers' tables:
+    it asks but is never asked. ``auto_relay`` makes a peer behind a NAT reachable through
+    ``trusted_relays`` (or through any public member). ``agent`` is what others see.
+    """
+
+    initial_peers: tuple[str, ...] = ()
+    host: str = "0.0.0.0"
+    port: int = 0
+    quic: bool = True
+    host_maddrs: tuple[str, ...] = ()
+    announce_maddrs: tuple[str, ...] = ()
+    identity_path: Path | None = None
+    swarm_key: SwarmKey | None = field(default=None, repr=False)
+    client_mode: bool = False
+    use_relay: bool = True
+    auto_relay: bool = False
+    trusted_relays: tuple[str, ...] = ()
+    force_private: bool = False
+    nat_port_map: bool = False
+    agent: str = ""
+    limits: ChannelLimits = ChannelLimits()
+
+    @property
+    def listen_maddrs(self) -> tuple[str, ...]:
+        """What to listen on, as multiaddresses."""
+        if self.host_maddrs:
+            return self.host_maddrs
+        ip = "ip6" if ":" in self.host else "ip4"
+        addresses = [f"/{ip}/{self.host}/tcp/{self.port}"]
+        if self.quic:
+            addresses.append(f"/{ip}/{self.host}/udp/{self.port}/quic-v1")
+        return tuple(addresses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What an engine is built from."""
+
+    config: NodeConfig
+    identity: Identity
+    admission: Admission
+    clock: Clock
+
+
+Engine = Callable[[EngineParts], Transport]
+"""Builds the transport; the default is libp2p, tests give ``MemoryNet.engine``."""

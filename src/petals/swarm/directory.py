@@ -1,0 +1,179 @@
+"""Announce servers, read views of them.
+
+Stands between the pure ``records`` and the engine's record store: seals and stores, fetches and
+merges. What peers store is checked here again, whoever let it in. Knows no routing and no
+placement.
+"""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+import msgspec
+
+from petals.clock import Clock
+from petals.errors import RecordInvalid
+from petals.logs import get_logger
+from petals.swarm import records
+from petals.swarm.identity import Identity
+from petals.swarm.records import ModelRecord, ModelSummary, ServerRecord, View
+from petals.swarm.transport import RecordStore, StoredValue
+from petals.types import ModelId, PeerId, ServerState
+
+logger = get_logger(__name__)
+
+MAX_SKEW_SECONDS = 3.0
+"""Clocks that differ more shorten or prolong records noticeably: warn."""
+
+_SHARDS_READ = 4
+_MAX_RECORDS_PER_KEY = 2000
+
+
+class Directory:
+    """The servers of the swarm, as far as their records tell."""
+
+    def __init__(self, store: RecordStore, identity: Identity, clock: Clock) -> None:
+        self._store = store
+        self._identity = identity
+        self._clock = clock
+        self._own: dict[str, tuple[ServerRecord, str]] = {}
+        self._population: dict[str, int] = {}
+        self._skews: dict[PeerId, float] = {}
+
+    async def announce(self, record: ServerRecord, repository: str = "") -> bool:
+        """Sign and store our record until ``record.expires_at``; True if at least one key was
+        stored.
+
+        ``peer_id`` and ``shard_bits`` are filled in. A record that should replace an earlier one
+        (OFFLINE, too) is made to expire later than it: the later expiry wins. Spans that were
+        announced before and are no longer ours are withdrawn in the same call.
+        """
+        previous = self._own.get(record.model)
+        expires_at = record.expires_at
+        if previous is not None:
+            expires_at = max(expires_at, previous[0].expires_at + 0.01)
+        record = msgspec.structs.replace(
+            record,
+            peer_id=self._identity.peer_id,
+            expires_at=expires_at,
+            shard_bits=records.shard_bits_for(self._population.get(record.model, 0)),
+        )
+        keys = set(records.keys_to_store(record))
+        if previous is not None:
+            keys.update(records.keys_to_store(previous[0]))
+        if record.state is ServerState.OFFLINE:
+            self._own.pop(record.model, None)
+        else:
+            self._own[record.model] = (record, repository)
+        stored = await self._store_all(sorted(keys), record)
+        if records.is_sample(record) and record.state is not ServerState.OFFLINE:
+            await self._announce_model(record, repository)
+        return stored
+
+    async def store_again(self) -> None:
+        """Store our current records once more (the engine lost what it kept)."""
+        for record, repository in list(self._own.values()):
+            if record.expires_at > self._clock.now():
+                await self.announce(record, repository)
+
+    async def view(self, model: str, num_blocks: int | None = None, whole: bool = False) -> View:
+        """A picture of the model's servers now.
+
+        ``num_blocks`` None asks the models list (0 blocks if nobody serves the model). In large
+        swarms a sample of the servers is read, unless ``whole``.
+        """
+        if num_blocks is None:
+            found = [m for m in await self.models() if m.model == model]
+            num_blocks = found[0].num_blocks if found else 0
+        num_blocks = max(0, min(num_blocks, 4096))
+        buckets = range(-(-num_blocks // records.BLOCKS_PER_BUCKET))
+        sample_keys = {records.block_key(model, bucket, 0, 0): bucket for bucket in buckets}
+        sampled = await self._fetch(list(sample_keys))
+        found_records = [record for part in sampled.values() for record in part]
+        max_shards = 1 << records.MAX_SHARD_BITS if whole else _SHARDS_READ
+        seed = zlib.crc32(self._identity.peer_id.encode())
+        further = [
+            key
+            for sample_key, part in sampled.items()
+            for key in records.shards_to_read(
+                model, sample_keys[sample_key], part, max_shards, seed
+            )
+        ]
+        if further:
+            for part in (await self._fetch(further)).values():
+                found_records += part
+        populations = [records.population_of(part) for part in sampled.values()]
+        self._population[model] = max(populations, default=0)
+        now = self._clock.now()
+        merged = records.merge(found_records, model, now)
+        return View(ModelId(model), num_blocks, MappingProxyType(merged), now)
+
+    async def watch(
+        self, model: str, num_blocks: int | None = None, interval_seconds: float = 5.0
+    ) -> AsyncIterator[View]:
+        """Views of a model, a new one every ``interval_seconds``; ends when the caller stops
+        reading.
+        """
+        while True:
+            yield await self.view(model, num_blocks)
+            await self._clock.sleep(interval_seconds)
+
+    async def models(self) -> tuple[ModelSummary, ...]:
+        """The models that are announced."""
+        values = (await self._store.get([records.MODELS_KEY]))[records.MODELS_KEY]
+        found: list[ModelRecord] = []
+        for value in list(values.values())[:_MAX_RECORDS_PER_KEY]:
+            try:
+                found.append(records.unseal(value.value, ModelRecord))
+            except RecordInvalid as error:
+                logger.debug("ignored a record: %s", error)
+        return records.summarize(found, self._clock.now())
+
+    def note_skew(self, peer: PeerId, skew_seconds: float) -> None:
+        """Remember how far a peer's clock is ahead; warn once per peer if it is far."""
+        known = self._skews.get(peer, 0.0)
+        self._skews[peer] = skew_seconds
+        if abs(skew_seconds) > MAX_SKEW_SECONDS >= abs(known):
+            logger.warning(
+                "the clock of peer %s differs from ours by %.1f s; set both by NTP",
+                peer,
+                skew_seconds,
+            )
+
+    async def _announce_model(self, record: ServerRecord, repository: str) -> None:
+        entry = ModelRecord(
+            peer_id=record.peer_id,
+            model=record.model,
+            num_blocks=record.num_blocks,
+            expires_at=record.expires_at,
+            repository=repository,
+        )
+        subkey = f"{record.model}/{record.peer_id}"
+        value = records.seal(entry, self._identity)
+        await self._store.store(records.MODELS_KEY, subkey, value, record.expires_at)
+
+    async def _store_all(self, keys: Iterable[str], record: ServerRecord) -> bool:
+        value = records.seal(record, self._identity)
+        results = await asyncio.gather(
+            *(self._store.store(key, record.peer_id, value, record.expires_at) for key in keys)
+        )
+        return any(results)
+
+    async def _fetch(self, keys: Sequence[str]) -> Mapping[str, list[ServerRecord]]:
+        if not keys:
+            return {}
+        stored = await self._store.get(keys)
+        return {key: list(self._sound(stored[key].items())) for key in keys}
+
+    def _sound(self, values: Iterable[tuple[str, StoredValue]]) -> Iterable[ServerRecord]:
+        for number, (subkey, value) in enumerate(values):
+            if number == _MAX_RECORDS_PER_KEY:
+                break
+            try:
+                record = records.unseal(value.value, ServerRecord)
+            except RecordInvalid as error:
+                logger.debug("ignored a record of %s: %s", subkey, error)
+                continue
+            if record.peer_id == subkey:
+                yield record

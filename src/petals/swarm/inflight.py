@@ -1,0 +1,205 @@
+"""Memory for what is arriving: budgets, and the inbox that puts messages together.
+
+Everything a peer announces is counted before a byte of it is allocated. Knows frames' payloads;
+knows no stream, no clock and no task.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from petals.errors import PeerBusy, PetalsError, ProtocolError
+from petals.swarm.config import ChannelLimits
+from petals.types import PeerId
+from petals.wire import tensors
+from petals.wire.messages import AnyMessage, Refusal, decode_message
+from petals.wire.specs import TensorSpec, check_specs
+
+WINDOW_BYTES = 8 * 1024 * 1024
+"""Tensor bytes one side may send beyond what the other has taken. Part of the protocol: both sides
+count with it.
+"""
+
+_GRANT_BYTES = WINDOW_BYTES // 4
+"""Credit is returned in portions of at least this, so that small messages cost no frames of their
+own.
+"""
+
+
+class Budget:
+    """Bytes that may be under way to this node, in all and from one peer."""
+
+    def __init__(self, total_bytes: int, per_peer_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._per_peer_bytes = per_peer_bytes
+        self._used: dict[PeerId, int] = {}
+        self.used_bytes = 0
+
+    def reserve(self, peer: PeerId, num_bytes: int) -> None:
+        """Raises PeerBusy if there is no room."""
+        used = self._used.get(peer, 0)
+        if (
+            used + num_bytes > self._per_peer_bytes
+            or self.used_bytes + num_bytes > self._total_bytes
+        ):
+            raise PeerBusy("Too many bytes are under way to this peer.", hint="Send less at once.")
+        self._used[peer] = used + num_bytes
+        self.used_bytes += num_bytes
+
+    def release(self, peer: PeerId, num_bytes: int) -> None:
+        """Give back what was reserved."""
+        self.used_bytes -= num_bytes
+        left = self._used.get(peer, 0) - num_bytes
+        if left > 0:
+            self._used[peer] = left
+        else:
+            self._used.pop(peer, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedMessage:
+    """A whole message; ``num_bytes`` of tensors came with it, ``num_owed`` of them not yet granted
+    again.
+    """
+
+    message: AnyMessage
+    tensors: list[Tensor]
+    num_bytes: int
+    num_owed: int
+
+
+@dataclass(slots=True)
+class _Partial:
+    """A message whose chunks are still arriving."""
+
+    message: AnyMessage
+    specs: tuple[TensorSpec, ...]
+    num_bytes: int
+    done: list[Tensor] = field(default_factory=list)
+    buffer: bytearray = field(default_factory=bytearray)
+    filled: int = 0
+    num_owed: int = 0
+
+
+class Inbox:
+    """Messages of one channel, complete or arriving, within its limits."""
+
+    def __init__(self, peer: PeerId, limits: ChannelLimits, budget: Budget) -> None:
+        self._peer = peer
+        self._limits = limits
+        self._budget = budget
+        self._ready: deque[ReceivedMessage] = deque()
+        self._partial: _Partial | None = None
+        self._unread_bytes = 0
+        self._to_grant = 0
+
+    @property
+    def ready(self) -> bool:
+        """True if a whole message waits."""
+        return bool(self._ready)
+
+    def begin(self, payload: bytes) -> None:
+        """A MESSAGE frame arrived. Raises ProtocolError, or PeerBusy if its tensors do not fit now."""
+        if self._partial is not None:
+            raise ProtocolError("A message began before the one under way was complete.")
+        if len(self._ready) >= self._limits.max_queued:
+            raise ProtocolError("Too many messages were sent without waiting for answers.")
+        message, specs = decode_message(payload)
+        total = check_specs(specs, self._limits.max_tensor_bytes)
+        if total == 0:
+            decoded = [_decode(spec, bytearray()) for spec in specs]
+            self._ready.append(ReceivedMessage(message, decoded, 0, 0))
+            return
+        self._budget.reserve(self._peer, total)
+        self._partial = _Partial(message, specs, total)
+        self._next_tensor(self._partial)
+
+    def add_chunk(self, payload: bytes) -> None:
+        """A CHUNK frame arrived: the next bytes of the tensor under way. Raises ProtocolError."""
+        partial = self._partial
+        self._unread_bytes += len(payload)
+        if partial is None or not payload:
+            raise ProtocolError("A chunk came without a message it could belong to.")
+        if self._unread_bytes > WINDOW_BYTES:
+            raise ProtocolError("More was sent than there was credit for.")
+        end = partial.filled + len(payload)
+        if end > len(partial.buffer):
+            raise ProtocolError("A chunk is longer than the rest of its tensor.")
+        partial.buffer[partial.filled : end] = payload
+        partial.filled = end
+        partial.num_owed += len(payload)
+        if end == len(partial.buffer):
+            partial.done.append(_decode(partial.specs[len(partial.done)], partial.buffer))
+            self._next_tensor(partial)
+
+    def cancel(self) -> None:
+        """A CANCEL frame arrived: the rest of the message will not come. Raises ProtocolError if
+        there is none.
+        """
+        if self._partial is None:
+            raise ProtocolError("There is no message to cancel.")
+        self._return_credit(self._partial.num_owed)
+        self.drop_partial()
+
+    def pop(self) -> ReceivedMessage:
+        """The oldest whole message."""
+        received = self._ready.popleft()
+        self._budget.release(self._peer, received.num_bytes)
+        self._return_credit(received.num_owed)
+        return received
+
+    def take_grant(self, waiting: bool) -> int:
+        """Credit to give now, 0 for none yet. ``waiting``: the owner waits, so what arrives counts
+        as taken.
+        """
+        if waiting and self._partial is not None and not self._ready:
+            self._return_credit(self._partial.num_owed)
+            self._partial.num_owed = 0
+        if self._to_grant < _GRANT_BYTES:
+            return 0
+        granted, self._to_grant = self._to_grant, 0
+        return granted
+
+    def parting_refusal(self) -> PetalsError | None:
+        """The typed error with which the peer ended the stream, if its last message was one."""
+        last = self._ready[-1].message if self._ready else None
+        if isinstance(last, Refusal) and last.step_id is None:
+            return last.to_error(self._peer)
+        return None
+
+    def drop_partial(self) -> None:
+        """Forget the message that is arriving."""
+        if self._partial is not None:
+            self._budget.release(self._peer, self._partial.num_bytes)
+            self._partial = None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.drop_partial()
+        while self._ready:
+            self._budget.release(self._peer, self._ready.popleft().num_bytes)
+
+    def _return_credit(self, num_bytes: int) -> None:
+        self._unread_bytes -= num_bytes
+        self._to_grant += num_bytes
+
+    def _next_tensor(self, partial: _Partial) -> None:
+        """Make room for the next tensor that has bytes; complete the message if there is none."""
+        while len(partial.done) < len(partial.specs):
+            spec = partial.specs[len(partial.done)]
+            partial.buffer, partial.filled = bytearray(spec.num_bytes), 0
+            if spec.num_bytes:
+                return
+            partial.done.append(_decode(spec, partial.buffer))
+        self._partial = None
+        self._ready.append(
+            ReceivedMessage(partial.message, partial.done, partial.num_bytes, partial.num_owed)
+        )
+
+
+def _decode(spec: TensorSpec, data: bytearray) -> Tensor:
+    try:
+        return tensors.decode(spec, data)
+    except RuntimeError as error:  # torch's own bounds, for example strides beyond 64 bits
+        raise ProtocolError(f"A tensor could not be built: {error}") from error

@@ -1,0 +1,137 @@
+"""One peer, whole: identity, transport, admission, directory, services.
+
+A node with nothing added is a bootstrap peer. Knows no models beyond the records in the directory.
+"""
+
+from collections.abc import Sequence
+
+from petals.clock import Clock, SystemClock
+from petals.logs import get_logger
+from petals.swarm.admission import Admission
+from petals.swarm.background import BackgroundTasks
+from petals.swarm.channel import Channel
+from petals.swarm.config import Engine, EngineParts, NodeConfig
+from petals.swarm.directory import Directory
+from petals.swarm.identity import Identity, load_or_create_identity
+from petals.swarm.inflight import Budget
+from petals.swarm.reachability import NODE_SERVICE, Reachability, check_reachability, node_service
+from petals.swarm.rpc import STREAM_PROTOCOL, RpcParts, RpcServer, Service, open_channel
+from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Transport
+from petals.types import PeerId
+from petals.wire.messages import DialBack, DialedBack
+
+logger = get_logger(__name__)
+
+
+class SwarmNode:
+    """A member of a swarm. Use it as an async context manager.
+
+    Raises BootstrapFailed on entering if no initial peer answers within about five seconds,
+    ConfigError for an unusable identity file or address.
+    """
+
+    def __init__(
+        self, config: NodeConfig, *, engine: Engine | None = None, clock: Clock | None = None
+    ) -> None:
+        self.config = config
+        self.clock = clock or SystemClock()
+        path = config.identity_path
+        self.identity = Identity.generate() if path is None else load_or_create_identity(path)
+        self.admission = Admission(self.identity.peer_id, config.swarm_key)
+        self.background = BackgroundTasks()
+        self.transport: Transport = (engine or _libp2p)(
+            EngineParts(
+                config=config,
+                identity=self.identity,
+                admission=self.admission,
+                clock=self.clock,
+            )
+        )
+        limits = config.limits
+        self._parts = RpcParts(
+            admission=self.admission,
+            limits=limits,
+            budget=Budget(limits.max_inflight_bytes, limits.max_inflight_bytes_per_peer),
+            clock=self.clock,
+            agent=config.agent,
+        )
+        self._server = RpcServer(self._parts)
+        self.directory = Directory(self.transport.records, self.identity, self.clock)
+
+    async def __aenter__(self) -> "SwarmNode":
+        self.serve(NODE_SERVICE, node_service(self.transport, self.clock))
+        self.transport.on_restart(self._after_restart)
+        try:
+            await self.transport.start()
+            await self.transport.serve(STREAM_PROTOCOL, self._server.handle)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every stream and leave. Safe to call twice."""
+        await self.background.close()
+        await self._server.close()
+        await self.transport.close()
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.identity.peer_id
+
+    async def addresses(self) -> tuple[str, ...]:
+        """Multiaddresses that others can join by."""
+        return await self.transport.addresses()
+
+    def serve(self, name: str, service: Service) -> None:
+        """Offer a service; see ``rpc.Service`` and ``rpc.answering``."""
+        self._server.add(name, service)
+
+    def stop_serving(self, name: str) -> None:
+        """Refuse new streams for a service; running ones go on."""
+        self._server.remove(name)
+
+    async def open_channel(
+        self, peer: PeerId, service: str, timeout: float = OPEN_TIMEOUT_SECONDS
+    ) -> Channel:
+        """An admitted channel to a peer's service.
+
+        Raises PeerUnreachable, PeerTimeout, AdmissionDenied, VersionMismatch, NotSupported,
+        PeerBusy.
+        """
+        return await open_channel(self._parts, self.transport, peer, service, timeout)
+
+    async def ping(self, peer: PeerId, timeout: float = OPEN_TIMEOUT_SECONDS) -> float:
+        """Round-trip time to a peer, in seconds. Raises what ``open_channel`` raises."""
+        async with await self.open_channel(peer, NODE_SERVICE, timeout) as channel:
+            return await channel.ping(timeout)
+
+    async def clock_skew(self, peer: PeerId) -> float:
+        """How far the peer's wall clock is ahead of ours, in seconds; the directory warns when it
+        is large.
+        """
+        async with await self.open_channel(peer, NODE_SERVICE) as channel:
+            before = self.clock.now()
+            answer, _ = await channel.request(
+                DialBack(addresses=()), expect=DialedBack, timeout=OPEN_TIMEOUT_SECONDS
+            )
+            skew = answer.wall_clock_seconds - (before + self.clock.now()) / 2
+        self.directory.note_skew(peer, skew)
+        return skew
+
+    async def check_reachability(self, peers: Sequence[PeerId] = ()) -> Reachability:
+        """Ask peers (those we are connected to, if none are named) whether they can reach us."""
+        asked = list(peers) or sorted(await self.transport.peers())
+        return await check_reachability(self.open_channel, asked, await self.addresses())
+
+    def _after_restart(self) -> None:
+        self.background.start(self.directory.store_again(), "announcing again")
+
+
+def _libp2p(parts: EngineParts) -> Transport:
+    from petals.swarm.libp2p import Libp2pTransport  # the engine costs seconds to import
+
+    return Libp2pTransport(parts)

@@ -1,0 +1,90 @@
+"""Can others reach us? Ask them to dial back, and say in words what follows.
+
+A peer dials back only to the address it sees the asker at, so that nobody can be made to knock at a
+third party's door. Knows no models.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from petals.clock import Clock
+from petals.errors import PetalsError, ProtocolError
+from petals.swarm.channel import Channel
+from petals.swarm.rpc import Service
+from petals.swarm.transport import Transport
+from petals.types import PeerId
+from petals.wire.messages import DialBack, DialedBack
+
+NODE_SERVICE = "node"
+"""Every peer offers it: pings, clock, dialling back."""
+
+_PROBE_TIMEOUT_SECONDS = 3.0
+_ASK_TIMEOUT_SECONDS = 10.0
+_MAX_ASKED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reachability:
+    """What the peers said. ``reached`` None means that nobody could be asked."""
+
+    reached: bool | None
+    num_asked: int
+    advice: str
+
+
+def node_service(transport: Transport, clock: Clock) -> Service:
+    """The service every peer offers."""
+
+    async def serve(channel: Channel) -> None:
+        seen_at = host_of(channel.remote_address)
+        while True:
+            message, _ = await channel.receive()
+            if not isinstance(message, DialBack):
+                raise ProtocolError("Only DialBack can be asked of this service.")
+            allowed = [a for a in message.addresses[:4] if seen_at and host_of(a) == seen_at]
+            reached = False
+            for address in allowed:
+                reached = reached or await transport.probe(address, _PROBE_TIMEOUT_SECONDS)
+            await channel.send(DialedBack(reached=reached, wall_clock_seconds=clock.now()))
+
+    return serve
+
+
+async def check_reachability(
+    open_channel: Callable[[PeerId, str], Awaitable[Channel]],
+    peers: Sequence[PeerId],
+    addresses: Sequence[str],
+) -> Reachability:
+    """Ask up to three of ``peers`` to dial ``addresses`` (ours). One success is enough."""
+    num_asked = 0
+    for peer in peers[:_MAX_ASKED]:
+        try:
+            async with await open_channel(peer, NODE_SERVICE) as channel:
+                answer, _ = await channel.request(
+                    DialBack(addresses=tuple(addresses[:16])),
+                    expect=DialedBack,
+                    timeout=_ASK_TIMEOUT_SECONDS,
+                )
+        except PetalsError:
+            continue
+        num_asked += 1
+        if answer.reached:
+            return Reachability(True, num_asked, "Other peers can reach this one directly.")
+    if num_asked == 0:
+        return Reachability(None, 0, "No other peer could be asked; join a swarm to find out.")
+    return Reachability(
+        False,
+        num_asked,
+        "Other peers cannot reach this one directly. Forward its port in the router or open it in "
+        "the firewall (--port PORT fixes the number); otherwise its traffic goes through relays, "
+        "which is slower.",
+    )
+
+
+def host_of(address: str) -> str:
+    """``/ip4/1.2.3.4/tcp/5/p2p/Qm…`` -> ``/ip4/1.2.3.4``; empty for relayed addresses (their host
+    is the relay's).
+    """
+    if "/p2p-circuit" in address:
+        return ""
+    return "/".join(address.split("/")[:3])

@@ -1,0 +1,327 @@
+"""The directory's entries: what a server says about itself, signed, bounded and expiring.
+
+A stored value is an envelope: kind, public key, payload, signature. Whoever reads it learns the
+peer id from the key, so nobody can speak for another peer. Keys are (model, bucket of blocks,
+shard); the number of shards follows the population, and a sample of every population stays under
+shard level 0, from which readers learn the level in use. Pure: values in, values out; knows no
+clock, no socket and no torch.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from petals.errors import RecordInvalid
+from petals.swarm.identity import Identity, peer_id_of, verify
+from petals.types import BlockSpan, ModelId, PeerId, ServerState
+
+MAX_VALUE_BYTES = 4096
+MAX_LIFETIME_SECONDS = 3600.0
+"""No record may outlive this; it also bounds what a wrong clock can do."""
+
+MODELS_KEY = "petals/models"
+BLOCKS_PER_BUCKET = 16
+RECORDS_PER_SHARD = 200
+MAX_SHARD_BITS = 10
+_MAX_BLOCKS = 4096
+_LABEL = b"petals record 1\0"
+
+Name = Annotated[str, Meta(max_length=256)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Block = Annotated[int, Meta(ge=0, le=_MAX_BLOCKS)]
+Rate = Annotated[float, Meta(ge=0, le=1e12)]
+Blocks = tuple[Block, Block]
+
+
+class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one server serves of one model. Rates are tokens (or requests) per second, as measured
+    by the server.
+
+    ``throughput`` is what the server expects to give a client end to end; ``inference_rps``,
+    ``forward_rps`` and ``network_rps`` are its parts. ``max_length`` and ``cache_tokens`` count
+    tokens; times are seconds since the epoch.
+    """
+
+    peer_id: Name
+    model: Name
+    num_blocks: Block
+    spans: Annotated[tuple[Blocks, ...], Meta(max_length=16)]
+    state: ServerState
+    expires_at: float
+    throughput: Rate = 0.0
+    inference_rps: Rate | None = None
+    forward_rps: Rate | None = None
+    network_rps: Rate | None = None
+    dtype: Name = "float32"
+    quant: Name | None = None
+    adapters: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
+    max_length: Count = 0
+    cache_tokens: Count = 0
+    version: Name = ""
+    protocol_version: Count = 0
+    public_name: Annotated[str, Meta(max_length=64)] | None = None
+    relayed: bool = False
+    addresses: Annotated[tuple[Name, ...], Meta(max_length=8)] = ()
+    shard_bits: Annotated[int, Meta(ge=0, le=MAX_SHARD_BITS)] = 0
+
+    @property
+    def block_spans(self) -> tuple[BlockSpan, ...]:
+        """The spans as values; empty ones are never in a decoded record."""
+        return tuple(BlockSpan(start, end) for start, end in self.spans)
+
+    def holds(self, block: int) -> bool:
+        """True if one of the spans has this block, whatever the state."""
+        return any(start <= block < end for start, end in self.spans)
+
+
+class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One server's word that a model is served here."""
+
+    peer_id: Name
+    model: Name
+    num_blocks: Block
+    expires_at: float
+    repository: Name = ""
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    kind: Annotated[str, Meta(max_length=16)]
+    public_key: Annotated[bytes, Meta(max_length=1200)]
+    payload: Annotated[bytes, Meta(max_length=MAX_VALUE_BYTES)]
+    signature: Annotated[bytes, Meta(max_length=1024)]
+
+
+AnyRecord = ServerRecord | ModelRecord
+R = TypeVar("R", ServerRecord, ModelRecord)
+
+_encoder = msgspec.msgpack.Encoder()
+_envelopes = msgspec.msgpack.Decoder(_Envelope)
+_KINDS: dict[type[AnyRecord], str] = {ServerRecord: "server", ModelRecord: "model"}
+_DECODERS = {kind: msgspec.msgpack.Decoder(record) for record, kind in _KINDS.items()}
+
+
+def seal(record: AnyRecord, identity: Identity) -> bytes:
+    """The signed value to store. Raises RecordInvalid if the record is too large to be accepted."""
+    kind, payload = _KINDS[type(record)], _encoder.encode(record)
+    signature = identity.sign(_signed_bytes(kind, payload))
+    value = _encoder.encode(_Envelope(kind, identity.public_key, payload, signature))
+    if len(value) > MAX_VALUE_BYTES:
+        raise RecordInvalid(f"A record of {len(value)} bytes is longer than {MAX_VALUE_BYTES}.")
+    return value
+
+
+def unseal(value: bytes, kind: type[R]) -> R:
+    """A stored value -> the record in it, its signature checked. Raises RecordInvalid; expiry is
+    the reader's affair.
+    """
+    record = _open(value)
+    if not isinstance(record, kind):
+        raise RecordInvalid(f"Expected a {_KINDS[kind]} record.")
+    return record
+
+
+def check_stored(subkey: str, value: bytes, expires_at: float, now: float) -> None:
+    """Whether a peer may keep ``value`` for others. Raises RecordInvalid.
+
+    It must be a sound record of the peer named by ``subkey`` (its last part, after ``/``), expire
+    when it says, and not too late.
+    """
+    record = _open(value)
+    if record.peer_id != subkey.rsplit("/", 1)[-1]:
+        raise RecordInvalid("The record belongs to another peer.")
+    if abs(record.expires_at - expires_at) > 1e-3:
+        raise RecordInvalid("The record's expiry is not the one it is stored with.")
+    if not now < expires_at <= now + MAX_LIFETIME_SECONDS:
+        raise RecordInvalid("The record's expiry is out of bounds.")
+
+
+def _open(value: bytes) -> AnyRecord:
+    if len(value) > MAX_VALUE_BYTES:
+        raise RecordInvalid("The record is too long.")
+    try:
+        envelope = _envelopes.decode(value)
+        decoder = _DECODERS.get(envelope.kind)
+        if decoder is None:
+            raise RecordInvalid(f"Records of kind {envelope.kind!r} are unknown.")
+        record: AnyRecord = decoder.decode(envelope.payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RecordInvalid(f"A record could not be read: {error}") from error
+    signed = _signed_bytes(envelope.kind, envelope.payload)
+    if peer_id_of(envelope.public_key) != record.peer_id or not verify(
+        envelope.public_key, signed, envelope.signature
+    ):
+        raise RecordInvalid("The record is not signed by the peer it names.")
+    _check_values(record)
+    return record
+
+
+def _check_values(record: AnyRecord) -> None:
+    if not math.isfinite(record.expires_at):
+        raise RecordInvalid("The record's expiry is not a time.")
+    if isinstance(record, ServerRecord):
+        for start, end in record.spans:
+            if not start < end <= record.num_blocks:
+                raise RecordInvalid(f"Blocks {start}:{end} are not a span of the model.")
+
+
+def _signed_bytes(kind: str, payload: bytes) -> bytes:
+    return _LABEL + kind.encode() + b"\0" + payload
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+def shard_bits_for(population: int) -> int:
+    """Level of sharding at which a shard holds about ``RECORDS_PER_SHARD`` of so many records."""
+    if population <= RECORDS_PER_SHARD:
+        return 0
+    return min(MAX_SHARD_BITS, math.ceil(math.log2(population / RECORDS_PER_SHARD)))
+
+
+def shard_of(peer: str, bits: int) -> int:
+    """The peer's shard at a level, spread by hash."""
+    return int.from_bytes(hashlib.sha256(peer.encode()).digest()[:4], "big") & ((1 << bits) - 1)
+
+
+def block_key(model: str, bucket: int, bits: int, shard: int) -> str:
+    """Name of one shard of one bucket of blocks in the record store."""
+    return f"petals/blocks/{model}/{bucket}/{bits}/{shard}"
+
+
+def buckets_of(spans: Iterable[BlockSpan]) -> tuple[int, ...]:
+    """The buckets that these spans touch."""
+    touched: set[int] = set()
+    for span in spans:
+        if len(span):
+            touched.update(
+                range(span.start // BLOCKS_PER_BUCKET, (span.end - 1) // BLOCKS_PER_BUCKET + 1)
+            )
+    return tuple(sorted(touched))
+
+
+def keys_to_store(record: ServerRecord) -> tuple[str, ...]:
+    """Every key this record belongs under: its shard of each bucket, and the level-0 sample if it
+    is in it.
+    """
+    keys = []
+    shard = shard_of(record.peer_id, record.shard_bits)
+    for bucket in buckets_of(record.block_spans):
+        keys.append(block_key(record.model, bucket, record.shard_bits, shard))
+        if record.shard_bits and is_sample(record):
+            keys.append(block_key(record.model, bucket, 0, 0))
+    return tuple(keys)
+
+
+def is_sample(record: ServerRecord) -> bool:
+    """True for the one in 2**bits records that readers find without knowing the level."""
+    return shard_of(record.peer_id, record.shard_bits) == 0
+
+
+def population_of(sample: Iterable[ServerRecord]) -> int:
+    """Estimate of all records of a bucket from its level-0 sample."""
+    return sum(1 << record.shard_bits for record in sample)
+
+
+def shards_to_read(
+    model: str, bucket: int, sample: Sequence[ServerRecord], max_shards: int, seed: int
+) -> tuple[str, ...]:
+    """Further keys to read after the level-0 sample: up to ``max_shards`` per level in use, from a
+    start by ``seed``.
+    """
+    keys = []
+    levels = Counter(record.shard_bits for record in sample if record.shard_bits)
+    for bits, _ in levels.most_common(2):
+        count = min(1 << bits, max_shards)
+        keys += [block_key(model, bucket, bits, (seed + i) % (1 << bits)) for i in range(count)]
+    return tuple(keys)
+
+
+# -- views -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """An immutable picture of the servers of one model, taken at ``taken_at`` (seconds since the
+    epoch).
+    """
+
+    model: ModelId
+    num_blocks: int
+    records: Mapping[PeerId, ServerRecord]
+    taken_at: float
+
+    @cached_property
+    def _by_block(self) -> tuple[tuple[ServerRecord, ...], ...]:
+        holders: list[list[ServerRecord]] = [[] for _ in range(self.num_blocks)]
+        for record in self.records.values():
+            if record.state is ServerState.ONLINE:
+                for start, end in record.spans:
+                    for block in range(start, min(end, self.num_blocks)):
+                        holders[block].append(record)
+        return tuple(tuple(found) for found in holders)
+
+    def holders(self, block: int) -> tuple[ServerRecord, ...]:
+        """The ONLINE servers of one block."""
+        return self._by_block[block] if 0 <= block < self.num_blocks else ()
+
+    def coverage(self) -> tuple[int, ...]:
+        """How many ONLINE servers each block has."""
+        return tuple(len(found) for found in self._by_block)
+
+    def missing(self, blocks: BlockSpan | None = None) -> tuple[BlockSpan, ...]:
+        """Spans of blocks (of ``blocks``, or of the model) that no ONLINE server has."""
+        wanted = blocks or BlockSpan(0, self.num_blocks)
+        gaps: list[BlockSpan] = []
+        for block in range(wanted.start, wanted.end):
+            if self.holders(block):
+                continue
+            if gaps and gaps[-1].end == block:
+                gaps[-1] = BlockSpan(gaps[-1].start, block + 1)
+            else:
+                gaps.append(BlockSpan(block, block + 1))
+        return tuple(gaps)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """One model of the swarm, as its servers announce it."""
+
+    model: ModelId
+    num_blocks: int
+    repository: str
+    num_announcers: int
+
+
+def merge(records: Iterable[ServerRecord], model: str, now: float) -> dict[PeerId, ServerRecord]:
+    """The latest unexpired record of every peer for one model; a peer that said OFFLINE is left
+    out.
+    """
+    latest: dict[PeerId, ServerRecord] = {}
+    for record in records:
+        if record.model != model or record.expires_at <= now:
+            continue
+        known = latest.get(PeerId(record.peer_id))
+        if known is None or known.expires_at < record.expires_at:
+            latest[PeerId(record.peer_id)] = record
+    return {peer: r for peer, r in latest.items() if r.state is not ServerState.OFFLINE}
+
+
+def summarize(records: Iterable[ModelRecord], now: float) -> tuple[ModelSummary, ...]:
+    """Models by name; where servers disagree about the number of blocks, the majority counts."""
+    by_model: dict[str, dict[str, ModelRecord]] = {}
+    for record in records:
+        if record.expires_at > now:
+            by_model.setdefault(record.model, {})[record.peer_id] = record
+    summaries = []
+    for model, found in sorted(by_model.items()):
+        num_blocks, _ = Counter(r.num_blocks for r in found.values()).most_common(1)[0]
+        repository, _ = Counter(r.repository for r in found.values()).most_common(1)[0]
+        summaries.append(ModelSummary(ModelId(model), num_blocks, repository, len(found)))
+    return tuple(summaries)

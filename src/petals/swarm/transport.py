@@ -1,0 +1,127 @@
+"""The seam between Petals and a peer-to-peer engine.
+
+Two engines stand behind it: ``swarm.libp2p`` (real networks) and ``testing.memory_net`` (one
+process). An engine authenticates peers (a stream's ``remote`` is proven), carries bytes, and keeps
+expiring records. It knows nothing of frames, messages, tickets' meaning or models.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from petals.types import PeerId
+
+BOOTSTRAP_TIMEOUT_SECONDS = 5.0
+OPEN_TIMEOUT_SECONDS = 5.0
+
+
+class Stream(Protocol):
+    """A bidirectional stream of bytes to one authenticated peer. Every wait raises PeerUnreachable
+    once it is lost.
+    """
+
+    @property
+    def remote(self) -> PeerId:
+        """The peer at the other end."""
+        ...
+
+    @property
+    def remote_address(self) -> str:
+        """Multiaddress the peer is seen at; empty if the engine does not know."""
+        ...
+
+    async def read_exactly(self, num_bytes: int) -> bytes:
+        """The next ``num_bytes`` bytes. Raises PeerUnreachable if the stream ends before."""
+        ...
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Queue ``data``; follow with ``drain``."""
+        ...
+
+    async def drain(self) -> None:
+        """Wait until the queue is short (backpressure). Raises PeerUnreachable if the stream is
+        lost.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Send what is queued, then end the stream. Never raises for a stream already lost."""
+        ...
+
+    def reset(self) -> None:
+        """Drop the stream at once, with whatever is queued."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+"""Called in a task of its own for every stream a peer opens; it owns the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """One value under (key, subkey) and the wall-clock time at which it ceases to exist."""
+
+    value: bytes
+    expires_at: float
+
+
+class RecordStore(Protocol):
+    """A distributed dictionary of expiring values: key -> subkey -> value; the later expiry wins."""
+
+    async def store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        """True if at least one peer (or we ourselves) took it."""
+        ...
+
+    async def get(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, StoredValue]]:
+        """The freshest values of every key; a key nobody knows maps to an empty mapping."""
+        ...
+
+
+class Transport(Protocol):
+    """One peer's presence in the network."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def records(self) -> RecordStore: ...
+
+    async def start(self) -> None:
+        """Listen and join the swarm. Raises BootstrapFailed within about five seconds if no initial
+        peer answers.
+        """
+        ...
+
+    async def addresses(self) -> tuple[str, ...]:
+        """Multiaddresses others can dial, each ending in ``/p2p/<our id>``."""
+        ...
+
+    async def connect(self, address: str) -> PeerId:
+        """Dial one multiaddress. Raises PeerUnreachable."""
+        ...
+
+    async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> Stream:
+        """A new stream to ``peer``. Raises PeerUnreachable or PeerTimeout."""
+        ...
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        """Hand streams that peers open for ``protocol`` to ``handler``."""
+        ...
+
+    async def peers(self) -> frozenset[PeerId]:
+        """Peers we hold a connection to."""
+        ...
+
+    async def probe(self, address: str, timeout: float) -> bool:
+        """Whether ``address`` takes a *fresh* connection, not one that is already open."""
+        ...
+
+    def on_restart(self, callback: Callable[[], None]) -> None:
+        """Call back after the engine was restarted under the same id (records must be stored
+        again).
+        """
+        ...
+
+    async def close(self) -> None:
+        """Leave; every stream is lost. Safe to call twice."""
+        ...

@@ -1,0 +1,286 @@
+"""A network in memory: the second engine behind ``swarm.transport``, with latency and faults under
+control.
+
+Streams have backpressure and arrive in order after ``latency_seconds`` of the given clock. ``cut``
+makes a link swallow bytes (the peers notice only by silence), ``kill`` makes a peer vanish
+(everybody notices at once). Records live in one dictionary per swarm key and expire by the clock.
+Knows no frames and no messages.
+"""
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+
+from petals.clock import Clock, SystemClock
+from petals.errors import BootstrapFailed, PeerTimeout, PeerUnreachable
+from petals.swarm.config import EngineParts
+from petals.swarm.transport import StoredValue, StreamHandler
+from petals.types import PeerId
+
+_HIGH_WATER_BYTES = 256 * 1024
+
+
+class MemoryNet:
+    """All peers of a test, and the weather between them."""
+
+    def __init__(self, clock: Clock | None = None, latency_seconds: float = 0.0) -> None:
+        self.clock: Clock = clock or SystemClock()
+        self.latency_seconds = latency_seconds
+        self.transports: dict[PeerId, MemoryTransport] = {}
+        self._cut: set[frozenset[PeerId]] = set()
+        self._records: dict[bytes, dict[str, dict[str, StoredValue]]] = defaultdict(dict)
+
+    def engine(self, parts: EngineParts) -> "MemoryTransport":
+        """Engine for ``SwarmNode``: a peer of this network."""
+        return MemoryTransport(self, parts)
+
+    def cut(self, one: PeerId, other: PeerId) -> None:
+        """From now on nothing passes between the two; nobody is told."""
+        self._cut.add(frozenset((one, other)))
+
+    def heal(self, one: PeerId, other: PeerId) -> None:
+        """New bytes pass again; what was swallowed is lost, so streams cut before stay broken."""
+        self._cut.discard(frozenset((one, other)))
+
+    def kill(self, peer: PeerId) -> None:
+        """The peer's process dies: its streams break at once, new ones cannot be opened."""
+        transport = self.transports.pop(peer, None)
+        if transport is not None:
+            transport.break_streams()
+
+    def is_cut(self, one: PeerId, other: PeerId) -> bool:
+        return frozenset((one, other)) in self._cut
+
+    def records_of(self, swarm: bytes) -> dict[str, dict[str, StoredValue]]:
+        """The records of the swarm with this key (empty bytes: the open one)."""
+        return self._records[swarm]
+
+
+class _Pipe:
+    """One direction of a stream."""
+
+    def __init__(self, net: MemoryNet, source: PeerId, target: PeerId) -> None:
+        self._net, self._source, self._target = net, source, target
+        self._arrived: deque[bytes] = deque()
+        self._offset = 0
+        self.num_unread = 0
+        self._num_arrived = 0
+        self._wanted = 0
+        self._reader: asyncio.Future[None] | None = None
+        self._writers: deque[asyncio.Future[None]] = deque()
+        self.is_over = False
+
+    def write(self, data: bytes) -> None:
+        if self.is_over or not data:
+            return
+        self.num_unread += len(data)
+        if not self._net.is_cut(self._source, self._target):
+            self._later(lambda: self._deliver(data))
+
+    def finish(self) -> None:
+        """End of stream, after everything written so far."""
+        if not self._net.is_cut(self._source, self._target):
+            self._later(self.end)
+
+    def end(self) -> None:
+        self.is_over = True
+        self._wake()
+
+    def _later(self, action: Callable[[], None]) -> None:
+        if self._net.latency_seconds:
+            self._net.clock.call_later(self._net.latency_seconds, action)
+        else:
+            action()
+
+    def _deliver(self, data: bytes) -> None:
+        if not self.is_over:
+            self._arrived.append(data)
+            self._num_arrived += len(data)
+            if self._num_arrived >= self._wanted:
+                self._wake()
+
+    def _wake(self) -> None:
+        waiting = [*self._writers] if self.is_over else []
+        if self._reader is not None:
+            waiting.append(self._reader)
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def read_exactly(self, num_bytes: int) -> bytes:
+        while self._num_arrived < num_bytes:
+            if self.is_over:
+                raise PeerUnreachable("The stream ended.", peer_id=self._source)
+            self._wanted = num_bytes
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return self._take(num_bytes)
+
+    def _take(self, num_bytes: int) -> bytes:
+        parts, missing = [], num_bytes
+        while missing:
+            head = self._arrived[0]
+            part = head[self._offset : self._offset + missing]
+            parts.append(part)
+            missing -= len(part)
+            self._offset += len(part)
+            if self._offset == len(head):
+                self._arrived.popleft()
+                self._offset = 0
+        self._num_arrived -= num_bytes
+        self.num_unread -= num_bytes
+        if self.num_unread <= _HIGH_WATER_BYTES:
+            while self._writers:
+                writer = self._writers.popleft()
+                if not writer.done():
+                    writer.set_result(None)
+        return b"".join(parts)
+
+    async def drain(self) -> None:
+        while self.num_unread > _HIGH_WATER_BYTES and not self.is_over:
+            writer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._writers.append(writer)
+            await writer
+        if self.is_over:
+            raise PeerUnreachable("The stream is lost.", peer_id=self._target)
+
+
+class MemoryStream:
+    """One end of a stream."""
+
+    def __init__(self, remote: PeerId, inbound: _Pipe, outbound: _Pipe) -> None:
+        self.remote = remote
+        self._in, self._out = inbound, outbound
+
+    @property
+    def remote_address(self) -> str:
+        return _address(self.remote)
+
+    @property
+    def num_unread(self) -> int:
+        """Bytes written here that the other end has not read yet."""
+        return self._out.num_unread
+
+    async def read_exactly(self, num_bytes: int) -> bytes:
+        return await self._in.read_exactly(num_bytes)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._out.write(bytes(data))
+
+    async def drain(self) -> None:
+        await self._out.drain()
+
+    async def close(self) -> None:
+        self._in.end()
+        self._out.finish()
+
+    def reset(self) -> None:
+        self._in.end()
+        self._out.end()
+
+
+class MemoryTransport:
+    """One peer of a ``MemoryNet``."""
+
+    def __init__(self, net: MemoryNet, parts: EngineParts) -> None:
+        self.peer_id = parts.identity.peer_id
+        key = parts.admission.key
+        self.records = MemoryRecords(net, b"" if key is None else key.secret)
+        self._net = net
+        self._initial_peers = parts.config.initial_peers
+        self._handlers: dict[str, StreamHandler] = {}
+        self._streams: list[MemoryStream] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._net.transports[self.peer_id] = self
+        known = [a for a in self._initial_peers if _peer_of(a) in self._net.transports]
+        if self._initial_peers and not known:
+            self._net.transports.pop(self.peer_id)
+            raise BootstrapFailed("None of the initial peers answers.", hint="Check the address.")
+
+    async def addresses(self) -> tuple[str, ...]:
+        return (_address(self.peer_id),)
+
+    async def connect(self, address: str) -> PeerId:
+        peer = _peer_of(address)
+        if peer not in self._net.transports:
+            raise PeerUnreachable("Nobody listens there.", peer_id=peer)
+        return peer
+
+    async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> MemoryStream:
+        target = self._net.transports.get(peer)
+        if self._net.is_cut(self.peer_id, peer):
+            await self._net.clock.sleep(timeout)
+            raise PeerTimeout("The peer does not answer.", peer_id=peer)
+        if target is None or protocol not in target._handlers:
+            raise PeerUnreachable("The peer cannot be reached.", peer_id=peer)
+        forth = _Pipe(self._net, self.peer_id, peer)
+        back = _Pipe(self._net, peer, self.peer_id)
+        target._accept(protocol, MemoryStream(self.peer_id, forth, back))
+        return self._keep(MemoryStream(peer, back, forth))
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        self._handlers[protocol] = handler
+
+    async def peers(self) -> frozenset[PeerId]:
+        return frozenset(self._net.transports) - {self.peer_id}
+
+    async def probe(self, address: str, timeout: float) -> bool:
+        peer = _peer_of(address)
+        return peer in self._net.transports and not self._net.is_cut(self.peer_id, peer)
+
+    def on_restart(self, callback: Callable[[], None]) -> None:
+        """This engine never restarts."""
+
+    async def close(self) -> None:
+        if self._net.transports.get(self.peer_id) is self:
+            del self._net.transports[self.peer_id]
+        self.break_streams()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+
+    def break_streams(self) -> None:
+        for stream in self._streams:
+            stream.reset()
+        self._streams.clear()
+
+    def _keep(self, stream: MemoryStream) -> MemoryStream:
+        self._streams = [kept for kept in self._streams if not kept._out.is_over]
+        self._streams.append(stream)
+        return stream
+
+    def _accept(self, protocol: str, stream: MemoryStream) -> None:
+        task = asyncio.ensure_future(self._handlers[protocol](self._keep(stream)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class MemoryRecords:
+    """The record store all peers of one swarm share."""
+
+    def __init__(self, net: MemoryNet, swarm: bytes) -> None:
+        self._net, self._swarm = net, swarm
+
+    async def store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        values = self._net.records_of(self._swarm).setdefault(key, {})
+        known = values.get(subkey)
+        if expires_at <= self._net.clock.now() or (known and known.expires_at >= expires_at):
+            return False
+        values[subkey] = StoredValue(value, expires_at)
+        return True
+
+    async def get(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, StoredValue]]:
+        records, now = self._net.records_of(self._swarm), self._net.clock.now()
+        return {
+            key: {s: v for s, v in records.get(key, {}).items() if v.expires_at > now}
+            for key in keys
+        }
+
+
+def _address(peer: PeerId) -> str:
+    return f"/memory/p2p/{peer}"
+
+
+def _peer_of(address: str) -> PeerId:
+    return PeerId(address.rsplit("/p2p/", 1)[-1])
