@@ -1,7 +1,7 @@
-"""Where the blocks of a model are: found by looking at the modules, not by a table of architectures.
+"""Where the blocks of a model are: found by looking at its modules, not in a table.
 
-The base class of any decoder in transformers is built on the meta device (no memory, a fraction of a second) and
-searched for the list of its layers. Knows nothing of files, weights or devices.
+The base class of any decoder in transformers is built on the meta device (no memory, a fraction of
+a second) and searched for the list of its layers. Knows nothing of files, weights or devices.
 """
 
 import copy
@@ -30,7 +30,7 @@ class ModelArch:
     """The shape of one model. Paths are attribute paths from an instance of ``base_class``.
 
     ``host_path`` names the innermost transformers model around the layers: its forward makes masks
-    and rotary tables, and its config is ``text_config``. It is "" when the base class is that model.
+    and rotary tables, its config is the text config. It is "" when the base class is that model.
     """
 
     model_type: str

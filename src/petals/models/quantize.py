@@ -1,17 +1,30 @@
-"""Narrow weights: dynamic int8 for CPUs that does not care who shares the batch, bitsandbytes elsewhere.
+"""Narrow weights: dynamic int8 on CPUs, whoever shares the batch; bitsandbytes elsewhere.
 
 Knows nothing of spans, sessions or files; it swaps the linear layers of any module.
 """
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available
 
 from petals.errors import ConfigError
+
+Clock = Callable[[], float]
+"""Seconds from some fixed point."""
+
+_INT8_MAX = 127.0
+_SMALLEST_SCALE = 1e-12
+_PROBE_IN, _PROBE_OUT = 2048, 2048
+_PROBE_ROWS = (1, 8)
+_PROBE_REPEATS = 5
 
 
 class QuantKind(StrEnum):
@@ -26,29 +39,30 @@ class QuantKind(StrEnum):
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights, one scale per output channel, for x86 CPUs.
 
-    The kernel takes one activation scale for the whole batch. Each row is therefore divided by its
-    largest magnitude and one row holding +1 and -1 pins the range, so that a row's output is the
-    same bits whatever rows are beside it. Inference only: the kernel has no gradient.
+    ``[..., in]`` of any float dtype -> ``[..., out]`` of the same dtype. The kernel takes one
+    activation scale for the whole batch. Each row is therefore divided by its largest magnitude
+    and one row holding +1 and -1 pins the range, so that a row's output does not depend on the
+    rows beside it. Inference only: the kernel has no gradient.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().float()
-        scales = (weight.abs().amax(dim=1) / 127.0).clamp_min(1e-12).double()
+        self.out_features, self.in_features = weight.shape
+        wide = weight.detach().float()
+        scales = (wide.abs().amax(dim=1) / _INT8_MAX).clamp_min(_SMALLEST_SCALE).double()
         zeros = torch.zeros(len(scales), dtype=torch.int64)
-        packed = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        self.bias = bias
-        self.packed = torch.ops.quantized.linear_prepack(packed, None)
+        narrow = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(narrow, None)
+        self.bias = None if bias is None else bias.detach().float()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, self.in_features).float()
+        # A row of zeros has no direction to keep: any divisor does.
         peaks = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         pin = torch.zeros(1, self.in_features)
         pin[0, 0], pin[0, -1] = 1.0, -1.0
-        scaled = torch.ops.quantized.linear_dynamic(torch.cat((rows / peaks, pin)), self.packed)
-        output = scaled[:-1] * peaks
+        batch = torch.cat((rows / peaks, pin))
+        output = torch.ops.quantized.linear_dynamic(batch, self.packed)[:-1] * peaks
         if self.bias is not None:
             output += self.bias
         return output.to(hidden.dtype).reshape(*hidden.shape[:-1], self.out_features)
@@ -58,14 +72,55 @@ class Int8Linear(nn.Module):
 
 
 def quantize_linears(root: nn.Module) -> int:
-    """Replace every ``nn.Linear`` (and GPT-2's transposed kind) below ``root``; returns how many."""
+    """Replace every linear layer below ``root``, GPT-2's transposed kind too; returns how many.
+
+    Fused experts are no linear layers and stay as they are.
+    """
     swapped = 0
     for module in list(root.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.in_features > 1:
-                setattr(module, name, Int8Linear(child))
+            narrow = _narrowed(child)
+            if narrow is not None:
+                setattr(module, name, narrow)
                 swapped += 1
     return swapped
+
+
+def _narrowed(module: nn.Module) -> Int8Linear | None:
+    # Subclasses may compute something else; one column leaves no place for the pin's two ends.
+    if type(module) is nn.Linear and module.in_features > 1:
+        return Int8Linear(module.weight, module.bias)
+    if type(module) is Conv1D and module.nx > 1:
+        return Int8Linear(module.weight.t(), module.bias)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How a device computes fastest, and the seconds each candidate took for its probe."""
+
+    dtype: torch.dtype
+    quant: QuantKind
+    seconds: dict[str, float]
+
+
+def fastest(device: str = "cpu", *, lossy: bool = True, clock: Clock = time.perf_counter) -> Choice:
+    """Measure f32, bf16 and, on a CPU, int8 for about a second and choose.
+
+    Each candidate multiplies one token and a small batch, the two shapes a server lives on.
+    ``lossy`` False leaves int8 out, for those who want a checkpoint's own quality.
+    """
+    probes: dict[tuple[torch.dtype, QuantKind], nn.Module] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = nn.Linear(_PROBE_IN, _PROBE_OUT, bias=False, device=device, dtype=dtype)
+        probes[dtype, QuantKind.NONE] = linear
+    if device == "cpu" and lossy and "fbgemm" in torch.backends.quantized.supported_engines:
+        wide = probes[torch.float32, QuantKind.NONE].get_parameter("weight")
+        probes[torch.float32, QuantKind.INT8] = Int8Linear(wide, None)
+    taken = {key: _probe_seconds(key[0], probe, device, clock) for key, probe in probes.items()}
+    dtype, quant = min(taken, key=lambda key: taken[key])
+    named = {_label(*key): seconds for key, seconds in taken.items()}
+    return Choice(dtype=dtype, quant=quant, seconds=named)
 
 
 def quantization_config_for(kind: QuantKind) -> Any:
@@ -85,3 +140,23 @@ def quantization_config_for(kind: QuantKind) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
+
+
+def _probe_seconds(dtype: torch.dtype, probe: nn.Module, device: str, clock: Clock) -> float:
+    """Time of one token plus one small batch; the least of some repeats, since others run too."""
+    total = 0.0
+    with torch.inference_mode():
+        for rows in _PROBE_ROWS:
+            hidden = torch.randn(rows, _PROBE_IN, device=device, dtype=dtype)
+            taken = []
+            for _ in range(_PROBE_REPEATS):
+                started = clock()
+                # Reading one value back waits for a device that works on its own time.
+                probe(hidden)[0, 0].item()
+                taken.append(clock() - started)
+            total += min(taken)
+    return total
+
+
+def _label(dtype: torch.dtype, quant: QuantKind) -> str:
+    return str(quant) if quant is not QuantKind.NONE else str(dtype).removeprefix("torch.")

@@ -1,7 +1,8 @@
-"""Where a model's files are: a hub repository or a local folder, its config and its index of tensors.
+"""Where a model's files are: a hub repository or a local folder, its config and index of tensors.
 
-Resolves names, refuses what is not safe to read, and downloads single files through the ordinary hub cache
-(``HF_HUB_OFFLINE``, ``HF_HOME`` and tokens work as everywhere). Knows nothing of blocks or modules.
+Resolves names, refuses what is not safe to read, and downloads single files through the ordinary
+hub cache (``HF_HUB_OFFLINE``, ``HF_HOME`` and tokens work as everywhere). Knows nothing of blocks
+or modules.
 """
 
 import errno
@@ -46,7 +47,7 @@ ALIASES = {
     "bigscience/bloom-petals": "bigscience/bloom",
     "bigscience/bloomz-petals": "bigscience/bloomz",
 }
-"""Names the original Petals gave to repackaged checkpoints -> the checkpoint they were made from."""
+"""Names the original Petals gave to repackaged checkpoints -> what they were made from."""
 
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 _announced_aliases: set[str] = set()
@@ -76,17 +77,17 @@ class Checkpoint:
 
         Raises PickleCheckpointRefused, ModelFilesBroken, NotEnoughDisk.
         """
-        index = self._find(INDEX_FILE)
+        index = self.find(INDEX_FILE)
         if index is not None:
             return _read_index(index)
-        single = self._find(SINGLE_FILE)
+        single = self.find(SINGLE_FILE)
         if single is not None:
             return dict.fromkeys(_tensor_names(single), SINGLE_FILE)
         if self.folder is not None:
             found = _map_loose_files(self.folder)
             if found:
                 return found
-        if any(self._find(name) is not None for name in PICKLE_FILES):
+        if any(self.find(name) is not None for name in PICKLE_FILES):
             raise _pickle_refused(self.name)
         raise ModelFilesBroken(
             f"{self.name} has a config but no safetensors weights.",
@@ -95,7 +96,7 @@ class Checkpoint:
 
     @property
     def model_id(self) -> ModelId:
-        """Default name in the directory: equal for everyone who loads the same repository or folder."""
+        """Default name in the directory: equal for all who load the same repository or folder."""
         if self.folder is None:
             stem = self.name.replace("/", "--")
             if self.access.revision not in (None, "main"):
@@ -112,7 +113,7 @@ class Checkpoint:
 
         Raises ModelFilesBroken if the model has no such file, NotEnoughDisk if it does not fit.
         """
-        found = self._find(file_name)
+        found = self.find(file_name)
         if found is None:
             raise ModelFilesBroken(
                 f"{self.name} lists {file_name} in its index, but the file is missing.",
@@ -120,7 +121,8 @@ class Checkpoint:
             )
         return found
 
-    def _find(self, file_name: str) -> Path | None:
+    def find(self, file_name: str) -> Path | None:
+        """Like ``path``, but None for a file that the model does not have."""
         if self.folder is not None:
             path = self.folder / file_name
             return path if path.is_file() else None
@@ -151,6 +153,11 @@ def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
             hint="Is it a model of transformers, and not an adapter, a GGUF file or a data set?",
         )
     return Checkpoint(name=name, config=_read_config(downloaded, name), access=access)
+
+
+def opened(source: str | Checkpoint, access: HubAccess) -> Checkpoint:
+    """``source`` itself if it is a checkpoint already, else ``open_checkpoint(source)``."""
+    return source if isinstance(source, Checkpoint) else open_checkpoint(source, access)
 
 
 def _follow_alias(source: str) -> str:

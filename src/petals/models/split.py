@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from petals.errors import BlocksNotServed, ModelFilesBroken
 from petals.models.arch import ModelArch, build_on_meta, describe, parent_of
 from petals.models.quantize import QuantKind, quantization_config_for, quantize_linears
-from petals.models.sources import Checkpoint, HubAccess, open_checkpoint
+from petals.models.sources import Checkpoint, HubAccess, opened
 from petals.models.weights import Progress, needed_keys, open_tensors
 from petals.types import BlockSpan
 
@@ -81,9 +81,7 @@ def load_blocks(
     missing), BlocksNotServed (the model has no such blocks).
     """
     options = options or LoadOptions()
-    checkpoint = (
-        source if isinstance(source, Checkpoint) else open_checkpoint(source, options.access)
-    )
+    checkpoint = opened(source, options.access)
     config = copy.deepcopy(checkpoint.config)
     arch = describe(config)
     if not 0 <= blocks.start < blocks.end <= arch.num_blocks:
@@ -92,7 +90,7 @@ def load_blocks(
             hint=f"Choose START:END inside 0:{arch.num_blocks}.",
         )
     part = pruned_class(arch.base_class, lambda model: _keep_blocks(model, arch, blocks))
-    model, opened = load_part(checkpoint, part, options)
+    model, opened_files = load_part(checkpoint, part, options)
     base = model.get_submodule(arch.host_path)
     layers = _close_ranks(base, *parent_of(model, arch.layers_path), blocks)
     if options.quant is QuantKind.INT8:
@@ -106,7 +104,7 @@ def load_blocks(
         layers=layers,
         dtype=base_dtype(layers),
         quant=options.quant,
-        opened_files=opened,
+        opened_files=opened_files,
     )
 
 
@@ -118,10 +116,8 @@ def pruned_class(
     It keeps the class's names: weight renames and fusions are looked up by them.
     """
 
-    def __init__(
-        self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any
-    ) -> None:
-        model_class.__init__(self, config, *args, **kwargs)
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, **kwargs: Any) -> None:
+        model_class.__init__(self, config, **kwargs)
         prune(self)
 
     names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -141,37 +137,39 @@ def load_part(
     config = copy.deepcopy(checkpoint.config)
     keys = needed_keys(build_on_meta(part, config), checkpoint.weight_map)
     with open_tensors(checkpoint, keys, options.progress) as lazy, _quiet_transformers():
-        settings: dict[str, Any] = {
-            "dtype": options.dtype or config.dtype or lazy.dtype,
-        }
-        if options.attn_implementation is not None:
-            settings["attn_implementation"] = options.attn_implementation
-        if options.device != "cpu" and is_accelerate_available():
-            settings["device_map"] = {"": options.device}
-        quantization = quantization_config_for(options.quant)
-        if quantization is not None:
-            settings["quantization_config"] = quantization
+        settings = _loading_settings(options, options.dtype or config.dtype or lazy.dtype)
         try:
             model, info = part.from_pretrained(
-                None,
-                config=config,
-                state_dict=lazy.tensors,
-                output_loading_info=True,
-                **settings,
+                None, config=config, state_dict=lazy.tensors, **settings
             )
         except RuntimeError as error:
             raise ModelFilesBroken(
                 f"The weights of {checkpoint.name} do not fit its config: {error}",
                 hint="Config and weights belong to different models, or a file is incomplete.",
             ) from error
-        opened = lazy.opened_files
+        opened_files = lazy.opened_files
     missing = sorted(name for name in info["missing_keys"] if not may_be_new(name))
     if missing:
         raise ModelFilesBroken(
             f"{checkpoint.name} lacks {len(missing)} needed tensors, the first is {missing[0]}.",
             hint="The download is incomplete, or the config is of another model.",
         )
-    return model.to(options.device) if "device_map" not in settings else model, opened
+    if "device_map" not in settings:
+        model.to(options.device)
+    return model, opened_files
+
+
+def _loading_settings(options: LoadOptions, dtype: torch.dtype | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if options.attn_implementation is not None:
+        settings["attn_implementation"] = options.attn_implementation
+    if options.device != "cpu" and is_accelerate_available():
+        # Each tensor goes to its device as it is read; without accelerate all pass through RAM.
+        settings["device_map"] = {"": options.device}
+    quantization = quantization_config_for(options.quant)
+    if quantization is not None:
+        settings["quantization_config"] = quantization
+    return settings
 
 
 def stub_outside(root: nn.Module, kept: str) -> None:

@@ -1,7 +1,8 @@
 """Which tensors of a checkpoint a part of a model needs, read lazily and from no other file.
 
-The names are mapped with transformers' own rename rules, the same that load them later, so published
-and saved namings, fused experts and prefixes need no rule of ours. Knows nothing of spans or servers.
+The names are mapped with transformers' own rename rules, the same that load them later, so
+published and saved namings, fused experts and prefixes need no rule of ours. Knows nothing of spans
+or servers.
 """
 
 import math
