@@ -1,6 +1,6 @@
-"""Asking a model in the swarm one thing and showing the words as they come; used by generate, chat and demo.
+"""Asking a model in the swarm one thing and showing the words as they come.
 
-Knows the client's public names. Must not know servers, wire or processes.
+For generate, chat and demo. Knows the client's public names; not servers, wire or processes.
 """
 
 import time

@@ -15,6 +15,7 @@ from petals.cli.lifetime import stop_when_stdin_closes, write_ready_file
 if TYPE_CHECKING:
     from petals.swarm.config import NodeConfig
 
+
 def bootstrap(
     join: options.Join = None,
     host: options.Host = "0.0.0.0",
@@ -58,8 +59,6 @@ async def run_bootstrap(config: "NodeConfig", ready_file: Path | None = None) ->
         say("The swarm can be joined at:")
         for address in addresses:
             print_data(address)
-        write_ready_file(
-            ready_file, {"peer_id": node.peer_id, "initial_peers": list(addresses)}
-        )
+        write_ready_file(ready_file, {"peer_id": node.peer_id, "initial_peers": list(addresses)})
         await stopped.wait()
         say("Leaving")

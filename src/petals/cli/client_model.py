@@ -54,9 +54,7 @@ def load_client(
         from petals.models.sources import open_checkpoint
 
         checkpoint = open_checkpoint(model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder or checkpoint.name
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder or checkpoint.name)
         client = AutoDistributedModelForCausalLM.from_pretrained(
             model, initial_peers=list(addresses), swarm_key=swarm_key
         )

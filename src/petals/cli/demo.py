@@ -4,7 +4,6 @@ Puts the demo model, a local swarm and a client together; knows no tensors and n
 """
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer

@@ -22,7 +22,7 @@ def write_ready_file(path: Path | None, content: Mapping[str, object]) -> None:
 
 
 def stop_when_stdin_closes() -> None:
-    """Watch stdin in a thread; its end is our SIGTERM. Whoever holds the pipe cannot leave us behind."""
+    """Watch stdin in a thread; its end is our SIGTERM, however the holder of the pipe went."""
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 4096):

@@ -22,7 +22,7 @@ Join = Annotated[
     typer.Option(
         "--join",
         metavar="ADDR",
-        help=f"Address of a peer of the swarm; may be repeated. [env: {constants.ENV_INITIAL_PEERS}]",
+        help=f"A peer of the swarm; may be repeated. [env: {constants.ENV_INITIAL_PEERS}]",
     ),
 ]
 SwarmKeyFile = Annotated[
@@ -62,7 +62,7 @@ UntilStdinCloses = Annotated[
 
 
 def peers_to_join(join: list[str] | None) -> tuple[str, ...]:
-    """The addresses typed, or those of PETALS_INITIAL_PEERS. Raises ConfigError if there are none."""
+    """The addresses typed, or those of PETALS_INITIAL_PEERS. Raises ConfigError without any."""
     addresses = tuple(join or ()) or constants.initial_peers()
     if not addresses:
         raise ConfigError(

@@ -18,7 +18,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags of the old run_dht, and --swarm_key."""
     parser = argparse.ArgumentParser(prog="python -m petals.cli.run_dht", description=__doc__)
     add = parser.add_argument
-    add("--initial_peers", nargs="*", default=[], help="peers of the swarm to join; none: a new one")
+    add(
+        "--initial_peers", nargs="*", default=[], help="peers of the swarm to join; none: a new one"
+    )
     add("--host_maddrs", nargs="+", default=[], help="multiaddresses to listen on")
     add("--announce_maddrs", nargs="+", default=[], help="multiaddresses that others should dial")
     add("--use_ipfs", action="store_true", help="refused: no public network is used")

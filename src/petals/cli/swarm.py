@@ -13,7 +13,7 @@ import typer
 from petals.cli import options
 from petals.cli.console import interrupted_by_sigterm, print_data, say, stage
 from petals.errors import SwarmError
-from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig, even_spans
+from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan
 
 app = typer.Typer(help="Run a whole swarm on this machine; make swarm keys.", no_args_is_help=True)
@@ -103,10 +103,11 @@ def spans_of(model: str, num_servers: int, blocks: list[str] | None) -> tuple[Bl
     """The spans typed, or an even cut of the model. Raises ConfigError, ModelNotFound."""
     if blocks:
         return tuple(BlockSpan.parse(text) for text in blocks)
+    from petals.models.arch import describe
+    from petals.models.cost import deal
     from petals.models.sources import open_checkpoint
 
-    config = open_checkpoint(model).config.get_text_config()
-    return even_spans(config.num_hidden_layers, num_servers)
+    return deal(describe(open_checkpoint(model).config).num_blocks, num_servers)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,10 +1,11 @@
 """A whole swarm on this machine: a bootstrap peer and some servers, each a real process.
 
 Starts `petals bootstrap` and `petals serve`, waits until all are online, names them, and stops them
-with everything they started. Used by `petals demo`, `petals swarm up` and the end-to-end tests. Must
-not know models, tensors or messages: it sees only command lines, ready files and logs.
+with everything they started. Used by `petals demo`, `petals swarm up` and the end-to-end tests.
+Must not know models, tensors or messages: it sees only command lines, ready files and logs.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -152,10 +153,8 @@ class LocalSwarm:
             _signal_group(child.process, signal.SIGTERM)
         deadline = time.monotonic() + self.config.stop_timeout_seconds
         for child in children:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
             # Also after a clean exit: what a process started must not outlive it.
             _signal_group(child.process, signal.SIGKILL)
             child.process.wait()
@@ -229,20 +228,6 @@ class LocalSwarm:
             time.sleep(_POLL_SECONDS)
         told: dict[str, list[str]] = json.loads(child.ready.read_text(encoding="utf-8"))
         return told
-
-
-def even_spans(num_blocks: int, num_servers: int) -> tuple[BlockSpan, ...]:
-    """Cut `num_blocks` blocks into spans whose lengths differ by at most one.
-
-    Raises ConfigError if there are more servers than blocks, or none.
-    """
-    if not 1 <= num_servers <= num_blocks:
-        raise ConfigError(
-            f"{num_blocks} blocks cannot be shared by {num_servers} servers.",
-            hint=f"Ask for 1 to {num_blocks} servers.",
-        )
-    cuts = [num_blocks * server // num_servers for server in range(num_servers + 1)]
-    return tuple(BlockSpan(start, end) for start, end in zip(cuts, cuts[1:]))
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
