@@ -1,0 +1,115 @@
+"""The test every server runs before it serves: does the fast path say what the model says?
+
+Three sessions of different lengths, prefill, decode and rollback mixed in shared steps, against
+one undisturbed pass of each text through the model's own forward. A span that fails runs its
+sessions one by one; one that fails even so is refused. Knows no server.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from petals.errors import ModelNotSupported
+from petals.models.batch import Segment
+from petals.models.kv_layout import SlabRow
+from petals.models.span import FOREIGN_ERRORS, Mode, Span
+from petals.types import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+Step = tuple[tuple[int, int, int], ...]
+"""(session, first token, last token) for each session that takes part."""
+
+LENGTHS = (20, 13, 17)
+STEPS: tuple[Step, ...] = (
+    ((0, 0, 9),),
+    ((0, 9, 10), (1, 0, 5)),
+    ((0, 10, 11), (1, 5, 6), (2, 0, 12)),
+    ((1, 4, 9), (2, 12, 13), (0, 11, 15)),
+    ((0, 13, 14), (1, 9, 10), (2, 13, 14)),
+    ((2, 14, 15), (0, 14, 15), (1, 10, 11)),
+    ((0, 15, 16), (1, 11, 12), (2, 15, 16)),
+    ((0, 6, 20), (1, 12, 13), (2, 3, 17)),
+)
+"""Prefill whole and in parts, decode alone and in company, rollback by one token and by many."""
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfTest:
+    """Outcome: how the span runs, why not faster, and its largest relative error."""
+
+    mode: Mode
+    reason: str
+    error: float
+
+
+def run_self_test(span: Span, tolerance: float | None = None, seed: int = 0) -> SelfTest:
+    """Compare, fall back if needed, and tell. Takes about ten small steps.
+
+    Raises ModelNotSupported if even one by one the outputs differ from the model's.
+    """
+    allowed = tolerance if tolerance is not None else _TOLERANCE.get(span.dtype, 1e-1)
+    error = _try(span, seed)
+    if not error <= allowed and span.mode is Mode.PACKED:
+        span.fall_back(f"the packed path differs from the model by {error:.1e}")
+        error = _try(span, seed)
+    if not error <= allowed:
+        raise ModelNotSupported(
+            f"Blocks {span.blocks} differ by {error:.1e} from the model they were taken from.",
+            hint="`petals models check` lists the architectures that work.",
+        )
+    return SelfTest(mode=span.mode, reason=span.reason, error=error)
+
+
+def _try(span: Span, seed: int) -> float:
+    try:
+        return compare(span, seed)
+    except FOREIGN_ERRORS as error:
+        logger.warning("The self-test failed: %s: %s", type(error).__name__, error)
+        return float("inf")
+
+
+def compare(span: Span, seed: int = 0, blocks: Sequence[BlockSpan] = ()) -> float:
+    """Largest relative error of ``STEPS`` against undisturbed passes.
+
+    ``blocks``: the parts of the span that each session runs through in turn, the whole by default.
+    """
+    random = torch.Generator().manual_seed(seed)
+    width = span.hidden_size
+    texts = [
+        torch.randn((length, width), generator=random).to(span.device, span.dtype)
+        for length in LENGTHS
+    ]
+    expected = [span.reference(text) for text in texts]
+    stages = tuple(blocks) or (span.blocks,)
+    rows = [[SlabRow(part, max(LENGTHS)) for part in stages] for _ in LENGTHS]
+    worst = 0.0
+    for step in STEPS:
+        states = [texts[who][first:last] for who, first, last in step]
+        for stage, part in enumerate(stages):
+            segments = [
+                Segment(hidden=hidden, blocks=part, row=rows[who][stage], start=first)
+                for hidden, (who, first, last) in zip(states, step)
+            ]
+            states = span.run(segments)
+        for output, (who, first, last) in zip(states, step):
+            worst = max(worst, relative_error(output, expected[who][first:last]))
+    return worst
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected| of the worst token; nan if either is not finite.
+
+    In half precision a token near a routing tie may take other experts, so there the median token
+    counts and not the worst.
+    """
+    exact = found.dtype in (torch.float32, torch.float64)
+    found, expected = found.float(), expected.float()
+    if not (found.isfinite().all() and expected.isfinite().all()):
+        return float("nan")
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+    return float(errors.max() if exact else errors.median())

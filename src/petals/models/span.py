@@ -1,0 +1,290 @@
+"""Blocks at work: a span runs the tokens of many rows in one forward of the model's own code.
+
+Each block's forward is wrapped: segments enter and leave at blocks of their own, so a session may
+use any part of the span. Architectures whose attention or state cannot be packed run one row after
+another, through the same cache. Knows no sessions, no budgets, no network.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from petals.errors import BadInput, BlocksNotServed, LengthExceeded, ModelNotSupported, SessionGap
+from petals.models.attention import PACKED, register
+from petals.models.attention_replacements import replace_attention
+from petals.models.batch import BatchContext, Segment, activate, current
+from petals.models.kv_layout import KVLayout
+from petals.models.probe import BlockTraits, ProbeCache
+from petals.models.recurrent import RecurrentRow
+from petals.models.rotary import rotate_per_segment
+from petals.models.span_cache import SpanCache
+from petals.types import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+FOREIGN_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NotImplementedError,
+    AssertionError,
+    ImportError,
+    ArithmeticError,
+)
+"""What the forward of a model we did not write may raise."""
+
+
+class Mode(StrEnum):
+    """How a span runs a step of several segments."""
+
+    PACKED = "packed"
+    ONE_BY_ONE = "one by one"
+
+
+class Blocks(Protocol):
+    """What ``split.load_blocks`` returns, as far as running needs it."""
+
+    @property
+    def blocks(self) -> BlockSpan: ...
+    @property
+    def base(self) -> PreTrainedModel: ...
+    @property
+    def layers(self) -> nn.ModuleList: ...
+    @property
+    def config(self) -> PretrainedConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class Span:
+    """Loaded blocks, ready to run. One instance belongs to one thread at a time.
+
+    ``mode`` says how; ``layout`` what a token costs. Call ``self_test.run_self_test(span)`` before
+    serving: it compares with the model's own path and may change both.
+    """
+
+    def __init__(self, loaded: Blocks) -> None:
+        register()
+        self.blocks = loaded.blocks
+        self._base = loaded.base
+        self._layers = loaded.layers
+        self._configs = _configs_of(loaded.base)
+        self._own_attention = [config._attn_implementation for config in self._configs]
+        self._num_states = int(getattr(loaded.base.config, "number_of_conv_states", 1))
+        self._takes_positions = _accepts(loaded.base, "position_ids")
+        self.hidden_size = int(loaded.config.hidden_size)
+        first = next((p for p in loaded.layers.parameters() if p.dtype.is_floating_point), None)
+        self.device = first.device if first is not None else torch.device("cpu")
+        self.dtype = loaded.dtype
+        self.max_positions = _learned_positions(loaded.layers)
+        self._wrap_blocks()
+        replace_attention(self._layers)
+        rotate_per_segment(self._base)
+        self._traits = [BlockTraits() for _ in self._layers]
+        self.mode = Mode.PACKED
+        self.reason = ""
+        self._choose_mode()
+
+    def run(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        """Outputs [n, H], one per segment in order. Rows then hold ``start + n`` tokens.
+
+        Starting before a row's length rolls it back; a segment without tokens does only that.
+        Raises BlocksNotServed, SessionGap, LengthExceeded, BadInput before anything is changed.
+        After any other error each row holds ``start`` tokens and the step may be repeated.
+        """
+        for segment in segments:
+            self._check(segment)
+        for segment in segments:
+            if segment.row is not None and segment.start < segment.row.length:
+                segment.row.commit(segment.start)
+        busy = [segment for segment in segments if segment.hidden.shape[0]]
+        if self.mode is Mode.PACKED:
+            outputs = self._forward(busy) if busy else []
+        else:
+            outputs = [self._run_alone(segment) for segment in busy]
+        for segment in segments:
+            if segment.row is not None:
+                segment.row.commit(segment.end)
+        ready = iter(outputs)
+        return [next(ready) if s.hidden.shape[0] else s.hidden for s in segments]
+
+    def fall_back(self, reason: str) -> None:
+        """Run one by one from now on; rows written so far are of no use."""
+        logger.warning("Blocks %s run one session at a time: %s.", self.blocks, reason)
+        self.mode, self.reason = Mode.ONE_BY_ONE, reason
+        self._use_attention(packed=False)
+        self._traits = self._probe(packed=False)
+        self.layout = self._layout_of(self._traits)
+
+    def _choose_mode(self) -> None:
+        try:
+            self._use_attention(packed=True)
+            self._traits = self._probe(packed=True)
+            self.layout = self._layout_of(self._traits)
+            reason = _why_not_packed(self._traits)
+        except FOREIGN_ERRORS as error:
+            if isinstance(error, ModelNotSupported):
+                raise
+            reason = f"packed attention fails ({type(error).__name__}: {error})"
+        if reason:
+            self.fall_back(reason)
+
+    def _check(self, segment: Segment) -> None:
+        if not self.blocks.covers(segment.blocks) or not len(segment.blocks):
+            raise BlocksNotServed(f"Blocks {segment.blocks} are not among {self.blocks}.")
+        if segment.hidden.dim() != 2 or segment.hidden.shape[1] != self.hidden_size:
+            raise BadInput(
+                f"States of shape {list(segment.hidden.shape)} do not fit this model.",
+                hint=f"It takes [tokens, {self.hidden_size}].",
+            )
+        length = segment.row.length if segment.row is not None else 0
+        if segment.start > length:
+            raise SessionGap(f"The step starts at {segment.start}, the row holds {length} tokens.")
+        if self.max_positions is not None and segment.end > self.max_positions:
+            raise LengthExceeded(
+                f"Position {segment.end} is beyond the {self.max_positions} this model knows.",
+                hint="Its positions are learned; a longer text needs another model.",
+            )
+
+    def _run_alone(self, segment: Segment) -> torch.Tensor:
+        if segment.row is None or not any(traits.recurrent for traits in self._traits):
+            return self._forward([segment])[0]
+        row = segment.row
+        if row.recurrent is None:
+            row.recurrent = RecurrentRow(row.max_length)
+        missed = row.recurrent.rewind(segment.start)
+        if missed is not None:
+            self._feed(replace(segment, hidden=missed, start=row.recurrent.position, taps=()))
+        row.recurrent.snapshot()
+        return self._feed(segment)
+
+    def _feed(self, segment: Segment) -> torch.Tensor:
+        output = self._forward([segment])[0]
+        assert segment.row is not None and segment.row.recurrent is not None
+        segment.row.recurrent.advance(segment.hidden)
+        return output
+
+    def _forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        context = BatchContext(segments, self.blocks, packed=self.mode is Mode.PACKED)
+        direct = [traits.direct for traits in self._traits]
+        cache = SpanCache(context, len(self._layers), direct, self._num_states)
+        trained = torch.is_grad_enabled() and any(_needs_grad(segment) for segment in segments)
+        with torch.inference_mode(not trained):
+            self._call_base(context, cache)
+        return context.outputs
+
+    def _call_base(self, context: BatchContext, cache: Any) -> None:
+        extra = {"position_ids": context.positions()} if self._takes_positions else {}
+        with activate(context):
+            self._base(
+                inputs_embeds=context.packed_hidden(),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **extra,
+            )
+
+    def reference(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, H] -> [n, H] through all blocks by the model's own path, without any cache."""
+        self._use_attention(packed=False)
+        try:
+            segment = Segment(hidden=hidden, blocks=self.blocks)
+            context = BatchContext([segment], self.blocks, packed=False)
+            with torch.inference_mode():
+                self._call_base(context, None)
+            return context.outputs[0]
+        finally:
+            self._use_attention(packed=self.mode is Mode.PACKED)
+
+    def _probe(self, packed: bool) -> list[BlockTraits]:
+        hidden = torch.zeros((2, self.hidden_size), dtype=self.dtype, device=self.device)
+        segment = Segment(hidden=hidden, blocks=self.blocks)
+        context = BatchContext([segment], self.blocks, packed=packed)
+        cache = ProbeCache(context, self._num_states)
+        # The wrapped blocks note what they return in the traits they find here.
+        self._traits = cache.traits
+        with torch.inference_mode():
+            self._call_base(context, cache)
+        return cache.finish()
+
+    def _layout_of(self, traits: list[BlockTraits]) -> KVLayout:
+        recurrent = any(block.recurrent for block in traits)
+        return KVLayout(
+            span=self.blocks,
+            blocks=tuple(block.layout for block in traits),
+            input_bytes=self.hidden_size * self.dtype.itemsize if recurrent else 0,
+        )
+
+    def _use_attention(self, packed: bool) -> None:
+        for config, own in zip(self._configs, self._own_attention):
+            config._attn_implementation = PACKED if packed else own
+
+    def _wrap_blocks(self) -> None:
+        for index, layer in enumerate(self._layers):
+            layer.forward = self._wrapped(index, layer.forward)
+
+    def _wrapped(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        block = self.blocks.start + index
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            context = current()
+            if context is None:
+                return own(hidden_states, *args, **kwargs)
+            plan = context.plans[index]
+            if plan is None:
+                return (hidden_states, None) if self._traits[index].returns_tuple else hidden_states
+            context.block, context.active = block, plan.active
+            if plan.entering or plan.prompted:
+                hidden_states = context.enter(plan, hidden_states)
+            output = own(hidden_states, *args, **kwargs)
+            if isinstance(output, tuple):
+                self._traits[index].returns_tuple = True
+            if plan.leaving or plan.tapped:
+                context.leave(plan, output[0] if isinstance(output, tuple) else output)
+            return output
+
+        return forward
+
+
+def _needs_grad(segment: Segment) -> bool:
+    prompts = segment.prompts
+    return segment.hidden.requires_grad or (prompts is not None and prompts.requires_grad)
+
+
+def _why_not_packed(traits: list[BlockTraits]) -> str:
+    if any(block.recurrent for block in traits):
+        return "it keeps recurrent states, which cannot be packed"
+    if any(block.num_updates and not block.attends for block in traits):
+        return "its attention does not go through transformers' attention interface"
+    return ""
+
+
+def _configs_of(base: PreTrainedModel) -> list[PretrainedConfig]:
+    """Every config that attention modules may read their implementation from."""
+    found = {id(base.config): base.config}
+    for module in base.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _accepts(base: PreTrainedModel, name: str) -> bool:
+    parameters = inspect.signature(base.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _learned_positions(layers: nn.Module) -> int | None:
+    """Rows of a table of positions that attention modules look up (GPT-J), if there is one."""
+    tables = [
+        buffer.shape[0] for name, buffer in layers.named_buffers() if "embed_positions" in name
+    ]
+    return min(tables, default=None)
