@@ -1,0 +1,342 @@
+"""The door: what peers may ask of this server.
+
+A channel belongs to one client; the client's sessions outlive it by their lease. Whatever a client
+gets wrong is a typed refusal and costs nobody else anything. Knows no scheduling, no pages and no
+blocks' insides.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from petals.clock import Clock
+from petals.errors import (
+    BadInput,
+    PeerBusy,
+    PetalsError,
+    ProtocolError,
+    SessionClosed,
+)
+from petals.logs import get_logger
+from petals.server import intake
+from petals.server.executor import Executor, Work
+from petals.server.intake import ByteAllowance, Offer
+from petals.server.kv_pages import KVPool, SessionKV
+from petals.server.reservations import Reservations, Room
+from petals.server.session import Session, SessionKey, SessionTable
+from petals.server.sinks import ClientSink
+from petals.server.steps import StepLimits, StepPlan, WorkKind
+from petals.swarm.background import BackgroundTasks
+from petals.swarm.channel import Channel
+from petals.types import PeerId, ServerState, SessionId
+from petals.wire.messages import (
+    AnyMessage,
+    CloseSession,
+    Forward,
+    ForwardResult,
+    GetInfo,
+    Info,
+    KeepSession,
+    OpenSession,
+    Refusal,
+    SessionEnded,
+    SessionOpened,
+    Step,
+)
+
+logger = get_logger(__name__)
+
+BLOCKS_SERVICE = "blocks"
+_REAPS_PER_LEASE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoorConfig:
+    """How much one client may take, and how long we wait for it.
+
+    ``max_alloc_seconds`` caps what a client may wait for cache, ``forward_alloc_seconds`` is what a
+    pass without a session waits. ``lease_seconds``: how long a session outlives its client's last
+    sign of life.
+    """
+
+    lease_seconds: float = 60.0
+    max_alloc_seconds: float = 600.0
+    forward_alloc_seconds: float = 10.0
+    max_sessions_per_peer: int = 64
+    max_bytes_per_peer: int = 512 * 1024 * 1024
+
+
+class BlocksService:
+    """Serves one span to whoever opens a channel.
+
+    Use it as an async context manager around serving.
+    """
+
+    def __init__(
+        self, offer: Offer, executor: Executor, pool: KVPool, clock: Clock, config: DoorConfig
+    ) -> None:
+        self.offer = offer
+        self.config = config
+        self.state = ServerState.JOINING
+        self.executor = executor
+        self.clock = clock
+        self.tasks = BackgroundTasks()
+        self.reservations = Reservations(pool, executor, clock)
+        self.bytes = ByteAllowance(config.max_bytes_per_peer)
+        self.sessions = SessionTable(
+            self.reservations.release, config.lease_seconds, config.max_sessions_per_peer
+        )
+        self._pool = pool
+
+    async def __aenter__(self) -> "BlocksService":
+        self.tasks.start(self._reap(), "freeing silent sessions")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.end_sessions("The server has stopped.")
+        await self.tasks.close()
+
+    async def serve(self, channel: Channel) -> None:
+        """Answer one channel until it ends (a ``swarm.rpc.Service``)."""
+        async with _Conversation(self, channel) as conversation:
+            while True:
+                message, tensors = await channel.receive()
+                await conversation.hear(message, tensors)
+
+    def info(self) -> Info:
+        """How we are right now."""
+        offer = self.offer
+        return Info(
+            model=offer.model,
+            blocks=(offer.blocks.start, offer.blocks.end),
+            state=self.state,
+            hidden_size=offer.hidden_size,
+            dtype=offer.dtype,
+            max_length=offer.max_length,
+            max_batch_tokens=offer.max_step_tokens,
+            tokens_free=self._pool.tokens_free,
+            num_sessions=len(self.sessions),
+            queue_tokens=self.executor.waiting_tokens,
+            step_seconds=self.executor.step_seconds,
+        )
+
+    async def finish_steps(self, timeout_seconds: float) -> None:
+        """Let steps that are under way end, for at most ``timeout_seconds``."""
+        tasks = {task for session in self.sessions for task in session.tasks}
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_seconds)
+
+    async def end_sessions(self, reason: str) -> None:
+        """Close every session and tell its client why."""
+        for session in self.sessions:
+            await self.end(session, reason)
+
+    async def end(self, session: Session, reason: str) -> None:
+        """Close a session, free its memory and, with a reason, tell its client."""
+        await self.sessions.end(session)
+        if session.sink is not None and reason:
+            await session.sink.end(session.key.session_id, reason)
+
+    async def forward(
+        self, peer: PeerId, message: Forward, tensors: Sequence[Tensor]
+    ) -> tuple[ForwardResult, Tensor]:
+        """Run whole sequences once, keeping nothing. Returns hidden [sum(counts), H] in the dtype
+        it came in.
+
+        It uses cache like a session does while it lasts, so that it can run in pieces beside
+        others' decoding. Raises what the checks, ``Reservations.reserve`` and ``Executor.run``
+        raise.
+        """
+        blocks = intake.check_request(self.offer, message)
+        counts = message.counts
+        intake.check_forward(self.offer, counts)
+        hidden = intake.only_states(self.offer, tensors, sum(counts))
+        plan = StepPlan(starts=(0,) * len(counts), counts=counts)
+        room = Room(len(counts), max(counts, default=0), blocks)
+        with self.bytes.hold(peer, hidden.nbytes):
+            kv = await self.reservations.reserve(room, self.config.forward_alloc_seconds)
+            try:
+                work = Work(kv, blocks, plan, hidden, hidden.dtype, peer, WorkKind.FORWARD)
+                outcome = await self.executor.run(work)
+            finally:
+                self.reservations.release(kv)
+        return ForwardResult(outcome.queue_seconds, outcome.compute_seconds), outcome.hidden
+
+    async def open(self, peer: PeerId, message: OpenSession) -> Session:
+        """Reserve a session, or find the one that this very request has opened before.
+
+        Raises PeerBusy (too many, or we are leaving) and what the checks and
+        ``Reservations.reserve`` raise.
+        """
+        blocks = intake.check_request(self.offer, message)
+        intake.check_size(self.offer, message.num_rows, message.max_length)
+        intake.state_dtype(message.dtype)
+        key = SessionKey(peer, SessionId(message.session_id), blocks)
+        found = await self._existing(key, message.epoch)
+        if found is not None:
+            return found
+        if self.state is not ServerState.ONLINE:
+            raise PeerBusy(
+                f"This server is {self.state}: it takes no new sessions.",
+                hint="Use another server.",
+            )
+        timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
+        with self.sessions.seat(peer):
+            room = Room(message.num_rows, message.max_length, blocks)
+            kv = await self.reservations.reserve(room, timeout)
+            if self.sessions.get(key) is not None:
+                # The same request came twice and both waited.
+                self.reservations.release(kv)
+            else:
+                self.sessions.add(self._new_session(key, kv, message))
+        return self.sessions[key]
+
+    def _new_session(self, key: SessionKey, kv: SessionKV, message: OpenSession) -> Session:
+        offer = self.offer
+        limits = StepLimits(
+            max_rows=offer.max_rows,
+            max_length=message.max_length or offer.max_length,
+            max_step_tokens=offer.max_step_tokens,
+        )
+        session = Session(key, kv, limits, intake.state_dtype(message.dtype), self.clock)
+        session.epoch = message.epoch
+        return session
+
+    async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
+        session = self.sessions.get(key)
+        if session is None:
+            return None
+        if epoch < session.epoch:
+            raise SessionClosed("The session has a newer epoch.", hint="Open a new session.")
+        if epoch > session.epoch:
+            await self.end(session, "")
+            return None
+        return session
+
+    async def _reap(self) -> None:
+        while True:
+            await self.clock.sleep(self.config.lease_seconds / _REAPS_PER_LEASE)
+            for session in self.sessions.silent():
+                logger.info("session %s is freed: its client fell silent", session.key)
+                await self.end(session, "No sign of life for longer than the lease.")
+
+
+class _Conversation:
+    """One channel: which sessions speak over it, and what it has under way."""
+
+    def __init__(self, service: BlocksService, channel: Channel) -> None:
+        self._service = service
+        self._channel = channel
+        self._sink = ClientSink(channel)
+        self._sessions: dict[bytes, Session] = {}
+        self._tasks = BackgroundTasks()
+
+    async def __aenter__(self) -> "_Conversation":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        # Steps go on: they belong to sessions, and a client that comes back asks for their results.
+        await self._tasks.close()
+
+    async def hear(self, message: AnyMessage, tensors: Sequence[Tensor]) -> None:
+        """Act on one message. Raises ProtocolError for what nobody asks of this service."""
+        match message:
+            case Step():
+                await self._on_step(message, tensors)
+            case KeepSession():
+                self._touch(message.session_id)
+            case OpenSession():
+                self._start(self._open(message))
+            case CloseSession():
+                await self._close(message.session_id)
+            case Forward():
+                self._start(self._forward(message, tensors))
+            case GetInfo():
+                await self._channel.send(self._service.info())
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is not for a server of blocks.")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.start(work, "request")
+
+    async def _open(self, message: OpenSession) -> None:
+        try:
+            session = await self._service.open(self._channel.peer_id, message)
+        except PetalsError as error:
+            await self._channel.send(Refusal.of(error))
+            return
+        self._attach(session)
+        limits, lease = session.limits, self._service.config.lease_seconds
+        await self._channel.send(SessionOpened(message.session_id, limits.max_length, lease))
+
+    def _attach(self, session: Session) -> None:
+        self._sessions[session.key.session_id] = session
+        session.sink = self._sink
+        session.touch()
+
+    def _find(self, session_id: bytes) -> Session:
+        """This channel's session of that id, or one of the same client that lost its channel."""
+        session = self._sessions.get(session_id)
+        if session is not None and not session.closed:
+            return session
+        found = self._service.sessions.find(self._channel.peer_id, session_id)
+        if not found:
+            raise SessionClosed(
+                "There is no such session here.",
+                hint="It was closed, or its lease ran out; open a new one.",
+            )
+        if len(found) > 1:
+            raise BadInput(
+                "Several sessions of this client have the same id.",
+                hint="Send OpenSession again to say which blocks this channel is about.",
+            )
+        self._attach(found[0])
+        return found[0]
+
+    async def _on_step(self, message: Step, tensors: Sequence[Tensor]) -> None:
+        try:
+            session = self._find(message.session_id)
+            hidden = intake.only_states(self._service.offer, tensors, sum(message.counts))
+        except PetalsError as error:
+            await self._sink.refuse(error, message.step_id)
+            return
+        session.touch()
+        task = self._service.tasks.start(self._step(session, message, hidden), "step")
+        session.adopt(task)
+
+    async def _step(self, session: Session, message: Step, hidden: Tensor) -> None:
+        service, sink = self._service, self._sink
+        try:
+            with service.bytes.hold(session.key.peer_id, hidden.nbytes):
+                answer = await session.step(message, hidden, service.executor)
+        except PetalsError as error:
+            await sink.refuse(error, message.step_id)
+            return
+        if answer is not None:
+            await sink.deliver(*answer)
+
+    async def _forward(self, message: Forward, tensors: Sequence[Tensor]) -> None:
+        try:
+            result, hidden = await self._service.forward(self._channel.peer_id, message, tensors)
+        except PetalsError as error:
+            await self._channel.send(Refusal.of(error))
+            return
+        await self._channel.send(result, (hidden,))
+
+    def _touch(self, session_id: bytes) -> None:
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.touch()
+
+    async def _close(self, session_id: bytes) -> None:
+        try:
+            session = self._find(session_id)
+        except PetalsError:
+            pass
+        else:
+            await self._service.end(session, "")
+        self._sessions.pop(session_id, None)
+        await self._channel.send(SessionEnded(session_id, "closed"))

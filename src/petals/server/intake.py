@@ -1,0 +1,150 @@
+"""Checks of what peers ask for, before anything of theirs is kept or computed.
+
+Each check raises the typed error that its peer will read. Knows no streams, no sessions and no
+waiting.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from petals.errors import (
+    BadInput,
+    BatchTooLarge,
+    BlocksNotServed,
+    LengthExceeded,
+    PeerBusy,
+    UnknownAdapter,
+    UnknownModel,
+)
+from petals.types import BlockSpan, ModelId, PeerId
+from petals.wire import messages
+from petals.wire.messages import Forward, OpenSession
+from petals.wire.tensors import DTYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What this server serves, and the most it takes at once.
+
+    max_length: tokens per row. max_step_tokens: tokens of one step or forward. max_rows: sequences
+    of one session.
+    """
+
+    model: ModelId
+    blocks: BlockSpan
+    hidden_size: int
+    dtype: str
+    max_length: int
+    max_step_tokens: int
+    max_rows: int
+
+
+def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
+    """Do we serve these blocks of this model? Returns them as a span.
+
+    Raises UnknownModel, BlocksNotServed, UnknownAdapter, ProtocolError.
+    """
+    if request.model != offer.model:
+        raise UnknownModel(
+            f"This server runs {offer.model}, not {request.model}.",
+            hint="Compare the names in petals status: a repository, or a folder and its config.",
+        )
+    blocks = messages.span(request.blocks)
+    if not offer.blocks.covers(blocks):
+        raise BlocksNotServed(
+            f"This server has blocks {offer.blocks}, not {blocks}.",
+            hint="Its record was read before it moved; look again.",
+        )
+    if request.adapter is not None:
+        raise UnknownAdapter(
+            f"This server has no adapter {request.adapter!r}.",
+            hint="It was started without adapters.",
+        )
+    return blocks
+
+
+def check_size(offer: Offer, num_rows: int, max_length: int) -> None:
+    """Raises BatchTooLarge or LengthExceeded."""
+    if num_rows > offer.max_rows:
+        raise BatchTooLarge(
+            f"This server takes {offer.max_rows} rows at once, not {num_rows}.",
+            hint="Use a smaller batch or fewer beams.",
+        )
+    if max_length > offer.max_length:
+        raise LengthExceeded(
+            f"This server takes sequences of up to {offer.max_length} tokens, not {max_length}.",
+            hint="Ask for a smaller max_length, or for a server with a larger one.",
+        )
+
+
+def check_forward(offer: Offer, counts: Sequence[int]) -> None:
+    """Raises BatchTooLarge or LengthExceeded."""
+    check_size(offer, len(counts), max(counts, default=0))
+    if sum(counts) > offer.max_step_tokens:
+        raise BatchTooLarge(
+            f"A pass of {sum(counts)} tokens is too much, {offer.max_step_tokens} is the limit.",
+            hint="Split it into smaller batches.",
+        )
+
+
+def state_dtype(name: str) -> torch.dtype:
+    """The dtype states travel in. Raises BadInput for anything that is not floating point."""
+    dtype = DTYPES.get(name)
+    if dtype is None or not dtype.is_floating_point:
+        raise BadInput(
+            f"Hidden states cannot travel as {name[:32]!r}.",
+            hint="Use float32, bfloat16 or float16.",
+        )
+    return dtype
+
+
+def only_states(offer: Offer, tensors: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor:
+    """The hidden states that came with a message: [num_tokens, H], floating. Raises BadInput.
+
+    Their values are looked at on the compute thread.
+    """
+    if len(tensors) != 1:
+        raise BadInput(
+            f"{len(tensors)} tensors came where one is expected.",
+            hint="Send hidden states [tokens, hidden_size].",
+        )
+    hidden = tensors[0]
+    if not hidden.dtype.is_floating_point:
+        raise BadInput(
+            f"Hidden states are floating point, not {str(hidden.dtype).removeprefix('torch.')}.",
+            hint="Token ids go through the model's embeddings first.",
+        )
+    if tuple(hidden.shape) != (num_tokens, offer.hidden_size):
+        raise BadInput(
+            f"Hidden states of shape {list(hidden.shape)} came for {num_tokens} tokens of "
+            f"{offer.hidden_size} values.",
+            hint="Send hidden states [sum(counts), hidden_size] of this model.",
+        )
+    return hidden
+
+
+class ByteAllowance:
+    """Bytes of states that wait or run here, per peer."""
+
+    def __init__(self, max_bytes_per_peer: int) -> None:
+        self._max_bytes = max_bytes_per_peer
+        self._used: Counter[PeerId] = Counter()
+
+    @contextmanager
+    def hold(self, peer: PeerId, num_bytes: int) -> Iterator[None]:
+        """Count ``num_bytes`` while the block runs. Raises PeerBusy if it would be too much."""
+        if self._used[peer] + num_bytes > self._max_bytes:
+            raise PeerBusy(
+                "Too many states of this client are being computed.", hint="Wait for answers first."
+            )
+        self._used[peer] += num_bytes
+        try:
+            yield
+        finally:
+            self._used[peer] -= num_bytes
+            if not self._used[peer]:
+                del self._used[peer]

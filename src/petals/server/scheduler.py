@@ -1,0 +1,200 @@
+"""What runs next: every reader between two words, then a bounded piece of somebody's prompt, then
+training.
+
+Values in, values out: no clock, no thread, no torch. The executor reports how long each batch took
+(``observe``); from that the scheduler knows how many prompt tokens fit beside running decodes
+without making them wait.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from petals.server.steps import WorkKind
+
+_LEARNING_RATE = 0.3
+_TYPICAL_TOKENS = 64.0
+_DECODE_REMEMBERED_BATCHES = 16
+"""So many batches after its last token a session still counts as decoding:
+
+its next one is under way around the route.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How long a batch may take, and how much it may hold.
+
+    ``latency_budget_seconds`` bounds a batch while somebody decodes (unless the decodes alone need
+    longer: then they may take twice their own time); ``idle_budget_seconds`` bounds one that only
+    reads prompts. ``forward_every``: of so many batches one serves training work before prompts, so
+    that it never starves.
+    """
+
+    latency_budget_seconds: float = 0.1
+    idle_budget_seconds: float = 0.5
+    max_batch_tokens: int = 1024
+    min_chunk_tokens: int = 16
+    forward_every: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """One piece of work that asks for the device.
+
+    ``owner`` is whoever must not get more than their share.
+    """
+
+    key: int
+    owner: str
+    kind: WorkKind
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """The next ``num_tokens`` tokens of work ``key`` belong to the batch."""
+
+    key: int
+    num_tokens: int
+
+
+class BatchCost:
+    """Seconds of a batch as ``fixed + per_token * tokens``, learned from batches that have run."""
+
+    def __init__(self, fixed_seconds: float = 0.0, seconds_per_token: float = 0.003) -> None:
+        self._fixed = fixed_seconds
+        self._slope = seconds_per_token * _TYPICAL_TOKENS
+
+    def seconds(self, num_tokens: int) -> float:
+        """Expected duration of a batch of ``num_tokens``."""
+        return self._fixed + self._slope * num_tokens / _TYPICAL_TOKENS
+
+    def tokens_within(self, seconds: float) -> int:
+        """The largest batch expected to take at most ``seconds``; 0 if none does."""
+        return max(0, int((seconds - self._fixed) * _TYPICAL_TOKENS / self._slope))
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Correct the estimate by a batch that has run (normalised least mean squares)."""
+        size = num_tokens / _TYPICAL_TOKENS
+        correction = _LEARNING_RATE * (seconds - self.seconds(num_tokens)) / (1 + size * size)
+        self._fixed = max(0.0, self._fixed + correction)
+        self._slope = max(1e-6, self._slope + correction * size)
+
+
+class _Entry:
+    __slots__ = ("waiting", "done", "order")
+
+    def __init__(self, waiting: Waiting, order: int) -> None:
+        self.waiting = waiting
+        self.done = 0
+        self.order = order
+
+    @property
+    def remaining(self) -> int:
+        return self.waiting.num_tokens - self.done
+
+
+class Scheduler:
+    """Waiting work, and the rule by which batches are made of it."""
+
+    def __init__(self, config: SchedulerConfig, cost: BatchCost | None = None) -> None:
+        self._config = config
+        self._cost = cost or BatchCost()
+        self._entries: dict[int, _Entry] = {}
+        self._served: dict[str, int] = {}
+        self._num_added = 0
+        self._batches_since_decode = _DECODE_REMEMBERED_BATCHES
+        self._batches_since_forward = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens that still have to run."""
+        return sum(entry.remaining for entry in self._entries.values())
+
+    def add(self, waiting: Waiting) -> None:
+        """Put new work in line.
+
+        An owner who comes (back) starts level with those who have had least.
+        """
+        floor = min(self._served.values(), default=0)
+        self._served[waiting.owner] = max(self._served.get(waiting.owner, 0), floor)
+        self._entries[waiting.key] = _Entry(waiting, self._num_added)
+        self._num_added += 1
+
+    def discard(self, key: int) -> None:
+        """Take work out of line, finished or not; unknown keys are nothing."""
+        if self._entries.pop(key, None) is not None:
+            self._forget_idle_owners()
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A batch of ``num_tokens`` took ``seconds``."""
+        self._cost.observe(num_tokens, seconds)
+
+    def next_batch(self) -> tuple[Portion, ...]:
+        """The portions that run together now;
+
+        empty if nothing waits. Work whose last portion is given out leaves.
+        """
+        if not self._entries:
+            return ()
+        decodes = self._take(
+            self._in_turn(WorkKind.DECODE), self._config.max_batch_tokens, whole=True
+        )
+        self._batches_since_decode = 0 if decodes else self._batches_since_decode + 1
+        num_decoding = sum(portion.num_tokens for portion in decodes)
+        room = self._room_beside(num_decoding)
+        prompts = self._in_turn(WorkKind.PREFILL)
+        training = self._in_turn(WorkKind.FORWARD)
+        due = self._batches_since_forward >= self._config.forward_every
+        rest = self._take(training + prompts if due else prompts + training, room)
+        batch = decodes + rest
+        self._account(batch)
+        return batch
+
+    def _room_beside(self, num_decoding: int) -> int:
+        """Tokens that still fit beside ``num_decoding`` tokens of decodes."""
+        config = self._config
+        busy = self._batches_since_decode < _DECODE_REMEMBERED_BATCHES
+        budget = config.latency_budget_seconds if busy else config.idle_budget_seconds
+        budget = max(budget, 2 * self._cost.seconds(num_decoding)) if num_decoding else budget
+        fitting = self._cost.tokens_within(budget) - num_decoding
+        return min(max(fitting, config.min_chunk_tokens), config.max_batch_tokens - num_decoding)
+
+    def _in_turn(self, kind: WorkKind) -> list[_Entry]:
+        entries = [entry for entry in self._entries.values() if entry.waiting.kind is kind]
+        entries.sort(key=lambda entry: (self._served[entry.waiting.owner], entry.done, entry.order))
+        return entries
+
+    def _take(
+        self, entries: Sequence[_Entry], room: int, whole: bool = False
+    ) -> tuple[Portion, ...]:
+        taken = []
+        for entry in entries:
+            num_tokens = min(entry.remaining, room)
+            if (num_tokens == 0 and entry.remaining) or (whole and num_tokens < entry.remaining):
+                break
+            taken.append(Portion(entry.waiting.key, num_tokens))
+            room -= num_tokens
+        return tuple(taken)
+
+    def _account(self, batch: Iterable[Portion]) -> None:
+        trained = False
+        for portion in batch:
+            entry = self._entries[portion.key]
+            entry.done += portion.num_tokens
+            self._served[entry.waiting.owner] += portion.num_tokens
+            trained |= entry.waiting.kind is WorkKind.FORWARD
+            if entry.remaining == 0:
+                del self._entries[portion.key]
+        waits = any(entry.waiting.kind is WorkKind.FORWARD for entry in self._entries.values())
+        self._batches_since_forward = (
+            self._batches_since_forward + 1 if waits and not trained else 0
+        )
+        self._forget_idle_owners()
+
+    def _forget_idle_owners(self) -> None:
+        owners = {entry.waiting.owner for entry in self._entries.values()}
+        self._served = {owner: served for owner, served in self._served.items() if owner in owners}
