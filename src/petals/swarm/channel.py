@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class Channel:
-    """Both directions of one admitted stream. Use it as an async context manager, or ``close`` it."""
+    """Both directions of an admitted stream; an async context manager, or call ``close``."""
 
     def __init__(
         self, stream: Stream, service: str, limits: ChannelLimits, budget: Budget, clock: Clock

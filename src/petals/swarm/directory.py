@@ -18,7 +18,7 @@ from petals.logs import get_logger
 from petals.swarm import records
 from petals.swarm.identity import Identity
 from petals.swarm.records import ModelRecord, ModelSummary, ServerRecord, View
-from petals.swarm.transport import RecordStore, StoredValue
+from petals.swarm.transport import StoredValue, Transport
 from petals.types import ModelId, PeerId, ServerState
 
 logger = get_logger(__name__)
@@ -27,14 +27,16 @@ MAX_SKEW_SECONDS = 3.0
 """Clocks that differ more shorten or prolong records noticeably: warn."""
 
 _SHARDS_READ = 4
+_MAX_ADDRESSES = 8
 _MAX_RECORDS_PER_KEY = 2000
 
 
 class Directory:
     """The servers of the swarm, as far as their records tell."""
 
-    def __init__(self, store: RecordStore, identity: Identity, clock: Clock) -> None:
-        self._store = store
+    def __init__(self, transport: Transport, identity: Identity, clock: Clock) -> None:
+        self._transport = transport
+        self._store = transport.records
         self._identity = identity
         self._clock = clock
         self._own: dict[str, tuple[ServerRecord, str]] = {}
@@ -45,17 +47,20 @@ class Directory:
         """Sign and store our record until ``record.expires_at``; True if at least one key was
         stored.
 
-        ``peer_id`` and ``shard_bits`` are filled in. A record that should replace an earlier one
-        (OFFLINE, too) is made to expire later than it: the later expiry wins. Spans that were
-        announced before and are no longer ours are withdrawn in the same call.
+        ``peer_id``, ``addresses`` and ``shard_bits`` are filled in. A record that should replace an
+        earlier one (OFFLINE, too) is made to expire later than it: the later expiry wins. Spans
+        that were announced before and are no longer ours are withdrawn in the same call.
         """
         previous = self._own.get(record.model)
         expires_at = record.expires_at
         if previous is not None:
             expires_at = max(expires_at, previous[0].expires_at + 0.01)
+        addresses = record.addresses or (await self._transport.addresses())[:_MAX_ADDRESSES]
         record = msgspec.structs.replace(
             record,
             peer_id=self._identity.peer_id,
+            addresses=addresses,
+            relayed=bool(addresses) and all("/p2p-circuit" in address for address in addresses),
             expires_at=expires_at,
             shard_bits=records.shard_bits_for(self._population.get(record.model, 0)),
         )
@@ -107,6 +112,8 @@ class Directory:
         self._population[model] = max(populations, default=0)
         now = self._clock.now()
         merged = records.merge(found_records, model, now)
+        for peer, record in merged.items():
+            self._transport.learn(peer, record.addresses)
         return View(ModelId(model), num_blocks, MappingProxyType(merged), now)
 
     async def watch(

@@ -100,7 +100,7 @@ class Inbox:
         return bool(self._ready)
 
     def begin(self, payload: bytes) -> None:
-        """A MESSAGE frame arrived. Raises ProtocolError, or PeerBusy if its tensors do not fit now."""
+        """A MESSAGE frame arrived. Raises ProtocolError, or PeerBusy if there is no room."""
         if self._partial is not None:
             raise ProtocolError("A message began before the one under way was complete.")
         if len(self._ready) >= self._limits.max_queued:

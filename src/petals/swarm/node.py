@@ -3,6 +3,7 @@
 A node with nothing added is a bootstrap peer. Knows no models beyond the records in the directory.
 """
 
+import asyncio
 from collections.abc import Sequence
 
 from petals.clock import Clock, SystemClock
@@ -56,14 +57,15 @@ class SwarmNode:
             agent=config.agent,
         )
         self._server = RpcServer(self._parts)
-        self.directory = Directory(self.transport.records, self.identity, self.clock)
+        self.directory = Directory(self.transport, self.identity, self.clock)
 
     async def __aenter__(self) -> "SwarmNode":
         self.serve(NODE_SERVICE, node_service(self.transport, self.clock))
         self.transport.on_restart(self._after_restart)
         try:
-            await self.transport.start()
+            initial = await self.transport.start()
             await self.transport.serve(STREAM_PROTOCOL, self._server.handle)
+            await self.transport.join(await self._greet(initial))
         except BaseException:
             await self.close()
             raise
@@ -126,6 +128,14 @@ class SwarmNode:
         """Ask peers (those we are connected to, if none are named) whether they can reach us."""
         asked = list(peers) or sorted(await self.transport.peers())
         return await check_reachability(self.open_channel, asked, await self.addresses())
+
+    async def _greet(self, peers: Sequence[PeerId]) -> list[PeerId]:
+        """Who of the initial peers admits us. If nobody does, raises the first one's reason."""
+        results = await asyncio.gather(*map(self.clock_skew, peers), return_exceptions=True)
+        refusals = [result for result in results if isinstance(result, BaseException)]
+        if refusals and len(refusals) == len(peers):
+            raise refusals[0]
+        return [peer for peer, result in zip(peers, results) if isinstance(result, float)]
 
     def _after_restart(self) -> None:
         self.background.start(self.directory.store_again(), "announcing again")

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -142,7 +142,9 @@ def check_stored(subkey: str, value: bytes, expires_at: float, now: float) -> No
         raise RecordInvalid("The record's expiry is out of bounds.")
 
 
+@lru_cache(maxsize=4096)
 def _open(value: bytes) -> AnyRecord:
+    """Remembers what it found sound: the same few values are read again and again."""
     if len(value) > MAX_VALUE_BYTES:
         raise RecordInvalid("The record is too long.")
     try:

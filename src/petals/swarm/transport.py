@@ -66,7 +66,7 @@ class StoredValue:
 
 
 class RecordStore(Protocol):
-    """A distributed dictionary of expiring values: key -> subkey -> value; the later expiry wins."""
+    """Distributed, expiring: key -> subkey -> value; the later expiry wins."""
 
     async def store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         """True if at least one peer (or we ourselves) took it."""
@@ -86,10 +86,19 @@ class Transport(Protocol):
     @property
     def records(self) -> RecordStore: ...
 
-    async def start(self) -> None:
-        """Listen and join the swarm. Raises BootstrapFailed within about five seconds if no initial
-        peer answers.
+    async def start(self) -> tuple[PeerId, ...]:
+        """Listen and dial the initial peers; returns those that answered.
+
+        Raises BootstrapFailed within about five seconds if none does.
         """
+        ...
+
+    async def join(self, peers: Sequence[PeerId]) -> None:
+        """Take part in the record store through these members. Raises BootstrapFailed."""
+        ...
+
+    def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Remember where a peer says it can be dialled."""
         ...
 
     async def addresses(self) -> tuple[str, ...]:

@@ -192,12 +192,19 @@ class MemoryTransport:
         self._streams: list[MemoryStream] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
+    async def start(self) -> tuple[PeerId, ...]:
         self._net.transports[self.peer_id] = self
-        known = [a for a in self._initial_peers if _peer_of(a) in self._net.transports]
+        known = [_peer_of(a) for a in self._initial_peers if _peer_of(a) in self._net.transports]
         if self._initial_peers and not known:
             self._net.transports.pop(self.peer_id)
             raise BootstrapFailed("None of the initial peers answers.", hint="Check the address.")
+        return tuple(known)
+
+    async def join(self, peers: Sequence[PeerId]) -> None:
+        """The records are there already."""
+
+    def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Every peer knows every address here."""
 
     async def addresses(self) -> tuple[str, ...]:
         return (_address(self.peer_id),)

@@ -1,0 +1,240 @@
+"""The libp2p engine behind ``swarm.transport``.
+
+Joins the daemon (streams, addresses, NAT traversal) and the distributed dictionary into one
+transport, and starts the daemon again under the same id and ports if it dies. No engine type leaves
+this package. Knows no frames.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+
+from petals.errors import BootstrapFailed, ConfigError, PeerTimeout, PeerUnreachable, PetalsError
+from petals.logs import get_logger
+from petals.swarm.background import BackgroundTasks
+from petals.swarm.config import EngineParts
+from petals.swarm.libp2p_daemon import Daemon, DaemonError, DaemonStream
+from petals.swarm.libp2p_records import DhtRecords
+from petals.swarm.transport import BOOTSTRAP_TIMEOUT_SECONDS, StreamHandler
+from petals.types import PeerId
+
+logger = get_logger(__name__)
+
+_LOOKUP_SECONDS = 2.0
+"""A peer that nobody seems to know may just not have been heard of yet: ask again for so long."""
+
+_LOOKUP_PAUSE_SECONDS = 0.2
+_STRAGGLER_SECONDS = 0.3
+_RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+_MULTISTREAM = b"\x13/multistream/1.0.0\n"
+_MAX_KNOWN_PEERS = 20_000
+_PEER_PART = re.compile(r"/p2p/([1-9A-HJ-NP-Za-km-z]{32,64})$")
+_TCP_PART = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
+
+
+class Libp2pTransport:
+    """One peer on the real network."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.peer_id = parts.identity.peer_id
+        self._parts = parts
+        self._dht = DhtRecords(parts.admission, parts.clock, parts.config.client_mode)
+        self._daemon = self._new_daemon()
+        self._up = asyncio.Event()
+        self._listen = parts.config.listen_maddrs
+        self._handlers: dict[str, StreamHandler] = {}
+        self._known: dict[PeerId, tuple[str, ...]] = {}
+        self._on_restart: list[Callable[[], None]] = []
+        self._background = BackgroundTasks()
+        self._closed = False
+
+    @property
+    def records(self) -> DhtRecords:
+        return self._dht
+
+    async def start(self) -> tuple[PeerId, ...]:
+        initial = [(address, _peer_of(address)) for address in self._parts.config.initial_peers]
+        await self._daemon.start(self._listen)
+        await self._dht.start(self._daemon.p2p)
+        self._listen = await self._fixed_ports()
+        self._up.set()
+        return await self._connect_first(initial)
+
+    async def join(self, peers: Sequence[PeerId]) -> None:
+        await self._dht.join(peers)
+
+    async def addresses(self) -> tuple[str, ...]:
+        return await self._daemon.addresses()
+
+    async def connect(self, address: str) -> PeerId:
+        peer = _peer_of(address)
+        try:
+            async with asyncio.timeout(BOOTSTRAP_TIMEOUT_SECONDS):
+                await self._daemon.connect(peer, [address])
+        except (DaemonError, TimeoutError) as error:
+            raise PeerUnreachable("Nobody answers there.", peer_id=peer) from error
+        return peer
+
+    def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        if addresses:
+            while len(self._known) >= _MAX_KNOWN_PEERS:
+                self._known.pop(next(iter(self._known)))
+            self._known[peer] = tuple(addresses[:8])
+
+    async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> DaemonStream:
+        try:
+            async with asyncio.timeout(timeout):
+                await self._up.wait()
+                return await self._open(peer, protocol)
+        except TimeoutError:
+            raise PeerTimeout(f"No stream within {timeout:g} s.", peer_id=peer) from None
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        self._handlers[protocol] = handler
+        await self._daemon.serve(protocol, self._accept)
+
+    async def peers(self) -> frozenset[PeerId]:
+        return await self._daemon.peers()
+
+    async def probe(self, address: str, timeout: float) -> bool:
+        """Connects over TCP, beside the daemon: it would use the connection the asker made."""
+        match = _TCP_PART.match(address)
+        if match is None:
+            return False
+        writer = None
+        try:
+            async with asyncio.timeout(timeout):
+                reader, writer = await asyncio.open_connection(match[2], int(match[3]))
+                writer.write(_MULTISTREAM)
+                return await reader.readexactly(len(_MULTISTREAM)) == _MULTISTREAM
+        except (OSError, OverflowError, TimeoutError, asyncio.IncompleteReadError):
+            return False
+        finally:
+            if writer is not None:
+                writer.transport.abort()
+
+    def on_restart(self, callback: Callable[[], None]) -> None:
+        self._on_restart.append(callback)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await self._background.close()
+        await self._dht.close()
+        await self._daemon.close()
+
+    # -- connecting ----------------------------------------------------------------------------
+
+    async def _connect_first(self, initial: Sequence[tuple[str, PeerId]]) -> tuple[PeerId, ...]:
+        """Dial all initial peers; returns those that answered when the first did, or soon after."""
+        tasks = {asyncio.create_task(self.connect(address)) for address, _ in initial}
+        reached: set[PeerId] = set()
+        pending, patience = tasks, BOOTSTRAP_TIMEOUT_SECONDS
+        try:
+            while pending:
+                done, pending = await asyncio.wait(
+                    pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                )
+                reached |= {task.result() for task in done if task.exception() is None}
+                if not done or (reached and patience == _STRAGGLER_SECONDS):
+                    break
+                patience = _STRAGGLER_SECONDS if reached else patience
+        finally:
+            for task in pending:
+                task.cancel()
+        if initial and not reached:
+            tried = ", ".join(address for address, _ in initial[:3])
+            raise BootstrapFailed(
+                f"None of the initial peers answers ({tried}).",
+                hint="Check the address, that the peer runs, and that its port is open.",
+            )
+        return tuple(sorted(reached))
+
+    async def _open(self, peer: PeerId, protocol: str) -> DaemonStream:
+        clock = self._parts.clock
+        give_up_at = clock.monotonic() + _LOOKUP_SECONDS
+        known = self._known.get(peer, ())
+        while True:
+            try:
+                return await self._daemon.open_stream(peer, protocol)
+            except DaemonError as error:
+                unknown = "failed to dial" not in str(error)
+                if known:
+                    addresses, known = known, ()
+                    with contextlib.suppress(DaemonError):
+                        await self._daemon.connect(peer, addresses)
+                        continue
+                if not unknown or clock.monotonic() > give_up_at:
+                    raise PeerUnreachable("The peer cannot be reached.", peer_id=peer) from error
+            await clock.sleep(_LOOKUP_PAUSE_SECONDS)
+
+    async def _accept(self, protocol: str, stream: DaemonStream) -> None:
+        await self._handlers[protocol](stream)
+
+    # -- life of the daemon --------------------------------------------------------------------
+
+    def _new_daemon(self) -> Daemon:
+        return Daemon(self._parts.config, self._parts.identity, self._on_daemon_exit)
+
+    def _on_daemon_exit(self) -> None:
+        if not self._closed and self._up.is_set():
+            self._up.clear()
+            logger.warning("the network daemon ended; starting it again")
+            self._background.start(self._restart(), "restart of the network daemon")
+
+    async def _restart(self) -> None:
+        attempt = 0
+        while not self._closed:
+            pause = _RESTART_SECONDS[min(attempt, len(_RESTART_SECONDS) - 1)]
+            await self._parts.clock.sleep(pause)
+            await self._daemon.close()
+            self._daemon = self._new_daemon()
+            try:
+                await self._revive()
+            except ConfigError as error:
+                attempt += 1
+                logger.warning("the network daemon does not start: %s", error)
+                continue
+            break
+        for callback in self._on_restart:
+            callback()
+
+    async def _revive(self) -> None:
+        await self._daemon.start(self._listen)
+        await self._dht.start(self._daemon.p2p)
+        for protocol in self._handlers:
+            await self._daemon.serve(protocol, self._accept)
+        self._up.set()
+        addresses = [*self._parts.config.initial_peers]
+        addresses += [a for known in list(self._known.values())[-20:] for a in known[:1]]
+        reached = []
+        for address in addresses:
+            with contextlib.suppress(PetalsError):
+                reached.append(await self.connect(address))
+        with contextlib.suppress(PetalsError):
+            await self._dht.join(reached)
+
+    async def _fixed_ports(self) -> tuple[str, ...]:
+        """What we listen on, with the ports that port 0 became, so that a restart keeps our
+        addresses.
+        """
+        ports: dict[str, str] = {}
+        for address in await self._daemon.addresses():
+            for kind, port in re.findall(r"/(tcp|udp)/(\d+)", address.split("/p2p-circuit")[0]):
+                ports.setdefault(kind, port)
+        return tuple(
+            re.sub(r"/(tcp|udp)/0(?=/|$)", lambda m: f"/{m[1]}/{ports.get(m[1], '0')}", address)
+            for address in self._listen
+        )
+
+
+def _peer_of(address: str) -> PeerId:
+    match = _PEER_PART.search(address)
+    if match is None or not address.startswith("/"):
+        raise ConfigError(
+            f"{address!r} is not an address of a peer.",
+            hint="It looks like /ip4/1.2.3.4/tcp/31337/p2p/12D3KooW…; the peer prints it.",
+        )
+    return PeerId(match[1])

@@ -1,0 +1,192 @@
+"""The record store on hivemind's Kademlia, inside our own event loop.
+
+Every request and answer between peers carries a ticket that covers its bytes, so a peer without the
+swarm key can neither read nor store; what is stored must be a sound signed record
+(``records.check_stored``). Knows records' keys and bytes; knows no streams.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils.auth import AuthorizerBase, AuthRole, AuthRPCWrapper
+
+from petals.clock import Clock
+from petals.errors import AdmissionDenied, BootstrapFailed, RecordInvalid
+from petals.logs import get_logger
+from petals.swarm.admission import Admission
+from petals.swarm.records import check_stored
+from petals.swarm.transport import StoredValue
+from petals.types import PeerId
+
+logger = get_logger(__name__)
+
+_CALL_TIMEOUT_SECONDS = 3.0
+_MAX_STORED_KEYS = 50_000
+
+
+class DhtRecords:
+    """This peer's part of the distributed dictionary."""
+
+    def __init__(self, admission: Admission, clock: Clock, client_mode: bool) -> None:
+        self._admission = admission
+        self._clock = clock
+        self._client_mode = client_mode
+        self._node: Any = None
+        self._id = DHTID.generate()
+
+    async def start(self, p2p: Any) -> None:
+        """Attach to a (re)started daemon. What was kept for others before is kept on."""
+        previous = self._node
+        node = await DHTNode.create(
+            p2p=p2p,
+            node_id=self._id,
+            client_mode=True,  # the guarded handlers are added below
+            wait_timeout=_CALL_TIMEOUT_SECONDS,
+            record_validator=_SoundRecords(self._clock),
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+        )
+        protocol = node.protocol
+        protocol.storage.maxsize = _MAX_STORED_KEYS
+        if previous is not None:
+            protocol.storage = previous.protocol.storage
+        open_stub = super(DHTProtocol, protocol).get_stub  # type: ignore[misc]
+
+        def guarded_stub(peer: Any) -> AuthRPCWrapper:
+            tickets = _Tickets(self._admission, self._clock, PeerId(peer.to_base58()))
+            return AuthRPCWrapper(open_stub(p2p, peer), AuthRole.CLIENT, tickets)
+
+        protocol.get_stub = guarded_stub
+        if not self._client_mode:
+            protocol.client_mode = False
+            protocol.node_info = dht_pb2.NodeInfo(node_id=self._id.to_bytes())
+            await protocol.add_p2p_handlers(p2p, _Guard(protocol, self._admission, self._clock))
+        self._node = node
+
+    async def join(self, peers: Sequence[PeerId]) -> None:
+        """Enter the tables of these members, find our neighbours. Raises BootstrapFailed if none
+        answers.
+        """
+        protocol = self._node.protocol
+        answers = await asyncio.gather(
+            *(protocol.call_ping(PeerID.from_base58(peer)) for peer in peers)
+        )
+        if peers and not any(answer is not None for answer in answers):
+            raise BootstrapFailed(
+                "The initial peers are there, but their directory does not answer."
+            )
+        await self._node.find_nearest_nodes([self._id])
+
+    async def close(self) -> None:
+        if self._node is not None:
+            self._node.is_alive = False
+
+    async def store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        if self._node is None:
+            return False
+        return bool(await self._node.store(key, value, expires_at, subkey=subkey))
+
+    async def get(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, StoredValue]]:
+        found = {}
+        if self._node is not None:
+            # An infinite wish for freshness makes the search ask all replicas and merge them.
+            found = await self._node.get_many(keys, sufficient_expiration_time=float("inf"))
+        return {key: _values(found.get(key)) for key in keys}
+
+
+def _values(found: Any) -> dict[str, StoredValue]:
+    if found is None or not isinstance(found.value, dict):
+        return {}
+    return {
+        subkey: StoredValue(entry.value, entry.expiration_time)
+        for subkey, entry in found.value.items()
+        if isinstance(subkey, str) and isinstance(entry.value, bytes)
+    }
+
+
+class _SoundRecords(RecordValidatorBase):
+    """Refuses what is no signed record of the peer that its subkey names."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            subkey = msgspec.msgpack.decode(record.subkey, type=str)
+            value = msgspec.msgpack.decode(record.value, type=bytes)
+            check_stored(subkey, value, record.expiration_time, self._clock.now())
+        except (msgspec.DecodeError, RecordInvalid) as error:
+            logger.debug("refused a record: %s", error)
+            return False
+        return True
+
+
+class _Tickets(AuthorizerBase):
+    """Our side of a call to one peer: a ticket on the request, a check of the answer's."""
+
+    def __init__(self, admission: Admission, clock: Clock, peer: PeerId) -> None:
+        self._admission, self._clock, self._peer = admission, clock, peer
+
+    async def sign_request(self, request: Any, service_public_key: object) -> None:
+        _sign(request, self._admission, self._peer, self._clock.now())
+
+    async def validate_response(self, response: Any, request: Any) -> bool:
+        try:
+            _check(response, self._admission, self._peer, self._clock.now())
+        except AdmissionDenied as error:
+            logger.debug("peer %s is not of this swarm: %s", self._peer, error)
+            return False
+        return True
+
+    async def validate_request(self, request: Any) -> bool:
+        return False
+
+    async def sign_response(self, response: Any, request: Any) -> None:
+        """Only ``_Guard`` answers."""
+
+
+class _Guard:
+    """The answering side: hands a call to the protocol only if its ticket is good for the calling
+    peer.
+    """
+
+    def __init__(self, protocol: Any, admission: Admission, clock: Clock) -> None:
+        self._protocol, self._admission, self._clock = protocol, admission, clock
+
+    async def rpc_ping(self, request: Any, context: Any) -> Any:
+        return await self._answer(self._protocol.rpc_ping, request, context)
+
+    async def rpc_store(self, request: Any, context: Any) -> Any:
+        return await self._answer(self._protocol.rpc_store, request, context)
+
+    async def rpc_find(self, request: Any, context: Any) -> Any:
+        return await self._answer(self._protocol.rpc_find, request, context)
+
+    async def _answer(self, method: Any, request: Any, context: Any) -> Any:
+        caller, now = PeerId(context.remote_id.to_base58()), self._clock.now()
+        _check(request, self._admission, caller, now)
+        response = await method(request, context)
+        _sign(response, self._admission, caller, now)
+        return response
+
+
+def _sign(message: Any, admission: Admission, verifier: PeerId, now: float) -> None:
+    message.auth.signature = b""
+    bound = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+    message.auth.signature = admission.issue(verifier, now, bound)
+
+
+def _check(message: Any, admission: Admission, holder: PeerId, now: float) -> None:
+    ticket, message.auth.signature = message.auth.signature, b""
+    bound = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+    admission.check(ticket, holder, now, bound)
