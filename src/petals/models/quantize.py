@@ -4,6 +4,7 @@ Knows nothing of spans, sessions or files; it swaps the linear layers of any mod
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -51,7 +52,10 @@ class Int8Linear(nn.Module):
         wide = weight.detach().float()
         scales = (wide.abs().amax(dim=1) / _INT8_MAX).clamp_min(_SMALLEST_SCALE).double()
         zeros = torch.zeros(len(scales), dtype=torch.int64)
-        narrow = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
+        with warnings.catch_warnings():
+            # torch plans to drop these makers of tensors; the kernel itself stays.
+            warnings.simplefilter("ignore", UserWarning)
+            narrow = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(narrow, None)
         self.bias = None if bias is None else bias.detach().float()
 
@@ -123,7 +127,7 @@ def fastest(device: str = "cpu", *, lossy: bool = True, clock: Clock = time.perf
     return Choice(dtype=dtype, quant=quant, seconds=named)
 
 
-def quantization_config_for(kind: QuantKind) -> Any:
+def quantization_config_for(kind: QuantKind, compute: torch.dtype) -> Any:
     """The transformers quantization config of a kind that transformers applies, else None.
 
     Raises ConfigError if the kind needs bitsandbytes and it is not installed.
@@ -138,7 +142,7 @@ def quantization_config_for(kind: QuantKind) -> Any:
     if kind is QuantKind.BNB_INT8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
     )
 
 

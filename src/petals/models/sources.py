@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -237,7 +238,7 @@ def _read_config(path: Path, source: str) -> PretrainedConfig:
         raise ModelNotSupported(_foreign_code(source, model_type, settings), hint=_FOREIGN_HINT)
     try:
         return AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ModelFilesBroken(
             f"The {CONFIG_FILE} of {source} does not describe a {model_type}: {error}",
             hint="Download the model again, or update transformers.",

@@ -166,7 +166,7 @@ def _loading_settings(options: LoadOptions, dtype: torch.dtype | None) -> dict[s
     if options.device != "cpu" and is_accelerate_available():
         # Each tensor goes to its device as it is read; without accelerate all pass through RAM.
         settings["device_map"] = {"": options.device}
-    quantization = quantization_config_for(options.quant)
+    quantization = quantization_config_for(options.quant, dtype or torch.float32)
     if quantization is not None:
         settings["quantization_config"] = quantization
     return settings
