@@ -16,7 +16,12 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub import (
+    file_exists,
+    hf_hub_download,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -88,7 +93,7 @@ class Checkpoint:
             found = _map_loose_files(self.folder)
             if found:
                 return found
-        if any(self.find(name) is not None for name in PICKLE_FILES):
+        if any(self._has(name) for name in PICKLE_FILES):
             raise _pickle_refused(self.name)
         raise ModelFilesBroken(
             f"{self.name} has a config but no safetensors weights.",
@@ -121,6 +126,17 @@ class Checkpoint:
                 hint="Download the model again; an interrupted copy leaves such gaps.",
             )
         return found
+
+    def _has(self, file_name: str) -> bool:
+        """Whether the file exists, without downloading it: a pickle may be large."""
+        if self.folder is not None:
+            return (self.folder / file_name).is_file()
+        revision, token = self.access.revision, self.access.token
+        cached = try_to_load_from_cache(self.name, file_name, self.access.cache_dir, revision)
+        if isinstance(cached, str) or is_offline_mode():
+            return isinstance(cached, str)
+        with _hub_errors(self.name, self.access):
+            return file_exists(self.name, file_name, revision=revision, token=token)
 
     def find(self, file_name: str) -> Path | None:
         """Like ``path``, but None for a file that the model does not have."""

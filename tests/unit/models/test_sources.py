@@ -40,6 +40,9 @@ class FakeHub:
         self.downloaded: list[str] = []
         self.error: Exception | None = None
 
+    def exists(self, repo: str, file_name: str, **access: object) -> bool:
+        return (self.repositories[repo] / file_name).is_file()
+
     def download(self, repo: str, file_name: str, **access: object) -> str:
         if self.error is not None:
             raise self.error
@@ -60,6 +63,7 @@ def hub(tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     bloom = tiny_folder("bloom", PUBLISHED["bloom"])
     hub = FakeHub({"bigscience/bloom": bloom, "someone/tiny": tiny_folder("llama")})
     monkeypatch.setattr(sources, "hf_hub_download", hub.download)
+    monkeypatch.setattr(sources, "file_exists", hub.exists)
     return hub
 
 
@@ -162,6 +166,18 @@ def test_pickle_is_refused_with_the_command(tiny_folder: WriteModel, tmp_path: P
         load_blocks(str(tmp_path), BlockSpan(0, 1))
     expected = f"petals models convert {tmp_path} {tmp_path.name}-safetensors"
     assert caught.value.hint.endswith(expected)
+
+
+def test_pickle_on_the_hub_is_refused_before_it_is_downloaded(
+    hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    hub.repositories["someone/old"] = tmp_path
+    with pytest.raises(PickleCheckpointRefused) as caught:
+        load_blocks("someone/old", BlockSpan(0, 1))
+    assert caught.value.hint.endswith("petals models convert someone/old old-safetensors")
+    assert hub.downloaded == ["config.json"]
 
 
 def test_no_weights_at_all(tiny_folder: WriteModel, tmp_path: Path) -> None:
