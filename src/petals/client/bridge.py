@@ -6,6 +6,7 @@ call at the same time. Knows nothing of what it runs.
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -64,6 +65,7 @@ class Bridge:
         self._thread: threading.Thread | None = None
         self._process = 0
         self._closers: list[Callable[[], Awaitable[None]]] = []
+        self._launched: set[asyncio.Task[object]] = set()
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run ``work`` in the loop and return its result, or raise what it raises.
@@ -87,6 +89,23 @@ class Bridge:
             self._cancel(loop, call)
             raise PeerTimeout(f"No result within {timeout:g} s.")
         return call.result()
+
+    @property
+    def is_running(self) -> bool:
+        """True between the first call and ``close``."""
+        return self._loop is not None and self._process == os.getpid()
+
+    def start(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Run ``work()`` in the loop and wait for nothing; for cleaning up, from any thread."""
+        loop = self._loop
+        if loop is not None and self.is_running:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(self._launch, work)
+
+    def _launch(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        task = asyncio.get_running_loop().create_task(work())
+        self._launched.add(task)
+        task.add_done_callback(self._launched.discard)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -1,0 +1,46 @@
+"""Open channels that wait for their next request, so that a request need not begin with a greeting.
+
+Knows peers and services; knows no messages.
+"""
+
+import asyncio
+
+from petals.swarm.channel import Channel
+from petals.swarm.node import SwarmNode
+from petals.types import PeerId
+
+_KEPT_PER_PEER = 4
+
+
+class ChannelPool:
+    """Idle channels by peer and service. Lives in one event loop; ``close`` ends them."""
+
+    def __init__(self, node: SwarmNode) -> None:
+        self._node = node
+        self._idle: dict[tuple[PeerId, str], list[Channel]] = {}
+
+    async def take(self, peer: PeerId, service: str, timeout: float) -> Channel:
+        """A channel for the caller alone: ``give`` it back clean, or close it.
+
+        Raises what ``SwarmNode.open_channel`` raises.
+        """
+        idle = self._idle.get((peer, service), [])
+        while idle:
+            channel = idle.pop()
+            if not channel.is_closed:
+                return channel
+        return await self._node.open_channel(peer, service, timeout)
+
+    async def give(self, channel: Channel) -> None:
+        """Take back a channel on which nothing is under way."""
+        idle = self._idle.setdefault((channel.peer_id, channel.service), [])
+        if len(idle) < _KEPT_PER_PEER:
+            idle.append(channel)
+        else:
+            await channel.close()
+
+    async def close(self) -> None:
+        """End all idle channels."""
+        channels = [channel for idle in self._idle.values() for channel in idle]
+        self._idle.clear()
+        await asyncio.gather(*(channel.close() for channel in channels))

@@ -1,0 +1,89 @@
+"""The process's nodes: managers that mean the same swarm share one, closed with its last user.
+
+Lives in an event loop. Knows addresses and keys; knows no models and no routes.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from petals.client.config import ClientConfig
+from petals.errors import ConfigError
+from petals.swarm.config import NodeConfig
+from petals.swarm.identity import load_swarm_key
+from petals.swarm.node import SwarmNode
+
+_Key = tuple[asyncio.AbstractEventLoop, frozenset[str], object]
+
+
+@dataclass(slots=True)
+class _Shared:
+    starting: "asyncio.Task[SwarmNode]"
+    num_users: int = 0
+
+
+class NodePool:
+    """Nodes by swarm address and key."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[_Key, _Shared] = {}
+
+    async def acquire(self, config: ClientConfig) -> SwarmNode:
+        """A running node; give it back with ``release``.
+
+        Raises ConfigError without any address, BootstrapFailed within seconds if nobody answers.
+        """
+        if not config.initial_peers:
+            raise ConfigError(
+                "No swarm is named.",
+                hint="Pass initial_peers=[ADDR, ...] or set PETALS_INITIAL_PEERS; "
+                "`petals demo --keep` starts a swarm and prints its address.",
+            )
+        key = (
+            asyncio.get_running_loop(),
+            frozenset(config.initial_peers),
+            config.swarm_key,
+        )
+        shared = self._nodes.get(key)
+        if shared is None:
+            shared = self._nodes[key] = _Shared(asyncio.create_task(_start(config)))
+        shared.num_users += 1
+        try:
+            return await asyncio.shield(shared.starting)
+        except BaseException:
+            await self._leave(key, shared)
+            raise
+
+    async def release(self, node: SwarmNode) -> None:
+        """Close the node if this was its last user."""
+        for key, shared in list(self._nodes.items()):
+            if shared.starting.done() and _result(shared.starting) is node:
+                await self._leave(key, shared)
+
+    async def _leave(self, key: _Key, shared: _Shared) -> None:
+        shared.num_users -= 1
+        if shared.num_users:
+            return
+        if self._nodes.get(key) is shared:
+            del self._nodes[key]
+        if not shared.starting.done():
+            shared.starting.cancel()
+            await asyncio.wait([shared.starting])
+        node = _result(shared.starting)
+        if node is not None:
+            await node.close()
+
+
+def _result(task: "asyncio.Task[SwarmNode]") -> SwarmNode | None:
+    return None if task.cancelled() or task.exception() is not None else task.result()
+
+
+async def _start(config: ClientConfig) -> SwarmNode:
+    key = None if config.swarm_key is None else load_swarm_key(config.swarm_key)
+    node = SwarmNode(
+        NodeConfig(initial_peers=config.initial_peers, swarm_key=key, client_mode=True)
+    )
+    return await node.__aenter__()
+
+
+nodes = NodePool()
+"""The process's only one."""

@@ -1,0 +1,249 @@
+"""What one client knows of the servers of its model: records, measurements, bans.
+
+Records are read anew each ``update_period`` and on demand; what changes fast (link, queue, room) is
+measured where there is a choice, and learned from every session opened. Feeds the pure ``routing``;
+decides nothing itself. Lives in one event loop.
+"""
+
+import asyncio
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from petals.client.channels import ChannelPool
+from petals.client.config import ClientConfig
+from petals.client.routing import (
+    Candidate,
+    Needs,
+    find_route,
+    find_throughput_route,
+    missing_blocks,
+)
+from petals.errors import MissingBlocksError, PeerError, PeerMisbehaved, PetalsError, UnknownAdapter
+from petals.logs import get_logger
+from petals.swarm.node import SwarmNode
+from petals.swarm.records import ServerRecord, View
+from petals.types import BlockSpan, PeerId, Route, ServerState
+from petals.wire.messages import GetInfo, Info
+
+logger = get_logger(__name__)
+
+UNKNOWN_BLOCKS_PER_SECOND = 300.0
+_FRESH_SECONDS = 1.0
+"""A view younger than this is not read again for a block that nobody serves."""
+
+_MAX_MEASURED = 32
+_MAX_BAN_SECONDS = 3600.0
+_MISBEHAVED_FACTOR = 16.0
+
+
+class Closing(Protocol):
+    """Something open in the swarm that must not outlive the view."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Ban:
+    """Until when (monotonic seconds) a server is avoided, and for how long in all."""
+
+    until: float
+    seconds: float
+
+
+class Bans:
+    """Who failed lately. A ban doubles if the next failure follows soon, else it is forgotten."""
+
+    def __init__(self, first_seconds: float) -> None:
+        self._first_seconds = first_seconds
+        self._bans: dict[PeerId, Ban] = {}
+
+    def add(self, peer: PeerId, now: float, factor: float = 1.0) -> Ban:
+        """The peer failed at ``now``."""
+        known = self._bans.get(peer)
+        seconds = self._first_seconds * factor
+        if known is not None and now < known.until + known.seconds:
+            seconds = max(seconds, 2 * known.seconds)
+        seconds = min(seconds, _MAX_BAN_SECONDS)
+        self._bans[peer] = Ban(now + seconds, seconds)
+        return self._bans[peer]
+
+    def lift(self, peer: PeerId) -> None:
+        """The peer serves again."""
+        self._bans.pop(peer, None)
+
+    def at(self, now: float) -> frozenset[PeerId]:
+        """Those to avoid now."""
+        return frozenset(peer for peer, ban in self._bans.items() if now < ban.until)
+
+
+class SwarmView:
+    """The servers of one model as this client sees them."""
+
+    def __init__(self, node: SwarmNode, config: ClientConfig, model: str, num_blocks: int) -> None:
+        self.node = node
+        self.config = config
+        self.model = model
+        self.num_blocks = num_blocks
+        self.bans = Bans(config.ban_timeout)
+        self.channels = ChannelPool(node)
+        self.paths: set[Closing] = set()
+        """Open sessions' paths; closed with the view."""
+        self._clock = node.clock
+        self._records: View | None = None
+        self._read_at = 0.0
+        self._reading = asyncio.Lock()
+        self._round_trips: dict[PeerId, float] = {}
+        self._infos: dict[PeerId, tuple[Info, float]] = {}
+        self._table: tuple[Candidate, ...] | None = None
+
+    async def close(self) -> None:
+        """Close open sessions and idle channels. The node is its owner's."""
+        await asyncio.gather(*(path.close() for path in list(self.paths)))
+        await self.channels.close()
+
+    async def records(self) -> View:
+        """The directory's view, at most ``update_period`` old."""
+        if self._records is None or self._age() > self.config.update_period:
+            await self.refresh()
+        assert self._records is not None
+        return self._records
+
+    async def refresh(self, older_than: float = 0.0) -> None:
+        """Read the records anew unless they are younger than ``older_than`` seconds."""
+        async with self._reading:
+            if self._records is not None and self._age() <= older_than:
+                return
+            is_first = self._records is None
+            self._records = await self.node.directory.view(self.model, self.num_blocks)
+            self._read_at = self._clock.monotonic()
+            self._table = None
+        chosen = self._worth_measuring()
+        if chosen and is_first:
+            await self.measure(chosen)
+        elif chosen:
+            self.node.background.start(self.measure(chosen), "measuring servers")
+
+    async def route(self, needs: Needs, *, throughput: bool = False) -> Route:
+        """A route for ``needs`` now; ``throughput`` draws one of many instead of the fastest.
+
+        Raises MissingBlocksError, NoCapacity, UnknownAdapter.
+        """
+        await self.records()
+        try:
+            return self._find(needs, throughput)
+        except MissingBlocksError:
+            await self.refresh(older_than=_FRESH_SECONDS)
+        try:
+            return self._find(needs, throughput)
+        except MissingBlocksError:
+            self._blame_the_adapter(needs.blocks)
+            raise
+
+    async def measure(self, peers: Iterable[PeerId]) -> None:
+        """Ask these servers how they are, all at the same time; those that fail are banned."""
+        await asyncio.gather(*(self._measure(peer) for peer in peers))
+
+    def note_failure(self, peer: PeerId, error: PetalsError) -> None:
+        """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
+        if isinstance(error, PeerError):
+            factor = _MISBEHAVED_FACTOR if isinstance(error, PeerMisbehaved) else 1.0
+            ban = self.bans.add(peer, self._clock.monotonic(), factor)
+            logger.info("avoiding …%s for %.0f s: %s", peer[-6:], ban.seconds, error.message)
+
+    def note_success(self, peer: PeerId, info: Info | None = None) -> None:
+        """A server has answered; ``info`` is what it said of itself."""
+        self.bans.lift(peer)
+        if info is not None:
+            self._infos[peer] = (info, self._clock.monotonic())
+            self._table = None
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The table that routes are made from: ONLINE servers we may use, and how they are."""
+        if self._table is None:
+            self._table = tuple(
+                self._candidate(record, span)
+                for record in self._usable_records()
+                for span in record.block_spans
+            )
+        return self._table
+
+    def _find(self, needs: Needs, throughput: bool) -> Route:
+        needs = replace(needs, avoid=self.bans.at(self._clock.monotonic()))
+        if throughput:
+            return find_throughput_route(self.candidates(), needs, random.random)
+        return find_route(self.candidates(), needs)
+
+    def _usable_records(self, *, any_adapter: bool = False) -> list[ServerRecord]:
+        config = self.config
+        allowed, blocked = config.allowed_servers, config.blocked_servers or frozenset()
+        adapter = None if any_adapter else config.active_adapter
+        return [
+            record
+            for record in (self._records.records.values() if self._records is not None else ())
+            if record.state is ServerState.ONLINE
+            and (allowed is None or record.peer_id in allowed)
+            and record.peer_id not in blocked
+            and (adapter is None or adapter in record.adapters)
+        ]
+
+    def _candidate(self, record: ServerRecord, span: BlockSpan) -> Candidate:
+        peer = PeerId(record.peer_id)
+        rate = record.inference_rps or record.throughput or UNKNOWN_BLOCKS_PER_SECOND
+        info, said_at = self._infos.get(peer, (None, 0.0))
+        if info is not None and self._clock.monotonic() - said_at > self.config.update_period:
+            info = None
+        return Candidate(
+            peer_id=peer,
+            blocks=span,
+            seconds_per_block=1.0 / rate,
+            queue_seconds=0.0 if info is None else _queue_seconds(info),
+            round_trip_seconds=self._round_trips.get(peer),
+            tokens_free=None if info is None else info.tokens_free * len(span),
+        )
+
+    def _worth_measuring(self) -> list[PeerId]:
+        """Some holders of every block that has several, the unmeasured first."""
+        if self._records is None or not self.config.max_pinged:
+            return []
+        usable = {record.peer_id for record in self._usable_records()}
+        chosen: dict[PeerId, None] = {}
+        for block in range(self._records.num_blocks):
+            peers = [PeerId(r.peer_id) for r in self._records.holders(block)]
+            peers = [peer for peer in peers if peer in usable]
+            if len(peers) > 1:
+                random.shuffle(peers)
+                peers.sort(key=self._round_trips.__contains__)
+                chosen |= dict.fromkeys(peers[: self.config.max_pinged])
+        return list(chosen)[:_MAX_MEASURED]
+
+    async def _measure(self, peer: PeerId) -> None:
+        seconds = self.config.ping_timeout
+        try:
+            async with await self.node.open_channel(peer, "blocks", seconds) as channel:
+                self._round_trips[peer] = await channel.ping(seconds)
+                info, _ = await channel.request(GetInfo(), expect=Info, timeout=seconds)
+        except PetalsError as error:
+            self.note_failure(peer, error)
+        else:
+            self.note_success(peer, info)
+
+    def _blame_the_adapter(self, blocks: BlockSpan) -> None:
+        """Raise UnknownAdapter if only the adapter is what nobody has."""
+        adapter = self.config.active_adapter
+        held = [span for r in self._usable_records(any_adapter=True) for span in r.block_spans]
+        if adapter is not None and not missing_blocks(held, blocks):
+            raise UnknownAdapter(
+                f"The servers of blocks {blocks} do not have the adapter {adapter!r}.",
+                hint=f"Start them with --adapters {adapter}, or leave active_adapter out.",
+            )
+
+    def _age(self) -> float:
+        return self._clock.monotonic() - self._read_at
+
+
+def _queue_seconds(info: Info) -> float:
+    """How long a step waits there: half of the running batch, and the batches before it."""
+    batches = info.queue_tokens / max(1, info.max_batch_tokens)
+    return info.step_seconds * (batches + (0.5 if info.num_sessions else 0.0))

@@ -1,0 +1,61 @@
+"""Where a session's time went, hop by hop.
+
+Plain values; knows nothing of how they were measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from petals.types import BlockSpan, PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """One step at one hop, in seconds; queue and compute are the server's own measurements."""
+
+    step_id: int
+    num_tokens: int
+    total_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HopTrace:
+    """The latest steps of one hop."""
+
+    peer_id: PeerId
+    blocks: BlockSpan
+    steps: tuple[StepTiming, ...]
+
+    def median_seconds(self, part: str = "total") -> float:
+        """Median over the steps of ``part``: "total", "queue" or "compute"; 0 before the first."""
+        return median_of([getattr(step, f"{part}_seconds") for step in self.steps])
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Median of what a step took beyond queue and compute: link, framing, hand-overs."""
+        return median_of(
+            [s.total_seconds - s.queue_seconds - s.compute_seconds for s in self.steps]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTrace:
+    """A snapshot of a session: its route and the latest of its steps (about a thousand)."""
+
+    hops: tuple[HopTrace, ...]
+    step_seconds: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return " → ".join(
+            f"{hop.blocks} at …{hop.peer_id[-6:]} ({hop.median_seconds() * 1e3:.1f} ms)"
+            for hop in self.hops
+        )
+
+
+def median_of(values: Sequence[float]) -> float:
+    """The median; 0 of nothing."""
+    return median(values) if values else 0.0
