@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from petals.types import Route
+from petals.client.trace import SessionTrace
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class Answer:
     num_new_tokens: int
     first_token_seconds: float
     total_seconds: float
-    route: Route
+    trace: SessionTrace
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,22 +107,21 @@ def ask(
     stream.began = time.monotonic()
     with model.inference_session(max_length=num_prompt_tokens + limit) as session:
         model.generate(input_ids, session=session, streamer=stream, **generation)
-        route = tuple(session.route)
+        trace = session.trace
     return Answer(
         text=stream.text,
         num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=stream.num_tokens,
         first_token_seconds=stream.first_token_seconds,
         total_seconds=time.monotonic() - stream.began,
-        route=route,
+        trace=trace,
     )
 
 
 def describe(answer: Answer) -> str:
-    """Which peer served which blocks and how fast, in one line."""
-    hops = ", ".join(f"…{hop.peer_id[-6:]} blocks {hop.blocks}" for hop in answer.route)
+    """Which peer served which blocks (with its median time a step) and how fast, in one line."""
     return (
-        f"{answer.num_new_tokens} tokens from {len(answer.route)} servers ({hops}); "
+        f"{answer.num_new_tokens} tokens through {answer.trace}; "
         f"first token after {answer.first_token_seconds:.2f} s, "
         f"then {answer.tokens_per_second:.1f} tokens/s"
     )

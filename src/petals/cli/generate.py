@@ -66,7 +66,12 @@ def _as_json(model: str, prompt: str, answer: Answer) -> dict[str, object]:
         "total_seconds": round(answer.total_seconds, 4),
         "tokens_per_second": round(answer.tokens_per_second, 2),
         "route": [
-            {"peer_id": hop.peer_id, "blocks": [hop.blocks.start, hop.blocks.end]}
-            for hop in answer.route
+            {
+                "peer_id": hop.peer_id,
+                "blocks": [hop.blocks.start, hop.blocks.end],
+                "median_step_seconds": round(hop.median_seconds(), 5),
+                "median_compute_seconds": round(hop.median_seconds("compute"), 5),
+            }
+            for hop in answer.trace.hops
         ],
     }

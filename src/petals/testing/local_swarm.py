@@ -22,6 +22,9 @@ from typing import Self
 from petals.errors import ConfigError, SwarmError
 from petals.types import BlockSpan, PeerId
 
+COMMAND = (sys.executable, "-m", "petals.cli")
+"""What a child runs, before the arguments."""
+
 _POLL_SECONDS = 0.05
 _LOG_TAIL_LINES = 15
 
@@ -192,7 +195,7 @@ class LocalSwarm:
             environment["OMP_NUM_THREADS"] = str(self.config.num_threads)
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "petals.cli", *arguments, *options],
+                [*COMMAND, *arguments, *options],
                 # The pipe is how a child learns that we are gone, however we went.
                 stdin=subprocess.PIPE,
                 stdout=output,

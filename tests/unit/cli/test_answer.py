@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from petals.cli.answer import Answer, WordStream, describe
-from petals.types import BlockSpan, Hop, PeerId
+from petals.client.trace import HopTrace, SessionTrace
+from petals.types import BlockSpan, PeerId
 
 
 class ByteTokenizer:
@@ -44,9 +45,9 @@ def test_a_character_cut_off_at_the_end_is_still_shown() -> None:
 
 
 def answer(num_new_tokens: int, total_seconds: float) -> Answer:
-    route = (
-        Hop(PeerId("12D3KooWalpha1"), BlockSpan(0, 10)),
-        Hop(PeerId("12D3KooWbravo2"), BlockSpan(10, 30)),
+    hops = (
+        HopTrace(PeerId("12D3KooWalpha1"), BlockSpan(0, 10), ()),
+        HopTrace(PeerId("12D3KooWbravo2"), BlockSpan(10, 30), ()),
     )
     return Answer(
         text="",
@@ -54,7 +55,7 @@ def answer(num_new_tokens: int, total_seconds: float) -> Answer:
         num_new_tokens=num_new_tokens,
         first_token_seconds=0.5,
         total_seconds=total_seconds,
-        route=route,
+        trace=SessionTrace(hops, ()),
     )
 
 
@@ -68,6 +69,6 @@ def test_one_token_has_no_speed() -> None:
 
 def test_the_line_names_servers_blocks_and_speed() -> None:
     assert describe(answer(21, 2.5)) == (
-        "21 tokens from 2 servers (…alpha1 blocks 0:10, …bravo2 blocks 10:30); "
+        "21 tokens through 0:10 at …alpha1 (0.0 ms) → 10:30 at …bravo2 (0.0 ms); "
         "first token after 0.50 s, then 10.0 tokens/s"
     )
