@@ -98,15 +98,9 @@ class BatchContext:
         return plans
 
     def packed_hidden(self) -> torch.Tensor:
-        """[1, total, H]; rows of segments that do not enter the first block are zeros."""
-        pieces = [
-            segment.hidden
-            if segment.blocks.start == self.first_block
-            else torch.zeros_like(segment.hidden)
-            for segment in self.segments
-        ]
-        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return joined.unsqueeze(0)
+        """[1, total, H], for shape and dtype only: blocks take their inputs from ``enter``."""
+        pieces = [segment.hidden for segment in self.segments]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
 
     def positions(self) -> torch.Tensor:
         """[1, total] int64 positions of the packed tokens."""
@@ -126,7 +120,14 @@ class BatchContext:
             return hidden
         if len(changed) == len(self.parts) == 1:
             return changed[0].unsqueeze(0)
-        rows = [changed.get(first, hidden[0, first:last]) for _, first, last in self.parts]
+        rows = []
+        for segment, first, last in self.parts:
+            if first in changed:
+                rows.append(changed[first])
+            elif self.block < segment.blocks.start:
+                rows.append(torch.zeros_like(segment.hidden))
+            else:
+                rows.append(hidden[0, first:last])
         return torch.cat(rows).unsqueeze(0)
 
     def leave(self, plan: BlockPlan, hidden: torch.Tensor) -> None:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 Step = tuple[tuple[int, int, int], ...]
 """(session, first token, last token) for each session that takes part."""
 
+Stage = tuple[Span, BlockSpan]
+"""A span, and the part of it that sessions run through."""
+
 LENGTHS = (20, 13, 17)
 STEPS: tuple[Step, ...] = (
     ((0, 0, 9),),
@@ -73,32 +76,48 @@ def _try(span: Span, seed: int) -> float:
         return float("inf")
 
 
-def compare(span: Span, seed: int = 0, blocks: Sequence[BlockSpan] = ()) -> float:
-    """Largest relative error of ``STEPS`` against undisturbed passes.
+def compare(span: Span, seed: int = 0, parts: Sequence[BlockSpan] = ()) -> float:
+    """Largest relative error of ``STEPS`` against undisturbed passes of the whole span.
 
-    ``blocks``: the parts of the span that each session runs through in turn, the whole by default.
+    ``parts``: what each session runs through, one after another; the whole span by default.
     """
     random = torch.Generator().manual_seed(seed)
-    width = span.hidden_size
     texts = [
-        torch.randn((length, width), generator=random).to(span.device, span.dtype)
+        torch.randn((length, span.hidden_size), generator=random).to(span.device, span.dtype)
         for length in LENGTHS
     ]
     expected = [span.reference(text) for text in texts]
-    stages = tuple(blocks) or (span.blocks,)
-    rows = [[SlabRow(part, max(LENGTHS)) for part in stages] for _ in LENGTHS]
+    stages = [(span, part) for part in parts or (span.blocks,)]
+    return replay(stages, STEPS, texts, expected)
+
+
+def replay(
+    stages: Sequence[Stage],
+    steps: Sequence[Step],
+    texts: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+) -> float:
+    """Largest relative error of ``steps`` through ``stages``, from states [n, H] to states."""
+    rows = [[SlabRow(part, text.shape[0]) for _, part in stages] for text in texts]
     worst = 0.0
-    for step in STEPS:
+    for step in steps:
         states = [texts[who][first:last] for who, first, last in step]
-        for stage, part in enumerate(stages):
+        for stage, (span, part) in enumerate(stages):
             segments = [
                 Segment(hidden=hidden, blocks=part, row=rows[who][stage], start=first)
                 for hidden, (who, first, last) in zip(states, step)
             ]
             states = span.run(segments)
-        for output, (who, first, last) in zip(states, step):
-            worst = max(worst, relative_error(output, expected[who][first:last]))
+        errors = [
+            relative_error(output, expected[who][first:last])
+            for output, (who, first, last) in zip(states, step)
+        ]
+        worst = max([worst, *errors], key=_badness)
     return worst
+
+
+def _badness(error: float) -> float:
+    return float("inf") if error != error else error
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

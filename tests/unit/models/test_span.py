@@ -33,7 +33,7 @@ def test_mixed_steps_of_three_sessions_equal_the_model(name: str) -> None:
 def test_any_parts_of_a_span_in_sequence_equal_the_whole(name: str) -> None:
     span = whole_model(name)
     parts = (BlockSpan(10, 11), BlockSpan(11, 13), BlockSpan(13, 14))
-    assert compare(span, blocks=parts) < EXACT
+    assert compare(span, parts=parts) < EXACT
 
 
 @pytest.mark.parametrize("name", CONFIGS)
