@@ -1,0 +1,166 @@
+"""A test double: the blocks of a whole tiny model in this process, behind the client's seam.
+
+Each row has an exact cache of its own; sessions record what they were sent.
+"""
+
+import copy
+
+import torch
+from transformers import DynamicCache
+
+from petals.client.model import distribute, layers_return_tuple
+from petals.client.remote_sequential import RemoteSequential
+from petals.errors import LengthExceeded, SessionClosed, SessionGap
+from petals.models.arch import describe, parent_of
+from petals.models.head import EndsKind, class_for
+from petals.models.tiny import tiny_config
+
+
+class Captured(Exception):
+    pass
+
+
+class LocalBlocks:
+    """Runs any consecutive blocks of ``base``, one row at a time, exactly as the model would."""
+
+    def __init__(self, base, arch):
+        self.host = base.get_submodule(arch.host_path)
+        self.layers = base.get_submodule(arch.layers_path)
+        self.num_blocks = arch.num_blocks
+        is_hybrid = "linear_attention" in (getattr(self.host.config, "layer_types", None) or ())
+        self.cache_config = {"config": self.host.config} if is_hybrid else {}
+        self.width = self.host.get_input_embeddings().embedding_dim
+        self.sessions = []
+        self.num_whole = 0
+
+    def open_session(self, blocks, *, max_length, num_rows):
+        self.sessions.append(LocalSession(self, blocks, max_length, num_rows))
+        return self.sessions[-1]
+
+    def run_whole(self, blocks, hidden, counts):
+        self.num_whole += 1
+        rows = [self.run(row, blocks, self.new_cache()) for row in hidden.split(list(counts))]
+        return torch.cat(rows)
+
+    def new_cache(self):
+        # Without a config no layer forgets what left its window, so that all can roll back.
+        return DynamicCache(**self.cache_config)
+
+    def sequence_manager(self, blocks):
+        return None
+
+    @torch.no_grad()
+    def run(self, hidden, blocks, cache):
+        """[n, H] -> [n, H] behind the tokens in ``cache``."""
+        if not len(hidden) or not len(blocks):
+            return hidden
+        captured = []
+
+        def inject(layer, args, kwargs):
+            if args:
+                return (hidden[None], *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": hidden[None]}
+
+        def capture(layer, args, output):
+            captured.append(output[0] if isinstance(output, tuple) else output)
+            raise Captured
+
+        handles = [
+            self.layers[blocks.start].register_forward_pre_hook(inject, with_kwargs=True),
+            self.layers[blocks.end - 1].register_forward_hook(capture),
+        ]
+        try:
+            self.host(
+                inputs_embeds=torch.zeros(1, len(hidden), self.width),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except Captured:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured[0][0]
+
+
+class LocalSession:
+    """Ragged rows with rollback and reorder, as a session of the swarm promises them."""
+
+    def __init__(self, runner, blocks, max_length, num_rows):
+        self.runner, self.blocks = runner, blocks
+        self.max_length, self.num_rows = max_length, num_rows
+        self.caches, self.lengths = [], []
+        self.output_ids = None
+        self.past_key_values = None
+        self.is_closed = False
+        self.steps = []  # (starts, counts, reorder)
+
+    @property
+    def position(self):
+        return max(self.lengths, default=0)
+
+    @position.setter
+    def position(self, value):
+        for row, length in enumerate(self.lengths):
+            self._roll_back(row, min(value, length))
+        if self.output_ids is not None:
+            self.output_ids = self.output_ids[:, :value]
+
+    def step(self, inputs, prompts=None, hypo_ids=None):
+        if not self.lengths:
+            self.lengths = [0] * inputs.shape[0]
+        counts = [inputs.shape[1]] * inputs.shape[0]
+        reorder = None if hypo_ids is None else hypo_ids.tolist()
+        packed = inputs.reshape(-1, inputs.shape[-1])
+        outputs = self.step_rows(packed, starts=tuple(self.lengths), counts=counts, reorder=reorder)
+        return outputs.view(inputs.shape)
+
+    def step_rows(self, hidden, *, starts, counts, reorder=None):
+        if self.is_closed:
+            raise SessionClosed("The session is closed.")
+        longest = max(start + count for start, count in zip(starts, counts))
+        if self.max_length is not None and longest > self.max_length:
+            raise LengthExceeded(f"{longest} tokens in a session for {self.max_length}.")
+        assert hidden.shape[0] == sum(counts)
+        self.steps.append((tuple(starts), tuple(counts), reorder))
+        if not self.caches:
+            self.caches = [self.runner.new_cache() for _ in counts]
+            self.lengths = [0] * len(counts)
+        if reorder is not None:
+            self.caches = [copy.deepcopy(self.caches[row]) for row in reorder]
+            self.lengths = [self.lengths[row] for row in reorder]
+        self.num_rows = len(counts)
+        outputs = []
+        for row, part in enumerate(hidden.split(list(counts))):
+            self._roll_back(row, starts[row])
+            outputs.append(self.runner.run(part, self.blocks, self.caches[row]))
+            self.lengths[row] += counts[row]
+        return torch.cat(outputs)
+
+    def _roll_back(self, row, length):
+        if length > self.lengths[row]:
+            raise SessionGap(f"{length} > {self.lengths[row]}")
+        if length < self.lengths[row]:
+            self.caches[row].crop(length - self.lengths[row])
+            self.lengths[row] = length
+
+    def close(self):
+        self.is_closed = True
+
+
+def tiny_pair(model_type, kind=EndsKind.CAUSAL_LM, **overrides):
+    """(the model as it is, the same with its blocks behind LocalBlocks)."""
+    torch.manual_seed(0)
+    config = tiny_config(model_type, **overrides)
+    arch = describe(config)
+    local = class_for(kind, config, arch)(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for parameter in local.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    remote = copy.deepcopy(local).requires_grad_(False)
+    base = remote.base_model
+    runner = LocalBlocks(copy.deepcopy(base), arch)
+    blocks = RemoteSequential(remote.config, runner=runner)
+    blocks.returns_tuple = layers_return_tuple(arch, config)
+    setattr(*parent_of(base, arch.layers_path), blocks)
+    return local, distribute(remote, arch)
