@@ -9,8 +9,9 @@ import torch
 from petals.clock import Clock
 from petals.models.batch import Segment
 from petals.models.span import Span
+from petals.server.config import DoorConfig
 from petals.server.executor import Executor
-from petals.server.handler import BLOCKS_SERVICE, BlocksService, DoorConfig
+from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
 from petals.server.scheduler import Scheduler, SchedulerConfig
@@ -177,7 +178,8 @@ async def served(
     )
     scheduler = Scheduler(scheduling or SchedulerConfig())
     server = SwarmNode(NodeConfig(), engine=net.engine, clock=clock)
-    async with server, Executor(runner, scheduler, "cpu", torch.float32) as executor:
+    async with server, Executor(scheduler) as executor:
+        executor.attach(runner, span.device, span.dtype)
         service = BlocksService(offer, executor, pool, server.clock, door or DoorConfig())
         service.state = ServerState.ONLINE
         server.serve(BLOCKS_SERVICE, service.serve)

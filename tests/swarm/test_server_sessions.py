@@ -225,7 +225,7 @@ async def test_info_says_how_it_is_now() -> None:
         info, _ = await talk.ask(GetInfo())
         assert isinstance(info, Info)
         assert (info.model, info.blocks, info.state) == ("tiny", (10, 14), "online")
-        assert (info.num_sessions, info.tokens_free) == (1, 256)
+        assert (info.num_sessions, info.tokens_free) == (1, 4 * 256)
         assert (info.max_length, info.hidden_size) == (256, 48)
 
 

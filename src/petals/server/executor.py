@@ -29,6 +29,7 @@ from petals.types import BlockSpan
 logger = get_logger(__name__)
 T = TypeVar("T")
 _SMOOTHING = 0.2
+JOIN_SECONDS = 2.0
 GROWTH_TOKENS = 256
 """A session opened without a length grows by so many tokens at a time."""
 
@@ -110,17 +111,15 @@ class _Part:
 class Executor:
     """Runs work for the event loop that entered it (an async context manager).
 
-    ``waiting_tokens`` and ``step_seconds`` (a recent average over batches that decode) may be read
-    from any thread.
+    ``call`` works from the beginning, ``run`` after ``attach``. ``waiting_tokens`` and
+    ``step_seconds`` (a recent average over batches that decode) may be read from any thread.
     """
 
-    def __init__(
-        self, runner: Runner, scheduler: Scheduler, device: str, dtype: torch.dtype
-    ) -> None:
-        self._runner = runner
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._device = torch.device(device)
-        self._dtype = dtype
+        self._runner: Runner | None = None
+        self._device = torch.device("cpu")
+        self._dtype = torch.float32
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
         self._keys = itertools.count()
@@ -130,6 +129,10 @@ class Executor:
         self.step_seconds = 0.0
         self.waiting_tokens = 0
 
+    def attach(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
+        """Let ``runner`` do the work; states reach it on ``device`` in ``dtype``."""
+        self._runner, self._device, self._dtype = runner, device, dtype
+
     async def __aenter__(self) -> "Executor":
         self._loop = asyncio.get_running_loop()
         self._thread.start()
@@ -138,8 +141,8 @@ class Executor:
     async def __aexit__(self, *exc_info: object) -> None:
         self._closed = True
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
-        await asyncio.sleep(0)
+        # A call may be in the middle of something long (loading); nobody waits for that.
+        await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
 
     async def run(self, work: Work) -> Outcome:
         """Run ``work`` in one or more batches.
@@ -275,12 +278,17 @@ class Executor:
         segments = [segment for part in parts for segment in part.segments]
         if not segments:
             return None
-        outputs, error = _attempt(lambda: self._runner.run(segments))
+        outputs, error = _attempt(lambda: self._runner_or_fail().run(segments))
         if error is None:
             remaining = iter(outputs)
             for part in parts:
                 part.running.outputs += [next(remaining) for _ in part.segments]
         return error
+
+    def _runner_or_fail(self) -> Runner:
+        if self._runner is None:
+            raise PeerFailed("The server has no blocks yet.", hint="Ask again in a minute.")
+        return self._runner
 
     def _try_alone(self, part: _Part) -> None:
         error = self._try_together([part])

@@ -7,7 +7,6 @@ blocks' insides.
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +21,7 @@ from petals.errors import (
 )
 from petals.logs import get_logger
 from petals.server import intake
+from petals.server.config import DoorConfig
 from petals.server.executor import Executor, Work
 from petals.server.intake import ByteAllowance, Offer
 from petals.server.kv_pages import KVPool, SessionKV
@@ -51,22 +51,6 @@ logger = get_logger(__name__)
 
 BLOCKS_SERVICE = "blocks"
 _REAPS_PER_LEASE = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DoorConfig:
-    """How much one client may take, and how long we wait for it.
-
-    ``max_alloc_seconds`` caps what a client may wait for cache, ``forward_alloc_seconds`` is what a
-    pass without a session waits. ``lease_seconds``: how long a session outlives its client's last
-    sign of life.
-    """
-
-    lease_seconds: float = 60.0
-    max_alloc_seconds: float = 600.0
-    forward_alloc_seconds: float = 10.0
-    max_sessions_per_peer: int = 64
-    max_bytes_per_peer: int = 512 * 1024 * 1024
 
 
 class BlocksService:
@@ -117,7 +101,7 @@ class BlocksService:
             dtype=offer.dtype,
             max_length=offer.max_length,
             max_batch_tokens=offer.max_step_tokens,
-            tokens_free=self._pool.tokens_free,
+            tokens_free=self._pool.tokens_free * len(offer.blocks),
             num_sessions=len(self.sessions),
             queue_tokens=self.executor.waiting_tokens,
             step_seconds=self.executor.step_seconds,

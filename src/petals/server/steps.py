@@ -134,6 +134,6 @@ def _check_size(plan: StepPlan, limits: StepLimits) -> None:
         )
     if plan.num_tokens > limits.max_step_tokens:
         raise BatchTooLarge(
-            f"{plan.num_tokens} tokens in one step are too many, {limits.max_step_tokens} the limit.",
+            f"{plan.num_tokens} tokens in one step, the limit is {limits.max_step_tokens}.",
             hint="Send the tokens in several steps.",
         )
