@@ -1,0 +1,253 @@
+"""Opening a route: whole or not at all, around the full, the failed, the unfit; never for ever."""
+
+import asyncio
+
+import pytest
+import torch
+
+from petals.client.session_rows import SessionRows
+from petals.client.swarm_view import Bans
+from petals.errors import (
+    AdmissionDenied,
+    BadInput,
+    BlocksNotServed,
+    CacheFull,
+    LengthExceeded,
+    MissingBlocksError,
+    PeerFailed,
+    PeerUnreachable,
+    RequestTooLarge,
+    UnknownAdapter,
+)
+from petals.types import BlockSpan, PeerId, ServerState
+from toy_blocks import HIDDEN, expected, states, toy_swarm
+
+ALL = BlockSpan(0, 4)
+
+
+async def open_one(access: object, blocks: BlockSpan = ALL) -> SessionRows:
+    session = SessionRows(access, blocks, max_length=20)
+    await session.step(torch.empty(0, HIDDEN), (0,), (0,))
+    return session
+
+
+async def test_a_model_that_nobody_serves() -> None:
+    async with toy_swarm() as swarm:
+        with pytest.raises(MissingBlocksError, match="0:4 of toy"):
+            await open_one(swarm.access(4))
+
+
+async def test_missing_blocks_are_named_and_nothing_is_held() -> None:
+    async with toy_swarm((0, 2)) as swarm:
+        with pytest.raises(MissingBlocksError, match="2:4 of toy"):
+            await open_one(swarm.access(4))
+        assert not swarm.servers[0].opened
+
+
+@pytest.mark.parametrize("state", [ServerState.JOINING, ServerState.DRAINING, ServerState.OFFLINE])
+async def test_only_servers_that_are_online_count(state: ServerState) -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        await swarm.servers[0].announce(state=state)
+        with pytest.raises(MissingBlocksError):
+            await open_one(swarm.access(4))
+
+
+async def test_a_server_that_joined_since_is_found() -> None:
+    async with toy_swarm((0, 2)) as swarm:
+        access = swarm.access(4)
+        view = await access.view()
+        await view.records()
+        view._read_at -= 2.0
+        await swarm.add(2, 4)
+        session = await open_one(access)
+        await session.close()
+
+
+async def test_allowed_and_blocked_servers() -> None:
+    async with toy_swarm((0, 4), (0, 4)) as swarm:
+        one, other = (server.peer_id for server in swarm.servers)
+        for options in ({"allowed_servers": [one]}, {"blocked_servers": [other]}):
+            session = await open_one(swarm.access(4, **options))
+            assert [hop.peer_id for hop in session.trace.hops] == [one]
+            await session.close()
+        with pytest.raises(MissingBlocksError):
+            await open_one(swarm.access(4, allowed_servers=[]))
+
+
+async def test_a_full_server_is_passed_by() -> None:
+    async with toy_swarm((0, 4), (0, 4)) as swarm:
+        full, free = swarm.servers
+        full.max_sessions = 0
+        for _ in range(4):
+            session = await open_one(swarm.access(4, alloc_timeout=0))
+            assert [hop.peer_id for hop in session.trace.hops] == [free.peer_id]
+            await session.close()
+
+
+async def test_a_refusal_releases_what_the_others_had_granted() -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        swarm.servers[1].max_sessions = 0
+        with pytest.raises(CacheFull) as caught:
+            await open_one(swarm.access(4, alloc_timeout=0.1))
+        assert caught.value.peer_id == swarm.servers[1].peer_id
+        assert len(swarm.servers[0].opened) == 1
+        assert await swarm.at_rest()
+
+
+async def test_waiting_for_room_holds_nothing_elsewhere() -> None:
+    async with toy_swarm((0, 2), (2, 4), max_sessions=1) as swarm:
+        access = swarm.access(4)
+        tail = await open_one(access, BlockSpan(2, 4))
+        waiting = asyncio.create_task(open_one(access))
+        await swarm.servers[1].until_opened(3)
+        assert not swarm.servers[0].sessions
+        head = await open_one(access, BlockSpan(0, 2))
+        await head.close()
+        await tail.close()
+        session = await waiting
+        text = states(3)
+        output = await session.step(text, (0,), (3,))
+        torch.testing.assert_close(output, expected(text, ALL))
+        await session.close()
+        assert await swarm.at_rest()
+
+
+async def test_crossed_routes_over_pools_of_one_session() -> None:
+    """Many clients want both servers at once; each gets them in the end, nobody holds and waits."""
+    async with toy_swarm((0, 2), (2, 4), max_sessions=1) as swarm:
+
+        async def client() -> None:
+            session = await open_one(swarm.access(4, alloc_timeout=30))
+            await session.step(states(2), (0,), (2,))
+            await session.close()
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(client() for _ in range(6)))
+        assert await swarm.at_rest()
+
+
+async def test_what_never_fits_is_said_at_once() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        swarm.servers[0].refuse_opens.append(RequestTooLarge("Never.", hint="Less."))
+        with pytest.raises(RequestTooLarge):
+            await open_one(swarm.access(4, alloc_timeout=100))
+        assert len(swarm.servers[0].opened) == 1
+
+
+async def test_what_one_server_refuses_another_may_take() -> None:
+    async with toy_swarm((0, 4), (0, 4)) as swarm:
+        access = swarm.access(4)
+        for server in swarm.servers:
+            server.refuse_opens.append(LengthExceeded("Too long."))
+        with pytest.raises(LengthExceeded):
+            await open_one(access)
+        swarm.servers[0].refuse_opens.append(LengthExceeded("Too long."))
+        for _ in range(4):
+            session = await open_one(access)
+            await session.close()
+        view = await access.view()
+        assert not view.bans.at(swarm.client.clock.monotonic())
+
+
+async def test_a_client_error_is_not_tried_elsewhere() -> None:
+    async with toy_swarm((0, 4), (0, 4)) as swarm:
+        for server in swarm.servers:
+            server.refuse_opens.append(BadInput("You."))
+        with pytest.raises(BadInput):
+            await open_one(swarm.access(4))
+        assert sum(len(server.opened) for server in swarm.servers) == 1
+
+
+async def test_a_server_that_failed_is_avoided() -> None:
+    async with toy_swarm((0, 4), (0, 4)) as swarm:
+        dead, alive = swarm.servers
+        swarm.net.kill(dead.peer_id)
+        access = swarm.access(4, max_pinged=0)
+        for _ in range(4):
+            session = await open_one(access)
+            assert session.trace.hops[0].peer_id == alive.peer_id
+            await session.close()
+
+
+@pytest.mark.parametrize(("max_retries", "attempts"), [(0, 1), (2, 3)])
+async def test_retries_end(max_retries: int, attempts: int) -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        swarm.servers[0].refuse_opens += [PeerFailed("Broken.")] * 10
+        with pytest.raises(PeerFailed):
+            await open_one(swarm.access(4, max_retries=max_retries))
+        assert len(swarm.servers[0].opened) == attempts
+
+
+async def test_an_unreachable_swarm_of_one() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        swarm.net.kill(swarm.servers[0].peer_id)
+        with pytest.raises(PeerUnreachable):
+            await open_one(swarm.access(4, max_retries=1))
+
+
+async def test_the_wrong_key_is_not_retried() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        swarm.servers[0].refuse_opens.append(AdmissionDenied("No key."))
+        with pytest.raises(AdmissionDenied):
+            await open_one(swarm.access(4))
+        assert len(swarm.servers[0].opened) == 1
+
+
+async def test_a_server_that_moved_is_looked_up_again() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        moved = swarm.servers[0]
+        access = swarm.access(4)
+        await (await access.view()).records()
+        moved.blocks = BlockSpan(0, 2)
+        await swarm.add(2, 4)
+        with pytest.raises(BlocksNotServed):
+            await open_one(access)
+        await moved.announce()
+        await (await access.view()).refresh()
+        session = await open_one(access)
+        assert len(session.trace.hops) == 2
+        await session.close()
+
+
+async def test_an_adapter_is_asked_for_where_it_is() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        with pytest.raises(UnknownAdapter, match="poems") as caught:
+            await open_one(swarm.access(4, active_adapter="poems"))
+        assert "--adapters poems" in caught.value.hint
+        await swarm.add(0, 4, adapters=("poems",))
+        session = await open_one(swarm.access(4, active_adapter="poems"))
+        assert swarm.servers[1].opened[0].adapter == "poems"
+        await session.close()
+
+
+async def test_the_measured_are_preferred() -> None:
+    async with toy_swarm((0, 4), (0, 4)) as swarm:
+        view = await swarm.access(4).view()
+        await view.refresh()
+        measured = [one for one in view.candidates() if one.round_trip_seconds is not None]
+        assert len(measured) == 2
+        assert all(one.tokens_free == 4 * 10**6 for one in measured)
+
+
+async def test_an_interrupted_opening_holds_nothing() -> None:
+    async with toy_swarm((0, 2), (2, 4), max_sessions=1) as swarm:
+        tail = await open_one(swarm.access(4), BlockSpan(2, 4))
+        waiting = asyncio.create_task(open_one(swarm.access(4)))
+        await swarm.servers[1].until_opened(3)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await tail.close()
+        assert await swarm.at_rest()
+
+
+def test_bans_double_and_are_forgotten() -> None:
+    bans, peer = Bans(10.0), PeerId("Qm")
+    assert bans.add(peer, 0.0).until == 10.0
+    assert bans.at(9.0) == {peer}
+    assert not bans.at(10.0)
+    assert bans.add(peer, 15.0).until == 35.0
+    assert bans.add(peer, 100.0).until == 110.0
+    bans.lift(peer)
+    assert not bans.at(101.0)
+    assert bans.add(peer, 102.0).until == 112.0

@@ -1,0 +1,312 @@
+"""A session through several hops gives what the blocks give in one place."""
+
+import asyncio
+
+import pytest
+import torch
+
+from petals.client.session_rows import SessionRows
+from petals.errors import (
+    BadInput,
+    BatchTooLarge,
+    LengthExceeded,
+    PeerFailed,
+    PeerMisbehaved,
+    PeerUnreachable,
+    PetalsError,
+    SessionClosed,
+    SessionGap,
+)
+from petals.types import BlockSpan
+from toy_blocks import HIDDEN, expected, states, toy_swarm
+
+ALL = BlockSpan(0, 6)
+THREE = ((0, 2), (2, 4), (4, 6))
+
+
+async def test_prefill_and_decode() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        text = states(9)
+        parts = [await session.step(text[:6], (0,), (6,))]
+        for at in range(6, 9):
+            parts.append(await session.step(text[at : at + 1], (at,), (1,)))
+        torch.testing.assert_close(torch.cat(parts), expected(text, ALL))
+        assert session.lengths == (9,)
+        assert [len(server.opened) for server in swarm.servers] == [1, 1, 1]
+        await session.close()
+        assert await swarm.at_rest()
+
+
+async def test_overlapping_servers_and_a_part_of_the_model() -> None:
+    async with toy_swarm((0, 4), (3, 6)) as swarm:
+        part = BlockSpan(1, 6)
+        session = SessionRows(swarm.access(6), part, max_length=20)
+        text = states(5)
+        output = await session.step(text, (0,), (5,))
+        torch.testing.assert_close(output, expected(text, part))
+        await session.close()
+
+
+async def test_rows_of_different_lengths() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        one, two = states(4, seed=1), states(7, seed=2)
+        output = await session.step(torch.cat([one[:3], two[:7]]), (0, 0), (3, 7))
+        more = await session.step(one[3:], (3, 7), (1, 0))
+        whole = torch.cat([output[:3], more, output[3:]])
+        wanted = torch.cat([expected(one, ALL), expected(two, ALL)])
+        torch.testing.assert_close(whole, wanted)
+        await session.close()
+
+
+async def test_rolling_back_costs_no_trip() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        text, other = states(6), states(3, seed=5)
+        await session.step(text, (0,), (6,))
+        session.rewind(2)
+        output = await session.step(other, (2,), (3,))
+        torch.testing.assert_close(output, expected(torch.cat([text[:2], other]), ALL)[2:])
+        assert [len(server.steps) for server in swarm.servers] == [2, 2, 2]
+        with pytest.raises(SessionGap):
+            session.rewind(6)
+        await session.close()
+
+
+async def test_reorders_add_up_until_a_step_takes_them_along() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        rows = [states(3, seed=number) for number in range(3)]
+        await session.step(torch.cat(rows), (0, 0, 0), (3, 3, 3))
+        nothing = torch.empty(0, HIDDEN)
+        await session.step(nothing, (3, 3, 3), (0, 0, 0), reorder=(2, 0, 1))
+        new = states(2, seed=9)
+        output = await session.step(new, (3, 1), (1, 1), reorder=(1, 1))
+        kept = [torch.cat([rows[0], new[:1]]), torch.cat([rows[0][:1], new[1:]])]
+        wanted = [expected(kept[0], ALL)[3:], expected(kept[1], ALL)[1:]]
+        torch.testing.assert_close(output, torch.cat(wanted))
+        assert [step.reorder for step in swarm.servers[2].steps] == [None, (0, 0)]
+        await session.close()
+
+
+async def test_zero_tokens_open_the_session() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        output = await session.step(torch.empty(0, HIDDEN), (0, 0), (0, 0))
+        assert output.shape == (0, HIDDEN)
+        assert session.is_open
+        assert [server.opened[0].num_rows for server in swarm.servers] == [2, 2, 2]
+        assert not swarm.servers[0].steps
+        await session.close()
+
+
+async def test_long_steps_are_cut_for_the_smallest_server_and_run_side_by_side() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        swarm.servers[1].max_batch_tokens = 4
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        one, two = states(11, seed=1), states(6, seed=2)
+        output = await session.step(torch.cat([one, two]), (0, 0), (11, 6))
+        wanted = torch.cat([expected(one, ALL), expected(two, ALL)])
+        torch.testing.assert_close(output, wanted)
+        counts = [sum(step.counts) for step in swarm.servers[1].steps]
+        assert counts == [4, 4, 4, 4, 1]
+        assert swarm.servers[0].max_under_way > 1
+        await session.close()
+
+
+async def test_long_prefill_is_cut_only_where_hops_can_share_it() -> None:
+    async with toy_swarm((0, 6)) as swarm:
+        session = SessionRows(swarm.access(6, prefill_chunk_tokens=4), ALL, max_length=20)
+        await session.step(states(10), (0,), (10,))
+        assert len(swarm.servers[0].steps) == 1
+        await session.close()
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6, prefill_chunk_tokens=4), ALL, max_length=20)
+        await session.step(states(10), (0,), (10,))
+        assert len(swarm.servers[0].steps) == 3
+        await session.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+async def test_states_come_back_in_the_dtype_they_came_in(dtype: torch.dtype) -> None:
+    async with toy_swarm((0, 6)) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        assert (await session.step(states(3).to(dtype), (0,), (3,))).dtype == dtype
+        travels = {torch.bfloat16: "bfloat16", torch.float64: "float32"}[dtype]
+        assert swarm.servers[0].opened[0].dtype == travels
+        await session.close()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "starts", "counts", "error"),
+    [
+        (torch.ones(2, HIDDEN, dtype=torch.int64), (3,), (2,), BadInput),
+        (torch.full((2, HIDDEN), torch.nan), (3,), (2,), BadInput),
+        (torch.full((2, HIDDEN), torch.inf), (3,), (2,), BadInput),
+        (torch.ones(2, HIDDEN + 1), (3,), (2,), BadInput),
+        (torch.ones(3, HIDDEN), (3,), (2,), BadInput),
+        (torch.ones(2, HIDDEN), (3, 3), (1, 1), BadInput),
+        (torch.ones(2, HIDDEN), (4,), (2,), SessionGap),
+        (torch.ones(2, HIDDEN), (-1,), (2,), SessionGap),
+        (torch.ones(18, HIDDEN), (3,), (18,), LengthExceeded),
+        (torch.ones(1025, HIDDEN), (0,) * 1025, (1,) * 1025, BatchTooLarge),
+    ],
+)
+async def test_what_cannot_be_is_refused_before_anything_is_sent(
+    hidden: torch.Tensor, starts: tuple[int, ...], counts: tuple[int, ...], error: type[PetalsError]
+) -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        text = states(4)
+        await session.step(text[:3], (0,), (3,))
+        with pytest.raises(error) as caught:
+            await session.step(hidden, starts, counts)
+        assert caught.value.hint
+        assert len(swarm.servers[0].steps) == 1
+        output = await session.step(text[3:], (3,), (1,))
+        torch.testing.assert_close(output, expected(text, ALL)[3:])
+        await session.close()
+
+
+@pytest.mark.parametrize("answer", ["narrow", "nan", "half", "nothing"])
+async def test_a_server_that_answers_wrong_is_named_and_banned(answer: str) -> None:
+    async with toy_swarm(*THREE) as swarm:
+        bad = swarm.servers[1]
+        access = swarm.access(6)
+        session = SessionRows(access, ALL, max_length=20)
+        bad.answer = answer
+        with pytest.raises(PeerMisbehaved) as caught:
+            await session.step(states(2), (0,), (2,))
+        assert caught.value.peer_id == bad.peer_id
+        view = await access.view()
+        assert view.bans.at(swarm.client.clock.monotonic()) == {bad.peer_id}
+        await session.close()
+
+
+async def test_a_refused_step_leaves_the_session_where_it_was() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        text = states(5)
+        await session.step(text[:3], (0,), (3,))
+        swarm.servers[1].refuse_steps.append(BadInput("no"))
+        with pytest.raises(BadInput):
+            await session.step(text[3:], (3,), (2,))
+        output = await session.step(text[3:], (3,), (2,))
+        torch.testing.assert_close(output, expected(text, ALL)[3:])
+        await session.close()
+
+
+async def test_a_refused_reorder_is_taken_along_by_the_next_step() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        rows, new = [states(3, seed=number) for number in range(2)], states(2, seed=7)
+        await session.step(torch.cat(rows), (0, 0), (3, 3))
+        swarm.servers[1].refuse_steps.append(BadInput("no"))
+        with pytest.raises(BadInput):
+            await session.step(new, (3, 3), (1, 1), reorder=(1, 1))
+        output = await session.step(new, (3, 3), (1, 1))
+        wanted = [expected(torch.cat([rows[1], new[i : i + 1]]), ALL)[3:] for i in range(2)]
+        torch.testing.assert_close(output, torch.cat(wanted))
+        await session.close()
+
+
+async def test_a_reorder_that_was_lost_ends_the_session() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        await session.step(states(2), (0, 0), (1, 1))
+        swarm.servers[1].refuse_steps.append(PeerFailed("no"))
+        with pytest.raises(PeerFailed):
+            await session.step(states(2), (1, 1), (1, 1), reorder=(1, 0))
+        with pytest.raises(SessionClosed, match="unknown"):
+            await session.step(states(2), (1, 1), (1, 1))
+        await session.close()
+        assert await swarm.at_rest()
+
+
+async def test_an_interrupted_step_may_be_done_again() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        text = states(5)
+        await session.step(text[:3], (0,), (3,))
+        swarm.servers[1].held = asyncio.Event()
+        step = asyncio.create_task(session.step(text[3:], (3,), (2,)))
+        await swarm.servers[1].until(lambda: len(swarm.servers[1].steps) == 2)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        swarm.servers[1].held.set()
+        output = await session.step(text[3:], (3,), (2,))
+        torch.testing.assert_close(output, expected(text, ALL)[3:])
+        await session.close()
+
+
+async def test_a_hop_that_dies_is_a_typed_error() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        await session.step(states(3), (0,), (3,))
+        swarm.net.kill(swarm.servers[1].peer_id)
+        with pytest.raises(PeerUnreachable) as caught:
+            await session.step(states(1), (3,), (1,))
+        assert caught.value.peer_id == swarm.servers[1].peer_id
+        await session.close()
+
+
+async def test_an_idle_session_gives_signs_of_life() -> None:
+    async with toy_swarm((0, 6), lease_seconds=0.15) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        await session.step(states(3), (0,), (3,))
+        await swarm.servers[0].until(lambda: swarm.servers[0].num_kept == 2)
+        await session.close()
+
+
+async def test_a_closed_session_says_so() -> None:
+    async with toy_swarm((0, 6)) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        await session.close()
+        await session.close()
+        with pytest.raises(SessionClosed):
+            await session.step(states(3), (0,), (3,))
+        assert not swarm.servers[0].opened
+
+
+async def test_without_a_length_the_server_sets_it() -> None:
+    async with toy_swarm((0, 6), max_length=8) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=None)
+        await session.step(states(3), (0,), (3,))
+        assert session.max_length == 8
+        with pytest.raises(LengthExceeded):
+            await session.step(states(6), (3,), (6,))
+        await session.close()
+
+
+async def test_the_trace_tells_where_time_went() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        await session.step(states(3), (0,), (3,))
+        await session.step(states(1), (3,), (1,))
+        trace = session.trace
+        assert [hop.peer_id for hop in trace.hops] == [s.peer_id for s in swarm.servers]
+        assert len(trace.step_seconds) == 2
+        hop = trace.hops[0]
+        assert [step.num_tokens for step in hop.steps] == [3, 1]
+        assert (hop.median_seconds("queue"), hop.median_seconds("compute")) == (0.001, 0.002)
+        assert hop.overhead_seconds == pytest.approx(hop.median_seconds() - 0.003)
+        await session.close()
+
+
+async def test_many_sessions_run_in_one_loop() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        access = swarm.access(6)
+
+        async def one(number: int) -> None:
+            session = SessionRows(access, ALL, max_length=20)
+            text = states(6, seed=number)
+            parts = [await session.step(text[:3], (0,), (3,))]
+            for at in range(3, 6):
+                parts.append(await session.step(text[at : at + 1], (at,), (1,)))
+            torch.testing.assert_close(torch.cat(parts), expected(text, ALL))
+            await session.close()
+
+        await asyncio.gather(*(one(number) for number in range(20)))
+        assert await swarm.at_rest()

@@ -1,0 +1,212 @@
+"""The synchronous side: managers and sessions as scripts use them, from any thread."""
+
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+
+import pytest
+import torch
+
+from petals.client.bridge import bridge
+from petals.client.forward import run_whole
+from petals.client.inference_session import InferenceSession
+from petals.client.sequence_manager import RemoteSequenceManager
+from petals.errors import (
+    BadInput,
+    ConfigError,
+    LengthExceeded,
+    MissingBlocksError,
+    NotSupported,
+    SessionClosed,
+    SessionGap,
+    SwarmError,
+)
+from petals.types import BlockSpan
+from toy_blocks import HIDDEN, MODEL, ToySwarm, config, expected, states, toy_swarm
+
+ALL = BlockSpan(0, 4)
+
+
+@pytest.fixture
+def swarm() -> Iterator[ToySwarm]:
+    stack = AsyncExitStack()
+    try:
+        yield bridge.run(stack.enter_async_context(toy_swarm((0, 2), (2, 4))))
+    finally:
+        bridge.run(stack.aclose())
+
+
+@pytest.fixture
+def manager(swarm: ToySwarm) -> Iterator[RemoteSequenceManager]:
+    uids = [f"{MODEL}.{block}" for block in range(4)]
+    with RemoteSequenceManager(config(), uids, node=swarm.client) as manager:
+        yield manager
+
+
+def batch(*seeds: int, tokens: int = 3) -> torch.Tensor:
+    return torch.stack([states(tokens, seed=seed) for seed in seeds])
+
+
+def whole(inputs: torch.Tensor, blocks: BlockSpan = ALL) -> torch.Tensor:
+    return torch.stack([expected(row, blocks) for row in inputs])
+
+
+def test_step_roll_back_and_go_on(manager: RemoteSequenceManager) -> None:
+    text = batch(1, 2, tokens=8)
+    with InferenceSession(manager, max_length=10) as session:
+        assert (session.position, session.num_rows, session.num_blocks) == (0, None, 4)
+        first = session.step(text[:, :5])
+        rest = session.step(text[:, 5:])
+        torch.testing.assert_close(torch.cat([first, rest], 1), whole(text))
+        assert (session.position, session.num_rows, session.max_length) == (8, 2, 10)
+        session.position = 4
+        other = batch(7, 8, tokens=2)
+        output = session.step(other)
+        torch.testing.assert_close(output, whole(torch.cat([text[:, :4], other], 1))[:, 4:])
+        with pytest.raises(SessionGap):
+            session.position = 7
+        with pytest.raises(LengthExceeded):
+            session.step(batch(1, 2, tokens=5))
+
+
+def test_hypotheses_change_places(manager: RemoteSequenceManager) -> None:
+    text, new = batch(1, 2, 3), batch(4, 5, 6, tokens=1)
+    with InferenceSession(manager, max_length=10) as session:
+        session.step(text)
+        output = session.step(new, hypo_ids=torch.tensor([2, 2, 0]))
+        wanted = whole(torch.cat([text[[2, 2, 0]], new], 1))[:, 3:]
+        torch.testing.assert_close(output, wanted)
+        session.step(new, hypo_ids=torch.tensor([0, 1, 2]))
+        with pytest.raises(BadInput):
+            session.step(new, hypo_ids=torch.tensor([0, 1, 3]))
+
+
+def test_a_batch_grows_by_a_reorder(manager: RemoteSequenceManager) -> None:
+    text, new = batch(1), batch(4, 5, tokens=1)
+    with InferenceSession(manager, max_length=10) as session:
+        session.step(text)
+        output = session.step(new, hypo_ids=torch.tensor([0, 0]))
+        wanted = whole(torch.cat([text[[0, 0]], new], 1))[:, 3:]
+        torch.testing.assert_close(output, wanted)
+
+
+def test_zero_tokens(manager: RemoteSequenceManager) -> None:
+    with InferenceSession(manager, max_length=10) as session:
+        assert session.step(torch.empty(2, 0, HIDDEN)).shape == (2, 0, HIDDEN)
+        assert session.num_rows == 2
+        torch.testing.assert_close(session.step(batch(1, 2)), whole(batch(1, 2)))
+
+
+def test_wrong_input(manager: RemoteSequenceManager) -> None:
+    with InferenceSession(manager, max_length=10) as session:
+        with pytest.raises(NotSupported):
+            session.step(batch(1), prompts=torch.ones(4, 1, 2, HIDDEN))
+        with pytest.raises(BadInput, match=r"inputs\[None\]"):
+            session.step(states(3))
+        with pytest.raises(BadInput):
+            session.last_token_id = torch.tensor([[1]])
+    with pytest.raises(SessionClosed):
+        session.step(batch(1))
+    with pytest.raises(BadInput):
+        InferenceSession(manager, max_length=0)
+
+
+def test_output_ids_are_kept(manager: RemoteSequenceManager) -> None:
+    with InferenceSession(manager, max_length=10) as session:
+        assert session.last_token_id is None
+        session.output_ids = torch.tensor([[3, 4]])
+        session.last_token_id = torch.tensor([[9]])
+        assert session.output_ids.tolist() == [[3, 9]]
+
+
+def test_gradients_do_not_follow_into_a_session(manager: RemoteSequenceManager) -> None:
+    with InferenceSession(manager, max_length=10) as session:
+        assert not session.step(batch(1).requires_grad_()).requires_grad
+
+
+def test_a_forgotten_session_is_closed(swarm: ToySwarm, manager: RemoteSequenceManager) -> None:
+    session = InferenceSession(manager, max_length=10)
+    session.step(batch(1))
+    assert not bridge.run(swarm.at_rest())
+    server = swarm.servers[0]
+    del session
+    gc.collect()
+    bridge.run(server.until(lambda: not server.sessions))
+
+
+def test_slices_are_paths_of_their_own(manager: RemoteSequenceManager) -> None:
+    part = manager[1:3]
+    assert (len(part), part.block_uids, part[1].blocks) == (2, ("toy.1", "toy.2"), BlockSpan(2, 3))
+    assert [one.blocks.start for one in manager] == [0, 1, 2, 3]
+    assert manager[-1].blocks == BlockSpan(3, 4)
+    with InferenceSession(part, max_length=10) as session:
+        torch.testing.assert_close(session.step(batch(1)), whole(batch(1), BlockSpan(1, 3)))
+    with InferenceSession(manager, BlockSpan(0, 1), max_length=10) as session:
+        torch.testing.assert_close(session.step(batch(1)), whole(batch(1), BlockSpan(0, 1)))
+    with pytest.raises(ConfigError):
+        manager[::2]
+    with pytest.raises(IndexError):
+        manager[4]
+
+
+def test_routes_can_be_looked_at(swarm: ToySwarm, manager: RemoteSequenceManager) -> None:
+    manager.update()
+    one, other = swarm.servers
+    assert [hop.peer_id for hop in manager.make_sequence()] == [one.peer_id, other.peer_id]
+    (hop,) = manager[1:].make_sequence(1, mode="max_throughput")
+    assert (hop.peer_id, hop.blocks) == (other.peer_id, BlockSpan(2, 4))
+    manager.on_request_failure(one.peer_id)
+    manager.on_request_success(one.peer_id)
+
+
+def test_whole_sequences(manager: RemoteSequenceManager) -> None:
+    rows = torch.cat([states(3, seed=1), states(2, seed=2)])
+    wanted = torch.cat([expected(row, ALL) for row in torch.split(rows, [3, 2])])
+    torch.testing.assert_close(run_whole(manager.access, ALL, rows, (3, 2)), wanted)
+    with pytest.raises(BadInput):
+        run_whole(manager.access, ALL, rows, (3, 3))
+    with pytest.raises(BadInput):
+        run_whole(manager.access, ALL, rows.long(), (3, 2))
+
+
+def test_sessions_in_many_threads(manager: RemoteSequenceManager) -> None:
+    def one(seed: int) -> None:
+        text = batch(seed, tokens=6)
+        with InferenceSession(manager, max_length=10) as session:
+            parts = [session.step(text[:, at : at + 1]) for at in range(6)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole(text))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(one, range(12)))
+
+
+def test_shutdown_ends_sessions(swarm: ToySwarm, manager: RemoteSequenceManager) -> None:
+    session = InferenceSession(manager, max_length=10)
+    session.step(batch(1))
+    manager[1:].shutdown()
+    assert manager.is_alive
+    manager.shutdown()
+    assert not manager.is_alive
+    assert bridge.run(swarm.at_rest())
+    with pytest.raises(SwarmError):
+        InferenceSession(manager, max_length=10).step(batch(1))
+
+
+def test_names(swarm: ToySwarm) -> None:
+    with pytest.raises(ConfigError, match="no name"):
+        RemoteSequenceManager(config(), BlockSpan(0, 4), node=swarm.client)
+    for wrong in ([], ["toy.0", "toy.2"], ["toy.a"], ["toy.0", "other.1"]):
+        with pytest.raises(ConfigError):
+            RemoteSequenceManager(config(), wrong, node=swarm.client)
+    other = RemoteSequenceManager(config(dht_prefix="x"), ["toy.0"], node=swarm.client)
+    with pytest.raises(MissingBlocksError, match="of x"):
+        other.make_sequence()
+    other.shutdown()
+
+
+def test_no_swarm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PETALS_INITIAL_PEERS", raising=False)
+    with pytest.raises(ConfigError, match="No swarm is named") as caught:
+        RemoteSequenceManager(config(), ["toy.0"]).make_sequence()
+    assert "initial_peers" in caught.value.hint

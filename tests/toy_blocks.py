@@ -1,0 +1,267 @@
+"""Servers of blocks that need no model: each block mixes a token with the mean of all before it.
+
+What a position yields depends on the whole row before it, so a row that was not rolled back, not
+reordered or cut in the wrong place gives other numbers. Faults are switched on by the test.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from petals.client.config import ClientConfig
+from petals.client.sequence_manager import SwarmAccess
+from petals.errors import BlocksNotServed, CacheFull, PetalsError, SessionGap, UnknownAdapter
+from petals.swarm.channel import Channel
+from petals.swarm.config import NodeConfig
+from petals.swarm.node import SwarmNode
+from petals.swarm.records import ServerRecord
+from petals.testing.memory_net import MemoryNet
+from petals.types import BlockSpan, PeerId, ServerState
+from petals.wire import messages as wire
+
+HIDDEN = 6
+MODEL = "toy"
+
+
+def run_block(block: int, row: Tensor) -> Tensor:
+    """[T, H] -> [T, H]."""
+    counts = torch.arange(1, len(row) + 1).unsqueeze(1)
+    return 0.5 * row + 0.1 * (block + 1) * row.cumsum(0) / counts
+
+
+def expected(row: Tensor, blocks: BlockSpan) -> Tensor:
+    """A whole row through blocks on this machine."""
+    for block in range(blocks.start, blocks.end):
+        row = run_block(block, row)
+    return row
+
+
+def states(num_tokens: int, seed: int = 0) -> Tensor:
+    return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class ToyServer:
+    """One server. Its lists say what it was asked; its switches make it misbehave."""
+
+    node: SwarmNode
+    blocks: BlockSpan
+    max_sessions: int = 100
+    max_batch_tokens: int = 0
+    max_length: int = 2048
+    lease_seconds: float = 60.0
+    adapters: tuple[str, ...] = ()
+    record_spans: tuple[tuple[int, int], ...] | None = None
+    answer: str = "right"
+    refuse_steps: list[PetalsError] = field(default_factory=list)
+    refuse_opens: list[PetalsError] = field(default_factory=list)
+    held: asyncio.Event | None = None
+    sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
+    steps: list[wire.Step] = field(default_factory=list)
+    opened: list[wire.OpenSession] = field(default_factory=list)
+    forwards: list[wire.Forward] = field(default_factory=list)
+    num_kept: int = 0
+    max_under_way: int = 0
+    _under_way: int = 0
+    _freed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _heard: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.node.peer_id
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Return once ``happened()``, looked at after every message."""
+        async with asyncio.timeout(5), self._heard:
+            await self._heard.wait_for(happened)
+
+    async def until_opened(self, times: int) -> None:
+        """Return once ``OpenSession`` has come so often."""
+        await self.until(lambda: len(self.opened) >= times)
+
+    async def announce(self, **changes: object) -> None:
+        now = self.node.clock.now()
+        spans = self.record_spans or ((self.blocks.start, self.blocks.end),)
+        values = {"state": ServerState.ONLINE, "adapters": self.adapters, "spans": spans} | changes
+        await self.node.directory.announce(
+            ServerRecord(peer_id="", model=MODEL, num_blocks=100, expires_at=now + 600, **values)
+        )
+
+    async def serve(self, channel: Channel) -> None:
+        mine: dict[bytes, BlockSpan] = {}
+        tasks: set[asyncio.Task[None]] = set()
+        turn = asyncio.Lock()
+        try:
+            while True:
+                message, tensors = await channel.receive()
+                if isinstance(message, wire.Step):
+                    self._under_way += 1
+                    self.max_under_way = max(self.max_under_way, self._under_way)
+                task = asyncio.create_task(self._answer(channel, message, tensors, mine, turn))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _answer(self, channel, message, tensors, mine, turn) -> None:
+        try:
+            answer, sent = await self._hear(message, tensors, mine, turn)
+        except PetalsError as error:
+            answer, sent = wire.Refusal.of(error, getattr(message, "step_id", None)), ()
+        finally:
+            if isinstance(message, wire.Step):
+                self._under_way -= 1
+        if answer is not None:
+            await channel.send(answer, sent)
+
+    async def _hear(self, message, tensors, mine, turn):
+        match message:
+            case wire.GetInfo():
+                return self._info(), ()
+            case wire.OpenSession():
+                return await self._open(message, mine), ()
+            case wire.KeepSession():
+                self.num_kept += 1
+                await self._notify()
+                return None, ()
+            case wire.CloseSession():
+                async with self._freed:
+                    self.sessions.pop(message.session_id, None)
+                    self._freed.notify_all()
+                await self._notify()
+                return wire.SessionEnded(message.session_id), ()
+            case wire.Step():
+                self.steps.append(message)
+                await self._notify()
+                async with turn:
+                    if self.held is not None:
+                        await self.held.wait()
+                    output = self._step(message, tensors[0], mine[message.session_id])
+                result = wire.StepResult(
+                    message.session_id, message.epoch, message.step_id, 0.001, 0.002, len(output)
+                )
+                return result, self._sent(output)
+            case wire.Forward():
+                self.forwards.append(message)
+                if self.refuse_steps:
+                    raise self.refuse_steps.pop(0)
+                rows = torch.split(tensors[0], list(message.counts))
+                output = torch.cat([expected(row, BlockSpan(*message.blocks)) for row in rows])
+                return wire.ForwardResult(0.0, 0.0), self._sent(output)
+
+    async def _notify(self) -> None:
+        async with self._heard:
+            self._heard.notify_all()
+
+    def _info(self) -> wire.Info:
+        return wire.Info(
+            model=MODEL,
+            blocks=(self.blocks.start, self.blocks.end),
+            state="online",
+            hidden_size=HIDDEN,
+            dtype="float32",
+            max_length=self.max_length,
+            max_batch_tokens=self.max_batch_tokens,
+            tokens_free=10**6,
+            num_sessions=len(self.sessions),
+            queue_tokens=0,
+            step_seconds=0.0,
+        )
+
+    async def _open(self, message: wire.OpenSession, mine) -> wire.SessionOpened:
+        self.opened.append(message)
+        await self._notify()
+        if self.refuse_opens:
+            raise self.refuse_opens.pop(0)
+        if not self.blocks.covers(BlockSpan(*message.blocks)):
+            raise BlocksNotServed("Not here.")
+        if message.adapter is not None and message.adapter not in self.adapters:
+            raise UnknownAdapter("No such adapter.")
+        try:
+            async with asyncio.timeout(message.alloc_timeout_seconds), self._freed:
+                while len(self.sessions) >= self.max_sessions:
+                    await self._freed.wait()
+                self.sessions[message.session_id] = [torch.empty(0, HIDDEN)] * message.num_rows
+        except TimeoutError:
+            raise CacheFull("Full.") from None
+        mine[message.session_id] = BlockSpan(*message.blocks)
+        granted = message.max_length or self.max_length
+        return wire.SessionOpened(message.session_id, granted, self.lease_seconds)
+
+    def _step(self, message: wire.Step, hidden: Tensor, blocks: BlockSpan) -> Tensor:
+        if self.refuse_steps:
+            raise self.refuse_steps.pop(0)
+        rows = self.sessions[message.session_id]
+        if message.reorder is not None:
+            rows = [rows[old] for old in message.reorder]
+        outputs, news = [], torch.split(hidden, list(message.counts))
+        for number, (start, new) in enumerate(zip(message.starts, news, strict=True)):
+            if start > len(rows[number]):
+                raise SessionGap("A gap.")
+            rows[number] = torch.cat([rows[number][:start], new])
+            outputs.append(expected(rows[number], blocks)[start:])
+        self.sessions[message.session_id] = rows
+        return torch.cat(outputs).to(hidden.dtype)
+
+    def _sent(self, output: Tensor) -> tuple[Tensor, ...]:
+        match self.answer:
+            case "narrow":
+                return (output[:, :-1],)
+            case "nan":
+                return (output * torch.nan,)
+            case "half":
+                return (output.half(),)
+            case "nothing":
+                return ()
+        return (output,)
+
+
+@dataclass
+class ToySwarm:
+    """Servers and a client on one network in memory."""
+
+    net: MemoryNet
+    servers: list[ToyServer]
+    client: SwarmNode
+    stack: AsyncExitStack
+
+    async def add(self, start: int, end: int, **options: object) -> ToyServer:
+        node = await self.stack.enter_async_context(SwarmNode(NodeConfig(), engine=self.net.engine))
+        server = ToyServer(node, BlockSpan(start, end), **options)
+        node.serve("blocks", server.serve)
+        await server.announce()
+        self.servers.append(server)
+        return server
+
+    def access(self, num_blocks: int, **options: object) -> SwarmAccess:
+        """Another client's view on the same node."""
+        return SwarmAccess(config(**options), MODEL, num_blocks, self.client)
+
+    async def at_rest(self) -> bool:
+        """True once no server holds a session."""
+        await asyncio.sleep(0)
+        return not any(server.sessions for server in self.servers)
+
+
+def config(**options: object) -> ClientConfig:
+    values = {"initial_peers": (), "min_backoff": 0.0, "request_timeout": 10.0} | options
+    return ClientConfig(**values)
+
+
+@asynccontextmanager
+async def toy_swarm(*spans: Sequence[int], **options: object) -> AsyncIterator[ToySwarm]:
+    """A swarm with one server per (start, end)."""
+    net = MemoryNet()
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(
+            SwarmNode(NodeConfig(client_mode=True), engine=net.engine)
+        )
+        swarm = ToySwarm(net, [], client, stack)
+        for start, end in spans:
+            await swarm.add(start, end, **options)
+        yield swarm
