@@ -59,7 +59,7 @@ def draw_map(found: dict[str, Any]) -> list[str]:
     for server in found["servers"]:
         bar = "".join(_cell(server, start, end) for start, end in columns)
         spans = " ".join(f"{start}:{end}" for start, end in server["spans"])
-        rest = f"{spans}  {server['state']}  {server['dtype']}  {server['throughput']:.1f} tok/s"
+        rest = f"{spans}  {server['state']}  {server['dtype']}  {server['throughput']:.0f} blocks/s"
         lines.append(f"  {_name(server):<{name_width}}  {bar}  {rest}")
     coverage, thin = found["coverage"], found["thinnest"]
     counts = [min(coverage[start:end]) for start, end in columns]

@@ -51,6 +51,7 @@ def load_client(
         import transformers
 
         from petals.client.auto import AutoDistributedModelForCausalLM
+        from petals.client.bridge import bridge
         from petals.models.sources import open_checkpoint
 
         checkpoint = open_checkpoint(model)
@@ -61,4 +62,4 @@ def load_client(
     try:
         yield ClientModel(model=client, tokenizer=tokenizer)
     finally:
-        client.close()
+        bridge.close()

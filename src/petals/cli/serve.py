@@ -1,0 +1,92 @@
+"""`petals serve`: hold some blocks of a model and run them for whoever asks.
+
+Turns options into a ServerConfig and runs the server; knows nothing of how it works.
+"""
+
+from typing import Annotated
+
+import typer
+
+from petals.cli import options
+from petals.cli.lifetime import stop_when_stdin_closes
+from petals.cli.serving import run_server
+from petals.types import BlockSpan, ModelId
+
+Blocks = Annotated[
+    str | None, typer.Option("--blocks", metavar="A:B", help="Exactly these blocks.")
+]
+NumBlocks = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="How many; which ones is chosen.")
+]
+Quant = Annotated[
+    str, typer.Option(metavar="KIND", help="none, auto, int8, bnb-int8 or nf4 weights.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Longest session, in tokens.")
+]
+CacheTokens = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="KV memory, in tokens per block.")
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Name of the model in the directory, if another.")
+]
+
+
+def serve(
+    model: options.Model,
+    join: options.Join = None,
+    blocks: Blocks = None,
+    num_blocks: NumBlocks = None,
+    dtype: options.Dtype = "auto",
+    quant: Quant = "none",
+    device: Device = "auto",
+    threads: Threads = None,
+    max_length: MaxLength = None,
+    cache_tokens: CacheTokens = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
+    name: Name = None,
+    public_name: Annotated[str | None, typer.Option(help="Shown by petals status.")] = None,
+    host: options.Host = "0.0.0.0",
+    port: options.Port = 0,
+    announce: options.Announce = None,
+    identity: options.IdentityFile = None,
+    swarm_key: options.SwarmKeyFile = None,
+    ready_file: options.ReadyFile = None,
+    until_stdin_closes: options.UntilStdinCloses = False,
+) -> None:
+    """Serve blocks of MODEL; without --join, as the first peer of a new swarm."""
+    from petals.server.config import (
+        AnnounceConfig,
+        ComputeConfig,
+        LimitsConfig,
+        MemoryConfig,
+        ServerConfig,
+        SourceConfig,
+    )
+    from petals.swarm.config import NodeConfig
+
+    if until_stdin_closes:
+        stop_when_stdin_closes()
+    config = ServerConfig(
+        source=SourceConfig(
+            model=model, name=None if name is None else ModelId(name), revision=revision
+        ),
+        blocks=None if blocks is None else BlockSpan.parse(blocks),
+        num_blocks=num_blocks,
+        network=NodeConfig(
+            initial_peers=tuple(join or ()),
+            host=host,
+            port=port,
+            announce_maddrs=tuple(announce or ()),
+            identity_path=identity,
+            swarm_key=options.read_swarm_key(swarm_key),
+            agent="petals-server",
+        ),
+        compute=ComputeConfig(device=device, dtype=dtype, quant=quant, num_threads=threads),
+        memory=MemoryConfig(cache_tokens=cache_tokens),
+        limits=LimitsConfig(max_length=max_length),
+        announce=AnnounceConfig(public_name=public_name),
+    )
+    run_server(config, ready_file)
