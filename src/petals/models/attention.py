@@ -93,7 +93,8 @@ def attend_packed(
     if done < context.total:
         width = pieces[-1].shape[-1]
         pieces.append(query.new_zeros((context.total - done, query.shape[1], width)))
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
+    joined = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
+    return joined.unsqueeze(0)
 
 
 def _rule_of(attention_mask: torch.Tensor | None) -> Rule:

@@ -98,9 +98,13 @@ class BatchContext:
         return plans
 
     def packed_hidden(self) -> torch.Tensor:
-        """[1, total, H], for shape and dtype only: blocks take their inputs from ``enter``."""
-        pieces = [segment.hidden for segment in self.segments]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
+        """Zeros [1, total, H] for the model's forward to start with.
+
+        Blocks take their inputs from ``enter``; whatever the model does to embeddings before, it
+        does to these (some scale them in place).
+        """
+        like = self.segments[0].hidden
+        return torch.zeros((1, self.total, like.shape[1]), dtype=like.dtype, device=like.device)
 
     def positions(self) -> torch.Tensor:
         """[1, total] int64 positions of the packed tokens."""
@@ -118,8 +122,6 @@ class BatchContext:
             changed[first] = _with_prompt(segment, states, self.block)
         if not changed:
             return hidden
-        if len(changed) == len(self.parts) == 1:
-            return changed[0].unsqueeze(0)
         rows = []
         for segment, first, last in self.parts:
             if first in changed:
@@ -128,12 +130,13 @@ class BatchContext:
                 rows.append(torch.zeros_like(segment.hidden))
             else:
                 rows.append(hidden[0, first:last])
-        return torch.cat(rows).unsqueeze(0)
+        # One row is copied too: a block may write into its input, which is the caller's.
+        return (torch.cat(rows) if len(rows) > 1 else rows[0].clone()).unsqueeze(0)
 
     def leave(self, plan: BlockPlan, hidden: torch.Tensor) -> None:
         """Take the outputs [1, total, H] of one block for those who leave it or look at it."""
         for segment, first, last in plan.tapped:
-            segment.tapped[self.block] = hidden[0, first:last]
+            segment.tapped[self.block] = hidden[0, first:last].clone()
         for part in plan.leaving:
             self.outputs[self.parts.index(part)] = hidden[0, part[1] : part[2]]
 

@@ -48,6 +48,7 @@ class Mode(StrEnum):
 
     PACKED = "packed"
     ONE_BY_ONE = "one by one"
+    TOKEN_BY_TOKEN = "token by token"
 
 
 class Blocks(Protocol):
@@ -117,13 +118,28 @@ class Span:
         ready = iter(outputs)
         return [next(ready) if s.hidden.shape[0] else s.hidden for s in segments]
 
-    def fall_back(self, reason: str) -> None:
-        """Run one by one from now on; rows written so far are of no use."""
-        logger.warning("Blocks %s run one session at a time: %s.", self.blocks, reason)
-        self.mode, self.reason = Mode.ONE_BY_ONE, reason
+    def fall_back(self, reason: str) -> bool:
+        """Take the next slower mode, if there is one; rows written so far are of no use.
+
+        Some recurrent blocks take several tokens only from an empty state: they get one at a time.
+        """
+        if self.mode is Mode.PACKED:
+            self.mode = Mode.ONE_BY_ONE
+        elif self.mode is Mode.ONE_BY_ONE and self.recurrent:
+            self.mode = Mode.TOKEN_BY_TOKEN
+        else:
+            return False
+        logger.warning("Blocks %s run %s: %s.", self.blocks, self.mode, reason)
+        self.reason = reason
         self._use_attention(packed=False)
         self._traits = self._probe(packed=False)
         self.layout = self._layout_of(self._traits)
+        return True
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether any block keeps a state that cannot be cut at a position."""
+        return any(traits.recurrent for traits in self._traits)
 
     def _choose_mode(self) -> None:
         try:
@@ -156,19 +172,27 @@ class Span:
             )
 
     def _run_alone(self, segment: Segment) -> torch.Tensor:
-        if segment.row is None or not any(traits.recurrent for traits in self._traits):
+        if segment.row is None or not self.recurrent:
             return self._forward([segment])[0]
         row = segment.row
         if row.recurrent is None:
             row.recurrent = RecurrentRow(row.max_length)
         missed = row.recurrent.rewind(segment.start)
         if missed is not None:
-            self._feed(replace(segment, hidden=missed, start=row.recurrent.position, taps=()))
+            self._feed(replace(segment, hidden=missed, start=row.recurrent.position, tapped={}))
         row.recurrent.snapshot()
         return self._feed(segment)
 
     def _feed(self, segment: Segment) -> torch.Tensor:
-        output = self._forward([segment])[0]
+        parts = [segment]
+        if self.mode is Mode.TOKEN_BY_TOKEN and segment.start > 0:
+            parts = [
+                replace(segment, hidden=token, start=segment.start + index, tapped={})
+                for index, token in enumerate(segment.hidden.split(1))
+            ]
+        output = torch.cat([self._forward([part])[0] for part in parts])
+        for block in segment.taps:
+            segment.tapped[block] = torch.cat([part.tapped[block] for part in parts])
         assert segment.row is not None and segment.row.recurrent is not None
         segment.row.recurrent.advance(segment.hidden)
         return output
@@ -242,6 +266,8 @@ class Span:
             if plan is None:
                 return (hidden_states, None) if self._traits[index].returns_tuple else hidden_states
             context.block, context.active = block, plan.active
+            if context.observe is not None:
+                _refuse_side_inputs(hidden_states, [*args, *kwargs.values()])
             if plan.entering or plan.prompted:
                 hidden_states = context.enter(plan, hidden_states)
             output = own(hidden_states, *args, **kwargs)
@@ -257,6 +283,19 @@ class Span:
 def _needs_grad(segment: Segment) -> bool:
     prompts = segment.prompts
     return segment.hidden.requires_grad or (prompts is not None and prompts.requires_grad)
+
+
+def _refuse_side_inputs(hidden: torch.Tensor, others: list[Any]) -> None:
+    """Raise ModelNotSupported if a block is given other states than the previous block's."""
+    for other in others:
+        if (
+            isinstance(other, torch.Tensor)
+            and other.dim() >= 3
+            and other.shape[:2] == hidden.shape[:2]
+            and other.shape[-1] == hidden.shape[-1]
+            and other.dtype == hidden.dtype
+        ):
+            raise ModelNotSupported("Its blocks read states of blocks further back.")
 
 
 def _why_not_packed(traits: list[BlockTraits]) -> str:

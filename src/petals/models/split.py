@@ -66,8 +66,10 @@ class Stub(nn.Module):
         super().__init__()
         self.looks_up = looks_up
 
-    def forward(self, first: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.looks_up:
+    def forward(
+        self, first: torch.Tensor | None = None, *args: object, **kwargs: object
+    ) -> torch.Tensor | None:
+        if self.looks_up and first is not None:
             return torch.zeros((1,) * (first.dim() + 1), device=first.device)
         return first
 

@@ -52,6 +52,12 @@ _SIZES: dict[str, Any] = {
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_d_ssm": 64,
+    "mamba_chunk_size": 8,
+    "block_auto_adjust_ff_dim": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -60,6 +66,7 @@ _SIZES: dict[str, Any] = {
 
 _WINDOWED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 _HYBRID = ["linear_attention", "linear_attention", "full_attention"] * 2
+_CONVOLUTIONS = ["conv", "conv", "full_attention", "conv", "full_attention"]
 _NO_EARLY_END = {"eos_token_id": None}
 
 _LATENT = {"num_key_value_heads": 4}
@@ -79,11 +86,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "cohere2": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
     "llama4_text": {"no_rope_layers": [1, 1, 0, 1, 0], "interleave_moe_layer_step": 2},
     "qwen3_next": {"layer_types": _HYBRID[:NUM_BLOCKS]},
+    "lfm2": {"layer_types": _CONVOLUTIONS},
+    "lfm2_moe": {"layer_types": _CONVOLUTIONS, "num_dense_layers": 1},
+    "bamba": {"attn_layer_indices": [1, 4]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba", "attention"]},
     "qwen3_5_text": {"layer_types": _HYBRID[:NUM_BLOCKS]},
-    "deepseek_v2": {"topk_method": "greedy", **_LATENT},
-    "deepseek_v3": _LATENT,
-    "deepseek_v32": _LATENT,
-    "glm_moe_dsa": _LATENT,
+    "deepseek_v2": {"topk_method": "greedy"},
     "dots1": {"n_shared_experts": 1},
     "phi3": {"pad_token_id": 0},
     "gpt2": {"n_inner": 48},
@@ -130,6 +139,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
 def _tiny_settings(config_class: type[PretrainedConfig], model_type: str) -> dict[str, Any]:
     known = _settable_names(config_class)
     sizes = {name: value for name, value in _SIZES.items() if name in known}
+    if "kv_lora_rank" in known:
+        sizes |= _LATENT
     return sizes | _NO_EARLY_END | _SPECIAL.get(model_type, {})
 
 
