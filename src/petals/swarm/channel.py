@@ -27,7 +27,7 @@ from petals.errors import (
 )
 from petals.logs import get_logger
 from petals.swarm.config import ChannelLimits
-from petals.swarm.inflight import WINDOW_BYTES, Budget, Inbox
+from petals.swarm.inflight import WINDOW_BYTES, Budget, Inbox, message_cost
 from petals.swarm.transport import Stream
 from petals.types import PeerId
 from petals.wire import frames, tensors
@@ -125,11 +125,13 @@ class Channel:
         async with self._sending:
             self._raise_if_closed()
             head = frames.encode_frame(FrameKind.MESSAGE, payload)
-            if total <= min(self._credit, frames.CHUNK_BYTES):
-                self._credit -= total
+            cost = message_cost(payload)
+            if total <= frames.CHUNK_BYTES and cost + total <= self._credit:
+                self._credit -= cost + total
                 self._stream.write(b"".join((head, *_chunk_parts(encoded))) if total else head)
                 await self._drain()
             else:
+                await self._take_credit(cost)
                 await self._send_in_chunks(head, [data for _, data in encoded])
 
     async def receive(self, timeout: float | None = None) -> tuple[AnyMessage, list[Tensor]]:
@@ -304,6 +306,7 @@ class Channel:
             self._on_pong(_NONCE.unpack(payload)[0])
         else:
             self._inbox.cancel()
+            self._grant()
 
     def _on_pong(self, nonce: int) -> None:
         waiter = self._pong_waiters.pop(nonce, None)

@@ -19,13 +19,12 @@ MIB = 1024 * 1024
 class ChannelLimits:
     """Bounds of channels, checked before memory is taken.
 
-    ``max_tensor_bytes`` is for one message; ``max_queued`` counts unread messages of one channel;
-    ``max_inflight_bytes`` is for everything this node is receiving, ``max_inflight_bytes_per_peer``
-    the part of it one peer may use. Silence is measured while something is pending.
+    ``max_tensor_bytes`` is for one message, ``max_inflight_bytes`` for everything this node is
+    receiving, ``max_inflight_bytes_per_peer`` for the part of it that one peer may use. Silence is
+    measured while something is pending.
     """
 
     max_tensor_bytes: int = 256 * MIB
-    max_queued: int = 1024
     max_inflight_bytes: int = 2048 * MIB
     max_inflight_bytes_per_peer: int = 512 * MIB
     max_streams: int = 4096

@@ -17,14 +17,23 @@ from petals.wire.messages import AnyMessage, Refusal, decode_message
 from petals.wire.specs import TensorSpec, check_specs
 
 WINDOW_BYTES = 8 * 1024 * 1024
-"""Tensor bytes one side may send beyond what the other has taken. Part of the protocol: both sides
-count with it.
-"""
+"""Bytes one side may send beyond what the other has taken. Part of the protocol: both count so."""
+
+MESSAGE_COST_BYTES = 1024
+"""What a message costs beside its payload and tensors, so that empty ones are bounded, too."""
+
+_SLACK_BYTES = 64 * 1024
+"""A last word (a refusal) may be said without credit."""
 
 _GRANT_BYTES = WINDOW_BYTES // 4
 """Credit is returned in portions of at least this, so that small messages cost no frames of their
 own.
 """
+
+
+def message_cost(payload: bytes) -> int:
+    """Credit that a MESSAGE frame costs its sender."""
+    return len(payload) + MESSAGE_COST_BYTES
 
 
 class Budget:
@@ -103,26 +112,24 @@ class Inbox:
         """A MESSAGE frame arrived. Raises ProtocolError, or PeerBusy if there is no room."""
         if self._partial is not None:
             raise ProtocolError("A message began before the one under way was complete.")
-        if len(self._ready) >= self._limits.max_queued:
-            raise ProtocolError("Too many messages were sent without waiting for answers.")
+        cost = message_cost(payload)
+        self._count(cost)
         message, specs = decode_message(payload)
         total = check_specs(specs, self._limits.max_tensor_bytes)
         if total == 0:
             decoded = [_decode(spec, bytearray()) for spec in specs]
-            self._ready.append(ReceivedMessage(message, decoded, 0, 0))
+            self._ready.append(ReceivedMessage(message, decoded, 0, cost))
             return
         self._budget.reserve(self._peer, total)
-        self._partial = _Partial(message, specs, total)
+        self._partial = _Partial(message, specs, total, num_owed=cost)
         self._next_tensor(self._partial)
 
     def add_chunk(self, payload: bytes) -> None:
         """A CHUNK frame arrived: the next bytes of the tensor under way. Raises ProtocolError."""
         partial = self._partial
-        self._unread_bytes += len(payload)
         if partial is None or not payload:
             raise ProtocolError("A chunk came without a message it could belong to.")
-        if self._unread_bytes > WINDOW_BYTES:
-            raise ProtocolError("More was sent than there was credit for.")
+        self._count(len(payload))
         end = partial.filled + len(payload)
         if end > len(partial.buffer):
             raise ProtocolError("A chunk is longer than the rest of its tensor.")
@@ -179,6 +186,11 @@ class Inbox:
         self.drop_partial()
         while self._ready:
             self._budget.release(self._peer, self._ready.popleft().num_bytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self._unread_bytes += num_bytes
+        if self._unread_bytes > WINDOW_BYTES + _SLACK_BYTES:
+            raise ProtocolError("More was sent than there was credit for.")
 
     def _return_credit(self, num_bytes: int) -> None:
         self._unread_bytes -= num_bytes

@@ -7,6 +7,8 @@ no records and no frames.
 
 import asyncio
 import contextlib
+import re
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -31,6 +33,7 @@ p2pd_logger = get_logger("petals.p2pd")
 
 _BUFFER_BYTES = 1024 * 1024
 _CLOSE_SECONDS = 1.0
+_PORT = re.compile(r"^/(ip4|ip6)/([^/]+)/(tcp|udp)/(\d+)")
 _MAX_CONTROL_BYTES = 4 * 1024 * 1024
 
 Accept = Callable[[str, "DaemonStream"], Awaitable[None]]
@@ -111,6 +114,8 @@ class Daemon:
         """Start the process and connect to it. Raises ConfigError if it cannot start (a port in
         use, for example).
         """
+        for address in listen:
+            _check_free(address)
         use_hivemind_log_handler("nowhere")
         # hivemind would write peer ids inside addresses in a form that the daemon cannot read.
         cid.PROTO_NAME_TO_CIDv1_CODEC.clear()
@@ -252,6 +257,25 @@ class Daemon:
     def _ended(self) -> None:
         if not self._closing:
             self._on_exit()
+
+
+def _check_free(address: str) -> None:
+    """Raises ConfigError if another process has the port: the daemon would silently share it."""
+    match = _PORT.match(address)
+    if match is None or match[4] == "0":
+        return
+    family = socket.AF_INET6 if match[1] == "ip6" else socket.AF_INET
+    kind = socket.SOCK_STREAM if match[3] == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(family, kind) as probe:
+        if kind is socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((match[2], int(match[4])))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"The network daemon could not start: {address} cannot be listened on ({error}).",
+                hint="Another process may use the port; choose another with --port.",
+            ) from error
 
 
 def _daemon_class(home: Path, on_exit: Callable[[], None]) -> Any:

@@ -125,7 +125,7 @@ class _SoundRecords(RecordValidatorBase):
             subkey = msgspec.msgpack.decode(record.subkey, type=str)
             value = msgspec.msgpack.decode(record.value, type=bytes)
             check_stored(subkey, value, record.expiration_time, self._clock.now())
-        except (msgspec.DecodeError, RecordInvalid) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecordInvalid) as error:
             logger.debug("refused a record: %s", error)
             return False
         return True

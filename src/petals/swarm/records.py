@@ -153,7 +153,7 @@ def _open(value: bytes) -> AnyRecord:
         if decoder is None:
             raise RecordInvalid(f"Records of kind {envelope.kind!r} are unknown.")
         record: AnyRecord = decoder.decode(envelope.payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordInvalid(f"A record could not be read: {error}") from error
     signed = _signed_bytes(envelope.kind, envelope.payload)
     if peer_id_of(envelope.public_key) != record.peer_id or not verify(

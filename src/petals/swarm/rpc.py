@@ -234,7 +234,7 @@ def _version_of(payload: bytes) -> int:
         match msgspec.msgpack.decode(payload):
             case [["Hello" | "Welcome", int(version), *_], *_]:
                 return version
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     return PROTOCOL_VERSION
 

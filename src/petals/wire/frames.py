@@ -9,8 +9,9 @@
 
 A MESSAGE frame carries a typed message (``wire.messages``) and the list of the tensors that follow
 it; their bytes follow in CHUNK frames, in order. CREDIT gives the sender leave for so many more
-chunk bytes. PING and PONG carry an 8-byte nonce. CANCEL ends the message under way (its remaining
-chunks will not come). Knows no sockets and no torch.
+bytes: chunks cost their length, messages their payload and a little more. PING and PONG carry an
+8-byte nonce. CANCEL ends the message under way (its remaining chunks will not come). Knows no
+sockets and no torch.
 """
 
 import struct
@@ -83,7 +84,7 @@ def encode_frame(kind: FrameKind, payload: bytes = b"") -> bytes:
 
 
 def encode_credit(num_bytes: int) -> bytes:
-    """A CREDIT frame for ``num_bytes`` more chunk bytes (at most 2**32 - 1)."""
+    """A CREDIT frame for ``num_bytes`` more bytes (at most 2**32 - 1)."""
     return encode_frame(FrameKind.CREDIT, _U32.pack(num_bytes))
 
 

@@ -1,0 +1,34 @@
+"""Two nodes of a swarm in memory, on a clock that the test moves."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from petals.swarm.config import ChannelLimits, NodeConfig
+from petals.swarm.node import SwarmNode
+from petals.testing.manual_clock import ManualClock
+from petals.testing.memory_net import MemoryNet
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def net(clock: ManualClock) -> MemoryNet:
+    return MemoryNet(clock)
+
+
+@pytest.fixture
+async def server(net: MemoryNet, clock: ManualClock) -> AsyncIterator[SwarmNode]:
+    limits = ChannelLimits(max_streams_per_peer=4)
+    async with SwarmNode(NodeConfig(limits=limits), engine=net.engine, clock=clock) as node:
+        yield node
+
+
+@pytest.fixture
+async def client(net: MemoryNet, clock: ManualClock, server: SwarmNode) -> AsyncIterator[SwarmNode]:
+    config = NodeConfig(initial_peers=await server.addresses())
+    async with SwarmNode(config, engine=net.engine, clock=clock) as node:
+        yield node

@@ -1,0 +1,94 @@
+"""The second engine keeps the seam honest: what it promises, and how it can be disturbed."""
+
+import asyncio
+
+import pytest
+
+from petals.errors import PeerTimeout, PeerUnreachable
+from petals.testing.manual_clock import settle
+
+PROTOCOL = "/test"
+
+
+@pytest.fixture
+async def ends(server, client):
+    """Both ends of one stream."""
+    arrived: asyncio.Queue = asyncio.Queue()
+    await server.transport.serve(PROTOCOL, arrived.put)
+    ours = await client.transport.open_stream(server.peer_id, PROTOCOL, 1.0)
+    return ours, await arrived.get()
+
+
+async def test_bytes_arrive_in_order(ends, client):
+    ours, theirs = ends
+    assert theirs.remote == client.peer_id
+    ours.write(b"abc")
+    ours.write(memoryview(b"defgh"))
+    assert await theirs.read_exactly(2) == b"ab"
+    assert await theirs.read_exactly(5) == b"cdefg"
+    await ours.close()
+    assert await theirs.read_exactly(1) == b"h"
+    with pytest.raises(PeerUnreachable):
+        await theirs.read_exactly(1)
+
+
+async def test_backpressure(ends):
+    ours, theirs = ends
+    ours.write(bytes(2**20))
+    draining = asyncio.create_task(ours.drain())
+    await settle()
+    assert not draining.done()
+    await theirs.read_exactly(2**20)
+    await draining
+
+
+async def test_latency(net, ends, clock):
+    ours, theirs = ends
+    net.latency_seconds = 0.1
+    ours.write(b"x")
+    reading = asyncio.create_task(theirs.read_exactly(1))
+    await clock.advance(0.09)
+    assert not reading.done()
+    await clock.advance(0.02)
+    assert await reading == b"x"
+
+
+async def test_a_cut_link_swallows(net, ends, server, client, clock):
+    ours, theirs = ends
+    net.cut(server.peer_id, client.peer_id)
+    ours.write(b"lost")
+    reading = asyncio.create_task(theirs.read_exactly(1))
+    opening = asyncio.create_task(client.transport.open_stream(server.peer_id, PROTOCOL, 5.0))
+    await clock.advance(5.1)
+    assert not reading.done()
+    with pytest.raises(PeerTimeout):
+        await opening
+    net.heal(server.peer_id, client.peer_id)
+    await client.transport.open_stream(server.peer_id, PROTOCOL, 5.0)
+    theirs.reset()
+    with pytest.raises(PeerUnreachable):
+        await reading
+
+
+async def test_a_killed_peer_is_gone_at_once(net, ends, server, client):
+    ours, _ = ends
+    net.kill(server.peer_id)
+    with pytest.raises(PeerUnreachable):
+        await ours.read_exactly(1)
+    with pytest.raises(PeerUnreachable):
+        await client.transport.open_stream(server.peer_id, PROTOCOL, 1.0)
+    with pytest.raises(PeerUnreachable):
+        await client.transport.connect(f"/memory/p2p/{server.peer_id}")
+
+
+async def test_later_expiry_wins(server, client, clock):
+    one, other = server.transport.records, client.transport.records
+    assert await one.store("key", "sub", b"old", clock.now() + 10)
+    assert await other.store("key", "sub", b"new", clock.now() + 20)
+    assert not await one.store("key", "sub", b"late", clock.now() + 15)
+    assert not await one.store("key", "other", b"past", clock.now() - 1)
+    found = await other.get(["key", "nothing"])
+    assert {k: v.value for k, v in found["key"].items()} == {"sub": b"new"}
+    assert found["nothing"] == {}
+    await clock.advance(21.0)
+    assert (await one.get(["key"]))["key"] == {}
