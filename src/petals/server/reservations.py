@@ -34,6 +34,10 @@ class Reservations:
         self._clock = clock
         self._line: deque[asyncio.Event] = deque()
 
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._line)
+
     async def reserve(self, room: Room, timeout_seconds: float) -> SessionKV:
         """Room in the pool, as soon as there is some and it is our turn.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from petals.constants import DTYPE_NAMES
 from petals.errors import ConfigError
 from petals.logs import get_logger
 from petals.models import quantize
@@ -138,7 +139,17 @@ def _read(path: Path) -> dict[str, list[str]]:
         known = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: value for key, value in known.items() if _is_note(value)}
+
+
+def _is_note(value: object) -> bool:
+    match value:
+        case [str(dtype), str(quant)]:
+            return dtype in DTYPE_NAMES and quant in set(QuantKind)
+        case _:
+            return False
 
 
 def _write(path: Path, known: dict[str, list[str]]) -> None:

@@ -1,0 +1,498 @@
+"""What a client gets wrong is a typed refusal; the server lives on and every page comes back."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from petals.errors import ERRORS_BY_CODE, PeerUnreachable
+from petals.server.config import DoorConfig
+from petals.server.scheduler import SchedulerConfig
+from petals.testing.manual_clock import ManualClock, settle
+from petals.types import ServerState
+from petals.wire import frames
+from petals.wire.frames import FrameKind
+from petals.wire.messages import (
+    CloseSession,
+    DialedBack,
+    Forward,
+    ForwardResult,
+    KeepSession,
+    Refusal,
+    SessionEnded,
+    SessionOpened,
+    Step,
+    StepResult,
+)
+from served_span import FussySpan, Served, Talk, assert_close, served, states
+from tiny_spans import WIDTH
+
+
+async def still_serves(swarm: Served) -> None:
+    """A fresh client gets right answers, and afterwards every page is back."""
+    talk, text = await swarm.talk(), states(7, seed=77)
+    talk.session_id = os.urandom(16)
+    await talk.open()
+    (output,) = await talk.step(0, [0], [text])
+    assert_close(output, swarm.expected(text))
+    await talk.close()
+    await swarm.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"model": "another"}, "unknown_model"),
+        ({"blocks": (9, 12)}, "blocks_not_served"),
+        ({"blocks": (12, 15)}, "blocks_not_served"),
+        ({"blocks": (12, 12)}, "protocol"),
+        ({"adapter": "lora"}, "unknown_adapter"),
+        ({"max_length": 257}, "length_exceeded"),
+        ({"rows": 9}, "batch_too_large"),
+        ({"rows": 8, "max_length": 256}, "request_too_large"),
+        ({"dtype": "int64"}, "bad_input"),
+        ({"dtype": "float3"}, "bad_input"),
+    ],
+)
+async def test_openings_that_cannot_be(changes: dict[str, object], code: str) -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        # Even with patience: what can never be is refused at once.
+        refusal = await talk.refused(talk.opening(**changes, alloc_timeout_seconds=100.0))
+        assert refusal.code == code
+        assert ERRORS_BY_CODE[code] is type(refusal.to_error("peer"))
+        await still_serves(swarm)
+
+
+def with_value(value: float) -> torch.Tensor:
+    hidden = states(3)
+    hidden[1, 5] = value
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("hidden", "starts", "counts", "reorder", "code"),
+    [
+        (states(3)[:, :-1], (5,), (3,), None, "bad_input"),
+        (states(3).long(), (5,), (3,), None, "bad_input"),
+        (states(3)[None], (5,), (3,), None, "bad_input"),
+        (states(4), (5,), (3,), None, "bad_input"),
+        (with_value(float("nan")), (5,), (3,), None, "bad_input"),
+        (with_value(float("inf")), (5,), (3,), None, "bad_input"),
+        (with_value(float("-inf")), (2,), (3,), None, "bad_input"),
+        (with_value(float("nan")), (5, 5), (3, 0), (0, 0), "bad_input"),
+        (states(3), (6,), (3,), None, "session_gap"),
+        (states(3), (5, 0), (3, 0), None, "bad_input"),
+        (states(3), (), (3,), None, "bad_input"),
+        (states(3), (5,), (3,), (1,), "bad_input"),
+        (states(0), (), (), (), "bad_input"),
+        (states(60), (5,), (60,), None, "length_exceeded"),
+        (states(0), (5,) * 9, (0,) * 9, (0,) * 9, "batch_too_large"),
+        (states(3), (2**31 - 1,), (3,), None, "session_gap"),
+        (with_value(FussySpan.poison), (5,), (3,), None, "peer_failed"),
+    ],
+)
+async def test_a_refused_step_leaves_the_session_as_it_was(
+    hidden: torch.Tensor,
+    starts: tuple[int, ...],
+    counts: tuple[int, ...],
+    reorder: tuple[int, ...] | None,
+    code: str,
+) -> None:
+    async with served() as swarm:
+        talk, text = await swarm.talk(), states(8)
+        await talk.open()
+        await talk.step(0, [0], [text[:5]])
+        refusal = await talk.refused(Step(talk.session_id, 0, 1, starts, counts, reorder), hidden)
+        assert (refusal.code, refusal.step_id) == (code, 1)
+        assert refusal.hint
+        swarm.pool.check_integrity()
+        (output,) = await talk.step(2, [5], [text[5:]])
+        assert_close(output, swarm.expected(text)[5:])
+        await talk.close()
+        await still_serves(swarm)
+
+
+async def test_a_step_needs_exactly_one_tensor() -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        await talk.open()
+        message = Step(talk.session_id, 0, 0, (0,), (3,))
+        assert (await talk.refused(message)).code == "bad_input"
+        assert (await talk.refused(message, states(3), states(3))).code == "bad_input"
+
+
+async def test_a_step_may_not_be_larger_than_the_server_takes() -> None:
+    async with served(num_tokens=4096) as swarm:
+        talk = await swarm.talk()
+        await talk.open(rows=3, max_length=256)
+        message = Step(talk.session_id, 0, 0, (0, 0, 0), (200, 200, 200))
+        assert (await talk.refused(message, states(600))).code == "batch_too_large"
+
+
+async def test_step_ids_only_grow() -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        await talk.open()
+        await talk.step(5, [0], [states(2)])
+        refusal = await talk.refused(Step(talk.session_id, 0, 4, (2,), (1,)), states(1))
+        assert refusal.code == "session_gap"
+
+
+async def test_a_failed_reorder_is_not_applied_twice() -> None:
+    async with served() as swarm:
+        talk, texts = await swarm.talk(), [states(4, seed=1), states(4, seed=2)]
+        await talk.open(rows=2)
+        await talk.step(0, [0, 0], texts)
+        poisoned = torch.full((2, WIDTH), FussySpan.poison)
+        message = Step(talk.session_id, 0, 1, (4, 4), (1, 1), (1, 0))
+        assert (await talk.refused(message, poisoned)).code == "peer_failed"
+        new = states(2, seed=3)
+        outputs = await talk.step(1, [4, 4], [new[:1], new[1:]], reorder=(1, 0))
+        for output, text, token in zip(outputs, reversed(texts), new):
+            assert_close(output, swarm.expected(torch.cat([text, token[None]]))[4:])
+
+
+async def test_one_that_fails_takes_nobody_with_it() -> None:
+    async with served(scheduling=SchedulerConfig(max_batch_tokens=512)) as swarm:
+        talks = [await swarm.talk() for _ in range(4)]
+        texts = [states(9, seed=number) for number in range(4)]
+        for number, (talk, text) in enumerate(zip(talks, texts)):
+            talk.session_id = bytes([number]) * 16
+            await talk.open()
+            await talk.step(0, [0], [text[:8]])
+        swarm.runner.batches.clear()
+        # The thread is held until all four steps wait, so that they share a batch.
+        steps = []
+        release = _hold_compute(swarm)
+        for number, (talk, text) in enumerate(zip(talks, texts)):
+            hidden = torch.full((1, WIDTH), FussySpan.poison) if number == 2 else text[8:]
+            steps.append(
+                asyncio.create_task(talk.ask(Step(talk.session_id, 0, 1, (8,), (1,)), hidden))
+            )
+        await settle()
+        release()
+        answers = await asyncio.gather(*steps)
+        assert swarm.runner.batches[0] == 4
+        for number, (message, tensors) in enumerate(answers):
+            if number == 2:
+                assert isinstance(message, Refusal) and message.code == "peer_failed"
+            else:
+                assert_close(tensors[0], swarm.expected(texts[number])[8:])
+        (again,) = await talks[2].step(2, [8], [texts[2][8:]])
+        assert_close(again, swarm.expected(texts[2])[8:])
+
+
+def _hold_compute(swarm: Served) -> Callable[[], None]:
+    """Keep the compute thread busy until the returned function is called."""
+    free = threading.Event()
+    swarm.service.executor.post(free.wait)
+    return free.set
+
+
+@pytest.mark.parametrize(
+    ("changes", "hidden", "code"),
+    [
+        ({"model": "another"}, states(6), "unknown_model"),
+        ({"blocks": (0, 4)}, states(6), "blocks_not_served"),
+        ({"adapter": "lora"}, states(6), "unknown_adapter"),
+        ({"counts": (300,)}, states(300), "length_exceeded"),
+        ({"counts": (200, 200, 200)}, states(600), "batch_too_large"),
+        ({"counts": (1,) * 9}, states(9), "batch_too_large"),
+        ({"counts": (7,)}, states(6), "bad_input"),
+        ({}, states(6).long(), "bad_input"),
+        ({}, states(6)[:, :-1], "bad_input"),
+        ({}, states(6) / 0, "bad_input"),
+        ({}, torch.full((6, WIDTH), FussySpan.poison), "peer_failed"),
+    ],
+)
+async def test_forwards_that_cannot_be(
+    changes: dict[str, object], hidden: torch.Tensor, code: str
+) -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        fields: dict[str, object] = {"model": "tiny", "blocks": (10, 14), "counts": (6,)}
+        assert (await talk.refused(Forward(**{**fields, **changes}), hidden)).code == code
+        answer, _ = await talk.ask(Forward(**fields), states(6))
+        assert isinstance(answer, ForwardResult)
+        await still_serves(swarm)
+
+
+async def test_there_is_no_session_but_those_opened() -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        refusal = await talk.refused(Step(talk.session_id, 0, 0, (0,), (3,)), states(3))
+        assert refusal.code == "session_closed"
+        await talk.channel.send(KeepSession(talk.session_id))
+        answer, _ = await talk.ask(CloseSession(talk.session_id))
+        assert isinstance(answer, SessionEnded)
+        await still_serves(swarm)
+
+
+async def test_nobody_reaches_anothers_session() -> None:
+    async with served() as swarm:
+        mine, theirs = await swarm.talk(), await swarm.talk(swarm.server)
+        await mine.open()
+        refusal = await theirs.refused(Step(mine.session_id, 0, 0, (0,), (3,)), states(3))
+        assert refusal.code == "session_closed"
+        await theirs.ask(CloseSession(mine.session_id))
+        assert len(swarm.service.sessions) == 1
+
+
+async def test_messages_of_other_services_end_the_channel() -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        refusal = await talk.refused(DialedBack(True, 0.0))
+        assert refusal.code == "protocol"
+        with pytest.raises(PeerUnreachable):
+            await talk.channel.receive(5.0)
+        await still_serves(swarm)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        os.urandom(64),
+        frames.encode_header(FrameKind.MESSAGE, 1 << 30),
+        frames.encode_frame(FrameKind.MESSAGE, os.urandom(100)),
+        frames.encode_frame(FrameKind.CHUNK, b"x" * 100),
+    ],
+)
+async def test_garbage_costs_the_channel_and_nothing_else(garbage: bytes) -> None:
+    async with served(door=DoorConfig(lease_seconds=0.05)) as swarm:
+        talk = await swarm.talk()
+        await talk.open()
+        await talk.step(0, [0], [states(3)])
+        talk.channel._stream.write(garbage)
+        ended = asyncio.Event()
+        talk.channel.on_close(ended.set)
+        async with asyncio.timeout(10):
+            await ended.wait()
+            while len(swarm.service.sessions):
+                await swarm.service.executor.call(lambda: None)
+        await still_serves(swarm)
+
+
+async def test_leaving_servers_open_nothing_and_finish_what_runs() -> None:
+    async with served() as swarm:
+        talk, late = await swarm.talk(), await swarm.talk()
+        late.session_id = b"l" * 16
+        await talk.open()
+        swarm.service.state = ServerState.DRAINING
+        assert (await late.refused(late.opening())).code == "peer_busy"
+        await talk.step(0, [0], [states(3)])
+        await swarm.service.end_sessions("leaving")
+        message, _ = await talk.channel.receive(5.0)
+        assert isinstance(message, SessionEnded) and message.reason == "leaving"
+        await swarm.at_rest()
+
+
+async def test_a_peer_has_only_its_share_of_sessions() -> None:
+    async with served(door=DoorConfig(max_sessions_per_peer=2)) as swarm:
+        talk = await swarm.talk()
+        opened = []
+        for number in range(3):
+            talk.session_id = bytes([number]) * 16
+            opened.append((await talk.ask(talk.opening()))[0])
+        assert [isinstance(answer, SessionOpened) for answer in opened] == [True, True, False]
+        assert isinstance(opened[2], Refusal) and opened[2].code == "peer_busy"
+        other = await swarm.talk(swarm.server)
+        await other.open()
+
+
+async def test_a_peer_has_only_its_share_of_waiting_bytes() -> None:
+    limit = 4 * WIDTH * 10
+    async with served(door=DoorConfig(max_bytes_per_peer=limit)) as swarm:
+        talk = await swarm.talk()
+        await talk.open()
+        release = _hold_compute(swarm)
+        for step_id, (start, count) in enumerate([(0, 6), (6, 6)]):
+            message = Step(talk.session_id, 0, step_id, (start,), (count,))
+            await talk.channel.send(message, (states(count),))
+        answer, _ = await talk.channel.receive(5.0)
+        assert isinstance(answer, Refusal) and (answer.code, answer.step_id) == ("peer_busy", 1)
+        release()
+        answer, _ = await talk.channel.receive(5.0)
+        assert isinstance(answer, StepResult) and answer.step_id == 0
+
+
+async def test_too_many_steps_ahead_are_refused() -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        await talk.open()
+        release = _hold_compute(swarm)
+        for step_id in range(17):
+            message = Step(talk.session_id, 0, step_id, (step_id,), (1,))
+            await talk.channel.send(message, (states(1),))
+        answer, _ = await talk.channel.receive(5.0)
+        assert isinstance(answer, Refusal) and (answer.code, answer.step_id) == ("peer_busy", 16)
+        release()
+        answers = [(await talk.channel.receive(5.0))[0] for _ in range(16)]
+        assert all(isinstance(answer, StepResult) for answer in answers)
+
+
+async def test_closing_gives_up_what_is_under_way() -> None:
+    async with served(scheduling=SchedulerConfig(max_batch_tokens=16)) as swarm:
+        talk = await swarm.talk()
+        await talk.open(max_length=200)
+        release = _hold_compute(swarm)
+        await talk.channel.send(Step(talk.session_id, 0, 0, (0,), (150,)), (states(150),))
+        await settle()
+        closing = asyncio.create_task(talk.close())
+        await settle()
+        release()
+        await closing
+        await still_serves(swarm)
+
+
+class TestFullCache:
+    """Room for four sessions of 64 tokens."""
+
+    async def full(self, swarm: Served) -> Talk:
+        talk = await swarm.talk()
+        await talk.open(rows=4)
+        return talk
+
+    async def test_without_patience_it_says_so_at_once(self) -> None:
+        async with served(num_tokens=256) as swarm:
+            await self.full(swarm)
+            late = await swarm.talk(swarm.server)
+            assert (await late.refused(late.opening())).code == "cache_full"
+
+    async def test_patience_ends(self) -> None:
+        clock = ManualClock()
+        async with served(num_tokens=256, clock=clock) as swarm:
+            await self.full(swarm)
+            late = await swarm.talk(swarm.server)
+            asking = asyncio.create_task(late.ask(late.opening(alloc_timeout_seconds=2.0)))
+            await _until_waiting(swarm, 1)
+            await clock.advance(1.9)
+            assert not asking.done()
+            await clock.advance(0.2)
+            answer, _ = await asking
+            assert isinstance(answer, Refusal) and answer.code == "cache_full"
+            assert ERRORS_BY_CODE[answer.code].retryable
+
+    async def test_patience_is_capped(self) -> None:
+        clock = ManualClock()
+        door = DoorConfig(max_alloc_seconds=1.0)
+        async with served(num_tokens=256, door=door, clock=clock) as swarm:
+            await self.full(swarm)
+            late = await swarm.talk(swarm.server)
+            asking = asyncio.create_task(late.ask(late.opening(alloc_timeout_seconds=1e6)))
+            await _until_waiting(swarm, 1)
+            await clock.advance(1.1)
+            assert (await asking)[0].code == "cache_full"
+
+    async def test_first_come_first_served(self) -> None:
+        async with served(num_tokens=256) as swarm:
+            first = await self.full(swarm)
+            order: list[int] = []
+
+            async def wait(number: int, rows: int) -> Talk:
+                talk = await swarm.talk()
+                talk.session_id = bytes([number]) * 16
+                await talk.open(rows=rows, alloc_timeout_seconds=20.0)
+                order.append(number)
+                return talk
+
+            waiting = []
+            for number, rows in ((1, 4), (2, 1), (3, 1)):
+                waiting.append(asyncio.create_task(wait(number, rows)))
+                await _until_waiting(swarm, number)
+            late = await swarm.talk(swarm.server)
+            await first.close()
+            big = await waiting[0]
+            # Nobody overtakes those who wait, not even with a request that would fit.
+            assert (await late.refused(late.opening())).code == "cache_full"
+            await big.close()
+            rest = [await task for task in waiting[1:]]
+            assert order == [1, 2, 3]
+            for talk in rest:
+                await talk.close()
+            await still_serves(swarm)
+
+    async def test_a_client_that_stops_waiting_keeps_nothing(self) -> None:
+        async with served(num_tokens=256) as swarm:
+            first, late = await self.full(swarm), await swarm.talk()
+            late.session_id = b"l" * 16
+            await late.channel.send(late.opening(alloc_timeout_seconds=100.0))
+            await _until_waiting(swarm, 1)
+            await late.channel.close()
+            await _until_waiting(swarm, 0)
+            await first.close()
+            await still_serves(swarm)
+
+    async def test_a_session_that_grows_may_run_out(self) -> None:
+        async with served(num_tokens=512) as swarm:
+            other, talk = await swarm.talk(), await swarm.talk()
+            other.session_id = b"o" * 16
+            await other.open(max_length=256)
+            await talk.open(rows=2, max_length=0)
+            message = Step(talk.session_id, 0, 0, (0, 0), (5, 5))
+            assert (await talk.refused(message, states(10))).code == "cache_full"
+            await other.close()
+            answer, _ = await talk.ask(message, states(10))
+            assert isinstance(answer, StepResult)
+            await talk.close()
+            await still_serves(swarm)
+
+
+class TestLease:
+    """A client that says nothing keeps its sessions for the lease, and no longer."""
+
+    async def test_silence_ends_a_session(self) -> None:
+        clock = ManualClock()
+        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+            talk = await swarm.talk()
+            assert (await talk.open()).lease_seconds == 2.0
+            await clock.advance(1.5)
+            assert len(swarm.service.sessions) == 1
+            await clock.advance(1.5)
+            message, _ = await talk.channel.receive()
+            assert isinstance(message, SessionEnded)
+            await swarm.at_rest()
+
+    async def test_signs_of_life_keep_it(self) -> None:
+        clock = ManualClock()
+        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+            talk = await swarm.talk()
+            await talk.open()
+            for _ in range(5):
+                await talk.channel.send(KeepSession(talk.session_id))
+                await clock.advance(1.5)
+            assert len(swarm.service.sessions) == 1
+
+    async def test_a_vanished_client_is_forgotten(self) -> None:
+        clock = ManualClock()
+        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+            talk = await swarm.talk()
+            await talk.open()
+            swarm.net.kill(swarm.client.peer_id)
+            await clock.advance(1.0)
+            assert len(swarm.service.sessions) == 1
+            await clock.advance(2.0)
+            await swarm.at_rest()
+
+    async def test_a_running_step_is_a_sign_of_life(self) -> None:
+        clock = ManualClock()
+        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+            talk = await swarm.talk()
+            await talk.open()
+            release = _hold_compute(swarm)
+            await talk.channel.send(Step(talk.session_id, 0, 0, (0,), (3,)), (states(3),))
+            await clock.advance(5.0)
+            assert len(swarm.service.sessions) == 1
+            release()
+            message, _ = await talk.channel.receive()
+            assert isinstance(message, StepResult)
+
+
+async def _until_waiting(swarm: Served, number: int) -> None:
+    """Let things happen until so many clients wait for cache."""
+    async with asyncio.timeout(10):
+        while len(swarm.service.reservations) != number:
+            await swarm.service.executor.call(lambda: None)
