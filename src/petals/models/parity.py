@@ -80,9 +80,9 @@ class _Worker:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._context = multiprocessing.get_context("spawn")
+        self._process: multiprocessing.process.BaseProcess | None = None
 
     def __enter__(self) -> "_Worker":
-        self._start()
         return self
 
     def __exit__(
@@ -94,6 +94,8 @@ class _Worker:
         self._stop()
 
     def check(self, name: str) -> ParityRow:
+        if self._process is None:
+            self._start()
         try:
             self._pipe.send(name)
             if self._pipe.poll(self._limits.seconds):
@@ -102,24 +104,26 @@ class _Worker:
         except (EOFError, OSError):
             reason = "the process that checked it died"
         self._stop()
-        self._start()
         return ParityRow(name=name, reason=reason)
 
     def _start(self) -> None:
         self._pipe, far_end = self._context.Pipe()
-        self._process = self._context.Process(
+        process = self._context.Process(
             target=_serve, args=(far_end, self._limits.memory_bytes), daemon=True
         )
-        self._process.start()
+        process.start()
+        self._process = process
         far_end.close()
         # Its imports take seconds that are not the first architecture's.
         with contextlib.suppress(EOFError):
             self._pipe.recv()
 
     def _stop(self) -> None:
-        self._pipe.close()
-        self._process.kill()
-        self._process.join()
+        if self._process is not None:
+            self._pipe.close()
+            self._process.kill()
+            self._process.join()
+            self._process = None
 
 
 def _serve(pipe: Connection, memory_bytes: int) -> None:

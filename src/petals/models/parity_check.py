@@ -164,7 +164,7 @@ class _Borders:
         self.entered = args[0] if args else kwargs["hidden_states"]
 
     def _leave(self, layer: nn.Module, args: tuple, output: object) -> None:
-        self.left = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+        self.left = output[0] if isinstance(output, tuple) else output
 
 
 @torch.inference_mode()
