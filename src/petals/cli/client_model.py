@@ -39,14 +39,23 @@ class ClientModel:
 def load_client(
     model: str, join: list[str] | None, swarm_key: Path | None
 ) -> Iterator[ClientModel]:
-    """Load embeddings, head and tokenizer and join the swarm; everything is closed at the end.
-
-    Raises ConfigError (unknown model, no address), BootstrapFailed, AdmissionDenied.
-    """
+    """`open_client` for the options of a command; says so once if the swarm has no key."""
     addresses = options.peers_to_join(join)
     swarm_key = swarm_key or constants.swarm_key_file()
     if swarm_key is None:
         say("This swarm has no key: whoever runs its servers can read what you type.")
+    with open_client(model, addresses, swarm_key) as client:
+        yield client
+
+
+@contextmanager
+def open_client(
+    model: str, addresses: tuple[str, ...], swarm_key: Path | None
+) -> Iterator[ClientModel]:
+    """Load embeddings, head and tokenizer; connections are closed at the end.
+
+    Raises ConfigError (unknown model), BootstrapFailed, AdmissionDenied.
+    """
     with stage(f"Loading the client's share of {model}"):
         import transformers
 

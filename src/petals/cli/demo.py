@@ -10,7 +10,7 @@ import typer
 
 from petals.cli import options
 from petals.cli.answer import WordStream, ask, describe, encode_chat
-from petals.cli.client_model import load_client
+from petals.cli.client_model import open_client
 from petals.cli.console import interrupted_by_sigterm, say, stage
 from petals.cli.swarm import show_swarm, spans_of, wait_until_interrupted
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
@@ -34,11 +34,8 @@ def demo(
     with interrupted_by_sigterm():
         source = model or _demo_model()
         with stage("Starting the swarm") as change:
-            config = LocalSwarmConfig(
-                model=source, spans=spans_of(source, servers, None), dtype=dtype
-            )
-            swarm = LocalSwarm(config, say=change)
-            swarm.start()
+            swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=change)
+            swarm.start(lambda: spans_of(source, servers, None))
         with swarm:
             _ask(source, swarm, prompt, max_new_tokens)
             if keep:
@@ -55,7 +52,7 @@ def _demo_model() -> str:
 
 
 def _ask(source: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int) -> None:
-    with load_client(source, list(swarm.initial_peers), swarm.config.swarm_key) as client:
+    with open_client(source, swarm.initial_peers, swarm.config.swarm_key) as client:
         say(f"You: {prompt}")
         input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
         stream = WordStream(client.tokenizer, _show)

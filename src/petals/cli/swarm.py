@@ -40,19 +40,13 @@ def up(
     ] = None,
 ) -> None:
     """Start a bootstrap peer and N servers here; stay up until Ctrl-C."""
-    config = LocalSwarmConfig(
-        model=model,
-        spans=spans_of(model, servers, blocks),
-        dtype=dtype,
-        swarm_key=swarm_key,
-        num_threads=threads,
-    )
+    config = LocalSwarmConfig(model=model, dtype=dtype, swarm_key=swarm_key, num_threads=threads)
     if state_file is not None:
         state_file.unlink(missing_ok=True)
     with interrupted_by_sigterm():
-        with stage(f"Starting {len(config.spans)} servers") as change:
+        with stage(f"Starting a swarm for {model}") as change:
             swarm = LocalSwarm(config, say=change)
-            swarm.start()
+            swarm.start(lambda: spans_of(model, servers, blocks))
         with swarm:
             if state_file is not None:
                 _write_whole(state_file, json.dumps(swarm.state(), indent=2))

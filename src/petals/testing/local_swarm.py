@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from petals.errors import ConfigError, SwarmError
 from petals.types import BlockSpan, PeerId
@@ -31,10 +31,13 @@ _LOG_TAIL_LINES = 15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSwarmConfig:
-    """What to start. `spans` has one entry per server; they may overlap."""
+    """What to start. `spans` has one entry per server; they may overlap.
+
+    `num_threads` bounds the CPU threads of each server; None lets every server choose.
+    """
 
     model: str
-    spans: tuple[BlockSpan, ...]
+    spans: tuple[BlockSpan, ...] = ()
     dtype: str = "auto"
     swarm_key: Path | None = None
     num_threads: int | None = None
@@ -87,36 +90,35 @@ class LocalSwarm:
     ) -> None:
         self.stop()
 
-    def start(self) -> None:
+    def start(self, choose_spans: Callable[[], tuple[BlockSpan, ...]] | None = None) -> None:
         """Return when every server is online; leave nothing behind if that fails.
 
-        Raises SwarmError with the end of the log of the process that did not come up.
+        `choose_spans`, if given, is asked for the spans while the bootstrap peer comes up. Raises
+        SwarmError with the end of the log of the process that did not come up.
         """
         try:
-            self.launch()
-            self.wait_online()
+            self._folder = Path(tempfile.mkdtemp(prefix="petals-swarm-"))
+            self.say("Starting the bootstrap peer")
+            seed = self._start("bootstrap", ["bootstrap"])
+            spans = self.config.spans if choose_spans is None else choose_spans()
+            self.initial_peers = tuple(self._await_ready(seed, self._deadline())["initial_peers"])
+            self._start_servers(spans)
         except BaseException:
             self.stop()
             raise
 
-    def launch(self) -> None:
-        """Start the bootstrap peer, wait for its address, start every server without waiting."""
-        if not self.config.spans:
+    def _start_servers(self, spans: tuple[BlockSpan, ...]) -> None:
+        if not spans:
             raise ConfigError("A swarm needs at least one server.", hint="Say --servers 1 or more.")
-        self._folder = Path(tempfile.mkdtemp(prefix="petals-swarm-"))
-        self.say("Starting the bootstrap peer")
-        seed = self._start("bootstrap", ["bootstrap"])
-        self.initial_peers = tuple(self._await_ready(seed, self._deadline())["initial_peers"])
-        self.say(f"Starting {len(self.config.spans)} servers")
-        for number, span in enumerate(self.config.spans, start=1):
-            self._start(f"server-{number}", self._serve_arguments(span))
-
-    def wait_online(self) -> None:
-        """Return when every server is online. Raises SwarmError with the log of one that is not."""
+        self.say(f"Starting {len(spans)} servers")
         deadline = self._deadline()
-        for child in self._children[1 + len(self.servers) :]:
+        children = [
+            self._start(f"server-{number}", self._serve_arguments(span))
+            for number, span in enumerate(spans, start=1)
+        ]
+        for child in children:
             self.servers.append(self._await_server(child, deadline))
-            self.say(f"{len(self.servers)} of {len(self.config.spans)} servers are online")
+            self.say(f"{len(self.servers)} of {len(spans)} servers are online")
 
     def add_server(self, span: BlockSpan) -> LocalServer:
         """Start one more server and return when it is online."""
@@ -152,8 +154,9 @@ class LocalSwarm:
     def stop(self) -> None:
         """End every process: ask first, then insist. Safe to call twice. Logs are removed."""
         children, self._children = self._children, []
-        for child in reversed(children):
-            _signal_group(child.process, signal.SIGTERM)
+        for child in children:
+            # Only to the process: it says goodbye through its network daemon.
+            child.process.terminate()
         deadline = time.monotonic() + self.config.stop_timeout_seconds
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -216,7 +219,7 @@ class LocalSwarm:
             log=child.log,
         )
 
-    def _await_ready(self, child: _Child, deadline: float) -> dict[str, list[str]]:
+    def _await_ready(self, child: _Child, deadline: float) -> dict[str, Any]:
         while not child.ready.exists():
             if child.process.poll() is not None:
                 raise SwarmError(
@@ -229,7 +232,7 @@ class LocalSwarm:
                     f"{self.config.startup_timeout_seconds:.0f} s.\n{_tail(child.log)}"
                 )
             time.sleep(_POLL_SECONDS)
-        told: dict[str, list[str]] = json.loads(child.ready.read_text(encoding="utf-8"))
+        told: dict[str, Any] = json.loads(child.ready.read_text(encoding="utf-8"))
         return told
 
 
