@@ -193,6 +193,24 @@ async def test_a_lost_daemon_is_started_again():
 
 
 @pytest.mark.slow
+async def test_a_bootstrap_that_was_restarted_learns_of_the_swarm_again(tmp_path):
+    first = config(identity_path=tmp_path / "id")
+    async with SwarmNode(first) as bootstrap:
+        (address,) = await bootstrap.addresses()
+        joining = config(initial_peers=(address,), rejoin_seconds=0.2)
+        server = await SwarmNode(joining).__aenter__()
+        await server.directory.announce(record())
+    again = config(identity_path=tmp_path / "id", port=int(address.split("/")[4]))
+    async with SwarmNode(again) as bootstrap:
+        deadline = time.monotonic() + 20.0
+        while not (found := (await bootstrap.directory.view("m", 30)).records):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        assert set(found) == {server.peer_id}
+        await server.close()
+
+
+@pytest.mark.slow
 def test_the_daemon_ends_with_its_parent():
     """Even if the parent is killed."""
     script = textwrap.dedent("""

@@ -63,6 +63,8 @@ class Libp2pTransport:
 
     async def join(self, peers: Sequence[PeerId]) -> None:
         await self._dht.join(peers)
+        if self._parts.config.initial_peers:
+            self._background.start(self._keep_joined(), "staying in touch with initial peers")
 
     async def addresses(self) -> tuple[str, ...]:
         return await self._daemon.addresses()
@@ -173,6 +175,21 @@ class Libp2pTransport:
     async def _accept(self, protocol: str, stream: DaemonStream) -> None:
         await self._handlers[protocol](stream)
 
+    async def _keep_joined(self) -> None:
+        """An initial peer that was restarted knows nobody: tell it, or the swarm falls in two."""
+        while True:
+            await self._parts.clock.sleep(self._parts.config.rejoin_seconds)
+            if self._up.is_set():
+                await self._rejoin(self._parts.config.initial_peers)
+
+    async def _rejoin(self, addresses: Sequence[str]) -> None:
+        reached = []
+        for address in addresses:
+            with contextlib.suppress(PetalsError):
+                reached.append(await self.connect(address))
+        with contextlib.suppress(PetalsError):
+            await self._dht.join(reached)
+
     # -- life of the daemon --------------------------------------------------------------------
 
     def _new_daemon(self) -> Daemon:
@@ -207,14 +224,8 @@ class Libp2pTransport:
         for protocol in self._handlers:
             await self._daemon.serve(protocol, self._accept)
         self._up.set()
-        addresses = [*self._parts.config.initial_peers]
-        addresses += [a for known in list(self._known.values())[-20:] for a in known[:1]]
-        reached = []
-        for address in addresses:
-            with contextlib.suppress(PetalsError):
-                reached.append(await self.connect(address))
-        with contextlib.suppress(PetalsError):
-            await self._dht.join(reached)
+        recent = [a for known in list(self._known.values())[-20:] for a in known[:1]]
+        await self._rejoin([*self._parts.config.initial_peers, *recent])
 
     async def _fixed_ports(self) -> tuple[str, ...]:
         """What we listen on, with the ports that port 0 became, so that a restart keeps our

@@ -24,6 +24,7 @@ from hivemind.utils.multiaddr.codecs import cid
 
 from petals.errors import ConfigError, PeerUnreachable, VersionMismatch
 from petals.logs import get_logger
+from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import NodeConfig
 from petals.swarm.identity import Identity, write_secret
 from petals.types import PeerId
@@ -33,6 +34,7 @@ p2pd_logger = get_logger("petals.p2pd")
 
 _BUFFER_BYTES = 1024 * 1024
 _CLOSE_SECONDS = 1.0
+_MAX_RELAYS = 3
 _PORT = re.compile(r"^/(ip4|ip6)/([^/]+)/(tcp|udp)/(\d+)")
 _MAX_CONTROL_BYTES = 4 * 1024 * 1024
 
@@ -102,6 +104,7 @@ class Daemon:
         self._home = tempfile.TemporaryDirectory(prefix="petals-")
         self._server: asyncio.Server | None = None
         self._accept: dict[str, Accept] = {}
+        self._inbound = BackgroundTasks()
         self._closing = False
         self.p2p: Any = None
 
@@ -124,6 +127,9 @@ class Daemon:
         if not key_file.exists():
             write_secret(key_file, self._identity.to_bytes())
         config = self._config
+        relays = list(config.trusted_relays)
+        if config.auto_relay and not relays:
+            relays = list(config.initial_peers[:_MAX_RELAYS])
         try:
             self.p2p = await _daemon_class(home, self._ended).create(
                 host_maddrs=list(listen),
@@ -135,7 +141,7 @@ class Daemon:
                 nat_port_map=config.nat_port_map,
                 use_relay=config.use_relay,
                 use_auto_relay=config.auto_relay,
-                trusted_relays=list(config.trusted_relays) or None,
+                trusted_relays=relays or None,
             )
             self._server = await asyncio.start_unix_server(
                 self._on_connection, path=home / "streams", limit=_BUFFER_BYTES
@@ -151,6 +157,7 @@ class Daemon:
         self._closing = True
         if self._server is not None:
             self._server.close()
+        await self._inbound.close()
         if self.p2p is not None:
             await self.p2p.shutdown()
         self._home.cleanup()
@@ -239,9 +246,10 @@ class Daemon:
         except OSError as error:
             raise DaemonError("The network daemon is not running.") from error
 
-    async def _on_connection(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._inbound.start(self._take_in(reader, writer), "a stream from a peer")
+
+    async def _take_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         info = p2pd_pb2.StreamInfo()
         try:
             info.ParseFromString(await _read_delimited(reader))

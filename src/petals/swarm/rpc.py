@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from torch import Tensor
@@ -119,7 +120,7 @@ class RpcServer:
     parts: RpcParts
     services: dict[str, Service] = field(default_factory=dict)
     _open: Counter[PeerId] = field(default_factory=Counter)
-    _channels: set[Channel] = field(default_factory=set)
+    _tasks: set["asyncio.Task[Any] | None"] = field(default_factory=set)
 
     def add(self, name: str, service: Service) -> None:
         """Serve streams opened for ``name``; replaces a service of that name."""
@@ -136,13 +137,14 @@ class RpcServer:
     async def handle(self, stream: Stream) -> None:
         """The whole life of one inbound stream. Never raises: a task root."""
         peer, channel = stream.remote, None
+        task = asyncio.current_task()
         self._open[peer] += 1
+        self._tasks.add(task)
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_SECONDS):
                 name, service = await self._admit(stream, peer)
             parts = self.parts
             channel = Channel(stream, name, parts.limits, parts.budget, parts.clock)
-            self._channels.add(channel)
             await service(channel)
         except PeerUnreachable:
             logger.debug("%s closed its stream", peer)
@@ -155,17 +157,19 @@ class RpcServer:
             logger.exception("serving %s failed", peer)
             await _refuse(stream, channel, PeerFailed("The peer met an error of its own."))
         finally:
-            if channel is not None:
-                self._channels.discard(channel)
+            self._tasks.discard(task)
             await (channel or stream).close()
             self._open[peer] -= 1
             if not self._open[peer]:
                 del self._open[peer]
 
     async def close(self) -> None:
-        """End all channels."""
-        for channel in list(self._channels):
-            await channel.close()
+        """End all services and their channels."""
+        tasks = [task for task in self._tasks if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _admit(self, stream: Stream, peer: PeerId) -> tuple[str, Service]:
         """Check the hello and answer it. Returns the service; raises what to refuse with."""

@@ -226,6 +226,24 @@ async def test_a_peer_that_answers_nonsense(net, clock, client):
             await client.open_channel(node.peer_id, "node")
 
 
+async def test_leaving_ends_services_that_wait(net, clock, client):
+    ended = []
+
+    async def waits(channel):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(channel.peer_id)
+
+    async with SwarmNode(NodeConfig(), engine=net.engine, clock=clock) as node:
+        node.serve("waits", waits)
+        channel = await client.open_channel(node.peer_id, "waits")
+        await settle()
+    assert ended == [client.peer_id]
+    with pytest.raises(PeerUnreachable):
+        await channel.receive()
+
+
 async def test_a_service_learns_that_its_client_vanished(net, server, client):
     ended = asyncio.Event()
 
