@@ -41,8 +41,8 @@ class NodeConfig:
     ``host_maddrs``, where given, replaces ``host``, ``port`` and ``quic``. ``identity_path`` None
     makes an identity for this run only. ``client_mode`` keeps the node out of other peers' tables:
     it asks but is never asked. ``auto_relay`` makes a peer behind a NAT reachable through
-    ``trusted_relays``, or else through the initial peers. Every ``rejoin_seconds`` the initial peers
-    are told of us again, in case they were restarted. ``agent`` is what others see.
+    ``trusted_relays``, or else through the initial peers. Every ``rejoin_seconds`` the initial
+    peers are told of us again, in case they were restarted. ``agent`` is what others see.
     """
 
     initial_peers: tuple[str, ...] = ()
