@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 import petals
 from petals import AutoDistributedModelForCausalLM
+from petals.models.cost import deal
 from petals.models.demo_model import get_demo_model
-from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig, even_spans
+from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 
 @dataclass
@@ -118,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> str:
     block_bytes = sum(p.numel() * 4 for p in local.model.layers[0].parameters())
     config = LocalSwarmConfig(
         model=path,
-        spans=even_spans(num_blocks, arguments.servers),
+        spans=deal(num_blocks, arguments.servers),
         dtype="float32",
         num_threads=1,
     )
