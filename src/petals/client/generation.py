@@ -106,10 +106,13 @@ class RemoteGeneration:
         with self.remote_blocks.new_cache() as cache:
             return self._run(prompt, args, kwargs | {"past_key_values": cache})
 
-    def _decode(self, *args: Any, **kwargs: Any) -> Any:
+    def _decode(self, ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate`."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, RemoteCache) and ids is not None:
+            cache.is_of_same_ids = mask is None or mask.shape[1] == ids.shape[1]
         transformers: Any = super()
-        return transformers.generate(*args, **kwargs)
+        return transformers.generate(ids, *args, **kwargs)
 
     def _run(self: Any, prompt: Prompt | None, args: tuple[Any, ...], kwargs: Any) -> Any:
         if prompt is None:
@@ -184,6 +187,21 @@ class RemoteGeneration:
             cache = model_kwargs["past_key_values"] = self.remote_blocks.new_cache()
         if isinstance(cache, RemoteCache) and not generation_config.is_assistant:
             cache.reserve(max_cache_length)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Drop what has run already: transformers forgets to where a draft is verified first."""
+        cache = kwargs.get("past_key_values")
+        if next_sequence_length is None and isinstance(cache, RemoteCache):
+            past_length = cache.get_seq_length()
+            if cache.is_of_same_ids and 0 < past_length < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - past_length
+        transformers: Any = super()
+        inputs: dict[str, Any] = transformers.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+        return inputs
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         transformers: Any = super()

@@ -188,13 +188,19 @@ def _make_class(original: type[PreTrainedModel], catches: bool) -> type[PreTrain
     role: type = RemoteCausalLM if issubclass(original, GenerationMixin) else DistributedModel
     if catches:
         role = RemoteForward
-
-        @functools.wraps(original.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return RemoteForward.forward(self, *args, **kwargs)
-
-        names["forward"] = forward
+    # transformers reads these signatures to learn what a model accepts.
+    for name in ("forward", "prepare_inputs_for_generation"):
+        if hasattr(role, name):
+            names[name] = _with_signature_of(getattr(original, name), getattr(role, name))
     return type(f"Distributed{original.__name__}", (Loadable, role, original), names)
+
+
+def _with_signature_of(original: Any, caught: Any) -> Any:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return caught(self, *args, **kwargs)
+
+    return method
 
 
 def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:

@@ -50,6 +50,8 @@ class RemoteCache(Cache):
     def __init__(self, open_session: OpenSession, max_length: int | None = None) -> None:
         super().__init__(layers=[_RemoteLayer(self)])
         self.max_length = max_length
+        self.is_of_same_ids = False
+        """Whether the ids in generation begin with this cache's, or only continue them."""
         self._open_session = open_session
         self._session: RowSession | None = None
         self._rows: Rows | None = None

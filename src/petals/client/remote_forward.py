@@ -5,6 +5,7 @@ know routes, servers, files or decoding.
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,11 +25,31 @@ _NEEDS_WHOLE_MODEL = {
     "output_router_logits": "router logits do not leave the servers; load the model locally",
 }
 
+_NORM_NAMES = ("ln_f", "norm", "final_layernorm", "final_layer_norm", "norm_f")
+
+_OLD_NAMES: dict[str, Callable[[Any], Any]] = {
+    "transformer": lambda model: model.base_model,
+    "h": lambda model: model.remote_blocks,
+    "word_embeddings": lambda model: model.get_input_embeddings(),
+    "word_embeddings_layernorm": lambda model: nn.Identity(),
+    "ln_f": lambda model: _last_norm(model.get_decoder()),
+}
+"""BLOOM's names, by which the original Petals' other families could be addressed too."""
+
 
 class DistributedModel:
     """What every model with remote blocks can do, whatever its head."""
 
     blocks_path: str
+
+    def __getattr__(self, name: str) -> Any:
+        module: Any = super()
+        try:
+            return module.__getattr__(name)
+        except AttributeError:
+            if name not in _OLD_NAMES:
+                raise
+        return _OLD_NAMES[name](self)
 
     @property
     def remote_blocks(self: Any) -> RemoteSequential:
@@ -142,6 +163,14 @@ def check_token_ids(ids: Tensor, embeddings: nn.Module) -> None:
             f"Token id {wrong} is outside the vocabulary of {vocabulary} tokens.",
             hint="Use the tokenizer of this very model.",
         )
+
+
+def _last_norm(decoder: nn.Module) -> nn.Module:
+    named = dict(decoder.named_children())
+    for name in _NORM_NAMES:
+        if name in named:
+            return named[name]
+    raise AttributeError(f"{type(decoder).__name__} has no norm after its blocks")
 
 
 def _positions_follow_mask(config: PretrainedConfig) -> bool:

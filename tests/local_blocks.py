@@ -52,6 +52,7 @@ class LocalBlocks:
     @torch.no_grad()
     def run(self, hidden, blocks, cache):
         """[n, H] -> [n, H] behind the tokens in ``cache``."""
+        hidden = hidden.float()
         if not len(hidden) or not len(blocks):
             return hidden
         captured = []
