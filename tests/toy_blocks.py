@@ -14,6 +14,7 @@ from torch import Tensor
 
 from petals.client.config import ClientConfig
 from petals.client.sequence_manager import SwarmAccess
+from petals.client.session_rows import SessionRows
 from petals.errors import BlocksNotServed, CacheFull, PetalsError, SessionGap, UnknownAdapter
 from petals.swarm.channel import Channel
 from petals.swarm.config import NodeConfig
@@ -265,3 +266,10 @@ async def toy_swarm(*spans: Sequence[int], **options: object) -> AsyncIterator[T
         for start, end in spans:
             await swarm.add(start, end, **options)
         yield swarm
+
+
+async def open_one(access: SwarmAccess, blocks: BlockSpan) -> SessionRows:
+    """A session of one row, opened by a step of no tokens."""
+    session = SessionRows(access, blocks, max_length=20)
+    await session.step(torch.empty(0, HIDDEN), (0,), (0,))
+    return session

@@ -5,6 +5,8 @@ import asyncio
 import pytest
 import torch
 
+import toy_blocks
+from petals.client.sequence_manager import SwarmAccess
 from petals.client.session_rows import SessionRows
 from petals.client.swarm_view import Bans
 from petals.errors import (
@@ -20,15 +22,13 @@ from petals.errors import (
     UnknownAdapter,
 )
 from petals.types import BlockSpan, PeerId, ServerState
-from toy_blocks import HIDDEN, expected, states, toy_swarm
+from toy_blocks import expected, states, toy_swarm
 
 ALL = BlockSpan(0, 4)
 
 
-async def open_one(access: object, blocks: BlockSpan = ALL) -> SessionRows:
-    session = SessionRows(access, blocks, max_length=20)
-    await session.step(torch.empty(0, HIDDEN), (0,), (0,))
-    return session
+async def open_one(access: SwarmAccess, blocks: BlockSpan = ALL) -> SessionRows:
+    return await toy_blocks.open_one(access, blocks)
 
 
 async def test_a_model_that_nobody_serves() -> None:

@@ -193,6 +193,23 @@ def test_shutdown_ends_sessions(swarm: ToySwarm, manager: RemoteSequenceManager)
         InferenceSession(manager, max_length=10).step(batch(1))
 
 
+def test_forgotten_managers_let_go_of_the_swarm(swarm: ToySwarm) -> None:
+    manager = RemoteSequenceManager(config(), ["toy.0", "toy.1"], node=swarm.client)
+    part = manager[1:]
+    access = manager.access
+    session = InferenceSession(part, max_length=10)
+    session.step(batch(1))
+    del manager
+    gc.collect()
+    assert access.is_alive
+    session.step(batch(1))
+    del part, session
+    gc.collect()
+    server = swarm.servers[0]
+    bridge.run(server.until(lambda: not server.sessions))
+    assert not access.is_alive
+
+
 def test_names(swarm: ToySwarm) -> None:
     with pytest.raises(ConfigError, match="no name"):
         RemoteSequenceManager(config(), BlockSpan(0, 4), node=swarm.client)

@@ -13,6 +13,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from petals.errors import PeerTimeout, SwarmError
+from petals.logs import get_logger
+
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -122,6 +125,11 @@ class Bridge:
         """Await ``closer`` in the loop before the interpreter ends, the last registered first."""
         self._closers.append(closer)
 
+    def forget(self, closer: Callable[[], Awaitable[None]]) -> None:
+        """Take back an ``at_exit``; nothing happens if it was none."""
+        with contextlib.suppress(ValueError):
+            self._closers.remove(closer)
+
     def close(self) -> None:
         """Run the closers, cancel what still runs and end the thread. A later call starts anew."""
         with self._lock:
@@ -138,8 +146,9 @@ class Bridge:
 
     def _start(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
+        if self._process != os.getpid() and self._process:
+            self._closers = []  # they belong to the parent's loop
         self._process = os.getpid()
-        self._closers = []
         self._thread = threading.Thread(
             target=_serve, args=(loop,), name="petals-client", daemon=True
         )
@@ -157,7 +166,9 @@ class Bridge:
 
 async def _close_all(closers: list[Callable[[], Awaitable[None]]]) -> None:
     for closer in reversed(closers):
-        await closer()
+        (error,) = await asyncio.gather(closer(), return_exceptions=True)
+        if error is not None:
+            logger.warning("could not close cleanly: %r", error)
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()

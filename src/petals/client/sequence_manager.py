@@ -5,6 +5,7 @@ for a range of blocks. Knows no tensors and no tokens.
 """
 
 import asyncio
+import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -65,9 +66,9 @@ class RemoteSequenceManager:
     """A range of a model's blocks and the servers that run them.
 
     ``blocks`` is a BlockSpan, or block uids as in old Petals (``"prefix.0", "prefix.1", ...``). The
-    model's name in the swarm is ``config.dht_prefix``, else the uids' prefix. Slices share the
-    connection; ``shutdown`` of the whole ends it for all. Use it as a context manager, or leave it
-    to the end of the process. ``node``: use this running node instead of one of our own.
+    model's name in the swarm is ``config.dht_prefix``, else the uids' prefix. Slices (``origin`` is
+    the whole) share the connection. It ends with ``shutdown``, with the context, when the last of
+    them is forgotten, or with the process. ``node``: use this running node instead of our own.
     """
 
     def __init__(
@@ -76,21 +77,24 @@ class RemoteSequenceManager:
         blocks: BlockSpan | Sequence[str],
         *,
         node: SwarmNode | None = None,
-        access: SwarmAccess | None = None,
+        origin: "RemoteSequenceManager | None" = None,
     ) -> None:
         self.config = ClientConfig.of(config)
         prefix, self.blocks = _named(blocks)
-        self._owns_access = access is None
-        if access is None:
-            model = self.config.dht_prefix or prefix
-            if not model:
-                raise ConfigError(
-                    "The model has no name in the swarm.",
-                    hint="Pass dht_prefix=NAME, the name its servers were started with.",
-                )
-            access = SwarmAccess(self.config, model, self.blocks.end, node)
-            bridge.at_exit(access.close)
-        self.access = access
+        self._origin = origin
+        self.access: SwarmAccess
+        if origin is not None:
+            self.access = origin.access
+            return
+        model = self.config.dht_prefix or prefix
+        if not model:
+            raise ConfigError(
+                "The model has no name in the swarm.",
+                hint="Pass dht_prefix=NAME, the name its servers were started with.",
+            )
+        self.access = SwarmAccess(self.config, model, self.blocks.end, node)
+        bridge.at_exit(self.access.close)
+        weakref.finalize(self, _close_soon, self.access).atexit = False
 
     def __enter__(self) -> "RemoteSequenceManager":
         return self
@@ -114,7 +118,7 @@ class RemoteSequenceManager:
             start = range(len(self))[index]
             end = start + 1
         span = BlockSpan(self.blocks.start + start, self.blocks.start + end)
-        return RemoteSequenceManager(self.config, span, access=self.access)
+        return RemoteSequenceManager(self.config, span, origin=self._origin or self)
 
     @property
     def model(self) -> str:
@@ -188,8 +192,16 @@ class RemoteSequenceManager:
 
     def shutdown(self) -> None:
         """End the sessions and the connection; a slice's shutdown does nothing. Idempotent."""
-        if self._owns_access and self.access.is_alive:
+        if self._origin is None and self.access.is_alive:
+            bridge.forget(self.access.close)
             bridge.run(self.access.close())
+
+
+def _close_soon(access: SwarmAccess) -> None:
+    """A manager that was forgotten with all its slices, in whatever thread that was noticed."""
+    bridge.forget(access.close)
+    if access.is_alive:
+        bridge.start(access.close)
 
 
 def _named(blocks: BlockSpan | Sequence[str]) -> tuple[str, BlockSpan]:
