@@ -5,6 +5,7 @@ directory; knows neither sessions nor models beyond their names.
 """
 
 import asyncio
+import contextlib
 
 import msgspec
 
@@ -18,6 +19,10 @@ from petals.types import ServerState
 
 logger = get_logger(__name__)
 _RETRY_SECONDS = 3.0
+_GOODBYE_SECONDS = 2.0
+"""Whoever leaves does not wait for peers that may be leaving too."""
+_GOODBYE_SECONDS = 2.0
+"""Peers that left before us must not hold us up; without it the record simply expires."""
 
 
 class Announcer:
@@ -49,7 +54,9 @@ class Announcer:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._tasks.close()
-        await self.announce(state=ServerState.OFFLINE)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                await self.announce(state=ServerState.OFFLINE)
 
     async def announce(self, **changes: object) -> bool:
         """Change fields of the record and store it now. True if somebody took it."""
@@ -58,6 +65,14 @@ class Announcer:
             expires_at = self._clock.now() + self._config.expiry_seconds
             fresh = msgspec.structs.replace(self.record, expires_at=expires_at)
             return await self._directory.announce(fresh, self._repository)
+
+    async def say_goodbye(self, state: ServerState) -> None:
+        """Announce a state on the way out, without waiting long for anybody."""
+        try:
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                await self.announce(state=state)
+        except TimeoutError:
+            logger.info("Not every peer has heard that this server is %s.", state)
 
     async def _repeat(self) -> None:
         period = self._config.period_seconds
