@@ -154,8 +154,15 @@ class LocalSwarm:
     def stop(self) -> None:
         """End every process: ask first, then insist. Safe to call twice. Logs are removed."""
         children, self._children = self._children, []
+        # The bootstrap peer last: the others say goodbye through it.
+        for group in (children[1:], children[:1]):
+            self._end(group)
+        self.servers.clear()
+        self._remove_logs()
+
+    def _end(self, children: list[_Child]) -> None:
         for child in children:
-            # Only to the process: it says goodbye through its network daemon.
+            # Only to the process: its network daemon must live until it has said goodbye.
             child.process.terminate()
         deadline = time.monotonic() + self.config.stop_timeout_seconds
         for child in children:
@@ -166,8 +173,6 @@ class LocalSwarm:
             child.process.wait()
             if child.process.stdin is not None:
                 child.process.stdin.close()
-        self.servers.clear()
-        self._remove_logs()
 
     def _remove_logs(self) -> None:
         folder, self._folder = self._folder, None
