@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]
 class Limits:
     """What one architecture may take before it is given up."""
 
-    seconds: float = 60.0
+    seconds: float = 120.0
     memory_bytes: int = 4 * 2**30
 
 

@@ -99,10 +99,27 @@ def check_architecture(name: str) -> ParityRow:
         row = _compare(name)
     except ModelNotSupported as error:
         row = ParityRow(name=name, reason=error.message)
-    except (*FOREIGN_ERRORS, StrictDataclassError) as error:
-        text = str(error).strip().splitlines() or [""]
-        row = ParityRow(name=name, reason=f"{type(error).__name__}: {text[0]}"[:200])
+    except FOREIGN_ERRORS as error:
+        row = ParityRow(name=name, reason=f"a part of it cannot be loaded ({_in_short(error)})")
     return replace(row, seconds=time.monotonic() - started)
+
+
+def _tiny(name: str) -> tuple[ModelArch, PreTrainedModel]:
+    model_type, overrides = VARIANTS.get(name, (name, {}))
+    try:
+        config = tiny_config(model_type, **overrides)
+        arch = describe(config)
+        return arch, random_model(config, arch)
+    except ModelNotSupported:
+        raise
+    except (*FOREIGN_ERRORS, StrictDataclassError) as error:
+        raise ModelNotSupported(f"no tiny model of it can be built ({_in_short(error)})") from error
+
+
+def _in_short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # Configs report the rule that was broken first and what broke it last.
+    return f"{type(error).__name__}: {lines[-1][:160]}"
 
 
 def random_model(config: PretrainedConfig, arch: ModelArch, seed: int = 0) -> PreTrainedModel:
@@ -120,10 +137,7 @@ def random_model(config: PretrainedConfig, arch: ModelArch, seed: int = 0) -> Pr
 
 
 def _compare(name: str) -> ParityRow:
-    model_type, overrides = VARIANTS.get(name, (name, {}))
-    config = tiny_config(model_type, **overrides)
-    arch = describe(config)
-    whole = random_model(config, arch)
+    arch, whole = _tiny(name)
     with tempfile.TemporaryDirectory(prefix="petals-parity-") as folder:
         whole.save_pretrained(Path(folder))
         cuts = [0, 1, arch.num_blocks // 2 + 1, arch.num_blocks]

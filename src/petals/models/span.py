@@ -147,12 +147,20 @@ class Span:
             self._traits = self._probe(packed=True)
             self.layout = self._layout_of(self._traits)
             reason = _why_not_packed(self._traits)
+        except ModelNotSupported:
+            raise
         except FOREIGN_ERRORS as error:
-            if isinstance(error, ModelNotSupported):
-                raise
-            reason = f"packed attention fails ({type(error).__name__}: {error})"
-        if reason:
+            reason = f"packed attention fails ({_in_short(error)})"
+        if not reason:
+            return
+        try:
             self.fall_back(reason)
+        except ModelNotSupported:
+            raise
+        except FOREIGN_ERRORS as error:
+            raise ModelNotSupported(
+                f"Its code does not run on a part of the model ({_in_short(error)})."
+            ) from error
 
     def _check(self, segment: Segment) -> None:
         if not self.blocks.covers(segment.blocks) or not len(segment.blocks):
@@ -283,6 +291,11 @@ class Span:
 def _needs_grad(segment: Segment) -> bool:
     prompts = segment.prompts
     return segment.hidden.requires_grad or (prompts is not None and prompts.requires_grad)
+
+
+def _in_short(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:160]}"
 
 
 def _refuse_side_inputs(hidden: torch.Tensor, others: list[Any]) -> None:
