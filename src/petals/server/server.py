@@ -173,7 +173,7 @@ class Server:
         await self._stop.wait()
         say("Leaving")
         service.state = ServerState.DRAINING
-        await announcer.announce(state=ServerState.DRAINING)
+        await announcer.say_goodbye(ServerState.DRAINING)
         await service.finish_steps(config.drain_seconds)
 
     def _look_at_model(self) -> _Model:
