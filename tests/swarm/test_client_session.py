@@ -1,6 +1,7 @@
 """A session through several hops gives what the blocks give in one place."""
 
 import asyncio
+import logging
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from petals.errors import (
     SessionGap,
 )
 from petals.types import BlockSpan
-from toy_blocks import HIDDEN, expected, states, toy_swarm
+from toy_blocks import HIDDEN, expected, open_one, states, toy_swarm
 
 ALL = BlockSpan(0, 6)
 THREE = ((0, 2), (2, 4), (4, 6))
@@ -258,6 +259,53 @@ async def test_an_idle_session_gives_signs_of_life() -> None:
         await session.step(states(3), (0,), (3,))
         await swarm.servers[0].until(lambda: swarm.servers[0].num_kept == 2)
         await session.close()
+
+
+async def test_closing_does_not_wait_for_a_step() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        swarm.servers[1].held = asyncio.Event()
+        step = asyncio.create_task(session.step(states(2), (0,), (2,)))
+        await swarm.servers[1].until(lambda: len(swarm.servers[1].steps) == 1)
+        await session.close()
+        with pytest.raises(PetalsError):
+            await step
+        assert await swarm.at_rest()
+
+
+async def test_closing_while_it_opens_leaves_nothing_open() -> None:
+    async with toy_swarm((0, 6), max_sessions=1) as swarm:
+        access = swarm.access(6)
+        holder = await open_one(access, ALL)
+        session = SessionRows(access, ALL, max_length=20)
+        step = asyncio.create_task(session.step(states(2), (0,), (2,)))
+        await swarm.servers[0].until_opened(3)
+        await session.close()
+        await holder.close()
+        with pytest.raises(SessionClosed):
+            await step
+        assert await swarm.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"), [(False, []), ("inference", ["session through"]), (True, ["route:"])]
+)
+async def test_routes_are_shown_as_asked(
+    setting: object,
+    told: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("petals"), "propagate", True)
+    caplog.set_level("INFO", logger="petals.client")
+    async with toy_swarm((0, 6)) as swarm:
+        session = await open_one(swarm.access(6, show_route=setting), ALL)
+        await session.close()
+        messages = [record.getMessage() for record in caplog.records]
+        shown = f"0:6 at …{swarm.servers[0].peer_id[-6:]}"
+        assert [message for message in messages if shown in message] == [
+            f"{words} {shown}" for words in told
+        ]
 
 
 async def test_a_closed_session_says_so() -> None:

@@ -99,9 +99,12 @@ class SessionPath:
         pause = max(lease / _SIGNS_PER_LEASE, _MIN_SIGN_SECONDS)
         while True:
             await asyncio.sleep(pause)
-            for hop in self.hops:
-                with contextlib.suppress(PeerError):  # the next step meets it and says so
-                    await hop.keep()
+            await asyncio.gather(*(_sign_of_life(hop) for hop in self.hops))
+
+
+async def _sign_of_life(hop: HopSession) -> None:
+    with contextlib.suppress(PeerError):  # the next step meets it and says so
+        await hop.keep()
 
 
 async def release(hops: Sequence[HopSession]) -> None:

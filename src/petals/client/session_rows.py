@@ -16,6 +16,7 @@ from torch import Tensor
 from petals.client.hop import StepCall, Terms, check_states, check_width
 from petals.client.path import SessionPath, open_path
 from petals.client.sequence_manager import SwarmAccess
+from petals.client.swarm_view import show
 from petals.client.trace import SessionTrace
 from petals.errors import (
     BadInput,
@@ -65,7 +66,7 @@ class SessionRows:
     @property
     def is_open(self) -> bool:
         """True while servers hold room for us."""
-        return self._path is not None
+        return self._path is not None and self._end is None
 
     @property
     def trace(self) -> SessionTrace:
@@ -116,13 +117,11 @@ class SessionRows:
             return output.to(hidden.dtype)
 
     async def close(self) -> None:
-        """Free what the servers hold. Idempotent."""
+        """Free what the servers hold; a step under way fails. Idempotent."""
         if self._end is None:
             self._end = SessionClosed("The session was closed.", hint="Open a new one.")
-        async with self._turn:
-            path, self._path = self._path, None
-            if path is not None:
-                await path.close()
+        if self._path is not None:
+            await self._path.close()
 
     async def _ready(self, hidden: Tensor, num_rows: int) -> SessionPath:
         """The open path; opens it at the first step."""
@@ -138,11 +137,14 @@ class SessionRows:
             dtype=self._dtype,
             adapter=view.config.active_adapter,
         )
-        self._path = await open_path(view, self.blocks, terms)
+        path = await open_path(view, self.blocks, terms)
+        if self._end is not None:
+            await path.close()
+            raise self._end
+        self._path = path
         self.max_length = self._path.max_length
-        if view.config.show_route:
-            hops = (f"{hop.blocks} at …{hop.peer_id[-6:]}" for hop in self._path.route)
-            logger.info("route: %s", ", ".join(hops))
+        if view.config.show_route == "inference":
+            logger.info("session through %s", show(path.route))
         return self._path
 
     def _check(

@@ -172,8 +172,12 @@ class SwarmView:
     def _find(self, needs: Needs, throughput: bool) -> Route:
         needs = replace(needs, avoid=self.bans.at(self._clock.monotonic()))
         if throughput:
-            return find_throughput_route(self.candidates(), needs, random.random)
-        return find_route(self.candidates(), needs)
+            route = find_throughput_route(self.candidates(), needs, random.random)
+        else:
+            route = find_route(self.candidates(), needs)
+        if self.config.show_route is True:
+            logger.info("route: %s", show(route))
+        return route
 
     def _usable_records(self, *, any_adapter: bool = False) -> list[ServerRecord]:
         config = self.config
@@ -241,6 +245,11 @@ class SwarmView:
 
     def _age(self) -> float:
         return self._clock.monotonic() - self._read_at
+
+
+def show(route: Route) -> str:
+    """A route in one line, for logs."""
+    return ", ".join(f"{hop.blocks} at …{hop.peer_id[-6:]}" for hop in route)
 
 
 def _queue_seconds(info: Info) -> float:
