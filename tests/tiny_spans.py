@@ -1,7 +1,7 @@
 """Whole tiny models with random weights, as spans."""
 
-import copy
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import (
@@ -88,12 +88,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def whole_model(name: str) -> Span:
+def whole_model(name: str, **overrides: Any) -> Span:
     """All four blocks of a tiny model of ``WIDTH``, numbered 10..13, matrices large enough that
-    every block changes its input.
+    every block changes its input. ``overrides`` change the config.
     """
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[name])
+    config = type(CONFIGS[name])(**CONFIGS[name].to_diff_dict() | overrides)
     model = AutoModel.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -113,6 +113,35 @@ def test_a_step_without_tokens_only_rolls_back(llama: Span) -> None:
     assert row.length == 4
 
 
+SCALED_ROTARY = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALED_ROTARY)
+def test_frequencies_follow_a_sessions_own_length(kind: str) -> None:
+    settings = {"rope_parameters": SCALED_ROTARY[kind], "max_position_embeddings": 8}
+    span = whole_model("llama", **settings)
+    short, middle, long = text(6, 1), text(12, 2), text(30, 3)
+    alone = [
+        whole_model("llama", **settings).run([Segment(hidden=own, blocks=span.blocks)])[0]
+        for own in (short, middle, long)
+    ]
+    span.run([Segment(hidden=text(40, 4), blocks=span.blocks)])
+    together = span.run([Segment(hidden=own, blocks=span.blocks) for own in (short, middle, long)])
+    for own, other in zip(alone, together):
+        torch.testing.assert_close(own, other, rtol=EXACT, atol=EXACT)
+    changed = whole_model("llama").run([Segment(hidden=long, blocks=span.blocks)])[0]
+    assert not torch.allclose(changed, alone[2], rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3_next"])
 def test_a_fork_goes_its_own_way(name: str) -> None:
     span = whole_model(name)
