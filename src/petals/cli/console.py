@@ -3,6 +3,7 @@
 Knows no command, no torch and no network. rich draws only on a terminal; elsewhere lines are plain.
 """
 
+import gc
 import json
 import signal
 import sys
@@ -27,6 +28,22 @@ def talk() -> Console:
 def say(text: str) -> None:
     """One line of talk."""
     talk().print(text, markup=False)
+
+
+def run_as_command(work: Callable[[], object]) -> None:
+    """Run `work`; an error becomes a sentence, a hint and an exit status.
+
+    Exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+    """
+    try:
+        work()
+    except PetalsError as error:
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        # On its way out Python searches all of torch for cycles, several times: seconds.
+        gc.freeze()
 
 
 def print_data(text: str) -> None:

@@ -3,14 +3,11 @@
 Must not import torch, transformers or hivemind: `petals --help` answers at once.
 """
 
-import sys
-
 import typer
 
 import petals
 from petals.cli import bootstrap, chat, demo, generate, models, serve, status, swarm
-from petals.cli.console import EXIT_INTERRUPTED, print_data, report
-from petals.errors import PetalsError
+from petals.cli.console import print_data, run_as_command
 
 app = typer.Typer(
     name="petals",
@@ -36,13 +33,8 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    try:
-        app()
-    except PetalsError as error:
-        sys.exit(report(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    """Entry point."""
+    run_as_command(app)
 
 
 if __name__ == "__main__":

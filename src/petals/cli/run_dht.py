@@ -5,13 +5,12 @@ Translates flags into a NodeConfig; what runs is `petals bootstrap`.
 
 import argparse
 import asyncio
-import sys
 from pathlib import Path
 
 from petals.cli.bootstrap import run_bootstrap
-from petals.cli.console import EXIT_INTERRUPTED, report, say
+from petals.cli.console import run_as_command, say
 from petals.cli.options import read_swarm_key
-from petals.errors import ConfigError, PetalsError
+from petals.errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,12 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Run until interrupted. Exit status as for `petals`."""
     options = build_parser().parse_args(arguments)
-    try:
-        _run(options)
-    except PetalsError as error:
-        sys.exit(report(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    run_as_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -4,15 +4,14 @@ Translates what `server_flags` read into a ServerConfig; what runs is `petals se
 honoured, or accepted with one warning that names its replacement.
 """
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from petals import constants
 from petals.cli import options
-from petals.cli.console import EXIT_INTERRUPTED, report, say
+from petals.cli.console import run_as_command, say
 from petals.cli.server_flags import DROPPED, read_flags
 from petals.cli.serving import run_server
-from petals.errors import ConfigError, NotSupported, PetalsError
+from petals.errors import ConfigError, NotSupported
 from petals.types import BlockSpan, ModelId
 
 if TYPE_CHECKING:
@@ -24,12 +23,7 @@ Flags = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run until interrupted. Exit status as for `petals`."""
-    try:
-        run_server(translate(read_flags(arguments)))
-    except PetalsError as error:
-        sys.exit(report(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    run_as_command(lambda: run_server(translate(read_flags(arguments))))
 
 
 def translate(flags: Flags) -> "ServerConfig":
