@@ -10,7 +10,7 @@ from importlib import import_module
 __version__ = "3.0.0.dev0"
 
 _FAMILIES = ("Bloom", "Falcon", "Llama", "Mixtral")
-_FAMILY_KINDS = ("Config", "Model", "ForCausalLM", "ForSequenceClassification")
+_KINDS = ("Config", "Model", "ForCausalLM", "ForSequenceClassification")
 
 _HOMES: dict[str, str] = {
     "AutoDistributedConfig": "petals.client.auto",
@@ -19,13 +19,15 @@ _HOMES: dict[str, str] = {
     "AutoDistributedModelForSequenceClassification": "petals.client.auto",
     "AutoDistributedSpeculativeModel": "petals.client.auto",
     "ClientConfig": "petals.client.config",
+    "DistributedLlamaForSpeculativeGeneration": "petals.client.legacy",
     "InferenceSession": "petals.client.inference_session",
     "PetalsError": "petals.errors",
+    "RemoteSequenceManager": "petals.client.sequence_manager",
     "RemoteSequential": "petals.client.remote_sequential",
     **{
-        f"Distributed{family}{kind}": "petals.client.auto"
+        f"Distributed{family}{kind}": "petals.client.legacy"
         for family in _FAMILIES
-        for kind in _FAMILY_KINDS
+        for kind in _KINDS
     },
 }
 
