@@ -15,6 +15,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from petals.models.quantize import QuantKind
 from petals.models.span import Span
 from petals.types import BlockSpan
 
@@ -109,5 +110,6 @@ def whole_model(name: str, **overrides: Any) -> Span:
         config=config,
         blocks=BlockSpan(10, 10 + len(layers)),
         dtype=torch.float32,
+        quant=QuantKind.NONE,
     )
     return Span(loaded)

@@ -22,6 +22,7 @@ from petals.models.attention_replacements import replace_attention
 from petals.models.batch import BatchContext, Segment, activate, current
 from petals.models.kv_layout import KVLayout
 from petals.models.probe import BlockTraits, ProbeCache
+from petals.models.quantize import QuantKind
 from petals.models.recurrent import RecurrentRow
 from petals.models.rotary import rotate_per_segment
 from petals.models.span_cache import SpanCache
@@ -64,12 +65,15 @@ class Blocks(Protocol):
     def config(self) -> PretrainedConfig: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def quant(self) -> QuantKind: ...
 
 
 class Span:
     """Loaded blocks, ready to run. One instance belongs to one thread at a time.
 
-    ``mode`` says how; ``layout`` what a token costs. Call ``self_test.run_self_test(span)`` before
+    ``mode`` says how; ``layout`` what a token costs; ``exact`` whether sums in another order may
+    change its outputs only in the last bits. Call ``self_test.run_self_test(span)`` before
     serving: it compares with the model's own path and may change both.
     """
 
@@ -86,6 +90,7 @@ class Span:
         first = next((p for p in loaded.layers.parameters() if p.dtype.is_floating_point), None)
         self.device = first.device if first is not None else torch.device("cpu")
         self.dtype = loaded.dtype
+        self.exact = loaded.dtype is torch.float32 and loaded.quant is QuantKind.NONE
         self.max_positions = _learned_positions(loaded.layers)
         self._wrap_blocks()
         replace_attention(self._layers)
