@@ -21,6 +21,7 @@ from petals.wire.messages import (
     Forward,
     ForwardResult,
     KeepSession,
+    NextHop,
     Refusal,
     SessionEnded,
     SessionOpened,
@@ -131,6 +132,14 @@ async def test_a_step_may_not_be_larger_than_the_server_takes() -> None:
         await talk.open(rows=3, max_length=256)
         message = Step(talk.session_id, 0, 0, (0, 0, 0), (200, 200, 200))
         assert (await talk.refused(message, states(600))).code == "batch_too_large"
+
+
+async def test_states_are_not_passed_on_yet() -> None:
+    async with served() as swarm:
+        talk = await swarm.talk()
+        await talk.open()
+        message = Step(talk.session_id, 0, 0, (0,), (3,), None, (NextHop("peer", (14, 15)),))
+        assert (await talk.refused(message, states(3))).code == "not_supported"
 
 
 async def test_step_ids_only_grow() -> None:

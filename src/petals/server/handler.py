@@ -14,6 +14,7 @@ from torch import Tensor
 from petals.clock import Clock
 from petals.errors import (
     BadInput,
+    NotSupported,
     PeerBusy,
     PetalsError,
     ProtocolError,
@@ -27,7 +28,7 @@ from petals.server.intake import ByteAllowance, Offer
 from petals.server.kv_pages import KVPool, SessionKV
 from petals.server.reservations import Reservations, Room
 from petals.server.session import Session, SessionKey, SessionTable
-from petals.server.sinks import ClientSink
+from petals.server.sinks import ClientSink, Sink
 from petals.server.steps import StepLimits, StepPlan, WorkKind
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.channel import Channel
@@ -127,8 +128,7 @@ class BlocksService:
     async def forward(
         self, peer: PeerId, message: Forward, tensors: Sequence[Tensor]
     ) -> tuple[ForwardResult, Tensor]:
-        """Run whole sequences once, keeping nothing. Returns hidden [sum(counts), H] in the dtype
-        it came in.
+        """Run whole sequences once, keeping nothing. Returns hidden [sum(counts), H] as it came in.
 
         It uses cache like a session does while it lasts, so that it can run in pieces beside
         others' decoding. Raises what the checks, ``Reservations.reserve`` and ``Executor.run``
@@ -140,13 +140,12 @@ class BlocksService:
         hidden = intake.only_states(self.offer, tensors, sum(counts))
         plan = StepPlan(starts=(0,) * len(counts), counts=counts)
         room = Room(len(counts), max(counts, default=0), blocks)
-        with self.bytes.hold(peer, hidden.nbytes):
-            kv = await self.reservations.reserve(room, self.config.forward_alloc_seconds)
-            try:
-                work = Work(kv, blocks, plan, hidden, hidden.dtype, peer, WorkKind.FORWARD)
-                outcome = await self.executor.run(work)
-            finally:
-                self.reservations.release(kv)
+        kv = await self.reservations.reserve(room, self.config.forward_alloc_seconds)
+        try:
+            work = Work(kv, blocks, plan, hidden, hidden.dtype, peer, WorkKind.FORWARD)
+            outcome = await self.executor.run(work)
+        finally:
+            self.reservations.release(kv)
         return ForwardResult(outcome.queue_seconds, outcome.compute_seconds), outcome.hidden
 
     async def open(self, peer: PeerId, message: OpenSession) -> Session:
@@ -239,7 +238,7 @@ class _Conversation:
             case Forward():
                 self._start(self._forward(message, tensors))
             case GetInfo():
-                await self._channel.send(self._service.info())
+                await self._sink.answer(self._service.info())
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not for a server of blocks.")
 
@@ -250,11 +249,11 @@ class _Conversation:
         try:
             session = await self._service.open(self._channel.peer_id, message)
         except PetalsError as error:
-            await self._channel.send(Refusal.of(error))
+            await self._sink.answer(Refusal.of(error))
             return
         self._attach(session)
         limits, lease = session.limits, self._service.config.lease_seconds
-        await self._channel.send(SessionOpened(message.session_id, limits.max_length, lease))
+        await self._sink.answer(SessionOpened(message.session_id, limits.max_length, lease))
 
     def _attach(self, session: Session) -> None:
         self._sessions[session.key.session_id] = session
@@ -283,32 +282,43 @@ class _Conversation:
     async def _on_step(self, message: Step, tensors: Sequence[Tensor]) -> None:
         try:
             session = self._find(message.session_id)
+            sink = self._sink_for(message)
             hidden = intake.only_states(self._service.offer, tensors, sum(message.counts))
         except PetalsError as error:
             await self._sink.refuse(error, message.step_id)
             return
         session.touch()
-        task = self._service.tasks.start(self._step(session, message, hidden), "step")
+        task = self._service.tasks.start(self._step(session, message, hidden, sink), "step")
         session.adopt(task)
 
-    async def _step(self, session: Session, message: Step, hidden: Tensor) -> None:
-        service, sink = self._service, self._sink
+    def _sink_for(self, message: Step) -> Sink:
+        """Where the output of this step goes."""
+        if message.next_hops:
+            raise NotSupported(
+                "This server does not pass states on to other servers.",
+                hint="Leave next_hops empty: the client passes them on.",
+            )
+        return self._sink
+
+    async def _step(self, session: Session, message: Step, hidden: Tensor, sink: Sink) -> None:
+        service = self._service
         try:
+            # Held until the answer is on its way: a client that does not read runs out of it.
             with service.bytes.hold(session.key.peer_id, hidden.nbytes):
                 answer = await session.step(message, hidden, service.executor)
+                if answer is not None:
+                    await sink.deliver(*answer)
         except PetalsError as error:
-            await sink.refuse(error, message.step_id)
-            return
-        if answer is not None:
-            await sink.deliver(*answer)
+            await self._sink.refuse(error, message.step_id)
 
     async def _forward(self, message: Forward, tensors: Sequence[Tensor]) -> None:
+        peer = self._channel.peer_id
         try:
-            result, hidden = await self._service.forward(self._channel.peer_id, message, tensors)
+            with self._service.bytes.hold(peer, sum(tensor.nbytes for tensor in tensors)):
+                result, hidden = await self._service.forward(peer, message, tensors)
+                await self._sink.answer(result, (hidden,))
         except PetalsError as error:
-            await self._channel.send(Refusal.of(error))
-            return
-        await self._channel.send(result, (hidden,))
+            await self._sink.answer(Refusal.of(error))
 
     def _touch(self, session_id: bytes) -> None:
         session = self._sessions.get(session_id)
@@ -323,4 +333,4 @@ class _Conversation:
         else:
             await self._service.end(session, "")
         self._sessions.pop(session_id, None)
-        await self._channel.send(SessionEnded(session_id, "closed"))
+        await self._sink.answer(SessionEnded(session_id, "closed"))

@@ -4,6 +4,7 @@ Today back to the client on the stream its step came by; a ring adds a sink that
 next hop, and sessions notice no difference. Knows streams and messages, no sessions.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from petals.errors import PeerError, PetalsError
 from petals.logs import get_logger
 from petals.swarm.channel import Channel
 from petals.types import SessionId
-from petals.wire.messages import Refusal, SessionEnded, StepResult
+from petals.wire.messages import Message, Refusal, SessionEnded, StepResult
 
 logger = get_logger(__name__)
 
@@ -44,23 +45,19 @@ class ClientSink:
 
     async def deliver(self, result: StepResult, hidden: Tensor) -> None:
         """See Sink.deliver."""
-        try:
-            await self._channel.send(result, (hidden,))
-        except PeerError as error:
-            logger.debug(
-                "step %d found nobody to take its result: %s", result.step_id, error.message
-            )
+        await self.answer(result, (hidden,))
 
     async def refuse(self, error: PetalsError, step_id: int) -> None:
         """See Sink.refuse."""
-        await self._tell(Refusal.of(error, step_id))
+        await self.answer(Refusal.of(error, step_id))
 
     async def end(self, session_id: SessionId, reason: str) -> None:
         """See Sink.end."""
-        await self._tell(SessionEnded(session_id, reason))
+        await self.answer(SessionEnded(session_id, reason))
 
-    async def _tell(self, message: Refusal | SessionEnded) -> None:
+    async def answer(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
+        """Send, unless the client has gone. Raises RequestTooLarge."""
         try:
-            await self._channel.send(message)
+            await self._channel.send(message, tensors)
         except PeerError as error:
-            logger.debug("%s found nobody to read it: %s", type(message).__name__, error.message)
+            logger.debug("%s found nobody to take it: %s", type(message).__name__, error.message)
