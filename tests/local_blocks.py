@@ -104,8 +104,6 @@ class LocalSession:
     def position(self, value):
         for row, length in enumerate(self.lengths):
             self._roll_back(row, min(value, length))
-        if self.output_ids is not None:
-            self.output_ids = self.output_ids[:, :value]
 
     def step(self, inputs, prompts=None, hypo_ids=None):
         if not self.lengths:

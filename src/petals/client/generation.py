@@ -135,7 +135,8 @@ class RemoteGeneration:
         options = GenerationOptions(self, args, kwargs)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "use_cache")}
         if ids is not None:
-            kwargs["attention_mask"] = _whole_mask(cache, prompt, num_past)
+            mask = _whole_mask(cache, prompt, num_past)
+            kwargs["attention_mask"] = None if mask is None else mask.to(ids.device)
             expanded = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
             if expanded > 1 and cache.batch_size == ids.shape[0]:
                 cache.batch_repeat_interleave(expanded)

@@ -167,7 +167,8 @@ def distribute(model: PreTrainedModel, arch: ModelArch) -> PreTrainedModel:
         module.__class__ = distributed_class(_original(type(module)), catches=not is_head)
         module.blocks_path = blocks_path[len(path) :].lstrip(".")
     # Some configs (MPT's) switch the cache off; without it every token would cost a whole prompt.
-    model.config.use_cache = True
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.use_cache = True
     if model.can_generate():
         model.generation_config.use_cache = True
     return model

@@ -76,8 +76,12 @@ def read_columns(past: Rows, layout: Layout) -> Rows:
     plain padding and for positions that do not follow each other.
     """
     real = _read_mask(past, layout)
-    if layout.attention_mask is None and layout.position_ids is None and bool(past.real.all()):
-        return Rows(real, torch.zeros(past.num_rows, dtype=torch.int64))
+    if layout.attention_mask is None and bool(past.real.all()):
+        first = past.first if past.num_columns else torch.zeros_like(past.first)
+        columns = torch.arange(past.num_columns, past.num_columns + layout.num_columns)
+        told = layout.position_ids if layout.position_ids is not None else columns.expand_as(real)
+        if torch.equal(told.cpu(), first[:, None] + columns):
+            return Rows(real, first)  # the usual case, once for every token
     return Rows(real, _first_positions(past, real, _positions(past, real, layout)))
 
 

@@ -21,6 +21,11 @@ from petals.errors import BadInput, NotSupported, SessionClosed
 class RowSession(Protocol):
     """What a cache needs of a session: rows in, rows out."""
 
+    @property
+    def position(self) -> int:
+        """Tokens in the longest row."""
+        ...
+
     def step_rows(
         self,
         hidden: Tensor,
@@ -63,7 +68,8 @@ class RemoteCache(Cache):
     def of(cls, session: Any) -> "RemoteCache":
         """The cache of a session that somebody else opened and will close.
 
-        It follows what happened to the session without it: a position set backwards, own steps.
+        It follows what happened to the session without it: steps of others, and a position set
+        back, which also ends ``session.output_ids`` there.
         """
         cache: RemoteCache | None = getattr(session, "past_key_values", None)
         if cache is None:
@@ -113,14 +119,17 @@ class RemoteCache(Cache):
         past = self._rows or Rows.empty(new.num_rows)
         if self._session is None:
             self._session = self._open_session(new.num_rows, self.max_length)
-        packed = self._session.step_rows(
-            pack(hidden, new.real),
-            starts=past.lengths,
-            counts=new.lengths,
-            reorder=self._origin,
-        )
+        try:
+            packed = self._session.step_rows(
+                pack(hidden, new.real),
+                starts=past.lengths,
+                counts=new.lengths,
+                reorder=self._origin,
+            )
+        finally:
+            # A step that failed may have rolled back all the same; nobody else did.
+            self._seen_position = self._session.position
         self._rows, self._origin = past.joined(new), None
-        self._seen_position = getattr(self._session, "position", 0)
         return unpack(packed, new.real)
 
     def reserve(self, max_length: int) -> None:
@@ -144,6 +153,8 @@ class RemoteCache(Cache):
         rows = self._rows or Rows.empty(max(1, len(session.lengths)))
         longest = rows.real.cumsum(1).amax(0)
         kept = rows.cut(int((longest <= position).sum()))
+        if position < self._seen_position and session.output_ids is not None:
+            session.output_ids = session.output_ids[:, : kept.num_columns]
         num_new = position - max(kept.lengths)
         first = kept.first.clamp(min=0)
         added = Rows(torch.ones(kept.num_rows, num_new, dtype=torch.bool), first)

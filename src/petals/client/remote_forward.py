@@ -89,7 +89,9 @@ class RemoteForward(DistributedModel):
         give, before anything is sent.
         """
         original: Any = super()
-        call = dict(zip(inspect.signature(original.forward).parameters, args)) | kwargs
+        call = kwargs
+        if args:
+            call = dict(zip(inspect.signature(original.forward).parameters, args)) | kwargs
         if self.remote_blocks.is_in_pass:
             return original.forward(**call)
         self._refuse(call)

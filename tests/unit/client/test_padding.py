@@ -110,6 +110,10 @@ class TestRefusals:
         past = read(Rows.empty(1))
         with pytest.raises(NotSupported, match="do not follow"):
             read(past, 1, position_ids=torch.tensor([[3]]))
+        shifted = Rows.empty(1).joined(read(Rows.empty(1), position_ids=torch.tensor([[5, 6]])))
+        assert read(shifted, 1, position_ids=torch.tensor([[7]])).first.tolist() == [5]
+        with pytest.raises(NotSupported, match="do not follow"):
+            read(shifted, 1)
 
     def test_a_hole_in_a_row_that_is_numbered_by_column(self):
         hole = torch.tensor([[1, 0, 1]])

@@ -1,0 +1,185 @@
+"""Stock `generate` on a model whose blocks real servers run, over a network in memory."""
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from petals.client.auto import AutoDistributedModelForCausalLM
+from petals.client.block_runner import SwarmRunner
+from petals.client.bridge import bridge
+from petals.client.sequence_manager import RemoteSequenceManager
+from petals.errors import LengthExceeded, MissingBlocksError
+from petals.server.config import ComputeConfig, LimitsConfig, MemoryConfig, ServerConfig
+from petals.server.config import SourceConfig as Source
+from petals.server.server import OnlineInfo, Server, Watchers
+from petals.swarm.config import NodeConfig
+from petals.swarm.node import SwarmNode
+from petals.testing.memory_net import MemoryNet
+from petals.testing.tiny_models import write_tiny_model
+from petals.types import BlockSpan
+from toy_blocks import config
+
+PROMPT = torch.tensor([[11, 54, 7, 11, 54, 23, 90]])
+FAMILIES = ("llama", "bloom", "mixtral", "gemma3_text")
+
+
+@dataclass
+class Pair:
+    local: PreTrainedModel
+    remote: PreTrainedModel
+    node: SwarmNode
+
+
+async def serve(stack: AsyncExitStack, folder: Path, *cuts: int) -> SwarmNode:
+    """One server for each two neighbours of ``cuts``; returns the node of a client beside them."""
+    net = MemoryNet()
+    seed = await stack.enter_async_context(SwarmNode(NodeConfig(), engine=net.engine))
+    peers = await seed.addresses()
+    for start, end in zip(cuts, cuts[1:]):
+        came: asyncio.Future[OnlineInfo] = asyncio.get_running_loop().create_future()
+        server = Server(
+            ServerConfig(
+                source=Source(model=str(folder)),
+                blocks=BlockSpan(start, end),
+                compute=ComputeConfig(device="cpu", num_threads=1),
+                memory=MemoryConfig(cache_tokens=1024),
+                limits=LimitsConfig(max_length=64),
+                network=NodeConfig(initial_peers=peers),
+            ),
+            Watchers(on_online=came.set_result),
+            engine=net.engine,
+        )
+        task = asyncio.create_task(server.run())
+        await asyncio.wait({task, came}, return_when=asyncio.FIRST_COMPLETED)
+        assert came.done(), task.exception()
+
+        async def end_it(server: Server = server, task: asyncio.Task[None] = task) -> None:
+            server.stop()
+            await task
+
+        stack.push_async_callback(end_it)
+    network = NodeConfig(initial_peers=peers, client_mode=True)
+    return await stack.enter_async_context(SwarmNode(network, engine=net.engine))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / request.param, request.param)
+    stack = AsyncExitStack()
+    try:
+        client = bridge.run(serve(stack, folder, 0, 2, 5))
+        remote = AutoDistributedModelForCausalLM.from_pretrained(str(folder))
+        name = remote.remote_blocks.sequence_manager.model
+        with RemoteSequenceManager(
+            config(dht_prefix=name), BlockSpan(0, 5), node=client
+        ) as manager:
+            remote.remote_blocks.runner = SwarmRunner(manager)
+            yield Pair(AutoModelForCausalLM.from_pretrained(folder), remote, client)
+    finally:
+        bridge.run(stack.aclose())
+
+
+def test_every_mode_gives_the_local_tokens(pair: Pair) -> None:
+    modes = (
+        {},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_model": pair.local},
+    )
+    for mode in modes:
+        options = {"max_new_tokens": 8, "use_cache": True} | mode
+        torch.manual_seed(0)
+        expected = pair.local.generate(PROMPT, **options)
+        torch.manual_seed(0)
+        assert torch.equal(pair.remote.generate(PROMPT, **options), expected), mode
+
+
+def test_padded_batches(pair: Pair) -> None:
+    ids = torch.tensor([[0, 0, 0, 5, 6], [0, 5, 6, 7, 8], [9, 8, 7, 6, 5]])
+    mask = (ids != 0).long()
+    options = {"attention_mask": mask, "max_new_tokens": 6, "use_cache": True}
+    for more in ({}, {"num_beams": 2}):
+        expected = pair.local.generate(ids, **options, **more)
+        assert torch.equal(pair.remote.generate(ids, **options, **more), expected)
+    expected = pair.local(ids, attention_mask=mask).logits
+    actual = pair.remote(ids, attention_mask=mask).logits
+    scale = expected.abs().max()
+    torch.testing.assert_close(
+        actual[mask.bool()] / scale, expected[mask.bool()] / scale, rtol=0, atol=1e-5
+    )
+
+
+def test_a_conversation(pair: Pair) -> None:
+    with pair.remote.inference_session(max_length=40) as session:
+        told = pair.remote.generate(PROMPT, max_new_tokens=4)
+        reply = torch.tensor([[8, 41]])
+        answer = pair.remote.generate(reply, max_new_tokens=4)
+        assert session.position == told.shape[1] + answer.shape[1] - 1
+        session.position = told.shape[1]
+        again = pair.remote.generate(None, max_new_tokens=3)
+    whole = pair.local.generate(torch.cat([told, reply], dim=1), max_new_tokens=4, use_cache=True)
+    assert torch.equal(torch.cat([told, answer], dim=1), whole)
+    assert torch.equal(torch.cat([told, again], dim=1), pair.local.generate(told, max_new_tokens=3))
+
+
+def test_a_cache_that_grows(pair: Pair) -> None:
+    with torch.no_grad():
+        expected = pair.local(PROMPT).logits
+        first = pair.remote(PROMPT[:, :4], use_cache=True)
+        with first.past_key_values as cache:
+            rest = pair.remote(PROMPT[:, 4:], past_key_values=cache)
+    actual = torch.cat([first.logits, rest.logits], dim=1)
+    scale = expected.abs().max()
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+def test_a_path_of_ones_own(pair: Pair) -> None:
+    blocks = pair.remote.remote_blocks
+    hidden = torch.randn(2, 4, 32)
+    with torch.no_grad():
+        whole = blocks(hidden)
+        parts = blocks[4:](blocks[1:4](blocks[:1](hidden)))
+        part = blocks[1:4]
+        with part.inference_session(max_length=4) as session:
+            steps = [part(blocks[:1](hidden)[:, :3]), part(blocks[:1](hidden)[:, 3:])]
+            assert session.position == 4
+        stepped = blocks[4:](torch.cat(steps, dim=1))
+    for other in (parts, stepped):
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_threads_do_not_meet(pair: Pair) -> None:
+    prompts = [PROMPT.roll(shift, 1) for shift in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(partial(pair.remote.generate, max_new_tokens=5), prompts))
+    for ids, answer in zip(prompts, answers):
+        assert torch.equal(answer, pair.local.generate(ids, max_new_tokens=5, use_cache=True))
+
+
+def test_too_long_for_the_servers(pair: Pair) -> None:
+    with pytest.raises(LengthExceeded):
+        pair.remote.generate(PROMPT, max_new_tokens=64)
+
+
+def test_a_model_nobody_serves_says_so(pair: Pair) -> None:
+    runner = pair.remote.remote_blocks.runner
+    with RemoteSequenceManager(
+        config(dht_prefix="nobody-serves-this"), BlockSpan(0, 5), node=pair.node
+    ) as manager:
+        pair.remote.remote_blocks.runner = SwarmRunner(manager)
+        try:
+            with pytest.raises(MissingBlocksError, match="0:5"):
+                pair.remote.generate(PROMPT, max_new_tokens=4)
+        finally:
+            pair.remote.remote_blocks.runner = runner
