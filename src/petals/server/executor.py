@@ -29,7 +29,8 @@ from petals.types import BlockSpan
 logger = get_logger(__name__)
 T = TypeVar("T")
 _SMOOTHING = 0.2
-JOIN_SECONDS = 2.0
+JOIN_SECONDS = 9.0
+"""A call may be in the middle of something long when the end comes; so long it may finish."""
 GROWTH_TOKENS = 256
 """A session opened without a length grows by so many tokens at a time."""
 
@@ -141,7 +142,6 @@ class Executor:
     async def __aexit__(self, *exc_info: object) -> None:
         self._closed = True
         self._inbox.put(None)
-        # A call may be in the middle of something long (loading); nobody waits for that.
         await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
 
     async def run(self, work: Work) -> Outcome:

@@ -17,7 +17,7 @@ import torch
 import petals
 from petals import constants
 from petals.clock import Clock, SystemClock
-from petals.errors import BlocksNotServed
+from petals.errors import BlocksNotServed, SessionClosed
 from petals.logs import get_logger
 from petals.models import cost
 from petals.models.kv_layout import KVLayout
@@ -248,11 +248,22 @@ class Server:
             dtype=model.precision.dtype,
             device=model.device,
             quant=model.precision.quant,
-            progress=self._watchers.on_loading,
+            progress=self._on_loading,
         )
         span = Span(load_blocks(model.checkpoint, blocks, options))
+        self._go_on()
         test = run_self_test(span)
+        self._go_on()
         return _Loaded(span, test, throughput.measure(span))
+
+    def _on_loading(self, done: int, total: int) -> None:
+        self._go_on()
+        self._watchers.on_loading(done, total)
+
+    def _go_on(self) -> None:
+        """Called now and then on the compute thread, so that a start can be broken off."""
+        if self._stop.is_set():
+            raise SessionClosed("The start was broken off.", hint="Start the server again.")
 
     def _make_pool(self, model: _Model, layout: KVLayout) -> KVPool:
         budget = self.config.memory

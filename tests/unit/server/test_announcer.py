@@ -84,5 +84,6 @@ async def test_nobody_listening_does_not_hold_up_a_leaver(
 ) -> None:
     monkeypatch.setattr("petals.server.announcer._GOODBYE_SECONDS", 0.01)
     async with asyncio.timeout(5), announcer(notebook, clock):
+        await clock.advance(0)
         notebook.hangs = True
     assert notebook.told[-1][1] is ServerState.OFFLINE
