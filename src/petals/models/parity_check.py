@@ -4,6 +4,7 @@ The checkpoint is saved and loaded the way a server loads one; inputs and expect
 taken at the first and last block of the whole model. Knows no table and no other process.
 """
 
+import re
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from petals.types import BlockSpan
 
 EXACT = 1e-5
 WRONG = 1e-3
+_FOLDER_PREFIX = "petals-parity-"
 
 PREFILL: tuple[Step, ...] = (((0, 0, 20),),)
 DECODE: tuple[Step, ...] = (
@@ -119,7 +121,8 @@ def _tiny(name: str) -> tuple[ModelArch, PreTrainedModel]:
 def _in_short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # Configs report the rule that was broken first and what broke it last.
-    return f"{type(error).__name__}: {lines[-1][:160]}"
+    text = re.sub(rf"\S*{_FOLDER_PREFIX}[^\s>]*", "its checkpoint", lines[-1])
+    return f"{type(error).__name__}: {text[:160]}"
 
 
 def random_model(config: PretrainedConfig, arch: ModelArch, seed: int = 0) -> PreTrainedModel:
@@ -138,7 +141,7 @@ def random_model(config: PretrainedConfig, arch: ModelArch, seed: int = 0) -> Pr
 
 def _compare(name: str) -> ParityRow:
     arch, whole = _tiny(name)
-    with tempfile.TemporaryDirectory(prefix="petals-parity-") as folder:
+    with tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX) as folder:
         whole.save_pretrained(Path(folder))
         cuts = [0, 1, arch.num_blocks // 2 + 1, arch.num_blocks]
         spans = [
