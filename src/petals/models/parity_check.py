@@ -121,7 +121,7 @@ def _tiny(name: str) -> tuple[ModelArch, PreTrainedModel]:
 def _in_short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # Configs report the rule that was broken first and what broke it last.
-    text = re.sub(rf"\S*{_FOLDER_PREFIX}[^\s>]*", "its checkpoint", lines[-1])
+    text = re.sub(rf"\S*{_FOLDER_PREFIX}[^\s>]*>?", "its checkpoint", lines[-1])
     return f"{type(error).__name__}: {text[:160]}"
 
 
