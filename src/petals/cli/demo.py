@@ -12,7 +12,7 @@ from petals.cli import options
 from petals.cli.answer import WordStream, ask, describe, encode_chat
 from petals.cli.client_model import open_client
 from petals.cli.console import interrupted_by_sigterm, say, stage
-from petals.cli.swarm import show_swarm, spans_of, wait_until_interrupted
+from petals.cli.swarm import spans_of, stay_up
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 DEMO_MODEL = "smollm2"
@@ -39,8 +39,7 @@ def demo(
         with swarm:
             _ask(source, swarm, prompt, max_new_tokens)
             if keep:
-                show_swarm(swarm)
-                wait_until_interrupted(swarm)
+                stay_up(swarm)
             say("Stopping the swarm")
 
 

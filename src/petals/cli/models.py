@@ -3,20 +3,17 @@
 Knows the models layer and no network of petals.
 """
 
+import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from petals.cli import options
-from petals.cli.console import print_data, print_json, stage
+from petals.cli.console import EXIT_FAILED, print_data, print_json, stage
+from petals.cli.model_plan import plan_lines, plan_values, torch_dtype
 from petals.cli.options import Json
-from petals.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-
-    from petals.models.cost import Plan
 
 app = typer.Typer(help="Look at models, and fetch one to try.", no_args_is_help=True)
 
@@ -56,12 +53,40 @@ def plan(
     with stage(f"Reading the config of {model}"):
         quant = QuantKind.INT8 if dtype == "int8" else QuantKind.NONE
         config = open_checkpoint(model).config
-        found = make_plan(config, servers, dtype=_torch_dtype(dtype), quant=quant)
+        found = make_plan(config, servers, dtype=torch_dtype(dtype), quant=quant)
     if as_json:
-        print_json(_plan_values(model, found))
+        print_json(plan_values(model, found))
     else:
-        for line in _plan_lines(model, found):
+        for line in plan_lines(model, found):
             print_data(line)
+
+
+@app.command("check")
+def check(
+    architectures: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARCH]...", help="Model types; all if none.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the table as Markdown.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Split tiny random models at odd places and compare them with the whole."""
+    from petals.models import parity
+
+    with stage("Checking architectures") as change:
+        rows = parity.check(
+            architectures or None,
+            lambda done, total, name: change(f"{done + 1} of {total}: {name}"),
+        )
+    if output is not None:
+        output.write_text(parity.to_markdown(rows), encoding="utf-8")
+    if as_json:
+        print_json([{**_without_nan(asdict(row)), "exact": row.exact} for row in rows])
+    else:
+        print_data(parity.to_markdown(rows).rstrip())
+    if architectures and not all(row.exact for row in rows):
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("convert")
@@ -82,64 +107,9 @@ def convert(
     print_data(str(target))
 
 
-def _torch_dtype(name: str) -> "torch.dtype | None":
-    """None lets the checkpoint decide. Raises ConfigError for a name that is no dtype."""
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name in ("auto", "int8"):
-        return None
-    if name not in known:
-        raise ConfigError(
-            f"{name!r} is not a dtype for weights.", hint=f"Known: auto, int8, {', '.join(known)}."
-        )
-    return known[name]
-
-
-def _plan_values(model: str, plan: "Plan") -> dict[str, Any]:
+def _without_nan(values: dict[str, object]) -> dict[str, object]:
+    """JSON has no NaN: what was not measured is null."""
     return {
-        "model": model,
-        "model_type": plan.model_type,
-        "num_blocks": plan.num_blocks,
-        "hidden_size": plan.hidden_size,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "quant": str(plan.quant),
-        "client": {
-            "num_parameters": plan.client_num_parameters,
-            "weight_bytes": plan.client_weight_bytes,
-        },
-        "servers": [
-            {
-                "blocks": [share.blocks.start, share.blocks.end],
-                "weight_bytes": share.weight_bytes,
-                "kv_bytes_per_1000_tokens": share.kv_bytes_per_1000_tokens,
-                "outbox_bytes_per_1000_tokens": share.outbox_bytes_per_1000_tokens,
-            }
-            for share in plan.servers
-        ],
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in values.items()
     }
-
-
-def _plan_lines(model: str, plan: "Plan") -> list[str]:
-    values = _plan_values(model, plan)
-    lines = [
-        f"{model}: {plan.model_type}, {plan.num_blocks} blocks, hidden size {plan.hidden_size}, "
-        f"{values['dtype']}",
-        f"client: {_size(plan.client_weight_bytes)} of weights",
-        f"{'server':>6}  {'blocks':>9}  {'weights':>9}  {'KV/1000':>9}  {'outbox/1000':>11}",
-    ]
-    for number, share in enumerate(plan.servers, start=1):
-        lines.append(
-            f"{number:>6}  {str(share.blocks):>9}  {_size(share.weight_bytes):>9}  "
-            f"{_size(share.kv_bytes_per_1000_tokens):>9}  "
-            f"{_size(share.outbox_bytes_per_1000_tokens):>11}"
-        )
-    return lines
-
-
-def _size(num_bytes: int) -> str:
-    size, units = float(num_bytes), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while size >= 1000 and unit != "TB":
-        size, unit = size / 1000, next(units)
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

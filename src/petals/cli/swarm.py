@@ -3,6 +3,7 @@
 Starts processes through `testing.local_swarm`; knows no tensors and no messages.
 """
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -50,14 +51,10 @@ def up(
         with swarm:
             if state_file is not None:
                 _write_whole(state_file, json.dumps(swarm.state(), indent=2))
-            show_swarm(swarm)
-            try:
-                wait_until_interrupted(swarm)
-            except KeyboardInterrupt:
-                say("Stopping the swarm")
-            finally:
-                if state_file is not None:
-                    state_file.unlink(missing_ok=True)
+            stay_up(swarm)
+            say("Stopping the swarm")
+            if state_file is not None:
+                state_file.unlink(missing_ok=True)
 
 
 @app.command("new-key")
@@ -72,25 +69,29 @@ def new_key(
     print_data(str(file))
 
 
-def show_swarm(swarm: LocalSwarm) -> None:
-    """Who serves what, for people, and the join addresses as data."""
-    for server in swarm.servers:
-        say(f"  …{server.peer_id[-6:]}  blocks {server.blocks}  pid {server.pid}")
-    say("Up. Ctrl-C stops everything. Join with:")
-    for address in swarm.initial_peers:
-        print_data(address)
+def stay_up(swarm: LocalSwarm) -> None:
+    """Tell who serves what and how to join; return at Ctrl-C or SIGTERM.
+
+    Raises SwarmError once no process of the swarm is left.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        for server in swarm.servers:
+            say(f"  …{server.peer_id[-6:]}  blocks {server.blocks}  pid {server.pid}")
+        say("Join with:")
+        for address in swarm.initial_peers:
+            print_data(address)
+        say("Up. Ctrl-C stops everything.")
+        _watch(swarm)
 
 
-def wait_until_interrupted(swarm: LocalSwarm) -> None:
-    """Return never; raises KeyboardInterrupt, or SwarmError once none of the servers is left."""
+def _watch(swarm: LocalSwarm) -> None:
     told: set[str] = set()
-    while True:
+    while len(told) <= len(swarm.servers):
         time.sleep(_CHECK_SECONDS)
         for name in swarm.exited() - told:
             say(f"{name} ended by itself; the others stay up.")
             told.add(name)
-        if len(told) > len(swarm.servers):
-            raise SwarmError("Every process of the swarm ended.")
+    raise SwarmError("Every process of the swarm ended.")
 
 
 def spans_of(model: str, num_servers: int, blocks: list[str] | None) -> tuple[BlockSpan, ...]:

@@ -187,6 +187,8 @@ class LocalSwarm:
     def _serve_arguments(self, span: BlockSpan) -> list[str]:
         arguments = ["serve", self.config.model, "--blocks", str(span)]
         arguments += ["--dtype", self.config.dtype]
+        if self.config.num_threads is not None:
+            arguments += ["--threads", str(self.config.num_threads)]
         for address in self.initial_peers:
             arguments += ["--join", address]
         return [*arguments, *self.config.server_options]
@@ -198,9 +200,6 @@ class LocalSwarm:
         options = ["--host", "127.0.0.1", "--ready-file", str(ready), "--until-stdin-closes"]
         if self.config.swarm_key is not None:
             options += ["--swarm-key", str(self.config.swarm_key)]
-        environment = dict(os.environ)
-        if self.config.num_threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self.config.num_threads)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*COMMAND, *arguments, *options],
@@ -208,7 +207,6 @@ class LocalSwarm:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
                 start_new_session=True,
             )
         child = _Child(name, process, ready, log)

@@ -1,0 +1,167 @@
+"""What people type: `petals demo`, `swarm up`, `status`, `generate`, as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+UNREACHABLE = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHCFSQDHRotPdtmYRoyA1zHivs92tCoRFk9Z7bHe7DRNj"
+PROMPT = "Name a colour of the sky."
+TOKEN_VARIABLE = "PETALS_TEST_TOKEN"
+
+
+class Terminal:
+    """Starts commands whose whole family of processes can be found again."""
+
+    def __init__(self) -> None:
+        self.token = uuid.uuid4().hex
+        self.environment = {**os.environ, TOKEN_VARIABLE: self.token}
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "petals.cli", *arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=240)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def family(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(TOKEN_VARIABLE) == self.token:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    for process in terminal.family():
+        process.kill()
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    """The lines of stderr up to the one that holds `text`."""
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} was never said:\n{seen}")
+
+
+@pytest.mark.slow
+def test_demo_answers_like_the_local_model_and_stops(
+    terminal: Terminal, smollm2_path, smollm2_local, tokenizer
+) -> None:
+    arguments = ("--prompt", PROMPT, "--max-new-tokens", "12", "--dtype", "float32", "--keep")
+    process = terminal.start("demo", *arguments)
+    told = read_until(process, "Ctrl-C stops everything")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+
+    chat = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    with torch.inference_mode():
+        local = smollm2_local.generate(ids, max_new_tokens=12, do_sample=False)
+    expected = tokenizer.decode(local[0, ids.shape[1] :], skip_special_tokens=True)
+    answer, *addresses = out.strip().split("\n/ip4/")
+    assert answer == expected.strip()
+    assert addresses
+    assert all(f"{start}:{start + 10} at …" in told for start in (0, 10, 20))
+    assert "first token after" in told
+    assert process.returncode == 0
+    assert terminal.family() == []
+
+
+@pytest.mark.slow
+def test_a_closed_swarm_serves_members_only(
+    terminal: Terminal, smollm2_path: Path, tmp_path: Path
+) -> None:
+    key, state_file = str(tmp_path / "lab.key"), tmp_path / "state.json"
+    assert terminal.run("swarm", "new-key", key).returncode == 0
+    model = str(smollm2_path)
+    swarm = terminal.start(
+        *("swarm", "up", model, "--servers", "2", "--dtype", "float32"),
+        *("--swarm-key", key, "--state-file", str(state_file)),
+    )
+    read_until(swarm, "Ctrl-C stops everything")
+    state = json.loads(state_file.read_text())
+    address = state["initial_peers"][0]
+    assert [server["blocks"] for server in state["servers"]] == [[0, 15], [15, 30]]
+    assert all(psutil.pid_exists(server["pid"]) for server in state["servers"])
+
+    status = terminal.run("status", "--join", address, "--swarm-key", key, "--json")
+    (model_map,) = json.loads(status.stdout)["models"]
+    assert model_map["complete"]
+    assert model_map["thinnest"]["num_servers"] == 1
+    assert {s["peer_id"] for s in model_map["servers"]} == {s["peer_id"] for s in state["servers"]}
+
+    ask = ("generate", model, "--join", address, "--prompt", "One, two,", "--max-new-tokens", "3")
+    answer = json.loads(terminal.run(*ask, "--swarm-key", key, "--json").stdout)
+    assert answer["num_new_tokens"] == 3
+    assert [hop["blocks"] for hop in answer["route"]] == [[0, 15], [15, 30]]
+
+    refused = terminal.run(*ask, "--json")
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert "--swarm-key" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    family = terminal.family()
+    swarm.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == [], "servers must not outlive whoever started them"
+
+
+def test_a_bootstrap_that_does_not_answer(terminal: Terminal) -> None:
+    result = terminal.run("status", "--join", UNREACHABLE)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "hint:" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_bootstrap_prints_addresses_and_leaves(terminal: Terminal, tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    process = terminal.start("bootstrap", "--host", "127.0.0.1", "--ready-file", str(ready))
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    read_until(process, "joined at")
+    process.terminate()
+    assert process.wait(30) == 0
+    told = json.loads(ready.read_text())
+    assert address in told["initial_peers"]
+    assert address.endswith(told["peer_id"])
+    assert terminal.family() == []
+
+
+def test_wrong_options_are_told_apart_from_failures(terminal: Terminal, tmp_path: Path) -> None:
+    missing = terminal.run("generate", str(tmp_path / "nothing"), "--prompt", "x")
+    assert missing.returncode == 2
+    assert "--join" in missing.stderr
+    empty = terminal.run("generate", "any", "--prompt", " ", "--join", UNREACHABLE)
+    assert empty.returncode == 2
+    assert "The prompt is empty." in empty.stderr
