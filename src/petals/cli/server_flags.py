@@ -40,6 +40,10 @@ DROPPED = (
     Dropped("custom_module_path", "code from files is not run; use models of transformers"),
     Dropped("tensor_parallel_devices", "run one server per GPU"),
     Dropped("increase_file_limit", "one process needs few files; use ulimit -n if you must"),
+    Dropped("request_timeout", "clients set their own (ClientConfig.request_timeout)"),
+    Dropped("balance_quality", "a server keeps its blocks until it is started again"),
+    Dropped("mean_balance_check_period", "a server keeps its blocks until it is started again"),
+    Dropped("skip_reachability_check", "not being reachable is only a warning", takes_value=False),
     Dropped("compression", "states travel in the precision of the server (--torch_dtype)"),
 )
 
@@ -92,7 +96,6 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     add("--host_maddrs", nargs="+", help="multiaddresses to listen on")
     add("--announce_maddrs", nargs="+", help="multiaddresses that others should dial")
     add("--identity_path", type=Path, help="private key file")
-    add("--skip_reachability_check", action="store_true", help="do not ask peers to dial back")
 
 
 def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
@@ -104,10 +107,7 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
     add("--throughput", help="a number, auto, eval or dry_run")
     add("--update_period", type=float, help="seconds between announcements")
     add("--expiration", type=float, help="seconds until an announcement expires")
-    add("--request_timeout", type=float, help="longest forward pass, in seconds")
     add("--step_timeout", type=float, help="seconds a silent client's session is kept")
-    add("--balance_quality", type=float, help="how readily to move; 0: never")
-    add("--mean_balance_check_period", type=float, help="seconds between thoughts of moving")
 
 
 def read_flags(arguments: list[str] | None) -> dict[str, Any]:
