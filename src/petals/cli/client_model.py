@@ -56,7 +56,7 @@ def open_client(
 
     Raises ConfigError (unknown model), BootstrapFailed, AdmissionDenied.
     """
-    with stage(f"Loading the client's share of {model}"):
+    with stage(f"Loading the client's share of {Path(model).name}"):
         import transformers
 
         from petals.client.auto import AutoDistributedModelForCausalLM

@@ -12,7 +12,7 @@ from petals.cli import options
 from petals.cli.answer import WordStream, ask, describe, encode_chat
 from petals.cli.client_model import open_client
 from petals.cli.console import interrupted_by_sigterm, say, stage
-from petals.cli.swarm import spans_of, stay_up
+from petals.cli.swarm import introduce, spans_of, stay_up
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 DEMO_MODEL = "smollm2"
@@ -37,6 +37,7 @@ def demo(
             swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=change)
             swarm.start(lambda: spans_of(source, servers, None))
         with swarm:
+            introduce(swarm)
             _ask(source, swarm, prompt, max_new_tokens)
             if keep:
                 stay_up(swarm)

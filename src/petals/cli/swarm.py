@@ -45,12 +45,13 @@ def up(
     if state_file is not None:
         state_file.unlink(missing_ok=True)
     with interrupted_by_sigterm():
-        with stage(f"Starting a swarm for {model}") as change:
+        with stage(f"Starting a swarm for {Path(model).name}") as change:
             swarm = LocalSwarm(config, say=change)
             swarm.start(lambda: spans_of(model, servers, blocks))
         with swarm:
             if state_file is not None:
                 _write_whole(state_file, json.dumps(swarm.state(), indent=2))
+            introduce(swarm)
             stay_up(swarm)
             say("Stopping the swarm")
             if state_file is not None:
@@ -69,14 +70,18 @@ def new_key(
     print_data(str(file))
 
 
+def introduce(swarm: LocalSwarm) -> None:
+    """Who serves what."""
+    for server in swarm.servers:
+        say(f"  server …{server.peer_id[-6:]}  blocks {server.blocks}  pid {server.pid}")
+
+
 def stay_up(swarm: LocalSwarm) -> None:
-    """Tell who serves what and how to join; return at Ctrl-C or SIGTERM.
+    """Tell how to join; return at Ctrl-C or SIGTERM.
 
     Raises SwarmError once no process of the swarm is left.
     """
     with contextlib.suppress(KeyboardInterrupt):
-        for server in swarm.servers:
-            say(f"  …{server.peer_id[-6:]}  blocks {server.blocks}  pid {server.pid}")
         say("Join with:")
         for address in swarm.initial_peers:
             print_data(address)
