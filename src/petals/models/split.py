@@ -18,7 +18,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from petals.errors import BlocksNotServed, ModelFilesBroken
-from petals.models.arch import ModelArch, build_on_meta, describe, parent_of
+from petals.models.arch import ModelArch, build_on_meta, building, describe, parent_of
 from petals.models.quantize import QuantKind, quantization_config_for, quantize_linears
 from petals.models.sources import Checkpoint, HubAccess, opened
 from petals.models.weights import Progress, needed_keys, open_tensors
@@ -138,7 +138,8 @@ def load_part(
     """
     config = copy.deepcopy(checkpoint.config)
     keys = needed_keys(build_on_meta(part, config), checkpoint.weight_map)
-    with open_tensors(checkpoint, keys, options.progress) as lazy, _quiet_transformers():
+    progress = options.progress
+    with building, open_tensors(checkpoint, keys, progress) as lazy, _quiet_transformers():
         settings = _loading_settings(options, options.dtype or config.dtype or lazy.dtype)
         try:
             model, info = part.from_pretrained(
