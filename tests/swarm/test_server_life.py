@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,21 +44,6 @@ async def seed() -> AsyncIterator[SwarmNode]:
         yield node
 
 
-@dataclass
-class Running:
-    """A server in a task of this event loop."""
-
-    server: Server
-    task: "asyncio.Task[None]"
-    stages: list[str] = field(default_factory=list)
-    progress: list[tuple[int, int]] = field(default_factory=list)
-    info: OnlineInfo | None = None
-
-    async def stop(self) -> None:
-        self.server.stop()
-        await self.task
-
-
 def config_of(folder: Path | str, **changes: object) -> ServerConfig:
     config = ServerConfig(
         source=SourceConfig(model=str(folder)),
@@ -69,38 +54,21 @@ def config_of(folder: Path | str, **changes: object) -> ServerConfig:
     return replace(config, **changes)
 
 
-async def start(seed: SwarmNode, config: ServerConfig) -> Running:
-    """Returns when the server is online; raises what ended it before that."""
-    online = asyncio.Event()
+async def server_in(
+    seed: SwarmNode, config: ServerConfig, watchers: Watchers | None = None
+) -> Server:
     network = NodeConfig(initial_peers=await seed.addresses())
-
-    def on_online(info: OnlineInfo) -> None:
-        running.info = info
-        online.set()
-
-    watchers = Watchers(
-        on_stage=lambda text: running.stages.append(text),
-        on_loading=lambda done, total: running.progress.append((done, total)),
-        on_online=on_online,
-    )
     engine = seed.transport._net.engine
-    server = Server(replace(config, network=network), watchers, engine=engine)
-    running = Running(server, asyncio.create_task(server.run()))
-    waiting = asyncio.create_task(online.wait())
-    await asyncio.wait({running.task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if running.task.done():
-        running.task.result()
-    return running
+    return Server(replace(config, network=network), watchers, engine=engine)
 
 
 @asynccontextmanager
-async def online(seed: SwarmNode, config: ServerConfig) -> AsyncIterator[Running]:
-    running = await start(seed, config)
-    try:
-        yield running
-    finally:
-        await running.stop()
+async def online(
+    seed: SwarmNode, config: ServerConfig, watchers: Watchers | None = None
+) -> AsyncIterator[OnlineInfo]:
+    async with await server_in(seed, config, watchers) as server:
+        assert server.info is not None
+        yield server.info
 
 
 async def states_seen(seed: SwarmNode, model: str) -> list[ServerState]:
@@ -109,42 +77,63 @@ async def states_seen(seed: SwarmNode, model: str) -> list[ServerState]:
 
 
 async def test_a_server_comes_serves_and_goes(folder: Path, seed: SwarmNode) -> None:
-    async with online(seed, config_of(folder, blocks=BlockSpan(1, 4))) as running:
-        info = running.info
-        assert info is not None and info.blocks == BlockSpan(1, 4)
+    stages: list[str] = []
+    progress: list[tuple[int, int]] = []
+    watchers = Watchers(
+        on_stage=stages.append, on_loading=lambda done, total: progress.append((done, total))
+    )
+    async with online(seed, config_of(folder, blocks=BlockSpan(1, 4)), watchers) as info:
+        assert info.blocks == BlockSpan(1, 4)
         view = await seed.directory.view(info.model, NUM_BLOCKS)
         record = view.records[info.peer_id]
         assert (record.state, record.spans) == (ServerState.ONLINE, ((1, 4),))
         assert (record.public_name, record.dtype, record.quant) == ("somebody", "float32", None)
         assert record.inference_rps and record.forward_rps and record.throughput
         assert view.missing() == (BlockSpan(0, 1), BlockSpan(4, 5))
-        assert running.progress and running.progress[-1][0] == running.progress[-1][1]
         talk = Talk(await seed.open_channel(info.peer_id, BLOCKS_SERVICE), info.blocks)
         await talk.open(model=info.model)
         text = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
         (output,) = await talk.step(0, [0], [text])
         local = Span(load_blocks(str(folder), BlockSpan(1, 4)))
         assert_close(output, local.reference(text))
+    assert [stage.split()[0] for stage in stages] == [
+        *("Looking", "Joining", "Loading", "Online:", "Leaving")
+    ]
+    assert progress[-1][0] == progress[-1][1] > 0
     assert await states_seen(seed, info.model) == []
     assert not [thread for thread in threading.enumerate() if thread.name == "petals-compute"]
 
 
+async def test_the_directory_names_no_folder_of_ours(folder: Path, seed: SwarmNode) -> None:
+    async with online(seed, config_of(folder, blocks=BlockSpan(0, 1))):
+        (summary,) = await seed.directory.models()
+        assert summary.repository == folder.name
+
+
 async def test_clients_are_told_when_a_server_leaves(folder: Path, seed: SwarmNode) -> None:
-    running = await start(seed, config_of(folder, blocks=BlockSpan(0, 2)))
-    assert running.info is not None
-    talk = Talk(await seed.open_channel(running.info.peer_id, BLOCKS_SERVICE), BlockSpan(0, 2))
-    await talk.open(model=running.info.model)
-    await running.stop()
+    async with online(seed, config_of(folder, blocks=BlockSpan(0, 2))) as info:
+        talk = Talk(await seed.open_channel(info.peer_id, BLOCKS_SERVICE), info.blocks)
+        await talk.open(model=info.model)
     message, _ = await talk.channel.receive(5.0)
     assert isinstance(message, SessionEnded)
     assert "stopped" in message.reason
+
+
+async def test_a_leaving_server_takes_no_new_sessions(folder: Path, seed: SwarmNode) -> None:
+    async with await server_in(seed, config_of(folder, blocks=BlockSpan(0, 2))) as server:
+        assert server.info is not None
+        channel = await seed.open_channel(server.info.peer_id, BLOCKS_SERVICE)
+        talk = Talk(channel, server.info.blocks)
+        server.stop()
+        refusal = await talk.refused(talk.opening(model=server.info.model))
+        assert refusal.code == "peer_busy"
 
 
 async def test_servers_fill_the_gaps(folder: Path, seed: SwarmNode) -> None:
     config = config_of(folder, num_blocks=2)
     async with online(seed, config) as first, online(seed, config) as second:
         async with online(seed, config) as third:
-            spans = [running.info.blocks for running in (first, second, third) if running.info]
+            spans = [info.blocks for info in (first, second, third)]
             assert spans == [BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(3, 5)]
 
 
@@ -152,39 +141,27 @@ async def test_servers_that_start_together_do_not_all_choose_the_same(
     folder: Path, seed: SwarmNode
 ) -> None:
     config = config_of(folder, num_blocks=2)
-    both = await asyncio.gather(start(seed, config), start(seed, config))
-    spans = {running.info.blocks for running in both if running.info}
-    for running in both:
-        await running.stop()
+    servers = [await server_in(seed, config) for _ in range(2)]
+    await asyncio.gather(*(server.__aenter__() for server in servers))
+    spans = {server.info.blocks for server in servers if server.info}
+    await asyncio.gather(*(server.__aexit__() for server in servers))
     assert spans == {BlockSpan(0, 2), BlockSpan(2, 4)}
 
 
 async def test_as_many_blocks_as_fit_are_served(folder: Path, seed: SwarmNode) -> None:
-    async with online(seed, config_of(folder)) as running:
-        assert running.info is not None and running.info.blocks == BlockSpan(0, NUM_BLOCKS)
-
-
-async def test_a_draining_server_takes_no_new_sessions(folder: Path, seed: SwarmNode) -> None:
-    running = await start(seed, config_of(folder, blocks=BlockSpan(0, 2)))
-    assert running.info is not None
-    channel = await seed.open_channel(running.info.peer_id, BLOCKS_SERVICE)
-    talk = Talk(channel, BlockSpan(0, 2))
-    running.server.stop()
-    refusal = await talk.refused(talk.opening(model=running.info.model))
-    assert refusal.code == "peer_busy"
-    await running.task
+    async with online(seed, config_of(folder)) as info:
+        assert info.blocks == BlockSpan(0, NUM_BLOCKS)
 
 
 async def test_stopping_a_start_leaves_nothing(folder: Path, seed: SwarmNode) -> None:
     joining = asyncio.Event()
-    network = NodeConfig(initial_peers=await seed.addresses())
-    config = replace(config_of(folder, blocks=BlockSpan(0, 5)), network=network)
 
     def on_stage(text: str) -> None:
         if text.startswith("Loading"):
             joining.set()
 
-    server = Server(config, Watchers(on_stage=on_stage), engine=seed.transport._net.engine)
+    config = config_of(folder, blocks=BlockSpan(0, 5))
+    server = await server_in(seed, config, Watchers(on_stage=on_stage))
     task = asyncio.create_task(server.run())
     await joining.wait()
     model = (await seed.directory.models())[0].model
@@ -206,14 +183,14 @@ async def test_what_cannot_start_says_why(
     folder: Path, seed: SwarmNode, changes: dict[str, object], error: type[Exception]
 ) -> None:
     with pytest.raises(error) as caught:
-        await start(seed, config_of(folder, **changes))
+        async with online(seed, config_of(folder, **changes)):
+            pass
     assert caught.value.hint
     assert await seed.directory.models() == ()
 
 
 async def test_a_told_throughput_is_what_is_announced(folder: Path, seed: SwarmNode) -> None:
     config = config_of(folder, blocks=BlockSpan(0, 1), announce=AnnounceConfig(throughput=12.5))
-    async with online(seed, config) as running:
-        assert running.info is not None
-        view = await seed.directory.view(running.info.model, NUM_BLOCKS)
-        assert view.records[running.info.peer_id].throughput == 12.5
+    async with online(seed, config) as info:
+        view = await seed.directory.view(info.model, NUM_BLOCKS)
+        assert view.records[info.peer_id].throughput == 12.5

@@ -129,6 +129,10 @@ class Scheduler:
         if self._entries.pop(key, None) is not None:
             self._forget_idle_owners()
 
+    def expect(self, cost: BatchCost) -> None:
+        """What batches will take, before any has run."""
+        self._cost = cost
+
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A batch of ``num_tokens`` took ``seconds``."""
         self._cost.observe(num_tokens, seconds)

@@ -33,7 +33,7 @@ from petals.server.executor import Executor
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
-from petals.server.scheduler import BatchCost, Scheduler
+from petals.server.scheduler import Scheduler
 from petals.server.throughput import Precision, Speed
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import Engine
@@ -99,7 +99,9 @@ class _Loaded:
 
 
 class Server:
-    """Serves some blocks of a model until ``stop`` is called; ``run`` it once, in an event loop."""
+    """Serves some blocks of a model, once: ``run`` it until ``stop`` is called, or use it as an
+    async context manager, inside of which it is online. ``info`` then says who and what it is.
+    """
 
     def __init__(
         self,
@@ -113,9 +115,29 @@ class Server:
         self._watchers = watchers or Watchers()
         self._engine = engine
         self._clock = clock or SystemClock()
+        self.info: OnlineInfo | None = None
+        self._online = asyncio.Event()
         self._stop = asyncio.Event()
         self._task: asyncio.Task[Any] | None = None
-        self._is_online = False
+
+    async def __aenter__(self) -> "Server":
+        self._task = asyncio.create_task(self.run(), name="server")
+        online = asyncio.create_task(self._online.wait())
+        try:
+            await asyncio.wait({self._task, online}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            self.stop()
+            raise
+        finally:
+            online.cancel()
+        if self._task.done():
+            self._task.result()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.stop()
+        if self._task is not None:
+            await self._task
 
     async def run(self) -> None:
         """Start, serve, leave; returns after ``stop``.
@@ -125,6 +147,7 @@ class Server:
         nothing is left running in any case.
         """
         self._task = asyncio.current_task()
+        assert self._task is not None
         try:
             async with AsyncExitStack() as stack:
                 await self._serve(stack)
@@ -132,21 +155,20 @@ class Server:
             # ``stop`` cancels a start that is under way; any other cancellation is not ours.
             if not self._stop.is_set():
                 raise
-        finally:
-            self._is_online = False
+            self._task.uncancel()
 
     def stop(self) -> None:
         """Leave: finish the steps under way, tell clients and directory. May be called twice."""
         if self._stop.is_set():
             return
         self._stop.set()
-        if not self._is_online and self._task is not None:
+        if not self._online.is_set() and self._task is not None:
             self._task.cancel()
 
     async def _serve(self, stack: AsyncExitStack) -> None:
         config, say = self.config, self._watchers.on_stage
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        scheduler = Scheduler(config.scheduling, BatchCost())
+        scheduler = Scheduler(config.scheduling)
         executor = await stack.enter_async_context(Executor(scheduler))
         say(f"Looking at {config.source.model}")
         model = await executor.call(self._look_at_model)
@@ -157,6 +179,7 @@ class Server:
         blocks = announcer.record.block_spans[0]
         say(f"Loading blocks {blocks} of {len(model.costs)}")
         loaded = await executor.call(lambda: self._load(model, blocks))
+        scheduler.expect(loaded.speed.batch_cost())
         executor.attach(loaded.span, loaded.span.device, loaded.span.dtype)
         pool = self._make_pool(model, loaded.span.layout)
         offer = self._make_offer(model, blocks, loaded, pool)
@@ -165,9 +188,10 @@ class Server:
         node.serve(BLOCKS_SERVICE, service.serve)
         service.state = ServerState.ONLINE
         await announcer.announce(**self._measured(loaded, offer, pool))
-        self._is_online = True
+        self.info = await self._online_info(node, model, offer, pool)
+        self._online.set()
         say(f"Online: blocks {blocks} ({loaded.test.mode})")
-        self._watchers.on_online(await self._online_info(node, model, offer, pool))
+        self._watchers.on_online(self.info)
         background = await stack.enter_async_context(BackgroundTasks())
         background.start(_warn_if_unreachable(node), "asking whether others reach us")
         await self._stop.wait()

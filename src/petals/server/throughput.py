@@ -23,10 +23,11 @@ from petals.models.kv_layout import SlabRow
 from petals.models.quantize import QuantKind
 from petals.models.span import Span
 from petals.server.config import ComputeConfig
+from petals.server.scheduler import BatchCost
 
 logger = get_logger(__name__)
 PROBE_FILE = "fastest.json"
-_PREFILL_TOKENS = 32
+PROMPT_TOKENS = 32
 _DECODE_STEPS = 3
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -53,6 +54,12 @@ class Speed:
     def bulk_blocks_per_second(self, num_blocks: int) -> float:
         """The same for tokens that come many at a time."""
         return num_blocks / max(self.prefill_seconds_per_token, 1e-9)
+
+    def batch_cost(self) -> BatchCost:
+        """The two measurements as a line: what any batch should take."""
+        prompt = PROMPT_TOKENS * self.prefill_seconds_per_token
+        slope = max(0.0, (prompt - self.decode_seconds) / (PROMPT_TOKENS - 1))
+        return BatchCost(max(0.0, self.decode_seconds - slope), max(slope, 1e-7))
 
 
 def find_device(name: str) -> str:
@@ -107,8 +114,8 @@ def choose_threads(
 
 def measure(span: Span) -> Speed:
     """Time a short prompt and a few tokens of one session. Takes a handful of steps."""
-    row = SlabRow(span.blocks, _PREFILL_TOKENS + _DECODE_STEPS)
-    hidden = torch.zeros(_PREFILL_TOKENS, span.hidden_size, device=span.device, dtype=span.dtype)
+    row = SlabRow(span.blocks, PROMPT_TOKENS + _DECODE_STEPS)
+    hidden = torch.zeros(PROMPT_TOKENS, span.hidden_size, device=span.device, dtype=span.dtype)
 
     def step(start: int, count: int) -> float:
         began = time.perf_counter()
@@ -117,9 +124,9 @@ def measure(span: Span) -> Speed:
         span.run([segment])[0][0, 0].item()
         return time.perf_counter() - began
 
-    prefill = min(step(0, _PREFILL_TOKENS) for _ in range(2))
-    decode = min(step(_PREFILL_TOKENS + i, 1) for i in range(_DECODE_STEPS))
-    return Speed(decode, prefill / _PREFILL_TOKENS)
+    prefill = min(step(0, PROMPT_TOKENS) for _ in range(2))
+    decode = min(step(PROMPT_TOKENS + i, 1) for i in range(_DECODE_STEPS))
+    return Speed(decode, prefill / PROMPT_TOKENS)
 
 
 def _fastest(device: str, *, lossy: bool, cache: Path) -> Precision:

@@ -11,6 +11,7 @@ from petals.server.config import ComputeConfig
 from petals.server.throughput import (
     PROBE_FILE,
     Precision,
+    Speed,
     choose_precision,
     choose_threads,
     find_device,
@@ -122,3 +123,11 @@ def test_a_span_is_timed() -> None:
     assert 0 < speed.prefill_seconds_per_token < speed.decode_seconds
     assert speed.blocks_per_second(4) == pytest.approx(4 / speed.decode_seconds)
     assert speed.bulk_blocks_per_second(4) > speed.blocks_per_second(4)
+
+
+def test_two_measurements_foretell_a_batch() -> None:
+    cost = Speed(decode_seconds=0.02, prefill_seconds_per_token=0.051 / 32).batch_cost()
+    assert cost.seconds(1) == pytest.approx(0.02)
+    assert cost.seconds(32) == pytest.approx(0.051)
+    # A prompt that takes no longer than a token (a GPU) must not divide by zero.
+    assert Speed(0.02, 0.0001).batch_cost().tokens_within(0.1) > 1000
