@@ -243,5 +243,6 @@ def test_the_repository_names_no_machine() -> None:
 def test_documents_link_to_files_that_exist() -> None:
     link = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
     for page in (path for path in tracked_files() if path.suffix == ".md"):
-        for target in link.findall(page.read_text(encoding="utf-8")):
+        prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in link.findall(prose):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
