@@ -21,6 +21,7 @@ from petals.errors import BlocksNotServed, SessionClosed
 from petals.logs import get_logger
 from petals.models import cost
 from petals.models.kv_layout import KVLayout
+from petals.models.orientation import orient_linears
 from petals.models.quantize import QuantKind
 from petals.models.self_test import SelfTest, run_self_test
 from petals.models.sources import Checkpoint, HubAccess, open_checkpoint
@@ -274,8 +275,10 @@ class Server:
             quant=model.precision.quant,
             progress=self._on_loading,
         )
-        span = Span(load_blocks(model.checkpoint, blocks, options))
+        loaded = load_blocks(model.checkpoint, blocks, options)
+        orient_linears(loaded.layers)
         self._go_on()
+        span = Span(loaded)
         test = run_self_test(span)
         self._go_on()
         return _Loaded(span, test, throughput.measure(span))

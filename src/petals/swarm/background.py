@@ -31,6 +31,8 @@ class BackgroundTasks:
         task = asyncio.create_task(_guard(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Cancelled before its first step, a task leaves its coroutine unclosed: Python complains.
+        task.add_done_callback(lambda _: work.close())
         return task
 
     async def close(self) -> None:
