@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -203,22 +204,22 @@ def _broken(path: Path, detail: str) -> ModelFilesBroken:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"Converting a GGUF file needs {' and '.join(missing)}.",
+            hint='pip install "petals[gguf]"',
+        )
     import torch
     import transformers
 
     # The loader draws progress bars on stderr; in a log file they are noise.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with quiet:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
-        except ImportError as error:
-            raise ConfigError(
-                "The conversion of a GGUF file needs the package gguf.",
-                hint='pip install "petals[gguf]"',
-            ) from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
         # The weights are plain float32 by now, but save_pretrained refuses whatever says "gguf".
         del model.config.quantization_config
         model.is_quantized = False

@@ -148,3 +148,10 @@ def test_a_cache_that_cannot_be_made(
     with pytest.raises(ConfigError, match="cannot be written") as caught:
         get_demo_model("smollm2", source=wheel)
     assert "PETALS_CACHE" in caught.value.hint
+
+
+def test_what_the_conversion_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs gguf and accelerate") as caught:
+        demo_model._convert(Path("any.gguf"), Path("anywhere"))
+    assert "petals[gguf]" in caught.value.hint
