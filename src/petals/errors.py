@@ -44,11 +44,12 @@ class PetalsError(Exception):
 
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
+    default_hint: ClassVar[str] = "Please report it with the whole message: this should not happen."
 
     def __init__(self, message: str, *, hint: str = "", peer_id: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.default_hint
         self.peer_id = peer_id
 
     def __str__(self) -> str:
@@ -60,119 +61,147 @@ class PetalsError(Exception):
 
 class ConfigError(PetalsError, ValueError):
     code = "config"
+    default_hint = "Each command lists its options with --help."
 
 
 class ModelNotFound(ConfigError):
     code = "model_not_found"
+    default_hint = "Name a repository as OWNER/NAME, or give the path of a local folder."
 
 
 class ModelNotSupported(ConfigError):
     code = "model_not_supported"
+    default_hint = "petals models check lists the architectures that work."
 
 
 class PickleCheckpointRefused(ConfigError):
     code = "pickle_refused"
+    default_hint = "petals models convert MODEL TARGET turns it into safetensors, safely."
 
 
 class ModelFilesBroken(ConfigError):
     code = "model_files_broken"
+    default_hint = "Download the model again."
 
 
 class NotEnoughDisk(ConfigError):
     code = "not_enough_disk"
+    default_hint = "Free some space, or use a larger disk."
 
 
 class SwarmError(PetalsError):
     code = "swarm"
+    default_hint = "petals status --join ADDR shows whether the swarm is alive."
 
 
 class BootstrapFailed(SwarmError):
     code = "bootstrap_failed"
+    default_hint = "Check the address, that the peer runs, and that its port is open."
 
 
 class AdmissionDenied(SwarmError):
     code = "admission_denied"
+    default_hint = "Use the key file of this swarm: --swarm-key FILE."
 
 
 class RecordInvalid(SwarmError):
     code = "record_invalid"
+    default_hint = "Update Petals on the peer that announced it; others ignore the entry."
 
 
 class RouteError(PetalsError):
     code = "route"
+    default_hint = "petals status --join ADDR shows who serves what."
 
 
 class MissingBlocksError(RouteError):
     code = "missing_blocks"
+    default_hint = "Start a server for them: petals serve MODEL --blocks A:B --join ADDR."
 
 
 class NoCapacity(RouteError):
     code = "no_capacity"
+    default_hint = "Wait until other sessions end, ask for less, or start another server."
 
 
 class PeerError(PetalsError):
     code = "peer"
     retryable = True
+    default_hint = "Try again: another server is used if there is one."
 
 
 class PeerUnreachable(PeerError):
     code = "peer_unreachable"
+    default_hint = "petals status --join ADDR shows who is online; is a firewall in the way?"
 
 
 class PeerTimeout(PeerError):
     code = "peer_timeout"
+    default_hint = "Try again: the server may be overloaded, or its connection slow."
 
 
 class PeerBusy(PeerError):
     code = "peer_busy"
+    default_hint = "Wait a little, or use another server."
 
 
 class PeerFailed(PeerError):
     """The peer met an error of its own (a bug, memory) while serving the request."""
 
     code = "peer_failed"
+    default_hint = "The server's own log says why; try again, another server may do better."
 
 
 class ProtocolError(PeerError):
     code = "protocol"
+    default_hint = "Update Petals on both sides; something else may answer on that port."
 
 
 class VersionMismatch(PeerError):
     code = "version_mismatch"
+    default_hint = "Update Petals on both sides."
 
 
 class PeerMisbehaved(PeerError):
     code = "peer_misbehaved"
+    default_hint = "The server is avoided from now on; tell whoever runs the swarm."
 
 
 class RequestError(PetalsError, ValueError):
     code = "request"
+    default_hint = "Change the request; repeating it gives the same answer."
 
 
 class BadInput(RequestError):
     code = "bad_input"
+    default_hint = "Token ids are [batch, tokens], hidden states finite floats [.., hidden_size]."
 
 
 class LengthExceeded(RequestError):
     code = "length_exceeded"
+    default_hint = "Open the session with a larger max_length, or send less."
 
 
 class BatchTooLarge(RequestError):
     code = "batch_too_large"
+    default_hint = "Split the batch."
 
 
 class RequestTooLarge(RequestError):
     """A request that can never fit this server, however long one waits."""
 
     code = "request_too_large"
+    default_hint = "Ask for a smaller max_length or batch."
 
 
 class UnknownAdapter(RequestError):
     code = "unknown_adapter"
+    default_hint = "Leave active_adapter out, or use a server that has the adapter."
 
 
 class UnknownModel(RequestError):
     code = "unknown_model"
+    default_hint = "petals status --join ADDR shows the names of the models served."
 
 
 class BlocksNotServed(RequestError):
@@ -182,27 +211,33 @@ class BlocksNotServed(RequestError):
 
     code = "blocks_not_served"
     retryable = True
+    default_hint = "Look at the directory again; the server may have moved."
 
 
 class NotSupported(RequestError, NotImplementedError):
     code = "not_supported"
+    default_hint = "The documentation says what this version offers."
 
 
 class SessionError(PetalsError):
     code = "session"
+    default_hint = "Open a new session."
 
 
 class CacheFull(SessionError):
     code = "cache_full"
     retryable = True
+    default_hint = "Wait (alloc_timeout), ask for a smaller max_length, or use another server."
 
 
 class SessionClosed(SessionError):
     code = "session_closed"
+    default_hint = "Open a new session."
 
 
 class SessionGap(SessionError):
     code = "session_gap"
+    default_hint = "Go on where the row ends, or before; the session is still usable."
 
 
 def _tree(root: type[PetalsError]) -> dict[str, type[PetalsError]]:

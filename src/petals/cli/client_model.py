@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from petals import constants
 from petals.cli import options
 from petals.cli.console import say, stage
+from petals.errors import ModelFilesBroken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from petals.models.sources import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +57,14 @@ def open_client(
 ) -> Iterator[ClientModel]:
     """Load embeddings, head and tokenizer; connections are closed at the end.
 
-    Raises ConfigError (unknown model), BootstrapFailed, AdmissionDenied.
+    Raises ModelNotFound, ModelNotSupported, ModelFilesBroken, PickleCheckpointRefused.
     """
     with stage(f"Loading the client's share of {Path(model).name}"):
-        import transformers
-
         from petals.client.auto import AutoDistributedModelForCausalLM
         from petals.client.bridge import bridge
         from petals.models.sources import open_checkpoint
 
-        checkpoint = open_checkpoint(model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder or checkpoint.name)
+        tokenizer = _load_tokenizer(open_checkpoint(model))
         client = AutoDistributedModelForCausalLM.from_pretrained(
             model, initial_peers=list(addresses), swarm_key=swarm_key
         )
@@ -72,3 +72,21 @@ def open_client(
         yield ClientModel(model=client, tokenizer=tokenizer)
     finally:
         bridge.close()
+
+
+def _load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
+    """Raises ModelFilesBroken for a model that comes without a usable one."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder or checkpoint.name)
+    except (ValueError, OSError, ImportError) as error:
+        raise ModelFilesBroken(
+            f"{checkpoint.name} has no tokenizer that can be loaded: {_first_line(error)}",
+            hint="Its folder needs tokenizer.json or the files of its own tokenizer, as the "
+            "original repository has them; copy them there.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,6 +1,7 @@
 """`petals generate`: one prompt, one answer, then out. Knows the client's public names only."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -33,9 +34,7 @@ def generate(
             input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
         else:
             input_ids = client.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        if not as_json and not chat:
-            _show(prompt)
-        stream = WordStream(client.tokenizer, (lambda text: None) if as_json else _show)
+        stream = WordStream(client.tokenizer, _shower("" if chat else prompt, as_json))
         answer = ask(
             client.model,
             input_ids,
@@ -48,6 +47,18 @@ def generate(
     else:
         _show("\n")
         say(describe(answer))
+
+
+def _shower(opening: str, as_json: bool) -> Callable[[str], None]:
+    """Shows words as they come. ``opening`` waits for the first of them: nothing of a request that
+    fails reaches stdout.
+    """
+    waiting = [opening]
+
+    def show(text: str) -> None:
+        _show(waiting.pop() + text if waiting else text)
+
+    return (lambda text: None) if as_json else show
 
 
 def _show(text: str) -> None:

@@ -29,6 +29,12 @@ MaxLength = Annotated[
 CacheTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="KV memory, in tokens per block.")
 ]
+Lease = Annotated[
+    float,
+    typer.Option(
+        min=0.1, metavar="SECONDS", help="How long a session outlives its client's last sign."
+    ),
+]
 Name = Annotated[
     str | None, typer.Option("--name", help="Name of the model in the directory, if another.")
 ]
@@ -45,6 +51,7 @@ def serve(
     threads: Threads = None,
     max_length: MaxLength = None,
     cache_tokens: CacheTokens = None,
+    lease: Lease = 60.0,
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     name: Name = None,
     public_name: Annotated[str | None, typer.Option(help="Shown by petals status.")] = None,
@@ -63,6 +70,7 @@ def serve(
     from petals.server.config import (
         AnnounceConfig,
         ComputeConfig,
+        DoorConfig,
         LimitsConfig,
         MemoryConfig,
         ServerConfig,
@@ -91,6 +99,7 @@ def serve(
         compute=ComputeConfig(device=device, dtype=dtype, quant=quant, num_threads=threads),
         memory=MemoryConfig(cache_tokens=cache_tokens),
         limits=LimitsConfig(max_length=max_length),
+        door=DoorConfig(lease_seconds=lease),
         announce=AnnounceConfig(public_name=public_name),
     )
     run_server(config, ready_file)

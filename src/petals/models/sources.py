@@ -162,6 +162,8 @@ def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
                 hint="Give the folder that save_pretrained() or a hub download filled.",
             )
         return Checkpoint(name=source, config=_read_config(config_path, source), folder=folder)
+    if folder.is_file() or source.startswith(("/", ".", "~")):
+        raise _no_folder(source, folder.is_file())
     name = _follow_alias(source)
     downloaded = _download(name, CONFIG_FILE, access)
     if downloaded is None:
@@ -170,6 +172,19 @@ def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
             hint="Is it a model of transformers, and not an adapter, a GGUF file or a data set?",
         )
     return Checkpoint(name=name, config=_read_config(downloaded, name), access=access)
+
+
+def _no_folder(source: str, is_file: bool) -> ModelNotFound:
+    """What was typed is a path, so that asking the hub for it would only cost time."""
+    if is_file:
+        return ModelNotFound(
+            f"{source} is a file, not the folder of a model.",
+            hint=f"Give the folder that holds {CONFIG_FILE} and the weights.",
+        )
+    return ModelNotFound(
+        f"There is no folder {source}.",
+        hint="Check the spelling of the path; a model of the hub is named OWNER/NAME.",
+    )
 
 
 def opened(source: str | Checkpoint, access: HubAccess) -> Checkpoint:
@@ -205,7 +220,8 @@ def _download(repo: str, file_name: str, access: HubAccess) -> Path | None:
             return None
         raise ModelNotFound(
             f"{file_name} of {repo} is not in the cache and the hub cannot be reached.",
-            hint="Go online once (HF_HUB_OFFLINE must not be set), or give a local folder.",
+            hint="Check the spelling and the connection (HF_HUB_OFFLINE must not be set), or give "
+            "the path of a local folder, for example ./my-model.",
         ) from error
     except EntryNotFoundError:
         return None
@@ -225,7 +241,8 @@ def _hub_errors(repo: str, access: HubAccess) -> Iterator[None]:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFound(
             f"{repo} is neither a folder here nor a repository on the hub.",
-            hint="Check the spelling; for a private repository run: hf auth login",
+            hint="Check the spelling (OWNER/NAME on the hub, ./PATH here); "
+            "for a private repository run: hf auth login",
         ) from error
     except RevisionNotFoundError as error:
         raise ModelNotFound(
