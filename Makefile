@@ -19,15 +19,15 @@ test: $(STAMP)          ## every test, real processes included
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(STAMP)         ## style, types, layers and the fast tests: under two minutes
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -m "not slow and not e2e" $(ARGS)
 
 format: $(STAMP)        ## let ruff rewrite
-	$(BIN)/ruff check --fix src tests examples
-	$(BIN)/ruff format src tests examples
+	$(BIN)/ruff check --fix src tests examples benchmarks
+	$(BIN)/ruff format src tests examples benchmarks
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -100,6 +100,9 @@ def test_one_more_server_can_join(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not is_running(server.pid)
 
 
-def test_a_swarm_without_servers_is_refused() -> None:
+def test_a_swarm_without_servers_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend(monkeypatch, tmp_path)
     with pytest.raises(ConfigError, match="at least one server"):
         LocalSwarm(LocalSwarmConfig(model="m", spans=())).start()
