@@ -97,6 +97,17 @@ async def test_a_private_swarm():
             assert not (await stranger.directory.view("m", 30)).records
 
 
+@pytest.mark.parametrize("transport", ["/tcp/", "/quic-v1/"])
+async def test_a_refusal_arrives_whatever_the_transport(transport):
+    async with SwarmNode(config(swarm_key=SwarmKey.generate(), quic=True)) as one:
+        (address,) = [a for a in await one.addresses() if transport in a]
+        async with SwarmNode(config(quic=True)) as stranger:
+            await stranger.transport.connect(address)
+            for _ in range(3):
+                with pytest.raises(AdmissionDenied, match="swarm key"):
+                    await stranger.ping(one.peer_id)
+
+
 async def hivemind_id(node: SwarmNode):
     from hivemind.p2p import PeerID
 

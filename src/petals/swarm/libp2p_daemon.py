@@ -34,6 +34,7 @@ p2pd_logger = get_logger("petals.p2pd")
 
 _BUFFER_BYTES = 1024 * 1024
 _CLOSE_SECONDS = 1.0
+_LINGER_SECONDS = 0.3
 _MAX_RELAYS = 3
 _PORT = re.compile(r"^/(ip4|ip6)/([^/]+)/(tcp|udp)/(\d+)")
 _MAX_CONTROL_BYTES = 4 * 1024 * 1024
@@ -58,15 +59,19 @@ class DaemonStream:
         self.remote_address = _readable(info.addr)
         self._reader = reader
         self._writer = writer
+        self._wrote_last = False
 
     async def read_exactly(self, num_bytes: int) -> bytes:
         try:
-            return await self._reader.readexactly(num_bytes)
+            data = await self._reader.readexactly(num_bytes)
+            self._wrote_last = False
+            return data
         except (asyncio.IncompleteReadError, OSError) as error:
             raise self._lost() from error
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if not self._writer.is_closing():
+            self._wrote_last = True
             self._writer.write(data)
 
     async def drain(self) -> None:
@@ -82,10 +87,25 @@ class DaemonStream:
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._writer.drain()
-                self._writer.write_eof()
-                while await self._reader.read(_BUFFER_BYTES):
-                    pass
+                # Over QUIC the daemon's half-close drops what is on its way, a refusal for
+                # example: whoever reads it leaves first.
+                if not self._wrote_last or not await self._ends_soon():
+                    self._writer.write_eof()
+                    await self._read_to_end()
         self._writer.transport.abort()
+
+    async def _ends_soon(self) -> bool:
+        """Whether the other side ends the stream by itself."""
+        try:
+            async with asyncio.timeout(_LINGER_SECONDS):
+                await self._read_to_end()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _read_to_end(self) -> None:
+        while await self._reader.read(_BUFFER_BYTES):
+            pass
 
     def reset(self) -> None:
         self._writer.transport.abort()
