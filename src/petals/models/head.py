@@ -23,6 +23,7 @@ from transformers import (
 
 from petals.errors import ModelNotSupported
 from petals.models.arch import ModelArch, build_on_meta, describe, parent_of
+from petals.models.orientation import orient_linears
 from petals.models.sources import Checkpoint, opened
 from petals.models.split import LoadOptions, Stub, load_part, pruned_class
 
@@ -109,6 +110,8 @@ def load_ends(
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and _wants_chunks(head, options):
         model.set_output_embeddings(ChunkedHead(head, options.chunk_rows))
+    elif isinstance(head, nn.Linear):
+        orient_linears(head)
     return model.eval()
 
 

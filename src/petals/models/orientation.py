@@ -1,4 +1,4 @@
-"""Which way the matrices of blocks lie in memory, chosen by measurement.
+"""Which way the matrices of blocks and heads lie in memory, chosen by measurement.
 
 One token through a linear layer reads the whole matrix; on many CPUs that goes up to twice as fast
 when it lies column by column, on others row by row. The values and the module stay the same, only
@@ -16,12 +16,14 @@ from torch.nn import functional
 _MIN_GAIN = 1.08
 _SAMPLE_BYTES = 96 * 2**20
 _REPEATS = 5
+_MIN_BYTES = 2**20
+"""Smaller matrices stay in the processor's cache, where neither way is faster."""
 
 Shape = tuple[int, int]
 
 
 def orient_linears(layers: nn.Module) -> dict[Shape, bool]:
-    """Turn the f32 matrices of CPU blocks where that is faster; returns shape -> turned.
+    """Turn the f32 matrices of CPU modules where that is faster; returns shape -> turned.
 
     Takes about a second and a copy of some matrices. Every parameter ends in memory of its own, so
     that none keeps a mapped checkpoint file in memory beside its turned copy.
@@ -52,6 +54,8 @@ def _turn(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _is_faster_turned(linears: Sequence[nn.Linear]) -> bool:
+    if linears[0].weight.nbytes < _MIN_BYTES:
+        return False
     # Enough matrices that the cache of the processor does not hold them between two rounds.
     count = max(1, min(len(linears), _SAMPLE_BYTES // linears[0].weight.nbytes))
     rows = [linear.weight.detach() for linear in linears[:count]]

@@ -46,5 +46,10 @@ def test_turned_only_if_clearly_faster(
         return 1.0 if weights[0].is_contiguous() else column_seconds
 
     monkeypatch.setattr(orientation, "_seconds", seconds)
-    turned = orient_linears(layers())
+    turned = orient_linears(nn.Linear(512, 1024))
     assert set(turned.values()) == {column_seconds < 1.0}
+
+
+def test_small_matrices_are_not_worth_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orientation, "_seconds", lambda weights, token: 1 / 0)
+    assert set(orient_linears(layers()).values()) == {False}
