@@ -246,3 +246,13 @@ def test_documents_link_to_files_that_exist() -> None:
         prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for target in link.findall(prose):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+/[a-z_]+(?:\.py)?)`", text)) | set(
+        re.findall(r"`(\w+\.py)`", text)
+    )
+    assert len(named) > 20
+    for name in named:
+        assert (SRC / name).with_suffix(".py").is_file(), name
