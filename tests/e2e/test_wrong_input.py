@@ -1,0 +1,490 @@
+"""Whatever a user, a client or a stranger gets wrong, against two real servers of a closed swarm.
+
+Each test leaves the servers as it found them: alive, no session open, all of their cache free.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from petals import AutoDistributedModelForCausalLM
+from petals.client.bridge import bridge
+from petals.errors import (
+    AdmissionDenied,
+    BadInput,
+    BatchTooLarge,
+    BootstrapFailed,
+    CacheFull,
+    LengthExceeded,
+    MissingBlocksError,
+    PetalsError,
+    RequestTooLarge,
+    UnknownAdapter,
+)
+from petals.swarm.channel import Channel
+from petals.swarm.identity import create_swarm_key
+from petals.swarm.node import NodeConfig, SwarmNode
+from petals.swarm.rpc import STREAM_PROTOCOL
+from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
+from petals.testing.tiny_models import write_tiny_model
+from petals.types import BlockSpan, PeerId
+from petals.wire import frames, tensors
+from petals.wire.frames import FrameKind
+from petals.wire.messages import (
+    CloseSession,
+    GetInfo,
+    Hello,
+    Info,
+    OpenSession,
+    Refusal,
+    SessionEnded,
+    SessionOpened,
+    Step,
+    StepResult,
+    decode_message,
+    encode_message,
+)
+from tiny_tokenizer import write_tokenizer
+
+pytestmark = pytest.mark.slow
+
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWKjS9yJsQwDbD5oCqgKcKqEYvuQVvzJ3nSSBDeJXNbXhr"
+NUM_BLOCKS, HIDDEN = 4, 32
+CACHE_TOKENS = 64
+"""Room for one session of this many tokens; also the longest one a server takes."""
+
+LEASE_SECONDS = 1.0
+SOON_SECONDS = 5.0
+PROMPT = torch.tensor([[3, 4, 5]])
+
+
+@dataclass
+class World:
+    """A closed swarm of a tiny model, and another model that nobody serves."""
+
+    swarm: LocalSwarm
+    key_file: Path
+    served: Path
+    lonely: Path
+    node: SwarmNode
+    """A member that does by hand what no client would."""
+
+    @property
+    def peers(self) -> list[str]:
+        return list(self.swarm.initial_peers)
+
+    def model(self, folder: Path | None = None, **options: object) -> PreTrainedModel:
+        options = {"initial_peers": self.peers, "swarm_key": self.key_file} | options
+        return AutoDistributedModelForCausalLM.from_pretrained(
+            str(folder or self.served), dtype=torch.float32, **options
+        )
+
+    async def infos(self) -> list[Info]:
+        found = []
+        for server in self.swarm.servers:
+            async with await self.node.open_channel(server.peer_id, "blocks") as channel:
+                found.append((await channel.request(GetInfo(), expect=Info, timeout=5.0))[0])
+        return found
+
+    async def until_at_rest(self, seconds: float = SOON_SECONDS) -> None:
+        """Return once no server has a session or a page in use."""
+        async with asyncio.timeout(seconds):
+            while True:
+                if all(_at_rest(info) for info in await self.infos()):
+                    return
+                await asyncio.sleep(0.05)
+
+
+def _at_rest(info: Info) -> bool:
+    blocks = info.blocks[1] - info.blocks[0]
+    return info.num_sessions == 0 and info.tokens_free == CACHE_TOKENS * blocks
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    home = tmp_path_factory.mktemp("wrong")
+    served = write_tiny_model(home / "tiny", "llama", num_hidden_layers=NUM_BLOCKS)
+    write_tokenizer(served)
+    lonely = Path(shutil.copytree(served, home / "lonely"))
+    key_file = home / "swarm.key"
+    key = create_swarm_key(key_file)
+    limits = ("--cache-tokens", CACHE_TOKENS, "--max-length", CACHE_TOKENS)
+    config = LocalSwarmConfig(
+        model=str(served),
+        spans=(BlockSpan(0, 2), BlockSpan(2, NUM_BLOCKS)),
+        dtype="float32",
+        num_threads=1,
+        swarm_key=key_file,
+        server_options=tuple(map(str, (*limits, "--lease", LEASE_SECONDS))),
+    )
+    with LocalSwarm(config) as swarm:
+        network = NodeConfig(initial_peers=swarm.initial_peers, swarm_key=key, client_mode=True)
+        node = bridge.run(_entered(network))
+        try:
+            yield World(swarm, key_file, served, lonely, node)
+        finally:
+            bridge.run(node.close())
+            assert swarm.exited() == set()
+
+
+async def _entered(config: NodeConfig) -> SwarmNode:
+    return await SwarmNode(config).__aenter__()
+
+
+@pytest.fixture(autouse=True)
+def servers_live_on(world: World) -> Iterator[None]:
+    """After each test the same two processes serve a right request and have all their pages."""
+    yield
+    assert world.swarm.exited() == set()
+    bridge.run(world.until_at_rest())
+
+
+@pytest.fixture(scope="module")
+def model(world: World) -> PreTrainedModel:
+    return world.model(alloc_timeout=0.5)
+
+
+@contextmanager
+def refused(
+    error: type[PetalsError], match: str = "", soon: float = SOON_SECONDS
+) -> Iterator[None]:
+    """The block ends with this error: a sentence that ``match`` is in, and a hint, in time."""
+    began = time.monotonic()
+    with pytest.raises(error, match=match) as caught:
+        yield
+    assert time.monotonic() - began < soon
+    assert caught.value.message.endswith((".", "server)"))
+    assert caught.value.hint
+
+
+def test_a_model_nobody_serves(world: World) -> None:
+    with refused(MissingBlocksError, "0:4 of lonely"):
+        world.model(world.lonely).generate(PROMPT, max_new_tokens=2)
+
+
+def test_a_bootstrap_that_is_not_there(world: World) -> None:
+    with refused(BootstrapFailed, "tcp/9", soon=5.5):
+        world.model(initial_peers=[NOBODY]).generate(PROMPT, max_new_tokens=2)
+
+
+def test_the_wrong_key_and_none(world: World, tmp_path: Path) -> None:
+    create_swarm_key(tmp_path / "other.key")
+    for key_file in (tmp_path / "other.key", None):
+        with refused(AdmissionDenied, "swarm"):
+            world.model(swarm_key=key_file).generate(PROMPT, max_new_tokens=2)
+
+
+def test_longer_than_the_maximum(model: PreTrainedModel) -> None:
+    with refused(LengthExceeded, "64 tokens, not 65"):
+        model.generate(PROMPT, max_new_tokens=63)
+    with model.inference_session(max_length=8) as session:
+        with refused(LengthExceeded, "max_length=8"):
+            session.step(torch.zeros(1, 9, HIDDEN))
+        session.step(torch.zeros(1, 8, HIDDEN))
+
+
+def test_a_full_cache_is_waited_for_and_then_told(world: World, model: PreTrainedModel) -> None:
+    with world.model().inference_session(max_length=CACHE_TOKENS) as holder:
+        holder.step(torch.zeros(1, 1, HIDDEN))
+        began = time.monotonic()
+        with refused(CacheFull, "cache"):
+            model.generate(PROMPT, max_new_tokens=2)
+        assert time.monotonic() - began >= 0.5
+        # Both servers still have nothing but the holder.
+        assert [info.num_sessions for info in bridge.run(world.infos())] == [1, 1]
+        holder.step(torch.zeros(1, 1, HIDDEN))
+    assert model.generate(PROMPT, max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
+
+
+def test_what_can_never_fit_is_told_at_once(world: World) -> None:
+    patient = world.model(alloc_timeout=60.0)
+    with refused(RequestTooLarge, "in all"):
+        patient.generate(PROMPT.expand(2, -1), max_new_tokens=CACHE_TOKENS - 3)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        torch.zeros(1, 3, HIDDEN - 1),
+        torch.zeros(1, 3, HIDDEN, dtype=torch.int64),
+        torch.full((1, 3, HIDDEN), float("nan")),
+        torch.full((1, 3, HIDDEN), float("inf")),
+    ],
+    ids=["width", "int64", "nan", "inf"],
+)
+def test_states_that_cannot_be(model: PreTrainedModel, hidden: torch.Tensor) -> None:
+    with refused(BadInput, "[Hh]idden"):
+        model.remote_blocks(hidden)
+    with model.inference_session(max_length=8) as session:
+        with refused(BadInput, "Hidden states"):
+            session.step(hidden)
+        assert session.step(torch.zeros(1, 3, HIDDEN)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        (torch.zeros(1, 0, dtype=torch.int64), "prompt is empty"),
+        (torch.tensor([[3, 96]]), "96 is outside the vocabulary of 96"),
+        (torch.tensor([[3, -1]]), "-1 is outside"),
+        (torch.tensor([[0.5]]), "integers"),
+    ],
+)
+def test_prompts_that_cannot_be(model: PreTrainedModel, ids: torch.Tensor, match: str) -> None:
+    with refused(BadInput, match):
+        model.generate(ids, max_new_tokens=2)
+
+
+def test_batches_that_are_too_large(model: PreTrainedModel) -> None:
+    with refused(BatchTooLarge, "256 rows"):
+        model.generate(PROMPT.expand(257, -1), max_new_tokens=2)
+    with refused(BatchTooLarge, "256 rows"):
+        model.remote_blocks(torch.zeros(257, 1, HIDDEN))
+    with refused(LengthExceeded, "64 tokens, not 65"):
+        model.remote_blocks(torch.zeros(1, 65, HIDDEN))
+    with refused(RequestTooLarge, "in all"):
+        model.remote_blocks(torch.zeros(2, 64, HIDDEN))
+
+
+def test_an_adapter_nobody_has(world: World) -> None:
+    with refused(UnknownAdapter, "poems"):
+        world.model(active_adapter="poems").generate(PROMPT, max_new_tokens=2)
+
+
+class TestBytes:
+    """What a peer that is no Petals, or an evil one, may send to a server."""
+
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            os.urandom(4096),
+            frames.encode_header(FrameKind.MESSAGE, 2**32 - 1),
+            frames.encode_header(FrameKind.MESSAGE, 1000) + b"cut off",
+            frames.encode_frame(FrameKind.MESSAGE, os.urandom(300)),
+            frames.encode_frame(FrameKind.MESSAGE, encode_message(GetInfo())),
+            frames.encode_frame(FrameKind.CHUNK, bytes(1000)),
+            frames.encode_frame(FrameKind.MESSAGE, encode_message(Hello(1, "blocks", b"forged"))),
+            frames.encode_frame(FrameKind.MESSAGE, encode_message(Hello(2, "blocks"))),
+        ],
+        ids=["random", "huge", "cut", "noise", "no hello", "chunk", "forged", "version"],
+    )
+    def test_without_a_greeting_only_a_refusal_comes_back(
+        self, world: World, garbage: bytes
+    ) -> None:
+        answers = bridge.run(self._talk(world, garbage))
+        assert [type(answer) for answer in answers] in ([Refusal], [])
+        for answer in answers:
+            assert answer.code in ("protocol", "admission_denied", "version_mismatch")
+            assert answer.message
+            assert answer.hint or answer.code == "protocol"
+
+    async def _talk(self, world: World, garbage: bytes) -> list[Refusal]:
+        """Say ``garbage`` and hear the server out; it ends the stream by itself unless cut."""
+        network = NodeConfig(client_mode=True, host="127.0.0.1")
+        heard = bytearray()
+        async with SwarmNode(network) as stranger:
+            await stranger.transport.connect(world.peers[0])
+            await stranger.transport.connect(await _address(world))
+            stream = await stranger.transport.open_stream(_first(world), STREAM_PROTOCOL, 5.0)
+            stream.write(garbage)
+            if garbage.endswith(b"cut off"):
+                await stream.close()
+                return []
+            try:
+                async with asyncio.timeout(SOON_SECONDS):
+                    while True:
+                        heard += await stream.read_exactly(1)
+            except PetalsError:
+                return list(_messages(bytes(heard)))
+
+    def test_members_that_go_mad_lose_their_channels_only(self, world: World) -> None:
+        ways = (
+            os.urandom(4096),
+            frames.encode_header(FrameKind.CHUNK, 2**31),
+            frames.encode_frame(FrameKind.MESSAGE, b"\xdd\xff\xff\xff\xff"),
+            frames.encode_frame(FrameKind.CREDIT, b"\xff" * 4) * 64,
+        )
+
+        async def go_mad() -> None:
+            await asyncio.gather(*(self._go_mad(world, way, i) for i, way in enumerate(ways)))
+            await world.until_at_rest(LEASE_SECONDS + SOON_SECONDS)
+
+        bridge.run(go_mad())
+
+    async def _go_mad(self, world: World, garbage: bytes, number: int) -> None:
+        async with await world.node.open_channel(_first(world), "blocks") as channel:
+            await _open(world, channel, bytes([number]) * 16, max_length=CACHE_TOKENS // 4)
+            channel._stream.write(garbage)
+            ended = asyncio.Event()
+            channel.on_close(ended.set)
+            async with asyncio.timeout(SOON_SECONDS):
+                await ended.wait()
+
+    def test_a_tensor_that_breaks_off(self, world: World) -> None:
+        async def break_off() -> None:
+            channel = await world.node.open_channel(_first(world), "blocks")
+            await _open(world, channel, SESSION)
+            # The head of a step with its tensor announced, and half of the tensor.
+            head, data = _encoded_step(torch.zeros(8, HIDDEN))
+            channel._stream.write(head + data[: len(data) // 2])
+            await channel._stream.drain()
+            await channel.close()
+            await world.until_at_rest(LEASE_SECONDS + SOON_SECONDS)
+
+        bridge.run(break_off())
+
+    def test_servers_check_what_clients_should_have_checked(self, world: World) -> None:
+        async def send_nonsense() -> None:
+            async with await world.node.open_channel(_first(world), "blocks") as channel:
+                await _open(world, channel, SESSION)
+                nonsense = (
+                    torch.zeros(3, HIDDEN - 1),
+                    torch.zeros(3, HIDDEN, dtype=torch.int64),
+                    torch.full((3, HIDDEN), float("nan")),
+                    torch.zeros(4, HIDDEN),
+                )
+                for number, hidden in enumerate(nonsense):
+                    step = Step(SESSION, 0, number, (0,), (3,))
+                    with refused(BadInput, "tates"):
+                        await channel.request(step, (hidden,), expect=StepResult, timeout=5.0)
+                good = Step(SESSION, 0, len(nonsense), (0,), (3,))
+                states = torch.zeros(3, HIDDEN)
+                _, (output,) = await channel.request(good, (states,), expect=StepResult)
+                assert output.shape == (3, HIDDEN)
+                await channel.request(CloseSession(SESSION), expect=SessionEnded)
+
+        bridge.run(send_nonsense())
+
+
+SESSION = b"s" * 16
+
+
+def _first(world: World) -> PeerId:
+    return world.swarm.servers[0].peer_id
+
+
+async def _address(world: World) -> str:
+    """Where the first server listens, as its ready file says it."""
+    log = world.swarm.servers[0].log
+    addresses = json.loads(log.with_suffix(".json").read_text())["addresses"]
+    return next(address for address in addresses if "/tcp/" in address)
+
+
+def _messages(heard: bytes) -> Iterator[Refusal]:
+    while heard:
+        kind, length = frames.decode_header(heard[: frames.HEADER.size])
+        assert kind is FrameKind.MESSAGE
+        payload, heard = heard[frames.HEADER.size :][:length], heard[frames.HEADER.size + length :]
+        message, specs = decode_message(payload)
+        assert not specs
+        yield message
+
+
+async def _open(
+    world: World, channel: Channel, session_id: bytes, max_length: int = CACHE_TOKENS
+) -> None:
+    (info, *_) = await world.infos()
+    opening = OpenSession(session_id, 0, info.model, (0, 2), 1, max_length, "float32")
+    await channel.request(opening, expect=SessionOpened, timeout=5.0)
+
+
+def _encoded_step(hidden: torch.Tensor) -> tuple[bytes, bytes]:
+    spec, data = tensors.encode(hidden)
+    payload = encode_message(Step(SESSION, 0, 0, (0,), (len(hidden),)), (spec,))
+    return (
+        frames.encode_frame(FrameKind.MESSAGE, payload),
+        frames.encode_frame(FrameKind.CHUNK, bytes(data)),
+    )
+
+
+VANISHING = """
+import sys, time, torch
+from petals import AutoDistributedModelForCausalLM
+folder, key, *peers = sys.argv[1:]
+model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=peers, swarm_key=key)
+with model.inference_session(max_length=64) as session:
+    session.step(torch.zeros(1, 5, 32))
+    print("holding", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_client_that_is_killed_is_forgotten_when_its_lease_ends(world: World) -> None:
+    arguments = (str(world.served), str(world.key_file), *world.peers)
+    client = subprocess.Popen(
+        [sys.executable, "-c", VANISHING, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert client.stdout is not None and client.stdout.readline() == "holding\n"
+        # Signs of life keep an idle session beyond its lease.
+        time.sleep(1.5 * LEASE_SECONDS)
+        held = bridge.run(world.infos())
+        assert [(info.num_sessions, info.tokens_free) for info in held] == [(1, 0), (1, 0)]
+    finally:
+        client.kill()
+        client.wait()
+    bridge.run(world.until_at_rest(LEASE_SECONDS + SOON_SECONDS))
+    world.model().generate(PROMPT, max_new_tokens=CACHE_TOKENS - 3)
+
+
+TIMED = """
+import sys, time
+import transformers
+import petals.cli.main, petals.client.auto, petals.server.server, petals.swarm.libp2p
+began = time.monotonic()
+try:
+    petals.cli.main.main()
+finally:
+    print(f"seconds: {time.monotonic() - began}", file=sys.stderr)
+"""
+"""The command `petals`; its clock starts when Python has read the libraries."""
+
+
+def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("PETALS_")}
+    return subprocess.run(
+        [sys.executable, "-c", TIMED, *arguments],
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+class TestCommands:
+    """Exit status not 0, a sentence and a hint on stderr, no traceback, nothing on stdout."""
+
+    def fails(self, *arguments: str, status: int, said: str) -> None:
+        ended = command(*arguments)
+        assert ended.returncode == status, ended.stderr
+        assert ended.stdout == ""
+        assert "Traceback" not in ended.stderr
+        error, _, rest = ended.stderr.partition("error: ")[2].partition("\nhint: ")
+        hint, _, seconds = rest.partition("\nseconds: ")
+        assert said in error
+        assert hint
+        assert float(seconds) < SOON_SECONDS
+
+    def test_generate_with_a_model_nobody_serves(self, world: World) -> None:
+        join = ("--join", world.peers[0], "--swarm-key", str(world.key_file))
+        arguments = ("generate", str(world.lonely), *join, "--prompt", "one two")
+        self.fails(*arguments, status=1, said="Nobody serves blocks 0:4 of lonely")
+
+    def test_serve_with_pickled_weights(self, world: World, tmp_path: Path) -> None:
+        shutil.copy(world.served / "config.json", tmp_path)
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        arguments = ("serve", str(tmp_path), "--host", "127.0.0.1")
+        self.fails(*arguments, status=2, said="only pickle weights")

@@ -1,0 +1,168 @@
+"""Random and broken bytes at a server that holds sessions: pages come back, others go on."""
+
+import asyncio
+import random
+
+import msgspec
+import pytest
+import torch
+
+from petals.client.sequence_manager import SwarmAccess
+from petals.errors import VersionMismatch
+from petals.server.config import DoorConfig
+from petals.swarm.rpc import STREAM_PROTOCOL
+from petals.types import BlockSpan
+from petals.wire import frames, tensors
+from petals.wire.frames import FrameKind
+from petals.wire.messages import (
+    CloseSession,
+    Forward,
+    GetInfo,
+    Hello,
+    KeepSession,
+    Message,
+    OpenSession,
+    Step,
+    encode_message,
+)
+from served_span import Served, assert_close, served, states
+from toy_blocks import config, open_one, toy_swarm
+
+LEASE_SECONDS = 0.1
+DOOR = DoorConfig(lease_seconds=LEASE_SECONDS)
+
+
+async def until_at_rest(swarm: Served) -> None:
+    async with asyncio.timeout(10):
+        while len(swarm.service.sessions):
+            await swarm.service.executor.call(lambda: None)
+    await swarm.at_rest()
+
+
+async def still_right(swarm: Served) -> None:
+    talk, text = await swarm.talk(), states(6, seed=3)
+    await talk.open()
+    (output,) = await talk.step(0, [0], [text])
+    assert_close(output, swarm.expected(text))
+    await talk.close()
+    await until_at_rest(swarm)
+
+
+def a_message(dice: random.Random) -> tuple[Message, torch.Tensor | None]:
+    """One that can be decoded, and may mean anything."""
+    session = dice.choice([b"s" * 16, b"t" * 16])
+    blocks = dice.choice([(10, 14), (11, 13), (14, 10), (0, 2**31 - 1)])
+    rows, count = dice.choice([0, 1, 2, 9]), dice.choice([0, 1, 3, 300])
+    dtype = dice.choice([torch.float32, torch.float16, torch.int64, torch.bool])
+    hidden = torch.zeros(rows * count, dice.choice([0, 47, 48]), dtype=dtype)
+    match dice.randrange(6):
+        case 0 | 1:
+            length = dice.choice([0, 1, 64, 2**31 - 1])
+            seconds = dice.choice([0.0, 0.01])
+            epoch = dice.choice([0, 1, 2**53])
+            return OpenSession(
+                session,
+                epoch,
+                dice.choice(["tiny", ""]),
+                blocks,
+                max(1, rows),
+                length,
+                dice.choice(["float32", "bool"]),
+                None,
+                seconds,
+            ), None
+        case 2:
+            reorder = dice.choice([None, (0,), (7,), (0,) * 9])
+            starts = (dice.choice([0, 3, 2**31 - 1]),) * rows
+            return Step(session, 0, dice.randrange(4), starts, (count,) * rows, reorder), hidden
+        case 3:
+            return Forward("tiny", blocks, (count,) * rows), hidden
+        case 4:
+            return dice.choice([KeepSession(session), CloseSession(session)]), None
+        case _:
+            return dice.choice([GetInfo(), Hello(1, "blocks")]), None
+
+
+def encoded(message: Message, hidden: torch.Tensor | None) -> bytes:
+    if hidden is None:
+        return frames.encode_frame(FrameKind.MESSAGE, encode_message(message))
+    spec, data = tensors.encode(hidden)
+    head = frames.encode_frame(FrameKind.MESSAGE, encode_message(message, (spec,)))
+    return head + (frames.encode_frame(FrameKind.CHUNK, bytes(data)) if len(data) else b"")
+
+
+def a_conversation(dice: random.Random) -> bytes:
+    """Messages in any order, then perhaps some bytes changed or the end cut off."""
+    said = bytearray(b"".join(encoded(*a_message(dice)) for _ in range(dice.randrange(1, 12))))
+    match dice.randrange(4):
+        case 0:
+            for _ in range(dice.randrange(1, 4)):
+                said[dice.randrange(len(said))] = dice.randrange(256)
+        case 1:
+            del said[dice.randrange(len(said)) :]
+        case 2:
+            said += dice.randbytes(dice.randrange(1, 300))
+    return bytes(said)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_is_said_every_page_comes_back(seed: int) -> None:
+    dice = random.Random(seed)
+    opened: list[int] = []
+    async with served(door=DOOR, num_tokens=256) as swarm:
+        for _ in range(25):
+            talk = await swarm.talk()
+            talk.channel._stream.write(a_conversation(dice))
+            for _ in range(5):
+                await swarm.service.executor.call(swarm.pool.check_integrity)
+            opened.append(len(swarm.service.sessions))
+            await talk.channel.close()
+        assert any(opened) and swarm.runner.batches, "else this proves little"
+        await until_at_rest(swarm)
+        await still_right(swarm)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_strangers_that_never_greet(seed: int) -> None:
+    dice = random.Random(seed)
+    async with served() as swarm:
+        transport = swarm.client.transport
+        for _ in range(25):
+            stream = await transport.open_stream(swarm.server.peer_id, STREAM_PROTOCOL, 1.0)
+            stream.write(a_conversation(dice) if dice.random() < 0.5 else dice.randbytes(400))
+            await stream.close()
+        assert swarm.pool.reserved_bytes == 0
+        await still_right(swarm)
+        assert not swarm.server._server.num_streams
+
+
+async def test_a_tensor_that_breaks_off() -> None:
+    async with served(door=DOOR) as swarm:
+        talk = await swarm.talk()
+        await talk.open()
+        whole = encoded(Step(talk.session_id, 0, 0, (0,), (6,)), states(6))
+        talk.channel._stream.write(whole[: len(whole) // 2])
+        await talk.channel.close()
+        await until_at_rest(swarm)
+        await still_right(swarm)
+
+
+async def test_a_client_gives_up_on_servers_of_another_version() -> None:
+    """Opening a session where the only server speaks a later protocol ends, and says so."""
+    async with toy_swarm((0, 4)) as swarm:
+        server = swarm.servers[0]
+        asked = 0
+
+        async def newer(stream: object) -> None:
+            nonlocal asked
+            asked += 1
+            welcome = msgspec.msgpack.encode([["Welcome", 99, "", b"", "more"], []])
+            stream.write(frames.encode_frame(FrameKind.MESSAGE, welcome))
+
+        await server.node.transport.serve(STREAM_PROTOCOL, newer)
+        access = SwarmAccess(config(max_retries=2), "toy", 4, swarm.client)
+        with pytest.raises(VersionMismatch, match="99") as caught:
+            await open_one(access, BlockSpan(0, 4))
+        assert "Update Petals" in caught.value.hint
+        assert asked == 3
+        await access.close()
