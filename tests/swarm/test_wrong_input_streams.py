@@ -11,6 +11,7 @@ from petals.client.sequence_manager import SwarmAccess
 from petals.errors import VersionMismatch
 from petals.server.config import DoorConfig
 from petals.swarm.rpc import STREAM_PROTOCOL
+from petals.testing.manual_clock import settle
 from petals.types import BlockSpan
 from petals.wire import frames, tensors
 from petals.wire.frames import FrameKind
@@ -93,7 +94,14 @@ def encoded(message: Message, hidden: torch.Tensor | None) -> bytes:
 
 def a_conversation(dice: random.Random) -> bytes:
     """Messages in any order, then perhaps some bytes changed or the end cut off."""
-    said = bytearray(b"".join(encoded(*a_message(dice)) for _ in range(dice.randrange(1, 12))))
+    session = dice.choice([b"s" * 16, b"t" * 16])
+    said = bytearray()
+    if dice.random() < 0.7:  # something to lose
+        said += encoded(OpenSession(session, 0, "tiny", (10, 14), 1, 64, "float32"), None)
+    said += b"".join(encoded(*a_message(dice)) for _ in range(dice.randrange(4)))
+    if dice.random() < 0.7:
+        said += encoded(Step(session, 0, 5, (0,), (6,)), states(6))
+    said += b"".join(encoded(*a_message(dice)) for _ in range(dice.randrange(1, 8)))
     match dice.randrange(4):
         case 0:
             for _ in range(dice.randrange(1, 4)):
@@ -113,7 +121,7 @@ async def test_whatever_is_said_every_page_comes_back(seed: int) -> None:
         for _ in range(25):
             talk = await swarm.talk()
             talk.channel._stream.write(a_conversation(dice))
-            for _ in range(5):
+            for _ in range(20):
                 await swarm.service.executor.call(swarm.pool.check_integrity)
             opened.append(len(swarm.service.sessions))
             await talk.channel.close()
@@ -133,6 +141,7 @@ async def test_strangers_that_never_greet(seed: int) -> None:
             await stream.close()
         assert swarm.pool.reserved_bytes == 0
         await still_right(swarm)
+        await settle()
         assert not swarm.server._server.num_streams
 
 
