@@ -21,6 +21,7 @@ import torch
 from petals.errors import BadInput, PeerFailed, PetalsError, SessionClosed
 from petals.logs import get_logger
 from petals.models.batch import Segment
+from petals.server.gathering import Gathering
 from petals.server.kv_pages import SessionKV
 from petals.server.scheduler import Portion, Scheduler, Waiting
 from petals.server.steps import StepPlan, WorkKind
@@ -118,6 +119,7 @@ class Executor:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self._gathering = Gathering()
         self._runner: Runner | None = None
         self._device = torch.device("cpu")
         self._dtype = torch.float32
@@ -181,11 +183,9 @@ class Executor:
 
     def _work(self) -> None:
         while self._serve_inbox():
-            self._hand_over()
             batch = self._scheduler.next_batch()
             if batch:
                 self._run_batch(batch)
-            self._hand_over()
         for running in list(self._running.values()):
             self._fail(
                 running, SessionClosed("The server is stopping.", hint="Ask another server.")
@@ -193,18 +193,28 @@ class Executor:
         self._hand_over()
 
     def _serve_inbox(self) -> bool:
-        """Take every order that waits;
-
-        sleep for one if there is nothing else to do. False: the end.
+        """Take every order that waits, and wait for one if there is nothing to run or if company
+        is worth waiting for. False: the end.
         """
-        idle = len(self._scheduler) == 0
-        while idle or not self._inbox.empty():
-            order = self._inbox.get()
+        while True:
+            self._hand_over()
+            seconds = self._patience()
+            try:
+                order = self._inbox.get(block=seconds != 0, timeout=seconds)
+            except queue.Empty:
+                return True
             if order is None:
                 return False
             order()
-            idle = False
-        return True
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for the next order before the next batch; None: as long as it takes."""
+        if not len(self._scheduler):
+            return None
+        num_decodes = self._scheduler.num_decodes_alone
+        return self._gathering.patience(
+            num_decodes, self._scheduler.fixed_seconds, time.perf_counter()
+        )
 
     def _hand_over(self) -> None:
         self.waiting_tokens = self._scheduler.waiting_tokens
@@ -219,6 +229,10 @@ class Executor:
             return
         work = running.work
         self._running[running.key] = running
+        if work.kind is WorkKind.DECODE:
+            self._gathering.arrived(id(work.kv), time.perf_counter())
+        else:
+            self._gathering.forget(id(work.kv))
         self._scheduler.add(Waiting(running.key, work.owner, work.kind, work.plan.num_tokens))
 
     def _prepare(self, running: _Running) -> None:
@@ -305,6 +319,7 @@ class Executor:
         if running.done < running.work.plan.num_tokens:
             return
         del self._running[running.key]
+        self._gathering.answered(id(running.work.kv), time.perf_counter())
         outcome, error = _attempt(lambda: _outcome(running))
         self._answers.append((running.future, outcome, error))
 

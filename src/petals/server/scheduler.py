@@ -65,6 +65,11 @@ class BatchCost:
         self._fixed = fixed_seconds
         self._slope = seconds_per_token * _TYPICAL_TOKENS
 
+    @property
+    def fixed_seconds(self) -> float:
+        """What a batch costs before its first token."""
+        return self._fixed
+
     def seconds(self, num_tokens: int) -> float:
         """Expected duration of a batch of ``num_tokens``."""
         return self._fixed + self._slope * num_tokens / _TYPICAL_TOKENS
@@ -113,6 +118,17 @@ class Scheduler:
     def waiting_tokens(self) -> int:
         """Tokens that still have to run."""
         return sum(entry.remaining for entry in self._entries.values())
+
+    @property
+    def num_decodes_alone(self) -> int:
+        """Decodes that wait, if nothing else does; else 0."""
+        kinds = [entry.waiting.kind for entry in self._entries.values()]
+        return len(kinds) if all(kind is WorkKind.DECODE for kind in kinds) else 0
+
+    @property
+    def fixed_seconds(self) -> float:
+        """What one more batch costs, however small it is."""
+        return self._cost.fixed_seconds
 
     def add(self, waiting: Waiting) -> None:
         """Put new work in line.
