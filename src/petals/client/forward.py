@@ -29,9 +29,12 @@ from petals.errors import (
     SessionError,
 )
 from petals.types import BlockSpan, Hop, PeerId
-from petals.wire.messages import MAX_ROWS, Forward, ForwardResult
+from petals.wire.messages import Forward, ForwardResult
 
 MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_ROWS = 128
+"""Fewer than any server's limit of rows at once."""
+
 _MAX_AT_ONCE = 8
 
 
@@ -78,10 +81,12 @@ async def run_rows(
 
 
 def micro_batches(counts: Sequence[int], limit: int) -> Iterator[tuple[int, ...]]:
-    """Rows, in order, in groups of at most ``limit`` tokens; a longer row goes by itself."""
+    """Rows, in order, in groups of at most ``limit`` tokens and MICRO_BATCH_ROWS rows; a longer
+    row goes by itself.
+    """
     group: list[int] = []
     for count in counts:
-        if group and (sum(group) + count > limit or len(group) == MAX_ROWS):
+        if group and (sum(group) + count > limit or len(group) == MICRO_BATCH_ROWS):
             yield tuple(group)
             group = []
         group.append(count)

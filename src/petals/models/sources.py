@@ -9,13 +9,17 @@ import errno
 import hashlib
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import (
     file_exists,
     hf_hub_download,
@@ -133,7 +137,7 @@ class Checkpoint:
             return (self.folder / file_name).is_file()
         revision, token = self.access.revision, self.access.token
         cached = try_to_load_from_cache(self.name, file_name, self.access.cache_dir, revision)
-        if isinstance(cached, str) or is_offline_mode():
+        if isinstance(cached, str) or _is_offline():
             return isinstance(cached, str)
         with _hub_errors(self.name, self.access):
             return file_exists(self.name, file_name, revision=revision, token=token)
@@ -204,6 +208,7 @@ def _follow_alias(source: str) -> str:
 
 def _download(repo: str, file_name: str, access: HubAccess) -> Path | None:
     """The cached file, or None if the repository (offline: its cached copy) has no such file."""
+    offline = _is_offline()
     try:
         with _hub_errors(repo, access):
             return Path(
@@ -213,10 +218,11 @@ def _download(repo: str, file_name: str, access: HubAccess) -> Path | None:
                     revision=access.revision,
                     token=access.token,
                     cache_dir=access.cache_dir,
+                    local_files_only=offline,
                 )
             )
     except LocalEntryNotFoundError as error:
-        if is_offline_mode() and file_name != CONFIG_FILE:
+        if offline and file_name != CONFIG_FILE:
             return None
         raise ModelNotFound(
             f"{file_name} of {repo} is not in the cache and the hub cannot be reached.",
@@ -225,6 +231,22 @@ def _download(repo: str, file_name: str, access: HubAccess) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
+
+
+def _is_offline() -> bool:
+    """Whether only the cache can answer: asked to, or the hub's name leads nowhere.
+
+    Without a network the hub's client would try again and again for half a minute.
+    """
+    if is_offline_mode():
+        return True
+    if getproxies():
+        return False  # a proxy looks names up itself
+    try:
+        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager

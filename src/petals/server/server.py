@@ -206,6 +206,7 @@ class Server:
         torch.set_num_threads(throughput.choose_threads(compute.num_threads))
         access = HubAccess(revision=source.revision, token=source.token, cache_dir=source.cache_dir)
         checkpoint = open_checkpoint(source.model, access)
+        _ = checkpoint.weight_map  # weights that cannot be read are refused before we join
         device = throughput.find_device(compute.device)
         stored = cost.compute_dtype(checkpoint.config, None)
         precision = throughput.choose_precision(compute, stored, device, constants.cache_dir())

@@ -1,11 +1,11 @@
 import threading
 
 import torch
-from tiny_spans import CONFIGS
 from torch.nn import init
 from transformers import PreTrainedModel
 
 from petals.models.arch import build_on_meta, describe
+from tiny_spans import CONFIGS
 
 
 def test_threads_that_build_at_once_leave_nothing_behind() -> None:

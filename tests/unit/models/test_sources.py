@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,7 @@ def hub(tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     hub = FakeHub({"bigscience/bloom": bloom, "someone/tiny": tiny_folder("llama")})
     monkeypatch.setattr(sources, "hf_hub_download", hub.download)
     monkeypatch.setattr(sources, "file_exists", hub.exists)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", lambda *name: [])
     return hub
 
 
@@ -117,10 +119,16 @@ def test_disk_full_while_downloading(hub: FakeHub) -> None:
     assert "HF_HOME" in caught.value.hint
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["asked to be", "without a network"])
 def test_offline_from_the_cache(
-    tiny_folder: WriteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: bool, tiny_folder: WriteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    def no_such_name(*name: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", asked)
+    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", no_such_name)
     commit = "0" * 40
     repository = tmp_path / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
