@@ -253,4 +253,10 @@ ERRORS_BY_CODE: dict[str, type[PetalsError]] = _tree(PetalsError)
 
 def from_wire(code: str, message: str, hint: str, peer_id: str) -> PetalsError:
     """The typed error a peer reported; an unknown code (a newer peer) becomes PeerFailed."""
-    return ERRORS_BY_CODE.get(code, PeerFailed)(message, hint=hint, peer_id=peer_id)
+    kind = ERRORS_BY_CODE.get(code, PeerFailed)
+    return kind(_printable(message), hint=_printable(hint), peer_id=peer_id)
+
+
+def _printable(text: str) -> str:
+    """A peer's words end up on a terminal, which obeys control characters."""
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -12,11 +12,19 @@ import psutil
 import pytest
 import torch
 
-from petals.errors import AdmissionDenied, BootstrapFailed, ConfigError, PeerUnreachable
+from petals.errors import (
+    AdmissionDenied,
+    BootstrapFailed,
+    ConfigError,
+    PeerUnreachable,
+    VersionMismatch,
+)
 from petals.swarm import records
 from petals.swarm.admission import SwarmKey
 from petals.swarm.config import NodeConfig
 from petals.swarm.identity import Identity
+from petals.swarm.inflight import WINDOW_BYTES
+from petals.swarm.libp2p_daemon import Daemon
 from petals.swarm.node import SwarmNode
 from petals.swarm.records import ServerRecord
 from petals.swarm.rpc import answering
@@ -37,6 +45,13 @@ async def echo(peer, message, tensors):
 def record(**changes) -> ServerRecord:
     fields = {"spans": ((0, 20),), "state": ServerState.ONLINE, "expires_at": time.time() + 60}
     return ServerRecord(peer_id="", model="m", num_blocks=30, **(fields | changes))
+
+
+async def until(condition) -> None:
+    deadline = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -244,3 +259,137 @@ def test_the_daemon_ends_with_its_parent():
         parent.kill()
         daemon.wait(timeout=10.0)
     assert not daemon.is_running()
+
+
+async def test_an_address_of_an_old_swarm():
+    """A peer of hivemind without our protocol, with the RSA identity that old swarms had."""
+    from hivemind.p2p import P2P
+
+    old = await P2P.create(host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    try:
+        join = tuple(str(address) for address in await old.get_visible_maddrs())
+        started = time.monotonic()
+        with pytest.raises(VersionMismatch, match="old swarm") as caught:
+            async with SwarmNode(config(initial_peers=join, client_mode=True)):
+                pass
+        assert time.monotonic() - started < 5.0
+        for words in ("another protocol", "no public swarm", "petals swarm up", "--join"):
+            assert words in caught.value.hint
+        async with SwarmNode(config()) as ours:
+            both = (*join, *await ours.addresses())
+            async with SwarmNode(config(initial_peers=both)) as node:
+                assert await node.ping(ours.peer_id) > 0
+    finally:
+        await old.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quic", [False, True], ids=["tcp", "quic"])
+async def test_a_reader_that_stops_holds_its_sender_and_nobody_else(quic):
+    """The same as over the network in memory, between two daemons: what the sender has handed out
+    is bounded by the window, though the stream itself would take more.
+    """
+    inbound: asyncio.Queue = asyncio.Queue()
+
+    async def keep(channel):
+        await inbound.put(channel)
+        await asyncio.Event().wait()
+
+    async with SwarmNode(config(quic=quic)) as reader, SwarmNode(config(quic=quic)) as sender:
+        reader.serve("stopped", keep)
+        reader.serve("echo", answering({Forward: echo}))
+        transport = "/quic-v1/" if quic else "/tcp/"
+        (address,) = [a for a in await reader.addresses() if transport in a]
+        await sender.transport.connect(address)
+        num_sent = 0
+
+        async def flood(channel) -> None:
+            nonlocal num_sent
+            while True:
+                await channel.send(FORWARD, [tensor])
+                num_sent += 1
+
+        tensor = torch.zeros(2**20 // 4)
+        async with (
+            await sender.open_channel(reader.peer_id, "stopped") as channel,
+            await sender.open_channel(reader.peer_id, "echo") as other,
+        ):
+            assert transport.strip("/") in channel.remote_address
+            flooding = asyncio.create_task(flood(channel))
+            stopped = await inbound.get()
+            await until(
+                lambda: channel._credit_waiters and stopped._inbox._unread_bytes > 7 * 2**20
+            )
+            held = stopped._inbox._unread_bytes
+            assert held <= WINDOW_BYTES and num_sent * 2**20 <= WINDOW_BYTES
+            assert channel._stream._writer.transport.get_write_buffer_size() == 0
+            for _ in range(5):
+                _, (received,) = await other.request(FORWARD, [tensor], expect=ForwardResult)
+                assert torch.equal(received, tensor)
+            assert await channel.ping() > 0
+            assert stopped._inbox._unread_bytes <= held + 2**20 and not flooding.done()
+            assert reader._parts.budget.used_bytes <= WINDOW_BYTES + 2 * 2**20
+            flooding.cancel()
+            await asyncio.wait({flooding})
+
+
+async def test_more_streams_than_the_process_has_sockets_for():
+    async with SwarmNode(config()) as one:
+        async with SwarmNode(config(initial_peers=await one.addresses())) as other:
+            allowed, one.transport._daemon._max_inbound = one.transport._daemon._max_inbound, 0
+            with pytest.raises(PeerUnreachable):
+                await other.ping(one.peer_id)
+            one.transport._daemon._max_inbound = allowed
+            assert await other.ping(one.peer_id) > 0
+
+
+async def test_calls_to_the_directory_are_bounded():
+    async with SwarmNode(config()) as one:
+        async with SwarmNode(config(initial_peers=await one.addresses())) as other:
+            protocol, to = other.transport.records._node.protocol, await hivemind_id(one)
+            assert await protocol.call_ping(to) is not None
+            keys = [records.block_key("m", 0, 0, 0)]
+            assert await store_many(protocol, to, keys * 10) is not None
+            assert await store_many(protocol, to, keys * 4000) is None
+
+
+async def store_many(protocol, to, keys):
+    from hivemind.dht.routing import DHTID
+
+    ids = [DHTID.generate(source=key) for key in keys]
+    values = [b"no record, but long enough to count" * 3] * len(ids)
+    expiry = time.time() + 60
+    return await protocol.call_store(to, ids, values, expiry, subkeys=["x"] * len(ids))
+
+
+async def test_only_plain_addresses_of_others_are_remembered():
+    async with SwarmNode(config()) as node:
+        peer = Identity.generate().peer_id
+        node.transport.learn(peer, ["/dnsaddr/example.org", "/unix/socket", "garbage"])
+        assert peer not in node.transport._known
+        good = "/dns4/example.org/tcp/31337"
+        node.transport.learn(peer, ["/dnsaddr/example.org", good])
+        assert node.transport._known[peer] == (good,)
+
+
+@pytest.mark.slow
+async def test_a_daemon_that_ends_again_while_it_starts():
+    async with SwarmNode(config()) as node:
+        restarted = asyncio.Event()
+        node.transport.on_restart(restarted.set)
+        starts = []
+        serve = Daemon.serve
+
+        async def die_once(daemon, protocol, accept):
+            await serve(daemon, protocol, accept)
+            starts.append(daemon)
+            if len(starts) == 1:
+                os.kill(daemon.process_id, signal.SIGKILL)
+                await until(lambda: daemon.has_ended)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Daemon, "serve", die_once)
+            os.kill(node.transport._daemon.process_id, signal.SIGKILL)
+            await asyncio.wait_for(restarted.wait(), 20.0)
+        assert len(starts) == 2
+        assert await node.addresses()

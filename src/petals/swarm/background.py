@@ -20,6 +20,10 @@ class BackgroundTasks:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def __len__(self) -> int:
+        """How many run."""
+        return len(self._tasks)
+
     async def __aenter__(self) -> "BackgroundTasks":
         return self
 

@@ -263,7 +263,8 @@ class Channel:
         try:
             while True:
                 kind, length = frames.decode_header(await stream.read_exactly(frames.HEADER.size))
-                payload = await stream.read_exactly(length) if length else b""
+                with self._inbox.arriving(length):
+                    payload = await stream.read_exactly(length) if length else b""
                 self._last_heard = self._clock.monotonic()
                 if kind is FrameKind.MESSAGE or kind is FrameKind.CHUNK:
                     self._on_data(kind, payload)

@@ -8,6 +8,7 @@ placement.
 import asyncio
 import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 
 import msgspec
@@ -17,7 +18,7 @@ from petals.errors import RecordInvalid
 from petals.logs import get_logger
 from petals.swarm import records
 from petals.swarm.identity import Identity
-from petals.swarm.records import ModelRecord, ModelSummary, ServerRecord, View
+from petals.swarm.records import ModelRecord, ModelSummary, R, ServerRecord, View
 from petals.swarm.transport import StoredValue, Transport
 from petals.types import ModelId, PeerId, ServerState
 
@@ -29,6 +30,8 @@ MAX_SKEW_SECONDS = 3.0
 _SHARDS_READ = 4
 _MAX_ADDRESSES = 8
 _MAX_RECORDS_PER_KEY = 2000
+_RECORDS_AT_ONCE = 32
+"""Signatures checked before other tasks get their turn."""
 
 
 class Directory:
@@ -129,13 +132,7 @@ class Directory:
     async def models(self) -> tuple[ModelSummary, ...]:
         """The models that are announced."""
         values = (await self._store.get([records.MODELS_KEY]))[records.MODELS_KEY]
-        found: list[ModelRecord] = []
-        for value in list(values.values())[:_MAX_RECORDS_PER_KEY]:
-            try:
-                found.append(records.unseal(value.value, ModelRecord))
-            except RecordInvalid as error:
-                logger.debug("ignored a record: %s", error)
-        return records.summarize(found, self._clock.now())
+        return records.summarize(await self._sound(values, ModelRecord), self._clock.now())
 
     def note_skew(self, peer: PeerId, skew_seconds: float) -> None:
         """Remember how far a peer's clock is ahead; warn once per peer if it is far."""
@@ -171,16 +168,16 @@ class Directory:
         if not keys:
             return {}
         stored = await self._store.get(keys)
-        return {key: list(self._sound(stored[key].items())) for key in keys}
+        return {key: await self._sound(stored[key], ServerRecord) for key in keys}
 
-    def _sound(self, values: Iterable[tuple[str, StoredValue]]) -> Iterable[ServerRecord]:
-        for number, (subkey, value) in enumerate(values):
-            if number == _MAX_RECORDS_PER_KEY:
-                break
+    async def _sound(self, values: Mapping[str, StoredValue], kind: type[R]) -> list[R]:
+        found: list[R] = []
+        for number, (subkey, value) in enumerate(islice(values.items(), _MAX_RECORDS_PER_KEY)):
+            if number % _RECORDS_AT_ONCE == _RECORDS_AT_ONCE - 1:
+                await asyncio.sleep(0)
             try:
-                record = records.unseal(value.value, ServerRecord)
+                records.check_stored(subkey, value.value, value.expires_at, self._clock.now())
+                found.append(records.unseal(value.value, kind))
             except RecordInvalid as error:
                 logger.debug("ignored a record of %s: %s", subkey, error)
-                continue
-            if record.peer_id == subkey:
-                yield record
+        return found

@@ -25,6 +25,7 @@ from petals.types import PeerId
 _RSA, _ED25519 = 0, 1
 _MAX_KEY_BYTES = 8192
 _IDENTITY_MULTIHASH_MAX_BYTES = 42
+_MAX_RSA_EXPONENT = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,8 @@ def verify(public_key: bytes, data: bytes, signature: bytes) -> bool:
             return True
         key = serialization.load_der_public_key(raw)
         if not isinstance(key, RSAPublicKey) or not 2048 <= key.key_size <= 8192:
+            return False
+        if key.public_numbers().e >= _MAX_RSA_EXPONENT:  # a large one makes checking slow
             return False
         key.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
     except (InvalidSignature, ValueError, TypeError):

@@ -4,7 +4,9 @@ Everything a peer announces is counted before a byte of it is allocated. Knows f
 knows no stream, no clock and no task.
 """
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -68,8 +70,8 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedMessage:
-    """A whole message; ``num_bytes`` of tensors came with it, ``num_owed`` of them not yet granted
-    again.
+    """A whole message; ``num_bytes`` of the budget are taken by it and its tensors, ``num_owed`` of
+    credit are not yet granted again.
     """
 
     message: AnyMessage
@@ -108,6 +110,15 @@ class Inbox:
         """True if a whole message waits."""
         return bool(self._ready)
 
+    @contextlib.contextmanager
+    def arriving(self, num_bytes: int) -> Iterator[None]:
+        """Room for a frame that is being read. Raises PeerBusy."""
+        self._budget.reserve(self._peer, num_bytes)
+        try:
+            yield
+        finally:
+            self._budget.release(self._peer, num_bytes)
+
     def begin(self, payload: bytes) -> None:
         """A MESSAGE frame arrived. Raises ProtocolError, or PeerBusy if there is no room."""
         if self._partial is not None:
@@ -115,11 +126,7 @@ class Inbox:
         cost = message_cost(payload)
         self._count(cost)
         message, specs = decode_message(payload)
-        total = check_specs(specs, self._limits.max_tensor_bytes)
-        if total == 0:
-            decoded = [_decode(spec, bytearray()) for spec in specs]
-            self._ready.append(ReceivedMessage(message, decoded, 0, cost))
-            return
+        total = cost + check_specs(specs, self._limits.max_tensor_bytes)
         self._budget.reserve(self._peer, total)
         self._partial = _Partial(message, specs, total, num_owed=cost)
         self._next_tensor(self._partial)

@@ -10,6 +10,8 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+
 from petals.errors import BootstrapFailed, ConfigError, PeerTimeout, PeerUnreachable, PetalsError
 from petals.logs import get_logger
 from petals.swarm.background import BackgroundTasks
@@ -29,7 +31,11 @@ _STRAGGLER_SECONDS = 0.3
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
 _MAX_KNOWN_PEERS = 20_000
+_MAX_ADDRESSES = 8
 _PEER_PART = re.compile(r"/p2p/([1-9A-HJ-NP-Za-km-z]{32,64})$")
+_DIALLABLE = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/[^/]+/(tcp|udp)/\d{1,5}(/|$)")
+"""A /dnsaddr, for one, may stand for any number of others."""
+
 _TCP_PART = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
 
 
@@ -79,10 +85,11 @@ class Libp2pTransport:
         return peer
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        if addresses:
+        usable = tuple(a for a in addresses if _DIALLABLE.match(a))[:_MAX_ADDRESSES]
+        if usable:
             while len(self._known) >= _MAX_KNOWN_PEERS:
                 self._known.pop(next(iter(self._known)))
-            self._known[peer] = tuple(addresses[:8])
+            self._known[peer] = usable
 
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> DaemonStream:
         try:
@@ -210,7 +217,7 @@ class Libp2pTransport:
             self._daemon = self._new_daemon()
             try:
                 await self._revive()
-            except ConfigError as error:
+            except (PetalsError, P2PDaemonError, OSError) as error:
                 attempt += 1
                 logger.warning("the network daemon does not start: %s", error)
                 continue
@@ -223,6 +230,8 @@ class Libp2pTransport:
         await self._dht.start(self._daemon.p2p)
         for protocol in self._handlers:
             await self._daemon.serve(protocol, self._accept)
+        if self._daemon.has_ended:
+            raise DaemonError("The network daemon ended at once.")
         self._up.set()
         recent = [a for known in list(self._known.values())[-20:] for a in known[:1]]
         await self._rejoin([*self._parts.config.initial_peers, *recent])

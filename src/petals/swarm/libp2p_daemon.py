@@ -8,6 +8,7 @@ no records and no frames.
 import asyncio
 import contextlib
 import re
+import resource
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -125,7 +126,9 @@ class Daemon:
         self._server: asyncio.Server | None = None
         self._accept: dict[str, Accept] = {}
         self._inbound = BackgroundTasks()
+        self._max_inbound = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._closing = False
+        self.has_ended = False
         self.p2p: Any = None
 
     @property
@@ -166,7 +169,7 @@ class Daemon:
             self._server = await asyncio.start_unix_server(
                 self._on_connection, path=home / "streams", limit=_BUFFER_BYTES
             )
-        except (P2PDaemonError, ValueError) as error:
+        except (P2PDaemonError, ValueError, OSError) as error:
             raise ConfigError(
                 f"The network daemon could not start: {error}",
                 hint="Check the addresses and ports to listen on; another process may use them.",
@@ -241,8 +244,11 @@ class Daemon:
             writer.transport.abort()
             if "protocols not supported" in str(error):
                 raise VersionMismatch(
-                    "The peer does not speak the protocol of this version of Petals.",
-                    hint="It may be of an older swarm (Petals 2), or no Petals at all.",
+                    "The peer answers, but it does not speak the protocol of this Petals: it is of "
+                    "an old swarm, or of something else.",
+                    hint="Swarms of Petals 2 speak another protocol, and no public swarm is "
+                    "operated. Start one with `petals swarm up MODEL`, or join one of this version "
+                    "by the address it prints: --join ADDR.",
                     peer_id=peer,
                 ) from error
             error.peer_id = peer
@@ -267,6 +273,9 @@ class Daemon:
             raise DaemonError("The network daemon is not running.") from error
 
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._inbound) >= self._max_inbound:
+            writer.transport.abort()  # sockets are needed for our own streams, too
+            return
         self._inbound.start(self._take_in(reader, writer), "a stream from a peer")
 
     async def _take_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -283,6 +292,7 @@ class Daemon:
         await accept(info.proto, DaemonStream(info, reader, writer))
 
     def _ended(self) -> None:
+        self.has_ended = True
         if not self._closing:
             self._on_exit()
 

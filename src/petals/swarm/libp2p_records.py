@@ -20,9 +20,11 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.auth import AuthorizerBase, AuthRole, AuthRPCWrapper
 
 from petals.clock import Clock
-from petals.errors import AdmissionDenied, BootstrapFailed, RecordInvalid
+from petals.errors import AdmissionDenied, BootstrapFailed, RecordInvalid, RequestTooLarge
 from petals.logs import get_logger
 from petals.swarm.admission import Admission
+from petals.swarm.config import MIB
+from petals.swarm.libp2p_storage import BoundedStorage
 from petals.swarm.records import check_stored
 from petals.swarm.transport import StoredValue
 from petals.types import PeerId
@@ -30,7 +32,9 @@ from petals.types import PeerId
 logger = get_logger(__name__)
 
 _CALL_TIMEOUT_SECONDS = 3.0
-_MAX_STORED_KEYS = 50_000
+_MAX_STORED_BYTES = 64 * MIB
+_MAX_HINT_BYTES = MIB
+_MAX_CALL_BYTES = {"rpc_ping": 4096, "rpc_find": 64 * 1024, "rpc_store": 256 * 1024}
 
 
 class DhtRecords:
@@ -55,10 +59,13 @@ class DhtRecords:
             cache_locally=False,
             cache_nearest=0,
             cache_on_store=False,
+            cache_refresh_before_expiry=0,
         )
         protocol = node.protocol
-        protocol.storage.maxsize = _MAX_STORED_KEYS
+        protocol.storage = BoundedStorage(_MAX_STORED_BYTES)
+        protocol.cache = BoundedStorage(_MAX_HINT_BYTES)  # peers may fill it, too
         if previous is not None:
+            previous.is_alive = False
             protocol.storage = previous.protocol.storage
         open_stub = super(DHTProtocol, protocol).get_stub  # type: ignore[misc]
 
@@ -164,18 +171,20 @@ class _Guard:
         self._protocol, self._admission, self._clock = protocol, admission, clock
 
     async def rpc_ping(self, request: Any, context: Any) -> Any:
-        return await self._answer(self._protocol.rpc_ping, request, context)
+        return await self._answer("rpc_ping", request, context)
 
     async def rpc_store(self, request: Any, context: Any) -> Any:
-        return await self._answer(self._protocol.rpc_store, request, context)
+        return await self._answer("rpc_store", request, context)
 
     async def rpc_find(self, request: Any, context: Any) -> Any:
-        return await self._answer(self._protocol.rpc_find, request, context)
+        return await self._answer("rpc_find", request, context)
 
-    async def _answer(self, method: Any, request: Any, context: Any) -> Any:
+    async def _answer(self, method: str, request: Any, context: Any) -> Any:
         caller, now = PeerId(context.remote_id.to_base58()), self._clock.now()
         _check(request, self._admission, caller, now)
-        response = await method(request, context)
+        if request.ByteSize() > _MAX_CALL_BYTES[method]:
+            raise RequestTooLarge("A call to the directory is too long.")
+        response = await getattr(self._protocol, method)(request, context)
         _sign(response, self._admission, caller, now)
         return response
 

@@ -1,14 +1,15 @@
 """Can others reach us? Ask them to dial back, and say in words what follows.
 
-A peer dials back only to the address it sees the asker at, so that nobody can be made to knock at a
-third party's door. Knows no models.
+A peer dials back only to the address it sees the asker at, and not often, so that nobody can make
+it knock at a third party's door. Knows no models.
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from petals.clock import Clock
-from petals.errors import PetalsError, ProtocolError
+from petals.errors import PeerBusy, PetalsError, ProtocolError
 from petals.swarm.channel import Channel
 from petals.swarm.rpc import Service
 from petals.swarm.transport import Transport
@@ -21,6 +22,8 @@ NODE_SERVICE = "node"
 _PROBE_TIMEOUT_SECONDS = 3.0
 _ASK_TIMEOUT_SECONDS = 10.0
 _MAX_ASKED = 3
+_MAX_DIALLED = 4
+_DIALS_PER_HOST, _DIALS_IN_ALL, _PER_SECONDS = 8, 64, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,27 @@ class Reachability:
     advice: str
 
 
+class _Allowance:
+    """How often this peer dials back: a few addresses a minute per host, and some in all."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._dials: deque[tuple[float, str]] = deque()
+
+    def take(self, host: str) -> None:
+        """Raises PeerBusy if there is none left."""
+        now = self._clock.monotonic()
+        while self._dials and self._dials[0][0] <= now - _PER_SECONDS:
+            self._dials.popleft()
+        of_host = sum(dialled == host for _, dialled in self._dials)
+        if of_host >= _DIALS_PER_HOST or len(self._dials) >= _DIALS_IN_ALL:
+            raise PeerBusy("This peer has dialled back often enough.", hint="Ask in a minute.")
+        self._dials.append((now, host))
+
+
 def node_service(transport: Transport, clock: Clock) -> Service:
     """The service every peer offers."""
+    allowance = _Allowance(clock)
 
     async def serve(channel: Channel) -> None:
         seen_at = host_of(channel.remote_address)
@@ -41,10 +63,13 @@ def node_service(transport: Transport, clock: Clock) -> Service:
             message, _ = await channel.receive()
             if not isinstance(message, DialBack):
                 raise ProtocolError("Only DialBack can be asked of this service.")
-            allowed = [a for a in message.addresses[:4] if seen_at and host_of(a) == seen_at]
+            own = [a for a in message.addresses if seen_at and host_of(a) == seen_at]
             reached = False
-            for address in allowed:
-                reached = reached or await transport.probe(address, _PROBE_TIMEOUT_SECONDS)
+            for address in list(dict.fromkeys(own))[:_MAX_DIALLED]:
+                allowance.take(seen_at)
+                reached = await transport.probe(address, _PROBE_TIMEOUT_SECONDS)
+                if reached:
+                    break
             await channel.send(DialedBack(reached=reached, wall_clock_seconds=clock.now()))
 
     return serve

@@ -10,7 +10,7 @@ clock, no socket and no torch.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Annotated, TypeVar
@@ -167,10 +167,22 @@ def _open(value: bytes) -> AnyRecord:
 def _check_values(record: AnyRecord) -> None:
     if not math.isfinite(record.expires_at):
         raise RecordInvalid("The record's expiry is not a time.")
+    for text in _texts_of(record):
+        if not text.isprintable():
+            raise RecordInvalid("A name in the record has characters that cannot be shown.")
     if isinstance(record, ServerRecord):
         for start, end in record.spans:
             if not start < end <= record.num_blocks:
                 raise RecordInvalid(f"Blocks {start}:{end} are not a span of the model.")
+
+
+def _texts_of(record: AnyRecord) -> Iterator[str]:
+    """They are shown on terminals, which obey control characters."""
+    for value in msgspec.structs.astuple(record):
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, tuple):
+            yield from (part for part in value if isinstance(part, str))
 
 
 def _signed_bytes(kind: str, payload: bytes) -> bytes:

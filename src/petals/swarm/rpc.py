@@ -54,6 +54,7 @@ words.
 """
 
 GREETING_TIMEOUT_SECONDS = 10.0
+_MAX_GREETING_STREAMS = 256
 _MAX_GREETING_BYTES = 16 * 1024
 
 Service = Callable[[Channel], Awaitable[None]]
@@ -121,6 +122,7 @@ class RpcServer:
     services: dict[str, Service] = field(default_factory=dict)
     _open: Counter[PeerId] = field(default_factory=Counter)
     _tasks: set["asyncio.Task[Any] | None"] = field(default_factory=set)
+    _greeting: dict[int, Stream] = field(default_factory=dict)
 
     def add(self, name: str, service: Service) -> None:
         """Serve streams opened for ``name``; replaces a service of that name."""
@@ -137,12 +139,19 @@ class RpcServer:
     async def handle(self, stream: Stream) -> None:
         """The whole life of one inbound stream. Never raises: a task root."""
         peer, channel = stream.remote, None
+        if not self._make_room(peer):
+            stream.reset()
+            return
         task = asyncio.current_task()
         self._open[peer] += 1
         self._tasks.add(task)
         try:
-            async with asyncio.timeout(GREETING_TIMEOUT_SECONDS):
-                name, service = await self._admit(stream, peer)
+            self._greeting[id(stream)] = stream
+            try:
+                async with asyncio.timeout(GREETING_TIMEOUT_SECONDS):
+                    name, service = await self._admit(stream, peer)
+            finally:
+                self._greeting.pop(id(stream), None)
             parts = self.parts
             channel = Channel(stream, name, parts.limits, parts.budget, parts.clock)
             await service(channel)
@@ -170,6 +179,20 @@ class RpcServer:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    def _make_room(self, peer: PeerId) -> bool:
+        """Refusals take time, too: False for who asks too often to get one. Of those that have not
+        greeted yet the oldest must go, so that silence keeps nobody out.
+        """
+        limits = self.parts.limits
+        if (
+            self._open[peer] >= 2 * limits.max_streams_per_peer
+            or self.num_streams >= 2 * limits.max_streams
+        ):
+            return False
+        while len(self._greeting) >= _MAX_GREETING_STREAMS:
+            self._greeting.pop(next(iter(self._greeting))).reset()
+        return True
 
     async def _admit(self, stream: Stream, peer: PeerId) -> tuple[str, Service]:
         """Check the hello and answer it. Returns the service; raises what to refuse with."""

@@ -16,7 +16,7 @@ from petals.errors import (
 )
 from petals.swarm.channel import Channel
 from petals.swarm.config import ChannelLimits
-from petals.swarm.inflight import WINDOW_BYTES, Budget
+from petals.swarm.inflight import WINDOW_BYTES, Budget, message_cost
 from petals.swarm.transport import Stream
 from petals.testing.manual_clock import ManualClock, settle
 from petals.testing.memory_net import MemoryNet, MemoryStream, _Pipe
@@ -324,11 +324,12 @@ async def test_empty_messages_wait_for_their_reader_too(pair):
 
 async def test_budget_is_for_all_channels(net, clock):
     ours, theirs = streams(net)
-    budget = Budget(total_bytes=1000, per_peer_bytes=600)
+    cost = message_cost(encode_message(MESSAGE, (TensorSpec("float32", (100,)),))) + 400
+    budget = Budget(total_bytes=3 * cost, per_peer_bytes=2 * cost - 1)
     async with channel(ours, clock) as a, channel(theirs, clock, budget) as b:
         await a.send(MESSAGE, [torch.zeros(100)])
         await settle()
-        assert budget.used_bytes == 400
+        assert budget.used_bytes == cost
         await a.send(MESSAGE, [torch.zeros(100)])
         await settle()
         with pytest.raises(PeerBusy):
@@ -404,8 +405,25 @@ async def test_close_while_the_reader_holds_a_message(raw):
     a, stream = raw
     stream.write(begin(SMALL) + frame(FrameKind.CHUNK, bytes(8)))
     await settle()
-    assert a._inbox._budget.used_bytes == 16
+    assert a._inbox._budget.used_bytes > 16
     await a.close()
     assert a._inbox._budget.used_bytes == 0
     with contextlib.suppress(PeerUnreachable):
         await stream.drain()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [begin() * 100, frames.encode_header(FrameKind.MESSAGE, 100_000)],
+    ids=["small messages nobody reads", "a frame that does not come"],
+)
+async def test_everything_a_peer_sends_is_counted(net, clock, data):
+    ours, theirs = streams(net)
+    budget = Budget(total_bytes=2**20, per_peer_bytes=99_000)
+    async with channel(ours, clock, budget):
+        theirs.write(data)
+        await settle()
+        kind, length = frames.decode_header(await theirs.read_exactly(5))
+        assert kind is FrameKind.MESSAGE
+        assert b"peer_busy" in await theirs.read_exactly(length)
+    assert budget.used_bytes == 0

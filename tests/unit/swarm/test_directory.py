@@ -135,3 +135,16 @@ async def test_nobody_at_the_given_address(net, clock):
     with pytest.raises(BootstrapFailed):
         async with SwarmNode(NodeConfig(initial_peers=(gone,)), engine=net.engine, clock=clock):
             pass
+
+
+async def test_records_that_outlive_their_signature_are_ignored(server, client, clock):
+    """A peer that keeps records may lie about when they expire, not about what is signed."""
+    entry = record(clock, expires_at=clock.now() + 10**6)
+    entry = ServerRecord(
+        **{f: getattr(entry, f) for f in entry.__struct_fields__} | {"peer_id": server.peer_id}
+    )
+    value = records.seal(entry, server.identity)
+    key = records.block_key("m", 0, 0, 0)
+    for expires_at in (entry.expires_at, clock.now() + 60):
+        await server.transport.records.store(key, server.peer_id, value, expires_at)
+        assert not (await client.directory.view("m", 30)).records

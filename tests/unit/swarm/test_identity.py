@@ -91,3 +91,15 @@ def test_swarm_key_file(tmp_path):
     path.write_bytes(b"\xff\xfe nonsense")
     with pytest.raises(ConfigError):
         load_swarm_key(path)
+
+
+def test_rsa_keys_that_are_slow_to_check_verify_nothing():
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
+
+    key = RSAPublicNumbers(e=2**1024 + 1, n=2**2048 - 1).public_key()
+    der = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    public = bytes([0x08, 0x00, 0x12, len(der) & 0x7F | 0x80, len(der) >> 7]) + der
+    assert not verify(public, b"data", b"s" * 256)

@@ -33,6 +33,8 @@ def test_round_trip():
         server(spans=((0, 31),)),
         server(expires_at=float("nan")),
         server(expires_at=float("inf")),
+        server(public_name="\x1b[2J"),
+        server(adapters=("ok", "not\nok")),
     ],
 )
 def test_values_that_make_no_sense(record):

@@ -257,3 +257,38 @@ async def test_a_service_learns_that_its_client_vanished(net, server, client):
     await asyncio.wait_for(ended.wait(), 1.0)
     await settle()
     assert server._server.num_streams == 0
+
+
+async def test_silent_streams_keep_nobody_out(net, clock, server, client, monkeypatch):
+    """Those that have said nothing make room, the oldest first."""
+    monkeypatch.setattr(rpc, "_MAX_GREETING_STREAMS", 3)
+    silent = []
+    for _ in range(3):
+        node = await SwarmNode(NodeConfig(), engine=net.engine, clock=clock).__aenter__()
+        stream = await node.transport.open_stream(server.peer_id, STREAM_PROTOCOL, 1.0)
+        silent.append((node, stream))
+        await settle()
+    assert await client.ping(server.peer_id) >= 0
+    with pytest.raises(PeerUnreachable):
+        await silent[0][1].read_exactly(1)
+    assert len(server._server._greeting) == 2
+    for node, _ in silent:
+        await node.close()
+    await settle()
+    assert not server._server._greeting
+
+
+async def test_who_floods_is_not_even_refused(server, client):
+    """Over real networks refusals take a while; here those under way are counted by hand."""
+    being_refused = 2 * server.config.limits.max_streams_per_peer
+    server._server._open[client.peer_id] += being_refused
+    with pytest.raises(PeerUnreachable):
+        await client.ping(server.peer_id)
+    server._server._open[client.peer_id] -= being_refused
+    assert await client.ping(server.peer_id) >= 0
+
+
+def test_the_words_of_a_peer_cannot_command_a_terminal():
+    error = Refusal("bad_input", "a\x1b[2Jb", "c\x07").to_error("peer")
+    assert isinstance(error, BadInput)
+    assert (error.message, error.hint) == ("a [2Jb", "c ")
