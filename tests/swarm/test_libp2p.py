@@ -393,3 +393,21 @@ async def test_a_daemon_that_ends_again_while_it_starts():
             await asyncio.wait_for(restarted.wait(), 20.0)
         assert len(starts) == 2
         assert await node.addresses()
+
+
+async def test_leaving_ends_calls_to_the_directory():
+    """hivemind leaves them to themselves; a peer that does not answer must not hold us."""
+    asked = asyncio.Event()
+
+    async def never(request, context):
+        asked.set()
+        await asyncio.Event().wait()
+
+    async with SwarmNode(config()) as one:
+        async with SwarmNode(config(initial_peers=await one.addresses())) as other:
+            one.transport.records._node.protocol.rpc_find = never
+            protocol = other.transport.records._node.protocol
+            call = asyncio.create_task(protocol.call_find(await hivemind_id(one), []))
+            await asked.wait()
+        assert call.done()
+        assert not other.transport.records._calls

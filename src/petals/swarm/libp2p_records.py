@@ -45,6 +45,7 @@ class DhtRecords:
         self._clock = clock
         self._client_mode = client_mode
         self._node: Any = None
+        self._calls: set[asyncio.Task[Any]] = set()
         self._id = DHTID.generate()
 
     async def start(self, p2p: Any) -> None:
@@ -70,6 +71,7 @@ class DhtRecords:
         open_stub = super(DHTProtocol, protocol).get_stub  # type: ignore[misc]
 
         def guarded_stub(peer: Any) -> AuthRPCWrapper:
+            self._note_call()
             tickets = _Tickets(self._admission, self._clock, PeerId(peer.to_base58()))
             return AuthRPCWrapper(open_stub(p2p, peer), AuthRole.CLIENT, tickets)
 
@@ -95,8 +97,20 @@ class DhtRecords:
         await self._node.find_nearest_nodes([self._id])
 
     async def close(self) -> None:
+        """End the calls under way: hivemind starts tasks that outlive their search."""
         if self._node is not None:
             self._node.is_alive = False
+        calls = self._calls - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        if calls:
+            await asyncio.wait(calls)
+
+    def _note_call(self) -> None:
+        task = asyncio.current_task()
+        if task is not None and task not in self._calls:
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
 
     async def store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         if self._node is None:
