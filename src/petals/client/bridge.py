@@ -48,6 +48,9 @@ class _Call(Generic[T]):
         """In the loop."""
         if self._task is not None:
             self._task.cancel()
+        else:  # interrupted before it was even handed over
+            self._work.close()
+            self._ended.release()
 
     def result(self) -> T:
         assert self._task is not None
@@ -82,8 +85,8 @@ class Bridge:
             work.close()
             raise RuntimeError("This call waits for the event loop it was made in: await instead.")
         call = _Call(work)
-        loop.call_soon_threadsafe(call.start)
         try:
+            loop.call_soon_threadsafe(call.start)
             ended = call.wait(timeout)
         except BaseException:
             self._cancel(loop, call)

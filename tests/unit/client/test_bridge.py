@@ -1,4 +1,5 @@
 import asyncio
+import inspect
 import os
 import signal
 import subprocess
@@ -73,6 +74,25 @@ def test_interrupt_cancels_the_work_and_waits_for_its_end(bridge: Bridge) -> Non
         bridge.run(interrupted())
     assert ended == [True]
     assert bridge.run(echo(1)) == 1
+
+
+def test_interrupt_before_the_work_is_handed_over(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over = bridge.loop.call_soon_threadsafe
+    orders: list[object] = []
+
+    def interrupted_once(*order: object) -> None:
+        orders.append(order)
+        if len(orders) == 1:
+            raise KeyboardInterrupt
+        hand_over(*order)
+
+    monkeypatch.setattr(bridge.loop, "call_soon_threadsafe", interrupted_once)
+    work = echo(1)
+    with pytest.raises(KeyboardInterrupt):
+        bridge.run(work)
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
 
 
 def test_waiting_for_oneself_is_refused(bridge: Bridge) -> None:
