@@ -34,7 +34,7 @@ from petals.errors import (
     SessionError,
 )
 from petals.logs import get_logger
-from petals.types import SESSION_ID_BYTES, BlockSpan, PeerId, SessionId
+from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, SessionId
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -77,6 +77,14 @@ class Attempt:
             self.rest = Part(starts, counts, self.rest.hidden[piece.call.num_tokens :])
 
 
+@dataclass(frozen=True, slots=True)
+class _Loss:
+    """A hop that is gone and not replaced yet."""
+
+    hop: Hop
+    reason: str
+
+
 class Recovery:
     """The path of one session; ``run`` steps through it. Await its methods one at a time."""
 
@@ -87,6 +95,7 @@ class Recovery:
         self._blocks = blocks
         self._terms = terms
         self._step_ids = count(1)
+        self._losses: list[_Loss] = []
         self._is_stale = False
         self._closed = False
 
@@ -146,13 +155,12 @@ class Recovery:
         path = self.path
         if path is not None and not path.lost and not self._is_stale:
             return path
-        lost = [] if path is None else path.lost
-        for hop in lost:
-            if hop.failure is not None:
-                self._swarm.note_failure(hop.peer_id, hop.failure)
+        for hop in () if path is None else path.lost:
+            assert hop.failure is not None
+            self._swarm.note_failure(hop.peer_id, hop.failure)
+            self._losses.append(_Loss(hop.hop, hop.failure.message))
         path = await self._rebuilt(attempt)
-        for hop in lost:
-            self._note_repair(hop.peer_id, hop.blocks, hop.failure, self._now() - progress_at)
+        self._note_repairs(path, self._now() - progress_at)
         return path
 
     async def _rebuilt(self, attempt: Attempt) -> SessionPath:
@@ -160,6 +168,7 @@ class Recovery:
         self._is_stale = True
         if self.path is not None:
             await self.path.close()
+            self.path = None
         terms = replace(
             self._terms,
             session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
@@ -215,21 +224,20 @@ class Recovery:
             limits.append(self._swarm.config.prefill_chunk_tokens)
         return min((limit for limit in limits if limit), default=0)
 
-    def _note_repair(
-        self, peer: PeerId, blocks: BlockSpan, failure: PetalsError | None, seconds: float
-    ) -> None:
-        assert self.path is not None
-        route = tuple(hop for hop in self.path.route if hop.blocks.overlaps(blocks))
-        reason = "" if failure is None else failure.message
-        self.repairs.append(Repair(peer, blocks, reason, route, seconds))
-        logger.info(
-            "blocks %s of …%s (%s) are served again after %.2f s: %s",
-            blocks,
-            peer[-6:],
-            reason,
-            seconds,
-            show(route),
-        )
+    def _note_repairs(self, path: SessionPath, seconds: float) -> None:
+        for loss in self._losses:
+            peer, blocks = loss.hop.peer_id, loss.hop.blocks
+            by = tuple(hop for hop in path.route if hop.blocks.overlaps(blocks))
+            self.repairs.append(Repair(peer, blocks, loss.reason, by, seconds))
+            logger.info(
+                "blocks %s of …%s (%s) are served again after %.2f s: %s",
+                blocks,
+                peer[-6:],
+                loss.reason,
+                seconds,
+                show(by),
+            )
+        self._losses.clear()
 
     def _now(self) -> float:
         return self._swarm.node.clock.monotonic()

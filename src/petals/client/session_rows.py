@@ -75,11 +75,10 @@ class SessionRows:
     def trace(self) -> SessionTrace:
         """The route, the latest timings and repairs."""
         recovery = self._recovery
-        if recovery is None or recovery.path is None:
+        if recovery is None:
             return SessionTrace((), ())
-        path = recovery.path
         return SessionTrace(
-            hops=tuple(hop.trace for hop in path.hops),
+            hops=() if recovery.path is None else tuple(hop.trace for hop in recovery.path.hops),
             step_seconds=tuple(self._step_seconds),
             repairs=tuple(recovery.repairs),
         )
@@ -107,8 +106,7 @@ class SessionRows:
             self._check(hidden, starts, counts, reorder)
             check_states(hidden)
             recovery = await self._ready(hidden, len(counts))
-            assert recovery.path is not None
-            check_width(hidden, recovery.path.hidden_size)
+            check_width(hidden, self._hidden_size)
             inputs = self._inputs.branch(starts, reorder)
             untold = _after(self._reorder, reorder)
             if hidden.shape[0]:
@@ -154,7 +152,7 @@ class SessionRows:
         if self._end is not None:
             await recovery.close()
             raise self._end
-        self._recovery = recovery
+        self._recovery, self._hidden_size = recovery, path.hidden_size
         self._inputs = KeptInputs(num_rows)
         self.max_length = path.max_length
         if view.config.show_route == "inference":
