@@ -250,8 +250,8 @@ class ToySwarm:
 
 
 def config(**options: object) -> ClientConfig:
-    values = {"initial_peers": (), "min_backoff": 0.0, "request_timeout": 10.0} | options
-    return ClientConfig(**values)
+    values = {"initial_peers": (), "min_backoff": 0.0, "request_timeout": 10.0}
+    return ClientConfig(**(values | {"repair_timeout": 0.1} | options))
 
 
 @asynccontextmanager

@@ -1,87 +1,23 @@
 """Client and servers, both real, over a network in memory: the numbers are the whole model's."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from petals.client.forward import run_rows
-from petals.client.sequence_manager import SwarmAccess
 from petals.client.session_rows import SessionRows
 from petals.errors import CacheFull, LengthExceeded, RequestTooLarge, UnknownAdapter
-from petals.models.span import Span
-from petals.models.split import load_blocks
-from petals.server.config import ComputeConfig, LimitsConfig, MemoryConfig, ServerConfig
-from petals.server.config import SourceConfig as Source
-from petals.server.server import OnlineInfo, Server, Watchers
-from petals.swarm.config import NodeConfig
-from petals.swarm.node import SwarmNode
-from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
+from real_swarm import ALL, real_swarm, states
 from served_span import assert_close
-from toy_blocks import config
-
-ALL = BlockSpan(0, 5)
-HIDDEN = 32
-
-
-@dataclass
-class Swarm:
-    net: MemoryNet
-    client: SwarmNode
-    model: str
-    local: Span
-
-    def access(self, **options: object) -> SwarmAccess:
-        return SwarmAccess(config(**options), self.model, 5, self.client)
-
-    def expected(self, row: torch.Tensor) -> torch.Tensor:
-        return self.local.reference(row)
-
-
-def states(num_tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("bloom"), "bloom", num_hidden_layers=5)
-
-
-@asynccontextmanager
-async def real_swarm(
-    folder: Path, *spans: BlockSpan, cache_tokens: int = 512
-) -> AsyncIterator[Swarm]:
-    net = MemoryNet()
-    async with SwarmNode(NodeConfig(), engine=net.engine) as seed:
-        base = ServerConfig(
-            source=Source(model=str(folder)),
-            compute=ComputeConfig(device="cpu", num_threads=1),
-            memory=MemoryConfig(cache_tokens=cache_tokens),
-            limits=LimitsConfig(max_length=64, max_step_tokens=16),
-            network=NodeConfig(initial_peers=await seed.addresses()),
-        )
-        running, model = [], ""
-        for span in spans:
-            came: asyncio.Future[OnlineInfo] = asyncio.get_running_loop().create_future()
-            server = Server(
-                replace(base, blocks=span), Watchers(on_online=came.set_result), engine=net.engine
-            )
-            task = asyncio.create_task(server.run())
-            await asyncio.wait({task, came}, return_when=asyncio.FIRST_COMPLETED)
-            running.append((server, task))
-            model = came.result().model
-        network = NodeConfig(initial_peers=await seed.addresses(), client_mode=True)
-        async with SwarmNode(network, engine=net.engine) as client:
-            yield Swarm(net, client, model, Span(load_blocks(str(folder), ALL)))
-        for server, task in running:
-            server.stop()
-            await task
 
 
 async def test_the_whole_model_by_three_overlapping_servers(folder: Path) -> None:

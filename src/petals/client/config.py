@@ -18,8 +18,24 @@ from petals.types import PeerId
 DEFAULT_MAX_RETRIES = 3
 """Used where ``max_retries`` is None. Old clients went on forever; nobody waits that long."""
 
-_POSITIVE = ("connect_timeout", "request_timeout", "update_period", "ping_timeout", "ban_timeout")
-_NOT_NEGATIVE = ("alloc_timeout", "min_backoff", "max_backoff", "max_pinged", "max_retries")
+_POSITIVE = (
+    "connect_timeout",
+    "request_timeout",
+    "update_period",
+    "ping_timeout",
+    "ban_timeout",
+    "silence_timeout",
+    "step_timeout",
+    "prefill_chunk_tokens",
+)
+_NOT_NEGATIVE = (
+    "alloc_timeout",
+    "repair_timeout",
+    "min_backoff",
+    "max_backoff",
+    "max_pinged",
+    "max_retries",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +55,12 @@ class ClientConfig:
     ``update_period``: age at which what is known of the servers is read anew; ``max_pinged`` of
     them per block are then measured, waiting ``ping_timeout``.
     ``prefill_chunk_tokens``: longer steps are cut so that hops work on them one behind the other.
-    ``use_server_to_server`` says that hops may hand states to each other; this version sends them
-    through the client either way. Raises ConfigError for values that make no sense.
+    ``use_server_to_server``: hops hand states to each other; else all pass through the client.
+    ``silence_timeout``: a server of a session that gives no sign of life for so long is replaced.
+    ``step_timeout``: after so long at least (four times what such a step took, if that is more)
+    a step that nobody answers is repeated through the client, hop by hop.
+    ``repair_timeout``: how long a session waits for somebody to serve what it has lost.
+    Raises ConfigError for values that make no sense.
     """
 
     initial_peers: tuple[str, ...] = field(default_factory=constants.initial_peers)
@@ -53,6 +73,9 @@ class ClientConfig:
     connect_timeout: float = 5.0
     request_timeout: float = 180.0
     alloc_timeout: float = 10.0
+    silence_timeout: float = 3.0
+    step_timeout: float = 1.0
+    repair_timeout: float = 60.0
     update_period: float = 60.0
     max_retries: int | None = field(default_factory=constants.max_retries)
     min_backoff: float = 1.0
@@ -70,7 +93,7 @@ class ClientConfig:
         put(self, "swarm_key", Path(self.swarm_key).expanduser() if self.swarm_key else None)
         put(self, "allowed_servers", _peer_ids(self.allowed_servers))
         put(self, "blocked_servers", _peer_ids(self.blocked_servers))
-        for name in (*_POSITIVE, *_NOT_NEGATIVE, "prefill_chunk_tokens"):
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
             value = getattr(self, name)
             if value is not None and (value < 0 or (value == 0 and name not in _NOT_NEGATIVE)):
                 raise ConfigError(f"{name}={value} makes no sense.", hint="Give a positive number.")

@@ -1,17 +1,17 @@
-"""One server's leg of a session: open, step, keep alive, close.
+"""One server's leg of a session: open, send steps, hear what comes back, close.
 
-What comes back is checked (session, step, shape, dtype, finite) before anybody uses it. Raises
-typed errors and decides nothing: retries and other routes are its caller's. Knows no model and no
-tokens.
+A single task reads the channel and passes answers on by step id; a channel that ends, or a server
+that drops the session, marks the leg as lost. What comes back is checked (session, epoch, shape,
+dtype, finite) before anybody uses it. Decides nothing: repairs and other routes are its caller's.
+Knows no model and no tokens.
 """
 
 import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from petals.errors import (
     BadInput,
     PeerError,
     PeerMisbehaved,
+    PetalsError,
     ProtocolError,
     RequestError,
     SessionClosed,
@@ -65,11 +66,15 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long to wait for a stream, for one answer, for room in the server's cache."""
+    """How long to wait for a stream, for one answer, for room in the server's cache; how often a
+    server must give a sign of life, and for how long it may be silent.
+    """
 
     connect_seconds: float
     request_seconds: float
     alloc_seconds: float = 0.0
+    ping_seconds: float = 1.0
+    silence_seconds: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +84,31 @@ class StepCall:
     step_id: int
     starts: tuple[int, ...]
     counts: tuple[int, ...]
+    reorder: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
         return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a hop said to a step."""
+
+    result: StepResult
+    tensors: list[Tensor]
+
+
+class Listener(Protocol):
+    """Who wants to know what a hop says."""
+
+    def on_answer(self, hop: "HopSession", step_id: int, answer: Answer | PetalsError) -> None:
+        """A result or a refusal."""
+        ...
+
+    def on_lost(self, hop: "HopSession") -> None:
+        """``hop.failure`` says why nothing more will come."""
+        ...
 
 
 class HopSession:
@@ -91,15 +117,17 @@ class HopSession:
     def __init__(self, channel: Channel, hop: Hop, terms: Terms, patience: Patience) -> None:
         self.hop = hop
         self.terms = terms
+        self.epoch = terms.epoch
         self.lease_seconds = 0.0
         self.max_length = terms.max_length or 0
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
+        self.failure: PetalsError | None = None
+        """Why this leg is lost; None while it stands."""
+        self.listener: Listener | None = None
         self._channel = channel
         self._patience = patience
-        self._reorder: tuple[int, ...] | None = None
-        self.lost_reorder = False
-        """True if nobody knows whether the server has reordered its rows."""
-        self._receiving = asyncio.Lock()
+        self._ended = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
 
     @property
     def peer_id(self) -> PeerId:
@@ -114,17 +142,14 @@ class HopSession:
         """The timings kept so far."""
         return HopTrace(self.peer_id, self.blocks, tuple(self.timings))
 
-    @property
-    def is_broken(self) -> bool:
-        """True once the stream to the server has ended."""
-        return self._channel.is_closed
-
     @classmethod
     async def open(
         cls, node: SwarmNode, hop: Hop, terms: Terms, patience: Patience
     ) -> "HopSession":
         """Reserve room at ``hop``. Raises the server's refusal or a PeerError, nothing held."""
         channel = await node.open_channel(hop.peer_id, BLOCKS_SERVICE, patience.connect_seconds)
+        channel.ping_interval_seconds = patience.ping_seconds
+        channel.silence_seconds = patience.silence_seconds
         session = cls(channel, hop, terms, patience)
         try:
             await session._reserve()
@@ -134,63 +159,83 @@ class HopSession:
         except BaseException:
             await session.close()
             raise
+        session._reader = asyncio.create_task(session._read(), name="answers of a hop")
         return session
 
-    def note_reorder(self, rows: Sequence[int]) -> None:
-        """New row r continues old row ``rows[r]``; it rides on the next step."""
-        before = self._reorder
-        self._reorder = tuple(rows) if before is None else tuple(before[row] for row in rows)
+    async def send(self, call: StepCall, hidden: Tensor) -> None:
+        """Ask for a step; the listener hears the answer. hidden: [sum(counts), H].
 
-    async def step(self, call: StepCall, hidden: Tensor) -> Tensor:
-        """Run the step's tokens through this hop's blocks: ``[sum(counts), H]`` in and out.
-
-        Steps may be sent ahead of answers, in order. Raises the server's refusal (the session's
-        position is then unchanged), PeerError when the server or the link fails, SessionClosed if
-        the server has ended the session.
+        Raises RequestTooLarge; a server that cannot be reached is a lost hop.
         """
-        began = perf_counter()
-        terms, reorder = self.terms, self._reorder
         message = Step(
-            terms.session_id, terms.epoch, call.step_id, call.starts, call.counts, reorder
+            session_id=self.terms.session_id,
+            epoch=self.epoch,
+            step_id=call.step_id,
+            starts=call.starts,
+            counts=call.counts,
+            reorder=call.reorder,
         )
-        self._reorder = None
         try:
             await self._channel.send(message, (hidden,))
-            async with self._receiving:  # steps sent ahead are answered in their order
-                result, tensors = await self._answer(call.step_id)
-        except RequestError:
-            self._reorder = reorder  # refused before anything was done
-            raise
-        except BaseException:
-            self.lost_reorder = self.lost_reorder or reorder is not None
-            raise
-        output = self._checked(tensors, hidden)
-        self.timings.append(
-            StepTiming(
-                call.step_id,
-                len(hidden),
-                perf_counter() - began,
-                result.queue_seconds,
-                result.compute_seconds,
-                result.batch_tokens,
-            )
-        )
-        return output
+        except PeerError as error:
+            self.fail(error)
 
     async def keep(self) -> None:
-        """A sign of life, so that the lease begins anew. Raises PeerError if the server is gone."""
-        await self._channel.send(KeepSession(self.terms.session_id))
+        """A sign of life, so that the lease begins anew."""
+        with contextlib.suppress(PeerError):  # the reader meets it, too, and says so
+            await self._channel.send(KeepSession(self.terms.session_id))
+
+    def fail(self, error: PetalsError) -> None:
+        """The leg is lost; whoever listens is told, once."""
+        if self.failure is not None:
+            return
+        error.peer_id = error.peer_id or self.peer_id
+        self.failure = error
+        self._ended.set()
+        if self.listener is not None:
+            self.listener.on_lost(self)
 
     async def close(self) -> None:
         """Free the reservation and wait, briefly, for the server to say so. Raises nothing."""
         try:
-            with contextlib.suppress(PeerError):
-                if not self._channel.is_closed:
-                    await self._channel.send(CloseSession(self.terms.session_id))
-                    if not self._receiving.locked():
-                        await self._until_ended()
+            with contextlib.suppress(PeerError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await self._say_goodbye()
         finally:
+            self.fail(SessionClosed("The session was closed.", hint="Open a new one."))
+            if self._reader is not None:
+                self._reader.cancel()
+                await asyncio.wait({self._reader})
             await self._channel.close()
+
+    def checked(self, answer: Answer, hidden: Tensor) -> Tensor:
+        """The output, if it can be one for ``hidden``. Raises PeerMisbehaved."""
+        if len(answer.tensors) != 1:
+            raise self.misbehaved(f"{len(answer.tensors)} tensors instead of one")
+        output = answer.tensors[0]
+        if output.shape != hidden.shape or output.dtype != hidden.dtype:
+            raise self.misbehaved(
+                f"{output.dtype} {list(output.shape)} for {hidden.dtype} {list(hidden.shape)}"
+            )
+        if not is_finite(output):
+            raise self.misbehaved("NaN or infinity")
+        return output
+
+    def misbehaved(self, what: str) -> PeerMisbehaved:
+        """The error for an answer that cannot be right."""
+        return PeerMisbehaved(
+            f"The server of blocks {self.blocks} answered with {what}.",
+            hint="It is avoided from now on; report it to whoever runs the swarm.",
+            peer_id=self.peer_id,
+        )
+
+    async def _say_goodbye(self) -> None:
+        if self._channel.is_closed:
+            return
+        is_heard = self._reader is not None and self.failure is None
+        await self._channel.send(CloseSession(self.terms.session_id))
+        if is_heard:
+            await self._ended.wait()
 
     async def _reserve(self) -> None:
         terms, patience = self.terms, self._patience
@@ -211,7 +256,8 @@ class HopSession:
         opened: SessionOpened | None = None
         info: Info | None = None
         while opened is None or info is None:
-            answer = await self._receive(patience.request_seconds + patience.alloc_seconds)
+            seconds = patience.request_seconds + patience.alloc_seconds
+            answer, _ = await self._channel.receive(seconds)
             match answer:
                 case Info():
                     info = answer
@@ -225,66 +271,40 @@ class HopSession:
         self.lease_seconds = opened.lease_seconds
         self.max_length = opened.max_length
 
-    async def _receive(self, timeout: float) -> AnyMessage:
-        message, tensors = await self._channel.receive(timeout)
-        if tensors:
-            raise self._unexpected(message)
-        return message
+    async def _read(self) -> None:
+        """The life of the channel after the opening."""
+        try:
+            while True:
+                self._hear(*await self._channel.receive())
+        except PetalsError as error:
+            self.fail(error)
 
-    async def _answer(self, step_id: int) -> tuple[StepResult, list[Tensor]]:
-        """The answer to a step; what interrupted steps or older epochs left is dropped."""
-        terms = self.terms
-        while True:
-            message, tensors = await self._channel.receive(self._patience.request_seconds)
-            match message:
-                case StepResult():
-                    if message.step_id < step_id or message.epoch < terms.epoch:
-                        continue
-                    if message.step_id == step_id and message.session_id == terms.session_id:
-                        return message, tensors
-                    raise self._unexpected(message)
-                case Refusal():
-                    if message.step_id is not None and message.step_id < step_id:
-                        continue
-                    raise message.to_error(self.peer_id)
-                case SessionEnded():
-                    raise SessionClosed(
-                        f"The server has ended the session: {message.reason or 'no reason given'}.",
-                        hint="Open a new session.",
-                        peer_id=self.peer_id,
-                    )
-                case _:
-                    raise self._unexpected(message)
+    def _hear(self, message: AnyMessage, tensors: list[Tensor]) -> None:
+        match message:
+            case StepResult():
+                if message.session_id == self.terms.session_id and message.epoch >= self.epoch:
+                    self._tell(message.step_id, Answer(message, tensors))
+            case Refusal(step_id=int(step_id)):
+                self._tell(step_id, message.to_error(self.peer_id))
+            case Refusal():
+                raise message.to_error(self.peer_id)
+            case SessionEnded():
+                self._ended.set()
+                raise SessionClosed(
+                    f"The server has ended the session: {message.reason or 'no reason given'}.",
+                    hint="Open a new session.",
+                    peer_id=self.peer_id,
+                )
+            case _:
+                raise self._unexpected(message)
 
-    def _checked(self, tensors: list[Tensor], hidden: Tensor) -> Tensor:
-        """The output, if it can be one for ``hidden``."""
-        if len(tensors) != 1:
-            raise self._misbehaved(f"{len(tensors)} tensors instead of one")
-        output = tensors[0]
-        if output.shape != hidden.shape or output.dtype != hidden.dtype:
-            raise self._misbehaved(
-                f"{output.dtype} {list(output.shape)} for {hidden.dtype} {list(hidden.shape)}"
-            )
-        if not is_finite(output):
-            raise self._misbehaved("NaN or infinity")
-        return output
-
-    async def _until_ended(self) -> None:
-        while True:
-            message, _ = await self._channel.receive(_CLOSE_SECONDS)
-            if isinstance(message, SessionEnded | Refusal):
-                return
+    def _tell(self, step_id: int, answer: Answer | PetalsError) -> None:
+        if self.listener is not None:
+            self.listener.on_answer(self, step_id, answer)
 
     def _unexpected(self, message: AnyMessage) -> ProtocolError:
         return ProtocolError(
             f"The server sent {type(message).__name__} out of turn.", peer_id=self.peer_id
-        )
-
-    def _misbehaved(self, what: str) -> PeerMisbehaved:
-        return PeerMisbehaved(
-            f"The server of blocks {self.blocks} answered with {what}.",
-            hint="It is avoided from now on; report it to whoever runs the swarm.",
-            peer_id=self.peer_id,
         )
 
 

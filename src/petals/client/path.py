@@ -1,53 +1,74 @@
-"""The hops of one session, opened together and walked in order.
+"""The hops of one session and how a step gets through them.
 
-Opening never holds one hop while it waits at another: all are asked without waiting; on a refusal
-all are released, and only then another route is taken, or the full one waited for. Knows servers
-and reservations; knows no rows, no positions and no tokens.
+States travel along *arcs*: consecutive hops that hand them on to each other; between two arcs they
+pass through the client. An answer to a step counts from whichever hop it comes. Knows servers and
+reservations; repairs nothing, and knows no rows and no tokens.
 """
 
 import asyncio
-import contextlib
-import random
-from collections.abc import Sequence
-from dataclasses import replace
-from time import monotonic
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from petals.client.hop import HopSession, Patience, StepCall, Terms
-from petals.client.routing import Needs
+from petals.client.hop import Answer, HopSession, StepCall
+from petals.client.opening import release
 from petals.client.swarm_view import SwarmView
+from petals.client.trace import StepTiming
 from petals.errors import (
     BadInput,
-    BlocksNotServed,
-    CacheFull,
-    NoCapacity,
     PeerError,
+    PeerTimeout,
     PetalsError,
-    RequestError,
+    SessionClosed,
 )
-from petals.logs import get_logger
-from petals.types import BlockSpan, Hop, PeerId, Route
-
-logger = get_logger(__name__)
+from petals.types import Route
 
 _SIGNS_PER_LEASE = 3
 _MIN_SIGN_SECONDS = 0.05
-_MAX_JITTER_SECONDS = 0.1
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """A step under way. hidden: [tokens, H]; output: the same shape, once it has come."""
+
+    call: StepCall
+    hidden: Tensor
+    output: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A step whose answer may come from hop ``first`` or any hop after it."""
+
+    first: int
+    heard: "asyncio.Future[tuple[int, Answer | PetalsError] | None]"
 
 
 class SessionPath:
-    """Reservations that lead through all blocks of a session. ``open_path`` makes one."""
+    """Reservations that lead through all blocks of a session; it owns them."""
 
     def __init__(self, hops: Sequence[HopSession], swarm: SwarmView) -> None:
-        self.hops = tuple(hops)
+        self.hops = list(hops)
         self._swarm = swarm
+        self._waiting: dict[int, _Waiting] = {}
+        for hop in self.hops:
+            hop.listener = self
         self._keeper = asyncio.create_task(self._keep_alive(), name="signs of life")
         self._closed = False
+        swarm.paths.add(self)
 
     @property
     def route(self) -> Route:
         return tuple(hop.hop for hop in self.hops)
+
+    @property
+    def lost(self) -> list[HopSession]:
+        """Hops that nothing more will come from."""
+        return [hop for hop in self.hops if hop.failure is not None]
 
     @property
     def max_length(self) -> int:
@@ -65,25 +86,29 @@ class SessionPath:
         """Width of the states, as the first server says."""
         return self.hops[0].info.hidden_size
 
-    @property
-    def lost_reorder(self) -> bool:
-        """True if a step that reordered rows failed at some hop, nobody knows how far."""
-        return any(hop.lost_reorder for hop in self.hops)
+    async def run(self, pieces: Sequence[Piece]) -> None:
+        """Get the output of every piece, the hops working on them one behind the other.
 
-    async def step(self, call: StepCall, hidden: Tensor) -> Tensor:
-        """``[sum(counts), H]`` through all hops. Raises what ``HopSession.step`` raises."""
-        for hop in self.hops:
-            try:
-                hidden = await hop.step(call, hidden)
-            except PeerError as error:
-                self._swarm.note_failure(hop.peer_id, error)
-                raise
-        return hidden
+        Raises a RequestError that a server answered with, and whatever else stopped it: ``lost``
+        tells whether a hop is to blame.
+        """
+        if len(pieces) == 1:
+            await self._step(pieces[0])
+            return
+        under_way = asyncio.Semaphore(len(self.hops) + 1)
 
-    def note_reorder(self, rows: Sequence[int]) -> None:
-        """New row r continues old row ``rows[r]``; every hop is told with its next step."""
-        for hop in self.hops:
-            hop.note_reorder(rows)
+        async def run(piece: Piece) -> None:
+            async with under_way:
+                await self._step(piece)
+
+        tasks = [asyncio.create_task(run(piece)) for piece in pieces]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
 
     async def close(self) -> None:
         """Free all reservations. Idempotent."""
@@ -94,151 +119,120 @@ class SessionPath:
         self._swarm.paths.discard(self)
         await release(self.hops)
 
+    # What the hops say
+
+    def on_answer(self, hop: HopSession, step_id: int, answer: Answer | PetalsError) -> None:
+        """See ``Listener``. Answers to what nobody waits for any more are dropped."""
+        waiting = self._waiting.get(step_id)
+        if waiting is None or waiting.heard.done():
+            return
+        index = self.hops.index(hop)
+        if index >= waiting.first:
+            waiting.heard.set_result((index, answer))
+
+    def on_lost(self, hop: HopSession) -> None:
+        """See ``Listener``."""
+        assert hop.failure is not None
+        index = self.hops.index(hop)
+        for waiting in self._waiting.values():
+            if index >= waiting.first and not waiting.heard.done():
+                waiting.heard.set_result((index, hop.failure))
+
+    # One step
+
+    async def _step(self, piece: Piece) -> None:
+        hidden, at = piece.hidden, 0
+        with self._expect(piece.call.step_id) as waiting:
+            while at < len(self.hops):
+                waiting.first = at
+                index, answer, seconds = await self._ask(waiting, piece.call, hidden)
+                hop = self.hops[index]
+                if isinstance(answer, PetalsError):
+                    raise self._judged(index, at, answer)
+                try:
+                    output = hop.checked(answer, hidden)
+                except PeerError as error:
+                    hop.fail(error)
+                    raise
+                self._note_timing(hop, piece.call, answer, seconds)
+                hidden, at = output, index + 1
+        piece.output = hidden
+
+    async def _ask(
+        self, waiting: _Waiting, call: StepCall, hidden: Tensor
+    ) -> tuple[int, Answer | PetalsError, float]:
+        """Send a step to hop ``waiting.first``; who answered what, after how many seconds."""
+        began = self._now()
+        hop = self.hops[waiting.first]
+        waiting.heard = asyncio.get_running_loop().create_future()
+        if hop.failure is not None:
+            raise hop.failure
+        await hop.send(call, hidden)
+        heard = await self._hear(waiting, self._swarm.config.request_timeout)
+        if heard is None:
+            error = PeerTimeout(
+                f"No answer to a step within {self._swarm.config.request_timeout:g} s."
+            )
+            hop.fail(error)
+            raise error
+        return *heard, self._now() - began
+
+    async def _hear(
+        self, waiting: _Waiting, seconds: float
+    ) -> tuple[int, Answer | PetalsError] | None:
+        timer = self._swarm.node.clock.call_later(seconds, partial(_expire, waiting.heard))
+        try:
+            return await waiting.heard
+        finally:
+            timer.cancel()
+
+    def _judged(self, index: int, first: int, error: PetalsError) -> PetalsError:
+        """A refusal or a loss, laid at the right door."""
+        if isinstance(error, BadInput) and index > first:
+            # We checked what went in, so it was spoilt by the hop that handed it on.
+            index -= 1
+            error = self.hops[index].misbehaved(f"states that its neighbour refused: {error}")
+        if isinstance(error, PeerError | SessionClosed):
+            self.hops[index].fail(error)
+        return error
+
+    def _note_timing(self, hop: HopSession, call: StepCall, answer: Answer, seconds: float) -> None:
+        result = answer.result
+        hop.timings.append(
+            StepTiming(
+                call.step_id,
+                call.num_tokens,
+                seconds,
+                result.queue_seconds,
+                result.compute_seconds,
+                result.batch_tokens,
+            )
+        )
+
+    @contextmanager
+    def _expect(self, step_id: int) -> Iterator[_Waiting]:
+        waiting = _Waiting(0, asyncio.get_running_loop().create_future())
+        self._waiting[step_id] = waiting
+        try:
+            yield waiting
+        finally:
+            del self._waiting[step_id]
+
+    def _now(self) -> float:
+        return self._swarm.node.clock.monotonic()
+
     async def _keep_alive(self) -> None:
-        lease = min(hop.lease_seconds for hop in self.hops)
-        pause = max(lease / _SIGNS_PER_LEASE, _MIN_SIGN_SECONDS)
         while True:
-            await asyncio.sleep(pause)
-            await asyncio.gather(*(_sign_of_life(hop) for hop in self.hops))
+            lease = min(hop.lease_seconds for hop in self.hops)
+            await asyncio.sleep(max(lease / _SIGNS_PER_LEASE, _MIN_SIGN_SECONDS))
+            await asyncio.gather(*(hop.keep() for hop in self.hops))
 
 
-async def _sign_of_life(hop: HopSession) -> None:
-    with contextlib.suppress(PeerError):  # the next step meets it and says so
-        await hop.keep()
+def _expire(heard: "asyncio.Future[tuple[int, Answer | PetalsError] | None]") -> None:
+    if not heard.done():
+        heard.set_result(None)
 
 
-async def release(hops: Sequence[HopSession]) -> None:
-    """Free reservations, all at the same time."""
-    await asyncio.gather(*(hop.close() for hop in hops))
-
-
-async def open_path(swarm: SwarmView, blocks: BlockSpan, terms: Terms) -> SessionPath:
-    """Reserve a whole route.
-
-    Raises MissingBlocksError, CacheFull after ``alloc_timeout``, the refusal of the last server
-    that could have served (RequestTooLarge, UnknownAdapter, ...), a PeerError after
-    ``max_retries``.
-    """
-    path = SessionPath(await _Opening(swarm, blocks, terms).run(), swarm)
-    for hop in path.hops:
-        swarm.note_success(hop.peer_id, hop.info)
-    swarm.paths.add(path)
-    return path
-
-
-class _Opening:
-    """One attempt after another, with what they have taught."""
-
-    def __init__(self, swarm: SwarmView, blocks: BlockSpan, terms: Terms) -> None:
-        config = swarm.config
-        self._swarm = swarm
-        self._terms = terms
-        self._needs = Needs(
-            blocks=blocks,
-            model=swarm.model,
-            cache_tokens=(terms.max_length or 0) * terms.num_rows,
-        )
-        self._patience = Patience(
-            connect_seconds=config.connect_timeout, request_seconds=config.request_timeout
-        )
-        self._room_deadline = monotonic() + config.alloc_timeout
-        self._full: dict[PeerId, CacheFull] = {}
-        self._unfit: dict[PeerId, PetalsError] = {}
-        self._num_failures = 0
-
-    async def run(self) -> list[HopSession]:
-        while True:
-            held: list[HopSession] = []
-            crowded = False
-            try:
-                route = await self._route(exclude_full=True)
-            except NoCapacity:
-                crowded = True
-                route = await self._route(exclude_full=False)
-                held = await self._wait_for_room(route)
-            if held or not crowded:
-                hops = await self._reserve(route, held)
-                if hops is not None:
-                    return hops
-            if crowded:  # two clients on crossed routes must not retry in step for ever
-                await asyncio.sleep(random.random() * _MAX_JITTER_SECONDS)
-
-    async def _route(self, *, exclude_full: bool) -> Route:
-        exclude = {*self._unfit, *self._full} if exclude_full else {*self._unfit}
-        try:
-            return await self._swarm.route(replace(self._needs, exclude=frozenset(exclude)))
-        except NoCapacity:
-            if self._unfit and not exclude_full:
-                raise next(reversed(self._unfit.values())) from None
-            raise
-
-    async def _wait_for_room(self, route: Route) -> list[HopSession]:
-        """Wait at one full server, holding nothing elsewhere. Raises CacheFull at the deadline."""
-        full = next((hop for hop in route if hop.peer_id in self._full), None)
-        if full is None:
-            return []
-        seconds = self._room_deadline - monotonic()
-        if seconds <= 0:
-            raise self._full[full.peer_id]
-        patience = replace(self._patience, alloc_seconds=seconds)
-        try:
-            held = await HopSession.open(self._swarm.node, full, self._terms, patience)
-        except PetalsError as error:
-            await self._learn(full, error)
-            return []
-        del self._full[full.peer_id]
-        return [held]
-
-    async def _reserve(self, route: Route, held: list[HopSession]) -> list[HopSession] | None:
-        """Ask all hops not ``held``, without waiting; None, and nothing held, if one refuses."""
-        have = {session.hop: session for session in held}
-        missing = [hop for hop in route if hop not in have]
-        tasks = [asyncio.create_task(self._open(hop)) for hop in missing]
-        try:
-            if tasks:
-                await asyncio.wait(tasks)
-        except asyncio.CancelledError:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            await release([*held, *_opened(tasks)])
-            raise
-        errors = [(hop, task.exception()) for hop, task in zip(missing, tasks) if task.exception()]
-        if not errors:
-            have |= {hop: task.result() for hop, task in zip(missing, tasks)}
-            return [have[hop] for hop in route]
-        await release([*held, *_opened(tasks)])
-        for hop, error in errors:
-            if not isinstance(error, PetalsError):
-                raise error or RuntimeError
-            await self._learn(hop, error)
-        return None
-
-    async def _open(self, hop: Hop) -> HopSession:
-        return await HopSession.open(self._swarm.node, hop, self._terms, self._patience)
-
-    async def _learn(self, hop: Hop, error: PetalsError) -> None:
-        """Remember why a server is no choice now. Raises the error if no other can help."""
-        logger.debug("blocks %s at %s: %s", hop.blocks, hop.peer_id, error.message)
-        match error:
-            case CacheFull():
-                self._full[hop.peer_id] = error
-            case BadInput():
-                raise error
-            case BlocksNotServed():
-                self._unfit[hop.peer_id] = error
-                await self._swarm.refresh()
-            case RequestError():
-                self._unfit[hop.peer_id] = error
-            case PeerError():
-                self._num_failures += 1
-                self._swarm.note_failure(hop.peer_id, error)
-                if self._num_failures > self._swarm.config.num_retries:
-                    raise error
-                await asyncio.sleep(self._swarm.config.backoff_seconds(self._num_failures))
-            case _:
-                raise error
-
-
-def _opened(tasks: Sequence["asyncio.Task[HopSession]"]) -> list[HopSession]:
-    return [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
+def joined(pieces: Sequence[Piece]) -> Tensor:
+    """The outputs of pieces that are all done, packed."""
+    return torch.cat([piece.output for piece in pieces if piece.output is not None])

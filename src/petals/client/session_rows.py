@@ -1,20 +1,22 @@
-"""A session's rows in the event loop: where each stands, what a step may ask, how it is cut.
+"""A session's rows in the event loop: where each stands, and what a step may ask.
 
 Rolling back and reordering are recorded here and ride on the next step. The layers of a step, from
-outside in: check, cut into chunks, walk the path, one hop. Knows no text and no sampling.
+outside in: check, run until it is whole (``recovery``), walk the path, one hop. Knows no text and
+no sampling.
 """
 
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from petals.client.hop import StepCall, Terms, check_states, check_width
-from petals.client.path import SessionPath, open_path
+from petals.client.hop import Terms, check_states, check_width
+from petals.client.kept_inputs import KeptInputs, Part
+from petals.client.recovery import Attempt, Recovery
 from petals.client.sequence_manager import SwarmAccess
 from petals.client.swarm_view import show
 from petals.client.trace import SessionTrace
@@ -23,7 +25,6 @@ from petals.errors import (
     BatchTooLarge,
     LengthExceeded,
     PetalsError,
-    RequestError,
     SessionClosed,
     SessionGap,
 )
@@ -57,8 +58,10 @@ class SessionRows:
         self._access = access
         self._num_reserved = num_rows
         self._dtype: torch.dtype | None = None
-        self._path: SessionPath | None = None
-        self._next_step_id = 0
+        self._recovery: Recovery | None = None
+        self._inputs = KeptInputs(num_rows or 0)
+        self._reorder: tuple[int, ...] | None = None
+        """What servers have not been told yet: new row r continues their row ``_reorder[r]``."""
         self._turn = asyncio.Lock()
         self._end: PetalsError | None = None
         self._step_seconds: deque[float] = deque(maxlen=_KEPT_STEPS)
@@ -66,13 +69,19 @@ class SessionRows:
     @property
     def is_open(self) -> bool:
         """True while servers hold room for us."""
-        return self._path is not None and self._end is None
+        return self._recovery is not None and self._end is None
 
     @property
     def trace(self) -> SessionTrace:
-        """The route and the latest timings."""
-        hops = () if self._path is None else tuple(hop.trace for hop in self._path.hops)
-        return SessionTrace(hops, tuple(self._step_seconds))
+        """The route, the latest timings and repairs."""
+        recovery = self._recovery
+        if recovery is None:
+            return SessionTrace((), ())
+        return SessionTrace(
+            hops=() if recovery.path is None else tuple(hop.trace for hop in recovery.path.hops),
+            step_seconds=tuple(self._step_seconds),
+            repairs=tuple(recovery.repairs),
+        )
 
     def rewind(self, position: int) -> None:
         """Roll rows longer than ``position`` back to it. Raises SessionGap if none is that long."""
@@ -91,42 +100,43 @@ class SessionRows:
         counts: Sequence[int],
         reorder: Sequence[int] | None = None,
     ) -> Tensor:
-        """See ``InferenceSession.step_rows``."""
+        """See ``InferenceSession.step_rows``. A step that fails changes nothing."""
         async with self._turn:
             began = perf_counter()
             self._check(hidden, starts, counts, reorder)
             check_states(hidden)
-            path = await self._ready(hidden, len(counts))
-            check_width(hidden, path.hidden_size)
-            if reorder is not None:
-                path.note_reorder(reorder)
-            self.lengths = tuple(starts)
-            if not hidden.shape[0]:
-                return hidden
-            try:
-                output = await self._walk(path, hidden.to(self._dtype), starts, counts)
-            except BaseException as error:
-                if not isinstance(error, RequestError) and path.lost_reorder:
-                    self._end = SessionClosed(
-                        "A step that reordered rows was interrupted; where they stand is unknown.",
-                        hint="Open a new session.",
-                    )
-                raise
-            self.lengths = tuple(s + c for s, c in zip(starts, counts))
-            self._step_seconds.append(perf_counter() - began)
+            recovery = await self._ready(hidden, len(counts))
+            check_width(hidden, self._hidden_size)
+            inputs = self._inputs.branch(starts, reorder)
+            untold = _after(self._reorder, reorder)
+            if hidden.shape[0]:
+                attempt = Attempt(
+                    inputs=inputs,
+                    # A copy: it is kept, and the caller may write into his own.
+                    rest=Part(tuple(starts), tuple(counts), hidden.to(self._dtype, copy=True)),
+                    reorder=untold,
+                    cuts_rows=untold is not None or inputs.lengths != self._inputs.lengths,
+                )
+                output = await recovery.run(attempt)
+                untold = None
+                self._step_seconds.append(perf_counter() - began)
+            else:
+                output = hidden
+            self._inputs, self._reorder = inputs, untold
+            self.lengths = inputs.lengths
             return output.to(hidden.dtype)
 
     async def close(self) -> None:
         """Free what the servers hold; a step under way fails. Idempotent."""
         if self._end is None:
             self._end = SessionClosed("The session was closed.", hint="Open a new one.")
-        if self._path is not None:
-            await self._path.close()
+        if self._recovery is not None:
+            await self._recovery.close()
 
-    async def _ready(self, hidden: Tensor, num_rows: int) -> SessionPath:
-        """The open path; opens it at the first step."""
-        if self._path is not None:
-            return self._path
+    async def _ready(self, hidden: Tensor, num_rows: int) -> Recovery:
+        """The way to the servers; opens it at the first step."""
+        if self._recovery is not None:
+            return self._recovery
         self._dtype = hidden.dtype if hidden.dtype in _TRAVELLING else torch.float32
         view = await self._access.view()
         terms = Terms(
@@ -137,15 +147,17 @@ class SessionRows:
             dtype=self._dtype,
             adapter=view.config.active_adapter,
         )
-        path = await open_path(view, self.blocks, terms)
+        recovery = Recovery(view, self.blocks, terms)
+        path = await recovery.open()
         if self._end is not None:
-            await path.close()
+            await recovery.close()
             raise self._end
-        self._path = path
-        self.max_length = self._path.max_length
+        self._recovery, self._hidden_size = recovery, path.hidden_size
+        self._inputs = KeptInputs(num_rows)
+        self.max_length = path.max_length
         if view.config.show_route == "inference":
             logger.info("session through %s", show(path.route))
-        return self._path
+        return recovery
 
     def _check(
         self,
@@ -189,48 +201,10 @@ class SessionRows:
                     hint="Open the session with a larger max_length.",
                 )
 
-    async def _walk(
-        self, path: SessionPath, hidden: Tensor, starts: Sequence[int], counts: Sequence[int]
-    ) -> Tensor:
-        """One step, or a long one cut so that the hops work on its chunks at the same time."""
-        limits = [path.max_step_tokens]
-        if len(path.hops) > 1:
-            limits.append(self._access.config.prefill_chunk_tokens)
-        limit = min((limit for limit in limits if limit), default=0)
-        if not limit or hidden.shape[0] <= limit:
-            return await path.step(self._call(tuple(starts), tuple(counts)), hidden)
-        calls = [self._call(*piece) for piece in _cut(starts, counts, limit)]
-        chunks = torch.split(hidden, [call.num_tokens for call in calls])
-        under_way = asyncio.Semaphore(len(path.hops) + 1)
 
-        async def run(call: StepCall, chunk: Tensor) -> Tensor:
-            async with under_way:
-                return await path.step(call, chunk)
-
-        tasks = [asyncio.create_task(run(*work)) for work in zip(calls, chunks)]
-        try:
-            return torch.cat(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    def _call(self, starts: tuple[int, ...], counts: tuple[int, ...]) -> StepCall:
-        self._next_step_id += 1
-        return StepCall(self._next_step_id, starts, counts)
-
-
-def _cut(
-    starts: Sequence[int], counts: Sequence[int], limit: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(starts, counts) of successive steps of at most ``limit`` tokens, in packed order."""
-    done = [0] * len(counts)
-    while done != list(counts):
-        room = limit
-        begun = tuple(start + have for start, have in zip(starts, done))
-        taken = []
-        for row, count in enumerate(counts):
-            taken.append(min(room, count - done[row]))
-            room -= taken[row]
-            done[row] += taken[row]
-        yield begun, tuple(taken)
+def _after(first: Sequence[int] | None, second: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Two reorders, one after the other, as one."""
+    if first is None or second is None:
+        chosen = second if first is None else first
+        return None if chosen is None else tuple(chosen)
+    return tuple(first[row] for row in second)

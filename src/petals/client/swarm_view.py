@@ -125,18 +125,21 @@ class SwarmView:
         elif chosen:
             self.node.background.start(self.measure(chosen), "measuring servers")
 
-    async def route(self, needs: Needs, *, throughput: bool = False) -> Route:
+    async def route(
+        self, needs: Needs, *, throughput: bool = False, avoid_strictly: bool = False
+    ) -> Route:
         """A route for ``needs`` now; ``throughput`` draws one of many instead of the fastest.
 
-        Raises MissingBlocksError, NoCapacity, UnknownAdapter.
+        Banned servers are used where nobody else holds a block; with ``avoid_strictly`` not even
+        there. Raises MissingBlocksError, NoCapacity, UnknownAdapter.
         """
         await self.records()
         try:
-            return self._find(needs, throughput)
+            return self._find(needs, throughput, avoid_strictly)
         except MissingBlocksError:
             await self.refresh(older_than=_FRESH_SECONDS)
         try:
-            return self._find(needs, throughput)
+            return self._find(needs, throughput, avoid_strictly)
         except MissingBlocksError:
             self._blame_the_adapter(needs.blocks)
             raise
@@ -169,12 +172,15 @@ class SwarmView:
             )
         return self._table
 
-    def _find(self, needs: Needs, throughput: bool) -> Route:
-        needs = replace(needs, avoid=self.bans.at(self._clock.monotonic()))
+    def _find(self, needs: Needs, throughput: bool, avoid_strictly: bool) -> Route:
+        candidates, banned = self.candidates(), self.bans.at(self._clock.monotonic())
+        if avoid_strictly:
+            candidates = tuple(c for c in candidates if c.peer_id not in banned)
+        needs = replace(needs, avoid=banned)
         if throughput:
-            route = find_throughput_route(self.candidates(), needs, random.random)
+            route = find_throughput_route(candidates, needs, random.random)
         else:
-            route = find_route(self.candidates(), needs)
+            route = find_route(candidates, needs)
         if self.config.show_route is True:
             logger.info("route: %s", show(route))
         return route
@@ -211,7 +217,8 @@ class SwarmView:
         """Some holders of every block that has several, the unmeasured first."""
         if self._records is None or not self.config.max_pinged:
             return []
-        usable = {record.peer_id for record in self._usable_records()}
+        banned = self.bans.at(self._clock.monotonic())
+        usable = {record.peer_id for record in self._usable_records()} - banned
         chosen: dict[PeerId, None] = {}
         for block in range(self._records.num_blocks):
             peers = [PeerId(r.peer_id) for r in self._records.holders(block)]

@@ -5,9 +5,10 @@ Plain values; knows nothing of how they were measured.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from statistics import median
 
-from petals.types import BlockSpan, PeerId
+from petals.types import BlockSpan, PeerId, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,42 @@ class HopTrace:
         )
 
 
+class Way(StrEnum):
+    """How states get from one server to the next."""
+
+    DIRECT = "direct"
+    RELAYED = "relayed"
+    VIA_CLIENT = "via the client"
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeTrace:
+    """Two hops that follow each other, and the way between them now."""
+
+    near: PeerId
+    far: PeerId
+    way: Way
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """A hop that was lost and what took its place, in ``stall_seconds`` without progress."""
+
+    peer_id: PeerId
+    blocks: BlockSpan
+    reason: str
+    replaced_by: Route
+    stall_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class SessionTrace:
     """A snapshot of a session: its route and the latest of its steps (about a thousand)."""
 
     hops: tuple[HopTrace, ...]
     step_seconds: tuple[float, ...]
+    edges: tuple[EdgeTrace, ...] = ()
+    repairs: tuple[Repair, ...] = ()
 
     def __str__(self) -> str:
         return " → ".join(

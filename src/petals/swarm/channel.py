@@ -52,6 +52,7 @@ class Channel:
         self.service = service
         self.limits = limits
         self.silence_seconds = limits.silence_seconds
+        self.ping_interval_seconds = limits.ping_interval_seconds
         self.rtt_seconds: float | None = None
         self._stream = stream
         self._clock = clock
@@ -331,7 +332,7 @@ class Channel:
         self._num_pending += 1
         if self._heartbeat is None and self._error is None:
             self._heartbeat = self._clock.call_later(
-                self.limits.ping_interval_seconds, self._check_pulse
+                self.ping_interval_seconds, self._check_pulse
             )
 
     def _check_pulse(self) -> None:
@@ -345,7 +346,7 @@ class Channel:
             return
         self._write_ping()
         self._heartbeat = self._clock.call_later(
-            self.limits.ping_interval_seconds, self._check_pulse
+            self.ping_interval_seconds, self._check_pulse
         )
 
     def _write_ping(self) -> int:

@@ -2,9 +2,10 @@
 control.
 
 Streams have backpressure and arrive in order after ``latency_seconds`` of the given clock. ``cut``
-makes a link swallow bytes (the peers notice only by silence), ``kill`` makes a peer vanish
-(everybody notices at once). Records live in one dictionary per swarm key and expire by the clock.
-Knows no frames and no messages.
+makes a link swallow bytes, one way or both (the peers notice only by silence), ``pause`` holds what
+a peer sends and is sent until ``resume``, ``kill`` makes a peer vanish (everybody notices at once).
+``on_write`` sees every write before it passes. Records live in one dictionary per swarm key and
+expire by the clock. Knows no frames and no messages.
 """
 
 import asyncio
@@ -27,20 +28,47 @@ class MemoryNet:
         self.clock: Clock = clock or SystemClock()
         self.latency_seconds = latency_seconds
         self.transports: dict[PeerId, MemoryTransport] = {}
-        self._cut: set[frozenset[PeerId]] = set()
+        self.on_write: Callable[[PeerId, PeerId, int], None] = lambda source, target, size: None
+        """Called with (source, target, bytes) of every write on a stream."""
+        self._cut: set[tuple[PeerId, PeerId]] = set()
+        self._paused: dict[PeerId, list[tuple[PeerId, PeerId, Callable[[], None]]]] = {}
         self._records: dict[bytes, dict[str, dict[str, StoredValue]]] = defaultdict(dict)
 
     def engine(self, parts: EngineParts) -> "MemoryTransport":
         """Engine for ``SwarmNode``: a peer of this network."""
         return MemoryTransport(self, parts)
 
-    def cut(self, one: PeerId, other: PeerId) -> None:
-        """From now on nothing passes between the two; nobody is told."""
-        self._cut.add(frozenset((one, other)))
+    def cut(self, one: PeerId, other: PeerId, *, one_way: bool = False) -> None:
+        """From now on nothing passes from ``one`` to ``other`` nor, unless ``one_way``, back;
+        nobody is told.
+        """
+        self._cut.add((one, other))
+        if not one_way:
+            self._cut.add((other, one))
 
     def heal(self, one: PeerId, other: PeerId) -> None:
         """New bytes pass again; what was swallowed is lost, so streams cut before stay broken."""
-        self._cut.discard(frozenset((one, other)))
+        self._cut -= {(one, other), (other, one)}
+
+    def pause(self, peer: PeerId) -> None:
+        """The peer stands still, as far as others can see."""
+        self._paused.setdefault(peer, [])
+
+    def resume(self, peer: PeerId) -> None:
+        """The peer goes on: what was held is delivered in order."""
+        for source, target, action in self._paused.pop(peer, []):
+            self.pass_on(source, target, action)
+
+    def pass_on(self, source: PeerId, target: PeerId, action: Callable[[], None]) -> None:
+        """Let something reach ``target`` when the latency is over and nobody is paused."""
+        for peer in (source, target):
+            if peer in self._paused:
+                self._paused[peer].append((source, target, action))
+                return
+        if self.latency_seconds:
+            self.clock.call_later(self.latency_seconds, action)
+        else:
+            action()
 
     def kill(self, peer: PeerId) -> None:
         """The peer's process dies: its streams break at once, new ones cannot be opened."""
@@ -48,8 +76,14 @@ class MemoryNet:
         if transport is not None:
             transport.break_streams()
 
-    def is_cut(self, one: PeerId, other: PeerId) -> bool:
-        return frozenset((one, other)) in self._cut
+    def is_cut(self, source: PeerId, target: PeerId) -> bool:
+        """True if nothing passes from ``source`` to ``target``."""
+        return (source, target) in self._cut
+
+    def is_mute(self, one: PeerId, other: PeerId) -> bool:
+        """True if the two cannot greet each other now."""
+        is_cut = self.is_cut(one, other) or self.is_cut(other, one)
+        return is_cut or one in self._paused or other in self._paused
 
     def records_of(self, swarm: bytes) -> dict[str, dict[str, StoredValue]]:
         """The records of the swarm with this key (empty bytes: the open one)."""
@@ -73,24 +107,19 @@ class _Pipe:
     def write(self, data: bytes) -> None:
         if self.is_over or not data:
             return
+        self._net.on_write(self._source, self._target, len(data))
         self.num_unread += len(data)
         if not self._net.is_cut(self._source, self._target):
-            self._later(lambda: self._deliver(data))
+            self._net.pass_on(self._source, self._target, lambda: self._deliver(data))
 
     def finish(self) -> None:
         """End of stream, after everything written so far."""
         if not self._net.is_cut(self._source, self._target):
-            self._later(self.end)
+            self._net.pass_on(self._source, self._target, self.end)
 
     def end(self) -> None:
         self.is_over = True
         self._wake()
-
-    def _later(self, action: Callable[[], None]) -> None:
-        if self._net.latency_seconds:
-            self._net.clock.call_later(self._net.latency_seconds, action)
-        else:
-            action()
 
     def _deliver(self, data: bytes) -> None:
         if not self.is_over:
@@ -217,7 +246,7 @@ class MemoryTransport:
 
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> MemoryStream:
         target = self._net.transports.get(peer)
-        if self._net.is_cut(self.peer_id, peer):
+        if self._net.is_mute(self.peer_id, peer):
             await self._net.clock.sleep(timeout)
             raise PeerTimeout("The peer does not answer.", peer_id=peer)
         if target is None or protocol not in target._handlers:
@@ -235,7 +264,7 @@ class MemoryTransport:
 
     async def probe(self, address: str, timeout: float) -> bool:
         peer = _peer_of(address)
-        return peer in self._net.transports and not self._net.is_cut(self.peer_id, peer)
+        return peer in self._net.transports and not self._net.is_mute(self.peer_id, peer)
 
     def on_restart(self, callback: Callable[[], None]) -> None:
         """This engine never restarts."""

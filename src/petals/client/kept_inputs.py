@@ -1,0 +1,80 @@
+"""What a session has fed to its first hop, row by row, so that it can be fed again.
+
+The rows are rolled back and reordered like the servers' rows, so that a replay sends only what
+still lives. Knows tensors; knows no servers and no steps' fate.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """``counts[r]`` tokens of row r from ``starts[r]``; hidden: [sum(counts), H], row after row."""
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    hidden: Tensor
+
+
+class KeptInputs:
+    """Rows of hidden states; a row is a list of chunks [n, H] that nobody changes any more."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._rows: list[list[Tensor]] = [[] for _ in range(num_rows)]
+        self.lengths: tuple[int, ...] = (0,) * num_rows
+
+    def branch(self, starts: Sequence[int], reorder: Sequence[int] | None = None) -> "KeptInputs":
+        """The rows as a step from ``starts`` finds them, after its ``reorder``; ours stay."""
+        sources = range(len(self._rows)) if reorder is None else reorder
+        branch = KeptInputs(0)
+        branch._rows = [_cut_row(self._rows[row], start) for row, start in zip(sources, starts)]
+        branch.lengths = tuple(starts)
+        return branch
+
+    def append(self, counts: Sequence[int], hidden: Tensor) -> None:
+        """Add tokens to the rows' ends. hidden: [sum(counts), H]; not to be changed afterwards."""
+        for row, chunk in zip(self._rows, torch.split(hidden, list(counts))):
+            if len(chunk):
+                row.append(chunk)
+        self.lengths = tuple(length + count for length, count in zip(self.lengths, counts))
+
+    def whole(self) -> Part | None:
+        """Everything from position 0; None if that is nothing."""
+        chunks = [chunk for row in self._rows for chunk in row]
+        if not chunks:
+            return None
+        return Part((0,) * len(self.lengths), self.lengths, torch.cat(chunks))
+
+
+def cut(part: Part, limit: int) -> Iterator[Part]:
+    """``part`` in successive parts of at most ``limit`` tokens, in packed order (0: no limit)."""
+    total = part.hidden.shape[0]
+    if not limit or total <= limit:
+        yield part
+        return
+    done = [0] * len(part.counts)
+    for hidden in torch.split(part.hidden, limit):
+        room = hidden.shape[0]
+        starts = tuple(start + have for start, have in zip(part.starts, done))
+        counts = []
+        for row, count in enumerate(part.counts):
+            counts.append(min(room, count - done[row]))
+            room -= counts[row]
+            done[row] += counts[row]
+        yield Part(starts, tuple(counts), hidden)
+
+
+def _cut_row(row: list[Tensor], length: int) -> list[Tensor]:
+    kept, have = [], 0
+    for chunk in row:
+        if have + len(chunk) > length:
+            if have < length:
+                kept.append(chunk[: length - have])
+            break
+        kept.append(chunk)
+        have += len(chunk)
+    return kept
