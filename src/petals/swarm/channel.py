@@ -331,9 +331,7 @@ class Channel:
             self._pending_since = self._clock.monotonic()
         self._num_pending += 1
         if self._heartbeat is None and self._error is None:
-            self._heartbeat = self._clock.call_later(
-                self.ping_interval_seconds, self._check_pulse
-            )
+            self._heartbeat = self._clock.call_later(self.ping_interval_seconds, self._check_pulse)
 
     def _check_pulse(self) -> None:
         self._heartbeat = None
@@ -345,9 +343,7 @@ class Channel:
             self._fail(PeerTimeout(f"No sign of life for {silent:.1f} s.", peer_id=self.peer_id))
             return
         self._write_ping()
-        self._heartbeat = self._clock.call_later(
-            self.ping_interval_seconds, self._check_pulse
-        )
+        self._heartbeat = self._clock.call_later(self.ping_interval_seconds, self._check_pulse)
 
     def _write_ping(self) -> int:
         nonce = self._last_nonce = int(self._clock.monotonic() * 1e9)

@@ -5,6 +5,7 @@ Frozen values, checked by whoever uses them. Knows no engine.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 from petals.clock import Clock
@@ -38,9 +39,11 @@ class NodeConfig:
     """One peer's place in the network.
 
     ``initial_peers`` are multiaddresses of any members; empty starts a swarm of one's own.
-    ``host_maddrs``, where given, replaces ``host``, ``port`` and ``quic``. ``identity_path`` None
-    makes an identity for this run only. ``client_mode`` keeps the node out of other peers' tables:
-    it asks but is never asked. ``auto_relay`` makes a peer behind a NAT reachable through
+    ``host_maddrs``, where given, replaces ``host``, ``port`` and ``quic``. ``quic`` None listens on
+    QUIC beside TCP unless ``host`` is a loopback or private address: peers prefer QUIC where they
+    see it, and there it would only hide a peer's death, which TCP tells at once. ``identity_path``
+    None makes an identity for this run only. ``client_mode`` keeps the node out of other peers'
+    tables: it asks but is never asked. ``auto_relay`` makes a peer behind a NAT reachable through
     ``trusted_relays``, or else through the initial peers. Every ``rejoin_seconds`` the initial
     peers are told of us again, in case they were restarted. ``agent`` is what others see.
     """
@@ -48,7 +51,7 @@ class NodeConfig:
     initial_peers: tuple[str, ...] = ()
     host: str = "0.0.0.0"
     port: int = 0
-    quic: bool = True
+    quic: bool | None = None
     host_maddrs: tuple[str, ...] = ()
     announce_maddrs: tuple[str, ...] = ()
     identity_path: Path | None = None
@@ -70,9 +73,14 @@ class NodeConfig:
             return self.host_maddrs
         ip = "ip6" if ":" in self.host else "ip4"
         addresses = [f"/{ip}/{self.host}/tcp/{self.port}"]
-        if self.quic:
+        if _is_wide(self.host) if self.quic is None else self.quic:
             addresses.append(f"/{ip}/{self.host}/udp/{self.port}/quic-v1")
         return tuple(addresses)
+
+
+def _is_wide(host: str) -> bool:
+    address = ip_address(host)
+    return address.is_unspecified or address.is_global
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
