@@ -1,4 +1,4 @@
-"""A sentence outlives its servers: killed in the middle of it, and it goes on with the same words."""
+"""A sentence outlives its servers: one is killed in the middle, the words stay the same."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
