@@ -29,7 +29,8 @@
     └── SessionError
         ├── CacheFull               no free KV memory now; may be asked again
         ├── SessionClosed           used after close or after its lease ended
-        └── SessionGap              a step does not follow the one before
+        ├── SessionGap              a step does not follow the one before
+        └── OutboxLost              a server no longer has the outputs it is to replay
 
 ``retryable`` says whether the same request may succeed at another peer or later. Errors a client
 caused are never retryable and never ban a server. ``hint`` says what to type or check next. Knows
@@ -203,6 +204,12 @@ class SessionClosed(SessionError):
 
 class SessionGap(SessionError):
     code = "session_gap"
+
+
+class OutboxLost(SessionError):
+    """The server has dropped the session's outputs to make room; its rows themselves stand."""
+
+    code = "outbox_lost"
 
 
 def _tree(root: type[PetalsError]) -> dict[str, type[PetalsError]]:
