@@ -192,9 +192,10 @@ class Replay(Message):
     """From the client: push what this hop has put out, ``lengths[r]`` tokens of row r, to
     ``next_hops``.
 
-    ``step_id`` is the step that follows. If this hop has done it already and reordered its rows for
-    it, ``lengths`` still counts the rows as they were before. The last of ``next_hops`` answers
-    with Replayed; whoever cannot do its part refuses, with the step id.
+    ``step_id`` is the step that follows, ``reorder`` is that of this step. A hop that has reordered
+    its rows for it already replays them so, and says so; ``lengths`` still counts the rows as they
+    were before. The last of ``next_hops`` answers with Replayed; a hop that cannot do its part
+    refuses, with the step id.
     """
 
     session_id: Session
@@ -202,13 +203,18 @@ class Replay(Message):
     step_id: Counter
     lengths: PerRow
     next_hops: Route
+    reorder: PerRow | None = None
 
 
 class Replayed(Message):
-    """The rows are refilled, here and in every hop the replay came through."""
+    """The rows are refilled, here and in every hop the replay came through.
+
+    ``undelivered``: they are not, because these hops could not be reached from here.
+    """
 
     session_id: Session
     epoch: Counter
+    undelivered: Route = ()
 
 
 class KeepSession(Message):
