@@ -371,7 +371,7 @@ class Simulation:
         self._load(server)
 
     def _answering(self) -> View:
-        """The view without those that do not answer a ping, asked before a server relies on them."""
+        """The view without those that do not answer a ping."""
         view = self.directory.view(self.now)
         known = {p: r for p, r in view.records.items() if p in self.servers}
         return View(view.model, view.num_blocks, MappingProxyType(known), view.taken_at)

@@ -26,7 +26,7 @@ def test_a_swarm_with_spares_stays_whole(simulate: ModuleType) -> None:
     )
     tally = simulate.Simulation(scenario).run()
     assert tally.joins > 10 and tally.ends > 10
-    assert tally.covered_seconds == tally.seconds == pytest.approx(6 * 3600)
+    assert tally.covered_seconds == tally.seconds == pytest.approx(6 * 3600, abs=60)
     assert tally.uncovered_by_moves == 0
     assert 0.5 < tally.bottleneck / tally.optimum <= 1.0
     assert all(routes.num_missing == 0 for routes in tally.routes.values())
