@@ -100,7 +100,12 @@ class RecordInvalid(SwarmError):
 
 
 class RouteError(PetalsError):
+    """Nobody can serve, after all the waiting. ``generated`` is what `generate` has made so far:
+    token ids [rows, columns] in the shape of its answer, or None.
+    """
+
     code = "route"
+    generated: object | None = None
 
 
 class MissingBlocksError(RouteError):
