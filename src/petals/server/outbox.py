@@ -5,12 +5,13 @@ share a budget of host memory: when it is spent, the oldest session's outbox is 
 Knows tensors and rows; knows no peers, no messages and no steps' fate.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from petals.errors import OutboxLost
+from petals.server.steps import Piece
 
 _MERGED_TOKENS = 128
 """Chunks of so many tokens are long enough."""
@@ -112,14 +113,16 @@ class OutboxRows:
         self._rows = rows
         self.lengths = tuple(sum(map(len, row)) for row in rows)
 
-    def read(self, row: int, start: int, count: int) -> Iterator[Tensor]:
-        """Tokens ``[start, start + count)`` of ``row`` in pieces [n, H], as far as it reaches."""
-        position = 0
-        for chunk in self._rows[row]:
-            low, high = max(start, position), min(start + count, position + len(chunk))
-            if low < high:
-                yield chunk[low - position : high - position]
-            position += len(chunk)
+    def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
+        """The tokens of ``pieces``, one after the other, as chunks [n, H]."""
+        for piece in pieces:
+            position = 0
+            for chunk in self._rows[piece.row]:
+                low = max(piece.start, position)
+                high = min(piece.start + piece.count, position + len(chunk))
+                if low < high:
+                    yield chunk[low - position : high - position]
+                position += len(chunk)
 
 
 def _merge_end(row: list[Tensor]) -> None:

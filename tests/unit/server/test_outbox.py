@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from petals.errors import OutboxLost
 from petals.server.outbox import Outbox, Outboxes
+from petals.server.steps import Piece
 
 WIDTH = 2
 TOKEN_BYTES = WIDTH * 4
@@ -21,7 +22,7 @@ def contents(outbox: Outbox) -> list[list[int]]:
     rows = outbox.rows()
     assert rows.lengths == outbox.lengths
     return [
-        [int(token[0]) for part in rows.read(row, 0, length) for token in part]
+        [int(token[0]) for part in rows.read([Piece(row, 0, 0, length)]) for token in part]
         for row, length in enumerate(rows.lengths)
     ]
 
@@ -51,7 +52,7 @@ def test_an_outbox_is_a_list_of_lists(data: st.DataObject) -> None:
         for row, numbers in enumerate(expected):
             start = data.draw(st.integers(0, len(numbers)))
             count = data.draw(st.integers(0, 200))
-            parts = rows.read(row, start, count)
+            parts = rows.read([Piece(row, start, 0, count)])
             read = [int(token[0]) for part in parts for token in part]
             assert read == numbers[start : start + count]
     outbox.drop()
@@ -90,5 +91,5 @@ def test_parts_keep_no_neighbours_memory_alive() -> None:
     outbox.append((300, 200), tokens([7] * 500))
     outbox.cut((10, 200))
     rows = outbox.rows()
-    held = [part for row in (0, 1) for part in rows.read(row, 0, 500)]
+    held = list(rows.read([Piece(0, 0, 0, 10), Piece(1, 0, 0, 200)]))
     assert [part.untyped_storage().nbytes() for part in held] == [80, 1600]
