@@ -6,6 +6,7 @@ a second) and searched for the list of its layers. Knows nothing of files, weigh
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from petals.errors import ConfigError, ModelNotSupported
+
+BUILDING = threading.RLock()
+"""Held while a model is built or loaded: transformers then replaces torch's initialisers for the
+whole process, and two threads that put them back in the wrong order leave it without any.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +91,7 @@ def base_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def build_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """An instance without memory, from a copy of ``config``."""
-    with torch.device("meta"), no_init_weights(), _quiet_attention(config) as quiet:
+    with BUILDING, torch.device("meta"), no_init_weights(), _quiet_attention(config) as quiet:
         return model_class(quiet)
 
 

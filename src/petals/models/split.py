@@ -18,7 +18,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from petals.errors import BlocksNotServed, ModelFilesBroken
-from petals.models.arch import ModelArch, build_on_meta, describe, parent_of
+from petals.models.arch import BUILDING, ModelArch, build_on_meta, describe, parent_of
 from petals.models.quantize import QuantKind, quantization_config_for, quantize_linears
 from petals.models.sources import Checkpoint, HubAccess, opened
 from petals.models.weights import Progress, needed_keys, open_tensors
@@ -141,9 +141,10 @@ def load_part(
     with open_tensors(checkpoint, keys, options.progress) as lazy, _quiet_transformers():
         settings = _loading_settings(options, options.dtype or config.dtype or lazy.dtype)
         try:
-            model, info = part.from_pretrained(
-                None, config=config, state_dict=lazy.tensors, **settings
-            )
+            with BUILDING:
+                model, info = part.from_pretrained(
+                    None, config=config, state_dict=lazy.tensors, **settings
+                )
         except RuntimeError as error:
             raise ModelFilesBroken(
                 f"The weights of {checkpoint.name} do not fit its config: {error}",
