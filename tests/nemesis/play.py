@@ -67,6 +67,9 @@ class Injector:
             case Fault.BOOTSTRAP:
                 arena.kill_bootstrap()
             case Fault.CLIENT_DAEMON:
+                # What it had open before ends by its lease.
+                for server in arena.alive():
+                    self._watch.excuse(server)
                 arena.kill_daemon(os.getpid())
             case Fault.KILL:
                 arena.signal(self._victim(strike), signal.SIGKILL)
@@ -147,7 +150,7 @@ class Director:
                 self._perform(model, scene, outcome)
                 outcome.problems += self.watch.leaks(manager_of(model))
         except (PetalsError, AssertionError, RuntimeError, OSError) as error:
-            outcome.problems.append("".join(traceback.format_exception(error)))
+            outcome.problems.append(_in_short(error))
         outcome.problems += own_leaks(own)
         return outcome
 
@@ -255,8 +258,7 @@ class Director:
             if performance.is_alive:
                 outcome.problems.append(f"{who} hangs:\n{_stacks()}")
             elif performance.error is not None:
-                lines = traceback.format_exception(performance.error)
-                outcome.problems.append(f"{who}: {''.join(lines[-12:])}")
+                outcome.problems.append(f"{who}: {_in_short(performance.error)}")
             elif performance.output is not None:
                 outcome.problems += [
                     f"{who}: {problem}" for problem in self._differences(performance, answer)
@@ -382,6 +384,14 @@ def _landed(scene: Scene, injector: Injector, performance: Performance) -> bool:
         return False
     last = ended[0] if scene.phase is Phase.PREFILL else ended[-1]
     return all(at <= last for _, at in injector.struck)
+
+
+def _in_short(error: BaseException) -> str:
+    """An error, its cause, and the last places it came through, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    places = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    cause = "" if error.__cause__ is None else f" from {error.__cause__!r}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{cause} at {places}"
 
 
 def _stacks() -> str:

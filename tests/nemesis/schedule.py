@@ -44,6 +44,7 @@ ON_NETWORK = frozenset({Fault.CUT, Fault.ONE_WAY_CUT, Fault.CUT_LINK, Fault.SLOW
 
 ON_PROCESSES = tuple(fault for fault in Fault if fault not in ON_NETWORK)
 PAIRABLE = (Fault.KILL, Fault.PAUSE, Fault.SERVER_DAEMON, Fault.CLIENT_DAEMON)
+ON_SERVERS = PAIRABLE[:-1]
 TWO_AT_ONCE = "two at once"
 
 _LATEST = 0.6
@@ -106,7 +107,7 @@ def draw(stage: Stage, seed: int, number: int) -> Scene:
     random = Random(f"{seed}/{number}")
     models = [name for name, weight in stage.models for _ in range(weight)]
     if label == TWO_AT_ONCE:
-        faults = [random.choice(PAIRABLE), random.choice(PAIRABLE)]
+        faults = [random.choice(PAIRABLE), random.choice(ON_SERVERS)]
     else:
         faults = [Fault(label)]
     first, at = random.randrange(stage.num_hops), random.uniform(0.1, _LATEST)

@@ -85,7 +85,7 @@ class Watch:
 
             if not wait_until(is_clean, seconds, pause=0.2):
                 found += [f"server {server.blocks} …{server.peer_id[-6:]}: {what}" for what in last]
-                self._first.pop(server.peer_id)
+                self.excuse(server)
         return found
 
 
