@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test nemesis check format clean
 
 install: $(STAMP)
 
@@ -17,6 +17,13 @@ demo: $(STAMP)          ## three servers on this machine answer a question
 
 test: $(STAMP)          ## every test, real processes included
 	$(BIN)/python -m pytest -q $(ARGS)
+
+SEED    ?= 1
+MINUTES ?= 5
+nemesis: $(STAMP)       ## faults by a seeded schedule; SEED=, MINUTES=, ONLY=, MODELS=, NETWORK=1
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m nemesis --seed $(SEED) --minutes $(MINUTES) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS)) \
+		$(if $(NETWORK),--network) $(if $(WRITE),--write benchmarks/results) $(ARGS)
 
 check: $(STAMP)         ## style, types, layers and the fast tests: under two minutes
 	$(BIN)/ruff check src tests examples benchmarks

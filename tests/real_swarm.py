@@ -11,7 +11,13 @@ import torch
 from petals.client.sequence_manager import SwarmAccess
 from petals.models.span import Span
 from petals.models.split import load_blocks
-from petals.server.config import ComputeConfig, LimitsConfig, MemoryConfig, ServerConfig
+from petals.server.config import (
+    ComputeConfig,
+    DoorConfig,
+    LimitsConfig,
+    MemoryConfig,
+    ServerConfig,
+)
 from petals.server.config import SourceConfig as Source
 from petals.server.server import OnlineInfo, Server, Watchers
 from petals.swarm.config import NodeConfig
@@ -75,6 +81,7 @@ async def real_swarm(
             compute=ComputeConfig(device="cpu", num_threads=1),
             memory=MemoryConfig(cache_tokens=cache_tokens),
             limits=LimitsConfig(max_length=64, max_step_tokens=16),
+            door=DoorConfig(replay_chunk_tokens=16),
             network=NodeConfig(initial_peers=initial_peers),
         )
         swarm = RealSwarm(net, base, Span(load_blocks(str(folder), ALL)))

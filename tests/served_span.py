@@ -14,9 +14,10 @@ from petals.server.executor import Executor
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
+from petals.server.outbox import Outboxes
 from petals.server.scheduler import Scheduler, SchedulerConfig
 from petals.swarm.channel import Channel
-from petals.swarm.config import NodeConfig
+from petals.swarm.config import MIB, NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.types import BlockSpan, ModelId, ServerState
@@ -180,7 +181,8 @@ async def served(
     server = SwarmNode(NodeConfig(), engine=net.engine, clock=clock)
     async with server, Executor(scheduler) as executor:
         executor.attach(runner, span.device, span.dtype)
-        service = BlocksService(offer, executor, pool, server.clock, door or DoorConfig())
+        outboxes = Outboxes(MIB)
+        service = BlocksService(offer, executor, pool, outboxes, server, door or DoorConfig())
         service.state = ServerState.ONLINE
         server.serve(BLOCKS_SERVICE, service.serve)
         joined = NodeConfig(initial_peers=await server.addresses())

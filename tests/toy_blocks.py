@@ -240,7 +240,8 @@ class ToySwarm:
         return server
 
     def access(self, num_blocks: int, **options: object) -> SwarmAccess:
-        """Another client's view on the same node."""
+        """Another client's view on the same node; toys do not know each other."""
+        options = {"use_server_to_server": False} | options
         return SwarmAccess(config(**options), MODEL, num_blocks, self.client)
 
     async def at_rest(self) -> bool:

@@ -29,7 +29,8 @@
     └── SessionError
         ├── CacheFull               no free KV memory now; may be asked again
         ├── SessionClosed           used after close or after its lease ended
-        └── SessionGap              a step does not follow the one before
+        ├── SessionGap              a step does not follow the one before
+        └── OutboxLost              a server no longer has the outputs it is to replay
 
 ``retryable`` says whether the same request may succeed at another peer or later. Errors a client
 caused are never retryable and never ban a server. ``hint`` says what to type or check next. Knows
@@ -110,8 +111,13 @@ class RecordInvalid(SwarmError):
 
 
 class RouteError(PetalsError):
+    """Nobody can serve, after all the waiting. ``generated`` is what `generate` has made so far:
+    token ids [rows, columns] in the shape of its answer, or None.
+    """
+
     code = "route"
     default_hint = "petals status --join ADDR shows who serves what."
+    generated: object | None = None
 
 
 class MissingBlocksError(RouteError):
@@ -238,6 +244,13 @@ class SessionClosed(SessionError):
 class SessionGap(SessionError):
     code = "session_gap"
     default_hint = "Go on where the row ends, or before; the session is still usable."
+
+
+class OutboxLost(SessionError):
+    """The server has dropped the session's outputs to make room; its rows themselves stand."""
+
+    code = "outbox_lost"
+    default_hint = "The client mends this by itself, with its own inputs."
 
 
 def _tree(root: type[PetalsError]) -> dict[str, type[PetalsError]]:

@@ -134,12 +134,14 @@ async def test_a_step_may_not_be_larger_than_the_server_takes() -> None:
         assert (await talk.refused(message, states(600))).code == "batch_too_large"
 
 
-async def test_states_are_not_passed_on_yet() -> None:
+async def test_what_cannot_be_handed_on_comes_back() -> None:
     async with served() as swarm:
-        talk = await swarm.talk()
+        talk, hops = await swarm.talk(), (NextHop("nobody", (14, 15)),)
         await talk.open()
-        message = Step(talk.session_id, 0, 0, (0,), (3,), None, (NextHop("peer", (14, 15)),))
-        assert (await talk.refused(message, states(3))).code == "not_supported"
+        message = Step(talk.session_id, 0, 0, (0,), (3,), None, hops)
+        answer, tensors = await talk.ask(message, states(3))
+        assert isinstance(answer, StepResult) and answer.undelivered == hops
+        assert_close(tensors[0], swarm.expected(states(3)))
 
 
 async def test_step_ids_only_grow() -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from petals.client.bridge import bridge
-from petals.client.hop import BLOCKS_SERVICE, check_states, is_finite
+from petals.client.hop import BLOCKS_SERVICE
 from petals.client.routing import Needs
 from petals.client.sequence_manager import SwarmAccess
+from petals.client.states import check_states, is_finite
 from petals.client.swarm_view import SwarmView
 from petals.errors import (
     BadInput,

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from petals.client.padding import to_left_padding
 from petals.client.remote_cache import RemoteCache
-from petals.errors import BadInput, NotSupported
+from petals.errors import BadInput, NotSupported, RouteError
 
 _HUB_MODES = {
     "penalty_alpha": "Contrastive search",
@@ -104,7 +104,13 @@ class RemoteGeneration:
         if options.get("use_cache") is False:
             return self._run(prompt, args, kwargs)
         with self.remote_blocks.new_cache() as cache:
-            return self._run(prompt, args, kwargs | {"past_key_values": cache})
+            try:
+                return self._run(prompt, args, kwargs | {"past_key_values": cache})
+            except RouteError as error:
+                if _grows_by_columns(options, kwargs) and cache.seen_ids is not None:
+                    given = prompt.restore if prompt is not None else _same
+                    error.generated = given(cache.seen_ids)
+                raise
 
     def _decode(self, ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate`."""
@@ -140,14 +146,24 @@ class RemoteGeneration:
             expanded = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
             if expanded > 1 and cache.batch_size == ids.shape[0]:
                 cache.batch_repeat_interleave(expanded)
-        with self.use_session(session):
-            result = self._decode(ids, *args, past_key_values=cache, **kwargs)
+        given = prompt.restore if prompt is not None else _same
+        cache.seen_ids = None
+        try:
+            with self.use_session(session):
+                result = self._decode(ids, *args, past_key_values=cache, **kwargs)
+        except RouteError as error:
+            if _grows_by_columns(options, kwargs) and cache.seen_ids is not None:
+                # The session can go on from here later.
+                session.output_ids = cache.seen_ids
+                error.generated = given(cache.seen_ids[:, num_past:].clone())
+            elif options.get("num_beams", 1) > 1 and cache.rows is not None:
+                _forget_beams(cache, ids, ids)
+            raise
         sequences = result.sequences if isinstance(result, ModelOutput) else result
         if options.get("num_beams", 1) > 1:
             _forget_beams(cache, ids, sequences)
         cache.tell_position()
         session.output_ids = sequences
-        given = prompt.restore if prompt is not None else lambda same: same
         return _map_sequences(result, lambda whole: given(whole[:, num_past:].clone()))
 
     def _read_prompt(
@@ -194,6 +210,8 @@ class RemoteGeneration:
     ) -> dict[str, Any]:
         """Drop what has run already: transformers forgets to where a draft is verified first."""
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, RemoteCache):
+            cache.seen_ids = input_ids
         if next_sequence_length is None and isinstance(cache, RemoteCache):
             past_length = cache.get_seq_length()
             if cache.is_of_same_ids and 0 < past_length < input_ids.shape[1]:
@@ -252,6 +270,15 @@ def _refuse_modes(options: GenerationOptions, kwargs: dict[str, Any]) -> None:
 def _drafts(options: GenerationOptions, kwargs: dict[str, Any]) -> bool:
     assistant = kwargs.get("assistant_model")
     return assistant is not None or options.get("prompt_lookup_num_tokens") is not None
+
+
+def _grows_by_columns(options: GenerationOptions, kwargs: dict[str, Any]) -> bool:
+    """True if every token looked at is part of the answer: no beams, no guesses."""
+    return options.get("num_beams", 1) == 1 and not _drafts(options, kwargs)
+
+
+def _same(ids: Tensor) -> Tensor:
+    return ids
 
 
 def _check_can_start(options: GenerationOptions, kwargs: dict[str, Any]) -> None:

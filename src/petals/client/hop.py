@@ -8,17 +8,16 @@ Knows no model and no tokens.
 
 import asyncio
 import contextlib
-import math
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from petals.client.states import is_finite
+from petals.client.terms import Answer, Patience, Refill, StepCall, Terms
 from petals.client.trace import HopTrace, StepTiming
 from petals.errors import (
-    BadInput,
     PeerError,
     PeerMisbehaved,
     PetalsError,
@@ -29,17 +28,22 @@ from petals.errors import (
 )
 from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
-from petals.types import BlockSpan, Hop, PeerId, SessionId
+from petals.types import BlockSpan, Hop, PeerId, Route
 from petals.wire.messages import (
     AnyMessage,
     CloseSession,
     GetInfo,
     Info,
     KeepSession,
+    Message,
+    NextHop,
     OpenSession,
     Refusal,
+    Replay,
+    Replayed,
     SessionEnded,
     SessionOpened,
+    SetRoute,
     Step,
     StepResult,
 )
@@ -47,56 +51,8 @@ from petals.wire.messages import (
 BLOCKS_SERVICE = "blocks"
 
 _CLOSE_SECONDS = 2.0
+_RECONNECT_SECONDS = 1.0
 _KEPT_TIMINGS = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What a session asks of every one of its hops."""
-
-    session_id: SessionId
-    model: str
-    num_rows: int
-    max_length: int | None
-    """None: whatever the server allows, room taken as the rows grow."""
-    dtype: torch.dtype = torch.float32
-    adapter: str | None = None
-    epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long to wait for a stream, for one answer, for room in the server's cache; how often a
-    server must give a sign of life, and for how long it may be silent.
-    """
-
-    connect_seconds: float
-    request_seconds: float
-    alloc_seconds: float = 0.0
-    ping_seconds: float = 1.0
-    silence_seconds: float = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepCall:
-    """One step as every hop gets it: row r runs ``counts[r]`` tokens from ``starts[r]``."""
-
-    step_id: int
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    reorder: tuple[int, ...] | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.counts)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a hop said to a step."""
-
-    result: StepResult
-    tensors: list[Tensor]
 
 
 class Listener(Protocol):
@@ -104,6 +60,10 @@ class Listener(Protocol):
 
     def on_answer(self, hop: "HopSession", step_id: int, answer: Answer | PetalsError) -> None:
         """A result or a refusal."""
+        ...
+
+    def on_replayed(self, hop: "HopSession", delivered: bool) -> None:
+        """Rows are refilled as far as ``hop``; not ``delivered``: it cannot reach the next one."""
         ...
 
     def on_lost(self, hop: "HopSession") -> None:
@@ -144,28 +104,50 @@ class HopSession:
 
     @classmethod
     async def open(
-        cls, node: SwarmNode, hop: Hop, terms: Terms, patience: Patience
+        cls,
+        node: SwarmNode,
+        hop: Hop,
+        terms: Terms,
+        patience: Patience,
+        sources: Sequence[PeerId] = (),
     ) -> "HopSession":
-        """Reserve room at ``hop``. Raises the server's refusal or a PeerError, nothing held."""
-        channel = await node.open_channel(hop.peer_id, BLOCKS_SERVICE, patience.connect_seconds)
-        channel.ping_interval_seconds = patience.ping_seconds
-        channel.silence_seconds = patience.silence_seconds
+        """Reserve room at ``hop``, which will take states from us and from ``sources``.
+
+        Raises the server's refusal or a PeerError, nothing held.
+        """
+        channel = await _open_channel(node, hop.peer_id, patience, patience.connect_seconds)
         session = cls(channel, hop, terms, patience)
         try:
-            await session._reserve()
+            await session._reserve(sources)
         except (RequestError, SessionError):
             await channel.close()
             raise
         except BaseException:
             await session.close()
             raise
-        session._reader = asyncio.create_task(session._read(), name="answers of a hop")
+        session._start_reading()
         return session
 
-    async def send(self, call: StepCall, hidden: Tensor) -> None:
+    async def reconnect(self, node: SwarmNode) -> None:
+        """Take up a session whose stream broke, on a new one. Raises PeerError, the leg still lost.
+
+        If the server has no such session any more, the leg is lost again in a moment.
+        """
+        seconds = min(self._patience.connect_seconds, _RECONNECT_SECONDS)
+        channel = await _open_channel(node, self.peer_id, self._patience, seconds)
+        await self._channel.close()
+        self._channel, self._ended, self.failure = channel, asyncio.Event(), None
+        self._start_reading()
+        await self.keep()
+
+    def _start_reading(self) -> None:
+        self._reader = asyncio.create_task(self._read(), name="answers of a hop")
+
+    async def send(self, call: StepCall, hidden: Tensor, next_hops: Route = ()) -> None:
         """Ask for a step; the listener hears the answer. hidden: [sum(counts), H].
 
-        Raises RequestTooLarge; a server that cannot be reached is a lost hop.
+        The output goes to ``next_hops``, and back from the last of them. Raises RequestTooLarge; a
+        server that cannot be reached is a lost hop.
         """
         message = Step(
             session_id=self.terms.session_id,
@@ -174,16 +156,45 @@ class HopSession:
             starts=call.starts,
             counts=call.counts,
             reorder=call.reorder,
+            next_hops=on_the_wire(next_hops),
+            replay=call.refill is not Refill.NO,
+            ends=call.refill is Refill.LAST,
+            reordered=call.reordered,
         )
+        await self._say(message, (hidden,))
+
+    async def begin_epoch(self, epoch: int, sources: Sequence[PeerId]) -> None:
+        """From now on states come from ``sources`` and us; frames of older epochs are dropped."""
+        self.epoch = epoch
+        await self._say(SetRoute(self.terms.session_id, epoch, tuple(sources)))
+
+    async def replay(self, before: StepCall, lengths: Sequence[int], next_hops: Route) -> None:
+        """Have ``next_hops`` refilled from what this hop has put out ``before`` a step.
+
+        lengths: tokens of each row, as the rows are before that step's reorder.
+        """
+        await self._say(
+            Replay(
+                session_id=self.terms.session_id,
+                epoch=self.epoch,
+                step_id=before.step_id,
+                lengths=tuple(lengths),
+                next_hops=on_the_wire(next_hops),
+                reorder=before.reorder,
+            )
+        )
+
+    async def _say(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
+        if self.failure is not None:
+            return
         try:
-            await self._channel.send(message, (hidden,))
+            await self._channel.send(message, tensors)
         except PeerError as error:
             self.fail(error)
 
     async def keep(self) -> None:
         """A sign of life, so that the lease begins anew."""
-        with contextlib.suppress(PeerError):  # the reader meets it, too, and says so
-            await self._channel.send(KeepSession(self.terms.session_id))
+        await self._say(KeepSession(self.terms.session_id, (self.blocks.start, self.blocks.end)))
 
     def fail(self, error: PetalsError) -> None:
         """The leg is lost; whoever listens is told, once."""
@@ -237,7 +248,7 @@ class HopSession:
         if is_heard:
             await self._ended.wait()
 
-    async def _reserve(self) -> None:
+    async def _reserve(self, sources: Sequence[PeerId]) -> None:
         terms, patience = self.terms, self._patience
         await self._channel.send(GetInfo())
         await self._channel.send(
@@ -251,6 +262,7 @@ class HopSession:
                 dtype=str(terms.dtype).removeprefix("torch."),
                 adapter=terms.adapter,
                 alloc_timeout_seconds=patience.alloc_seconds,
+                sources=tuple(sources),
             )
         )
         opened: SessionOpened | None = None
@@ -284,6 +296,9 @@ class HopSession:
             case StepResult():
                 if message.session_id == self.terms.session_id and message.epoch >= self.epoch:
                     self._tell(message.step_id, Answer(message, tensors))
+            case Replayed():
+                if message.session_id == self.terms.session_id and message.epoch == self.epoch:
+                    self._tell_replayed(not message.undelivered)
             case Refusal(step_id=int(step_id)):
                 self._tell(step_id, message.to_error(self.peer_id))
             case Refusal():
@@ -302,37 +317,25 @@ class HopSession:
         if self.listener is not None:
             self.listener.on_answer(self, step_id, answer)
 
+    def _tell_replayed(self, delivered: bool) -> None:
+        if self.listener is not None:
+            self.listener.on_replayed(self, delivered)
+
     def _unexpected(self, message: AnyMessage) -> ProtocolError:
         return ProtocolError(
             f"The server sent {type(message).__name__} out of turn.", peer_id=self.peer_id
         )
 
 
-def is_finite(values: Tensor) -> bool:
-    """True if there is no NaN and no infinity. One pass in the common case."""
-    if not values.numel() or math.isfinite(values.sum().item()):
-        return True
-    return bool(torch.isfinite(values).all())
+async def _open_channel(
+    node: SwarmNode, peer: PeerId, patience: Patience, seconds: float
+) -> Channel:
+    channel = await node.open_channel(peer, BLOCKS_SERVICE, seconds)
+    channel.ping_interval_seconds = patience.ping_seconds
+    channel.silence_seconds = patience.silence_seconds
+    return channel
 
 
-def check_states(hidden: Tensor) -> None:
-    """Refuse states that no server would take. Raises BadInput."""
-    if not hidden.dtype.is_floating_point:
-        raise BadInput(
-            f"Hidden states are floating point, not {hidden.dtype}.",
-            hint="Token ids go through the model's embeddings first.",
-        )
-    if not is_finite(hidden):
-        raise BadInput(
-            "Hidden states hold NaN or infinity.",
-            hint="Look at what made them: a prompt that is not trained well, a scale too large.",
-        )
-
-
-def check_width(hidden: Tensor, hidden_size: int) -> None:
-    """Raises BadInput unless the last dimension of ``hidden`` is the model's."""
-    if hidden.shape[-1] != hidden_size:
-        raise BadInput(
-            f"Hidden states have {hidden.shape[-1]} values, this model has {hidden_size}.",
-            hint="Check that client and servers mean the same model.",
-        )
+def on_the_wire(route: Route) -> tuple[NextHop, ...]:
+    """Hops as messages name them."""
+    return tuple(NextHop(hop.peer_id, (hop.blocks.start, hop.blocks.end)) for hop in route)

@@ -8,12 +8,13 @@ and reservations; knows no rows, no positions and no tokens.
 import asyncio
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 
-from petals.client.hop import HopSession, Patience, Terms
+from petals.client.hop import HopSession
 from petals.client.routing import Needs
 from petals.client.swarm_view import SwarmView
+from petals.client.terms import Patience, Terms
 from petals.errors import (
     BadInput,
     BlocksNotServed,
@@ -37,8 +38,15 @@ async def release(hops: Sequence[HopSession]) -> None:
     await asyncio.gather(*(hop.close() for hop in hops))
 
 
+@dataclass(frozen=True, slots=True)
+class Repairing:
+    """What is opened takes the place of hops that were lost, behind ``before``."""
+
+    before: PeerId | None = None
+
+
 async def open_hops(
-    swarm: SwarmView, blocks: BlockSpan, terms: Terms, *, is_repair: bool = False
+    swarm: SwarmView, blocks: BlockSpan, terms: Terms, repair: Repairing | None = None
 ) -> list[HopSession]:
     """Reserve a route through ``blocks``.
 
@@ -47,7 +55,7 @@ async def open_hops(
     have served (RequestTooLarge, UnknownAdapter, ...), and, unless it is a repair, a PeerError
     after ``max_retries``.
     """
-    hops = await _Opening(swarm, blocks, terms, is_repair).run()
+    hops = await _Opening(swarm, blocks, terms, repair).run()
     for hop in hops:
         swarm.note_success(hop.peer_id, hop.info)
     return hops
@@ -56,11 +64,13 @@ async def open_hops(
 class _Opening:
     """One attempt after another, with what they have taught."""
 
-    def __init__(self, swarm: SwarmView, blocks: BlockSpan, terms: Terms, is_repair: bool) -> None:
+    def __init__(
+        self, swarm: SwarmView, blocks: BlockSpan, terms: Terms, repair: Repairing | None
+    ) -> None:
         config = swarm.config
         self._swarm = swarm
         self._terms = terms
-        self._is_repair = is_repair
+        self._repair = repair
         self._needs = Needs(
             blocks=blocks,
             model=swarm.model,
@@ -98,7 +108,7 @@ class _Opening:
         exclude = {*self._unfit, *self._full} if exclude_full else {*self._unfit}
         try:
             needs = replace(self._needs, exclude=frozenset(exclude))
-            return await self._swarm.route(needs, avoid_strictly=self._is_repair)
+            return await self._swarm.route(needs, avoid_strictly=self._repair is not None)
         except NoCapacity:
             if self._unfit and not exclude_full:
                 raise next(reversed(self._unfit.values())) from None
@@ -114,7 +124,7 @@ class _Opening:
             raise self._full[full.peer_id]
         patience = replace(self._patience, alloc_seconds=seconds)
         try:
-            held = await HopSession.open(self._swarm.node, full, self._terms, patience)
+            held = await self._open(full, route, patience)
         except PetalsError as error:
             await self._learn(full, error)
             return []
@@ -125,7 +135,7 @@ class _Opening:
         """Ask all hops not ``held``, without waiting; None, and nothing held, if one refuses."""
         have = {session.hop: session for session in held}
         missing = [hop for hop in route if hop not in have]
-        tasks = [asyncio.create_task(self._open(hop)) for hop in missing]
+        tasks = [asyncio.create_task(self._open(hop, route, self._patience)) for hop in missing]
         try:
             if tasks:
                 await asyncio.wait(tasks)
@@ -146,8 +156,13 @@ class _Opening:
             await self._learn(hop, error)
         return None
 
-    async def _open(self, hop: Hop) -> HopSession:
-        return await HopSession.open(self._swarm.node, hop, self._terms, self._patience)
+    async def _open(self, hop: Hop, route: Route, patience: Patience) -> HopSession:
+        index = route.index(hop)
+        before = self._repair.before if self._repair is not None else None
+        if index:
+            before = route[index - 1].peer_id
+        sources = () if before is None else (before,)
+        return await HopSession.open(self._swarm.node, hop, self._terms, patience, sources)
 
     async def _learn(self, hop: Hop, error: PetalsError) -> None:
         """Remember why a server is no choice now. Raises the error if no other can help."""
@@ -164,7 +179,7 @@ class _Opening:
                 self._unfit[hop.peer_id] = error
             case PeerError():
                 self._swarm.note_failure(hop.peer_id, error)
-                if self._is_repair:
+                if self._repair is not None:
                     return
                 self._num_failures += 1
                 if self._num_failures > self._swarm.config.num_retries:

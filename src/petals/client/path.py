@@ -6,55 +6,60 @@ reservations; repairs nothing, and knows no rows and no tokens.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from petals.client.hop import Answer, HopSession, StepCall
+from petals.client.hop import HopSession
 from petals.client.opening import release
+from petals.client.pace import Pace
 from petals.client.swarm_view import SwarmView
-from petals.client.trace import StepTiming
+from petals.client.terms import Answer, Piece, StepCall
+from petals.client.trace import EdgeTrace, StepTiming, Way
 from petals.errors import (
     BadInput,
+    OutboxLost,
     PeerError,
     PeerTimeout,
     PetalsError,
+    RequestError,
     SessionClosed,
 )
 from petals.types import Route
 
 _SIGNS_PER_LEASE = 3
 _MIN_SIGN_SECONDS = 0.05
+_UNMEASURED_FACTOR = 10.0
+_UNMEASURED_TOKENS = 128
+"""So often the shortest patience, for every so many tokens, before a route's pace is known."""
 
 
-@dataclass(slots=True, eq=False)
-class Piece:
-    """A step under way. hidden: [tokens, H]; output: the same shape, once it has come."""
-
-    call: StepCall
-    hidden: Tensor
-    output: Tensor | None = None
+Heard = tuple[int, Answer | PetalsError | None]
+"""Which hop spoke, and what: a result, a refusal, or None: it is refilled."""
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
     """A step whose answer may come from hop ``first`` or any hop after it."""
 
-    first: int
-    heard: "asyncio.Future[tuple[int, Answer | PetalsError] | None]"
+    heard: "asyncio.Future[Heard | None]"
+    first: int = 0
+    refills: HopSession | None = None
 
 
 class SessionPath:
     """Reservations that lead through all blocks of a session; it owns them."""
 
-    def __init__(self, hops: Sequence[HopSession], swarm: SwarmView) -> None:
+    def __init__(self, hops: Sequence[HopSession], swarm: SwarmView, pace: Pace) -> None:
         self.hops = list(hops)
+        self.pace = pace
         self._swarm = swarm
         self._waiting: dict[int, _Waiting] = {}
+        self._tokens_under_way = 0
         for hop in self.hops:
             hop.listener = self
         self._keeper = asyncio.create_task(self._keep_alive(), name="signs of life")
@@ -64,6 +69,14 @@ class SessionPath:
     @property
     def route(self) -> Route:
         return tuple(hop.hop for hop in self.hops)
+
+    @property
+    def edges(self) -> tuple[EdgeTrace, ...]:
+        """How states get from hop to hop now."""
+        return tuple(
+            EdgeTrace(near.peer_id, far.peer_id, self._way(index, far))
+            for index, (near, far) in enumerate(zip(self.hops, self.hops[1:]))
+        )
 
     @property
     def lost(self) -> list[HopSession]:
@@ -92,23 +105,82 @@ class SessionPath:
         Raises a RequestError that a server answered with, and whatever else stopped it: ``lost``
         tells whether a hop is to blame.
         """
-        if len(pieces) == 1:
-            await self._step(pieces[0])
-            return
+        began = self._now()
+        self._tokens_under_way = sum(piece.call.num_tokens for piece in pieces)
         under_way = asyncio.Semaphore(len(self.hops) + 1)
 
         async def run(piece: Piece) -> None:
             async with under_way:
                 await self._step(piece)
 
-        tasks = [asyncio.create_task(run(piece)) for piece in pieces]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
+        if len(pieces) == 1:
+            await self._step(pieces[0])
+        else:
+            await _all(run(piece) for piece in pieces)
+        self.pace.note(self._tokens_under_way, self._now() - began)
+
+    async def refill(
+        self, step_id: int, first: int, last: int, send: Callable[[], Awaitable[None]]
+    ) -> None:
+        """``send`` what makes hop ``first`` refill the hops behind it, and wait for ``last``.
+
+        Raises what a hop refuses with, OutboxLost or PeerTimeout if it does not get through: the
+        edges in question are then closed.
+        """
+        for hop in self.hops[first : last + 1]:
+            if hop.failure is not None:
+                raise hop.failure
+        with self._expect(step_id) as waiting:
+            waiting.first, waiting.refills = first, self.hops[last]
+            await send()
+            heard = await self._hear(waiting, self.patience_seconds())
+        if heard is None:
+            self._close_edges(first, last + 1)
+            raise PeerTimeout("The replay did not arrive.")
+        index, answer = heard
+        if isinstance(answer, RequestError):
+            raise OutboxLost(f"A server cannot take the replay: {answer.message}")
+        if isinstance(answer, PetalsError):
+            raise self._judged(index, index, answer)
+        if index != last:
+            self._close_edges(index, index + 2)
+            raise OutboxLost("A server could not pass the replay on.")
+
+    def exchange(self, start: int, end: int, hops: Sequence[HopSession]) -> None:
+        """Put ``hops`` in the place of hops ``start`` to ``end``, which are let go."""
+        old = self.hops[start:end]
+        self.hops[start:end] = hops
+        for hop in hops:
+            hop.listener = self
+        for hop in old:
+            hop.listener = None
+            self._swarm.node.background.start(hop.close(), "letting a lost hop go")
+
+    async def begin_epoch(self, epoch: int) -> None:
+        """Tell every hop from whom states come now; older frames are dropped from here on."""
+        for index, hop in enumerate(self.hops):
+            await hop.begin_epoch(epoch, [self.hops[index - 1].peer_id] if index else [])
+
+    def arc_end(self, start: int) -> int:
+        """The first hop after ``start`` that its neighbour does not hand states to."""
+        if not self._swarm.config.use_server_to_server:
+            return start + 1
+        peers = [hop.peer_id for hop in self.hops]
+        return self._swarm.edges.arc_end(peers, start, self._now())
+
+    def _way(self, index: int, far: HopSession) -> Way:
+        if self.arc_end(index) == index + 1:
+            return Way.VIA_CLIENT
+        return Way.RELAYED if self._swarm.is_relayed(far.peer_id) else Way.DIRECT
+
+    def patience_seconds(self, num_tokens: int | None = None) -> float:
+        """How long silence means nothing while ``num_tokens`` (all under way) are computed."""
+        tokens = self._tokens_under_way if num_tokens is None else num_tokens
+        shortest = self._swarm.config.step_timeout
+        seconds = self.pace.patience_seconds(tokens)
+        if seconds is None:
+            seconds = shortest * _UNMEASURED_FACTOR * (1 + tokens / _UNMEASURED_TOKENS)
+        return max(shortest, seconds)
 
     async def close(self) -> None:
         """Free all reservations. Idempotent."""
@@ -130,9 +202,15 @@ class SessionPath:
         if index >= waiting.first:
             waiting.heard.set_result((index, answer))
 
+    def on_replayed(self, hop: HopSession, delivered: bool) -> None:
+        """See ``Listener``."""
+        for waiting in self._waiting.values():
+            is_over = waiting.refills is hop or (waiting.refills and not delivered)
+            if is_over and not waiting.heard.done():
+                waiting.heard.set_result((self.hops.index(hop), None))
+
     def on_lost(self, hop: HopSession) -> None:
         """See ``Listener``."""
-        assert hop.failure is not None
         index = self.hops.index(hop)
         for waiting in self._waiting.values():
             if index >= waiting.first and not waiting.heard.done():
@@ -144,50 +222,67 @@ class SessionPath:
         hidden, at = piece.hidden, 0
         with self._expect(piece.call.step_id) as waiting:
             while at < len(self.hops):
+                began, end = self._now(), self.arc_end(at)
                 waiting.first = at
-                index, answer, seconds = await self._ask(waiting, piece.call, hidden)
-                hop = self.hops[index]
-                if isinstance(answer, PetalsError):
+                heard = await self._ask(waiting, piece.call, hidden, end)
+                if heard is None:
+                    # All of them live: between two of them something does not pass.
+                    self._close_edges(at, end)
+                    continue
+                index, answer = heard
+                if not isinstance(answer, Answer):
                     raise self._judged(index, at, answer)
-                try:
-                    output = hop.checked(answer, hidden)
-                except PeerError as error:
-                    hop.fail(error)
-                    raise
-                self._note_timing(hop, piece.call, answer, seconds)
-                hidden, at = output, index + 1
+                hidden = self._checked(index, answer, hidden)
+                self._note_timings(at, index, piece.call, answer, self._now() - began)
+                if answer.result.undelivered:
+                    self._close_edges(index, index + 2)
+                at = index + 1
         piece.output = hidden
 
     async def _ask(
-        self, waiting: _Waiting, call: StepCall, hidden: Tensor
-    ) -> tuple[int, Answer | PetalsError, float]:
-        """Send a step to hop ``waiting.first``; who answered what, after how many seconds."""
-        began = self._now()
+        self, waiting: _Waiting, call: StepCall, hidden: Tensor, end: int
+    ) -> Heard | None:
+        """Send a step along the arc to ``end``. None if nobody answers an arc of several hops.
+
+        Raises PeerTimeout if a single one does not answer.
+        """
         hop = self.hops[waiting.first]
-        waiting.heard = asyncio.get_running_loop().create_future()
         if hop.failure is not None:
             raise hop.failure
-        await hop.send(call, hidden)
-        heard = await self._hear(waiting, self._swarm.config.request_timeout)
+        waiting.heard = asyncio.get_running_loop().create_future()
+        await hop.send(call, hidden, self.route[waiting.first + 1 : end])
+        if end - waiting.first > 1:
+            return await self._hear(waiting, self.patience_seconds())
+        seconds = self._swarm.config.request_timeout
+        heard = await self._hear(waiting, seconds)
         if heard is None:
-            error = PeerTimeout(
-                f"No answer to a step within {self._swarm.config.request_timeout:g} s."
-            )
-            hop.fail(error)
-            raise error
-        return *heard, self._now() - began
+            hop.fail(PeerTimeout(f"No answer to a step within {seconds:g} s."))
+            assert hop.failure is not None
+            raise hop.failure
+        return heard
 
-    async def _hear(
-        self, waiting: _Waiting, seconds: float
-    ) -> tuple[int, Answer | PetalsError] | None:
+    async def _hear(self, waiting: _Waiting, seconds: float) -> Heard | None:
         timer = self._swarm.node.clock.call_later(seconds, partial(_expire, waiting.heard))
         try:
             return await waiting.heard
         finally:
             timer.cancel()
 
-    def _judged(self, index: int, first: int, error: PetalsError) -> PetalsError:
+    def _checked(self, index: int, answer: Answer, hidden: Tensor) -> Tensor:
+        try:
+            return self.hops[index].checked(answer, hidden)
+        except PeerError as error:
+            self.hops[index].fail(error)
+            raise
+
+    def _close_edges(self, start: int, end: int) -> None:
+        """Hops ``start`` to ``end`` hand nothing to each other for a while."""
+        for near, far in zip(self.hops[start:end], self.hops[start + 1 : end]):
+            self._swarm.edges.close(near.peer_id, far.peer_id, self._now())
+
+    def _judged(self, index: int, first: int, error: PetalsError | None) -> PetalsError:
         """A refusal or a loss, laid at the right door."""
+        assert error is not None
         if isinstance(error, BadInput) and index > first:
             # We checked what went in, so it was spoilt by the hop that handed it on.
             index -= 1
@@ -196,22 +291,26 @@ class SessionPath:
             self.hops[index].fail(error)
         return error
 
-    def _note_timing(self, hop: HopSession, call: StepCall, answer: Answer, seconds: float) -> None:
+    def _note_timings(
+        self, first: int, last: int, call: StepCall, answer: Answer, seconds: float
+    ) -> None:
+        """What the hops from ``first`` to ``last`` measured; they share the time in between."""
         result = answer.result
-        hop.timings.append(
-            StepTiming(
-                call.step_id,
-                call.num_tokens,
-                seconds,
-                result.queue_seconds,
-                result.compute_seconds,
-                result.batch_tokens,
+        own = (result.queue_seconds, result.compute_seconds, result.batch_tokens)
+        measured = [*result.timings, own][first - last - 1 :]
+        busy = sum(queue + compute for queue, compute, _ in measured)
+        between = max(0.0, seconds - busy) / len(measured)
+        for hop, (queue, compute, batch) in zip(
+            self.hops[last + 1 - len(measured) : last + 1], measured
+        ):
+            total = queue + compute + between
+            hop.timings.append(
+                StepTiming(call.step_id, call.num_tokens, total, queue, compute, batch)
             )
-        )
 
     @contextmanager
     def _expect(self, step_id: int) -> Iterator[_Waiting]:
-        waiting = _Waiting(0, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(asyncio.get_running_loop().create_future())
         self._waiting[step_id] = waiting
         try:
             yield waiting
@@ -228,11 +327,18 @@ class SessionPath:
             await asyncio.gather(*(hop.keep() for hop in self.hops))
 
 
-def _expire(heard: "asyncio.Future[tuple[int, Answer | PetalsError] | None]") -> None:
+def _expire(heard: "asyncio.Future[Heard | None]") -> None:
     if not heard.done():
         heard.set_result(None)
 
 
-def joined(pieces: Sequence[Piece]) -> Tensor:
-    """The outputs of pieces that are all done, packed."""
-    return torch.cat([piece.output for piece in pieces if piece.output is not None])
+async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All at the same time; the first failure ends the others."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)

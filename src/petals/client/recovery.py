@@ -5,27 +5,33 @@ failed is avoided; what servers have forgotten or confused is *rebuilt*: a new p
 session's own inputs. Knows rows of hidden states and reservations; knows no text and no sampling.
 """
 
+import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from petals.client.hop import StepCall, Terms
-from petals.client.kept_inputs import KeptInputs, Part, cut
-from petals.client.opening import open_hops
-from petals.client.path import Piece, SessionPath
+from petals.client.attempt import Attempt
+from petals.client.hop import HopSession
+from petals.client.kept_inputs import Part, cut
+from petals.client.opening import Repairing, open_hops, release
+from petals.client.pace import Pace
+from petals.client.path import SessionPath
 from petals.client.swarm_view import SwarmView, show
+from petals.client.terms import Piece, Refill, StepCall, Terms
 from petals.client.trace import Repair
 from petals.errors import (
     CacheFull,
     MissingBlocksError,
     NoCapacity,
+    OutboxLost,
     PeerError,
     PeerTimeout,
     PeerUnreachable,
@@ -34,55 +40,15 @@ from petals.errors import (
     SessionError,
 )
 from petals.logs import get_logger
-from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, SessionId
+from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, Route, SessionId
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 
 _LOOK_AGAIN_SECONDS = 0.5
 _KEPT_REPAIRS = 256
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One step of the session, cut into pieces for the path that is to run it.
-
-    inputs: the rows as the step finds them; pieces that are done are added to it. ``rest`` is what
-    remains, ``reorder`` what servers must do to their rows first.
-    """
-
-    inputs: KeptInputs
-    rest: Part
-    reorder: tuple[int, ...] | None
-    cuts_rows: bool
-    """It reorders rows or rolls some back: if it fails, the servers' rows are not ours any more."""
-    pieces: list[Piece] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    num_refusals: int = 0
-    last_failure: PetalsError | None = None
-
-    def settle(self) -> None:
-        """Take the pieces that are done, from the first on, out of what remains."""
-        while self.pieces and self.pieces[0].output is not None:
-            piece = self.pieces.pop(0)
-            assert piece.output is not None
-            self.outputs.append(piece.output)
-            self.inputs.append(piece.call.counts, piece.hidden)
-            self.reorder = None
-            starts = self.inputs.lengths
-            counts = tuple(
-                start + number - now
-                for start, number, now in zip(self.rest.starts, self.rest.counts, starts)
-            )
-            self.rest = Part(starts, counts, self.rest.hidden[piece.call.num_tokens :])
-
-
-@dataclass(frozen=True, slots=True)
-class _Loss:
-    """A hop that is gone and not replaced yet."""
-
-    hop: Hop
-    reason: str
+_SENT_AHEAD = 8
+"""Parts of a replay that a server may have waiting."""
 
 
 class Recovery:
@@ -95,14 +61,18 @@ class Recovery:
         self._blocks = blocks
         self._terms = terms
         self._step_ids = count(1)
-        self._losses: list[_Loss] = []
+        self._pace = Pace()
+        self._losses: dict[Hop, str] = {}
+        """Hops that are gone and not replaced yet, and why."""
+        self._epoch = 0
         self._is_stale = False
         self._closed = False
 
     async def open(self) -> SessionPath:
         """Reserve the first path. Raises what ``open_hops`` raises."""
         hops = await open_hops(self._swarm, self._blocks, self._terms)
-        self.path = SessionPath(hops, self._swarm)
+        self.path = SessionPath(hops, self._swarm, self._pace)
+        self._meet_spares(self.path)
         return self.path
 
     async def close(self) -> None:
@@ -129,8 +99,6 @@ class Recovery:
             try:
                 path = await self._made_whole(attempt, progress_at)
                 progress_at = self._now()
-                if not attempt.pieces:
-                    attempt.pieces = self._cut(path, attempt.rest, attempt.reorder)
                 await path.run(attempt.pieces)
                 attempt.settle()
                 return torch.cat(attempt.outputs)
@@ -143,7 +111,7 @@ class Recovery:
         attempt.last_failure = error
         if self._closed or isinstance(error, CacheFull):
             raise error
-        if not isinstance(error, PeerUnreachable | PeerTimeout):
+        if not isinstance(error, PeerUnreachable | PeerTimeout | OutboxLost):
             attempt.num_refusals += 1
             if attempt.num_refusals > self._swarm.config.num_retries:
                 raise error
@@ -153,15 +121,98 @@ class Recovery:
     async def _made_whole(self, attempt: Attempt, progress_at: float) -> SessionPath:
         """A path on which the attempt can go on."""
         path = self.path
-        if path is not None and not path.lost and not self._is_stale:
-            return path
+        if path is not None and not attempt.pieces:
+            attempt.pieces = self._cut(path, attempt.rest, attempt.reorder)
+        if path is not None and not self._is_stale:
+            await self._reconnect(path, attempt)
+            if not path.lost:
+                return path
         for hop in () if path is None else path.lost:
             assert hop.failure is not None
-            self._swarm.note_failure(hop.peer_id, hop.failure)
-            self._losses.append(_Loss(hop.hop, hop.failure.message))
-        path = await self._rebuilt(attempt)
+            if hop.hop not in self._losses:
+                self._losses[hop.hop] = hop.failure.message
+                self._swarm.note_failure(hop.peer_id, hop.failure)
+        if path is None or self._is_stale or not self._can_mend(path):
+            path = await self._rebuilt(attempt)
+        else:
+            await self._mend(path, attempt)
         self._note_repairs(path, self._now() - progress_at)
+        self._meet_spares(path)
         return path
+
+    async def _reconnect(self, path: SessionPath, attempt: Attempt) -> None:
+        """Streams may break although both ends live: each peer is called once, before it is given
+        up.
+        """
+        broken = [
+            hop
+            for hop in path.lost
+            if isinstance(hop.failure, PeerUnreachable) and hop.peer_id not in attempt.reconnected
+        ]
+        attempt.reconnected.update(hop.peer_id for hop in broken)
+        works = [hop.reconnect(self._swarm.node) for hop in broken]
+        for result in await asyncio.gather(*works, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, PetalsError):
+                raise result
+
+    def _can_mend(self, path: SessionPath) -> bool:
+        """True if what is lost can be refilled from before it: by us, or by a server."""
+        return self._swarm.config.use_server_to_server or path.lost == path.hops[:1]
+
+    async def _mend(self, path: SessionPath, attempt: Attempt) -> None:
+        """Replace the hops that are lost, from left to right, each refilled from before it."""
+        while path.lost:
+            start = path.hops.index(path.lost[0])
+            end = start + 1
+            while end < len(path.hops) and path.hops[end].failure is not None:
+                end += 1
+            blocks = BlockSpan(path.hops[start].blocks.start, path.hops[end - 1].blocks.end)
+            before = path.hops[start - 1].peer_id if start else None
+            self._epoch += 1
+            terms = replace(
+                self._terms,
+                epoch=self._epoch,
+                num_rows=attempt.num_rows_told if start else len(attempt.inputs.lengths),
+            )
+            hops = await self._open_patiently(blocks, terms, Repairing(before), attempt)
+            path.exchange(start, end, hops)
+            await path.begin_epoch(self._epoch)
+            await self._refill(path, start, start + len(hops), attempt)
+
+    async def _refill(self, path: SessionPath, start: int, end: int, attempt: Attempt) -> None:
+        """Give new hops the rows as the attempt finds them. Raises OutboxLost if nobody can."""
+        if path.max_step_tokens and attempt.pieces[0].call.num_tokens > path.max_step_tokens:
+            raise OutboxLost("The pieces of this step are too long for its new servers.")
+        if not any(attempt.inputs.lengths):
+            return
+        first = max(0, start - 1)
+        if path.arc_end(first) < end:
+            raise OutboxLost("The servers cannot hand states to each other.")
+        call, hops = attempt.pieces[0].call, path.route[first + 1 : end]
+        if start:
+            lengths = attempt.told_lengths
+            await path.refill(
+                call.step_id, first, end - 1, lambda: path.hops[first].replay(call, lengths, hops)
+            )
+        else:
+            await self._refill_first(path, attempt, hops)
+
+    async def _refill_first(self, path: SessionPath, attempt: Attempt, rest: Route) -> None:
+        """The first hop, and the ``rest`` of the new ones, get the session's own inputs."""
+        step = attempt.pieces[0].call
+        whole = attempt.inputs.whole()
+        parts = [] if whole is None else list(cut(whole, self._limit(path)))
+
+        async def send(some: Sequence[Part]) -> None:
+            for part in some:
+                refill = Refill.LAST if part is some[-1] else Refill.YES
+                call = replace(step, starts=part.starts, counts=part.counts, reorder=None)
+                call = replace(call, refill=refill, reordered=step.reorder is not None)
+                await path.hops[0].send(call, part.hidden, rest)
+
+        for at in range(0, len(parts), _SENT_AHEAD):
+            some = parts[at : at + _SENT_AHEAD]
+            await path.refill(step.step_id, 0, len(rest), partial(send, some))
 
     async def _rebuilt(self, attempt: Attempt) -> SessionPath:
         """A new path, fed with the session's inputs as the attempt finds them."""
@@ -169,25 +220,32 @@ class Recovery:
         if self.path is not None:
             await self.path.close()
             self.path = None
-        terms = replace(
+        self._epoch = 0
+        self._terms = replace(
             self._terms,
             session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
             num_rows=len(attempt.inputs.lengths),
         )
-        hops = await self._patiently(
-            lambda: open_hops(self._swarm, self._blocks, terms, is_repair=True),
-            attempt.last_failure,
-        )
-        self.path = path = SessionPath(hops, self._swarm)
-        if self._closed:
-            await path.close()
-            raise SessionClosed("The session was closed.", hint="Open a new one.")
+        hops = await self._open_patiently(self._blocks, self._terms, Repairing(), attempt)
+        self.path = path = SessionPath(hops, self._swarm, self._pace)
         replay = attempt.inputs.whole()
         if replay is not None:
             await path.run(self._cut(path, replay, None))
-        attempt.reorder, attempt.pieces = None, []
+        attempt.reorder, attempt.num_rows_told = None, len(attempt.inputs.lengths)
+        attempt.pieces = self._cut(path, attempt.rest, None)
         self._is_stale = False
         return path
+
+    async def _open_patiently(
+        self, blocks: BlockSpan, terms: Terms, repair: Repairing, attempt: Attempt
+    ) -> list[HopSession]:
+        hops = await self._patiently(
+            lambda: open_hops(self._swarm, blocks, terms, repair), attempt.last_failure
+        )
+        if self._closed:
+            await release(hops)
+            raise SessionClosed("The session was closed.", hint="Open a new one.")
+        return hops
 
     async def _patiently(self, work: Callable[[], Awaitable[T]], cause: PetalsError | None) -> T:
         """Try until it works, for ``repair_timeout`` while nobody can serve."""
@@ -225,19 +283,22 @@ class Recovery:
         return min((limit for limit in limits if limit), default=0)
 
     def _note_repairs(self, path: SessionPath, seconds: float) -> None:
-        for loss in self._losses:
-            peer, blocks = loss.hop.peer_id, loss.hop.blocks
+        for lost, reason in self._losses.items():
+            peer, blocks = lost.peer_id, lost.blocks
             by = tuple(hop for hop in path.route if hop.blocks.overlaps(blocks))
-            self.repairs.append(Repair(peer, blocks, loss.reason, by, seconds))
+            self.repairs.append(Repair(peer, blocks, reason, by, seconds))
             logger.info(
                 "blocks %s of …%s (%s) are served again after %.2f s: %s",
                 blocks,
                 peer[-6:],
-                loss.reason,
+                reason,
                 seconds,
                 show(by),
             )
         self._losses.clear()
+
+    def _meet_spares(self, path: SessionPath) -> None:
+        self._swarm.node.background.start(self._swarm.meet_spares(path.route), "meeting spares")
 
     def _now(self) -> float:
         return self._swarm.node.clock.monotonic()

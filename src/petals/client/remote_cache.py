@@ -57,6 +57,8 @@ class RemoteCache(Cache):
         self.max_length = max_length
         self.is_of_same_ids = False
         """Whether the ids in generation begin with this cache's, or only continue them."""
+        self.seen_ids: Tensor | None = None
+        """All ids [rows, columns] of the generation under way, as it last looked at them."""
         self._open_session = open_session
         self._session: RowSession | None = None
         self._rows: Rows | None = None

@@ -14,11 +14,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from petals.client.hop import Terms, check_states, check_width
+from petals.client.attempt import Attempt
 from petals.client.kept_inputs import KeptInputs, Part
-from petals.client.recovery import Attempt, Recovery
+from petals.client.recovery import Recovery
 from petals.client.sequence_manager import SwarmAccess
+from petals.client.states import check_states, check_width
 from petals.client.swarm_view import show
+from petals.client.terms import Terms
 from petals.client.trace import SessionTrace
 from petals.errors import (
     BadInput,
@@ -60,6 +62,7 @@ class SessionRows:
         self._dtype: torch.dtype | None = None
         self._recovery: Recovery | None = None
         self._inputs = KeptInputs(num_rows or 0)
+        self._num_rows_told = 0
         self._reorder: tuple[int, ...] | None = None
         """What servers have not been told yet: new row r continues their row ``_reorder[r]``."""
         self._turn = asyncio.Lock()
@@ -77,9 +80,11 @@ class SessionRows:
         recovery = self._recovery
         if recovery is None:
             return SessionTrace((), ())
+        path = recovery.path
         return SessionTrace(
-            hops=() if recovery.path is None else tuple(hop.trace for hop in recovery.path.hops),
+            hops=() if path is None else tuple(hop.trace for hop in path.hops),
             step_seconds=tuple(self._step_seconds),
+            edges=() if path is None else path.edges,
             repairs=tuple(recovery.repairs),
         )
 
@@ -116,9 +121,10 @@ class SessionRows:
                     rest=Part(tuple(starts), tuple(counts), hidden.to(self._dtype, copy=True)),
                     reorder=untold,
                     cuts_rows=untold is not None or inputs.lengths != self._inputs.lengths,
+                    num_rows_told=self._num_rows_told,
                 )
                 output = await recovery.run(attempt)
-                untold = None
+                untold, self._num_rows_told = None, len(counts)
                 self._step_seconds.append(perf_counter() - began)
             else:
                 output = hidden
@@ -153,7 +159,7 @@ class SessionRows:
             await recovery.close()
             raise self._end
         self._recovery, self._hidden_size = recovery, path.hidden_size
-        self._inputs = KeptInputs(num_rows)
+        self._inputs, self._num_rows_told = KeptInputs(num_rows), num_rows
         self.max_length = path.max_length
         if view.config.show_route == "inference":
             logger.info("session through %s", show(path.route))

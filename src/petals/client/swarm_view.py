@@ -6,11 +6,13 @@ decides nothing itself. Lives in one event loop.
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from petals.client.arcs import Edges
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
 from petals.client.routing import (
@@ -20,7 +22,14 @@ from petals.client.routing import (
     find_throughput_route,
     missing_blocks,
 )
-from petals.errors import MissingBlocksError, PeerError, PeerMisbehaved, PetalsError, UnknownAdapter
+from petals.errors import (
+    MissingBlocksError,
+    PeerError,
+    PeerMisbehaved,
+    PetalsError,
+    RouteError,
+    UnknownAdapter,
+)
 from petals.logs import get_logger
 from petals.swarm.node import SwarmNode
 from petals.swarm.records import ServerRecord, View
@@ -87,6 +96,7 @@ class SwarmView:
         self.model = model
         self.num_blocks = num_blocks
         self.bans = Bans(config.ban_timeout)
+        self.edges = Edges()
         self.channels = ChannelPool(node)
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
@@ -135,18 +145,33 @@ class SwarmView:
         """
         await self.records()
         try:
-            return self._find(needs, throughput, avoid_strictly)
+            route = self._find(needs, throughput, avoid_strictly)
         except MissingBlocksError:
             await self.refresh(older_than=_FRESH_SECONDS)
-        try:
-            return self._find(needs, throughput, avoid_strictly)
-        except MissingBlocksError:
-            self._blame_the_adapter(needs.blocks)
-            raise
+            try:
+                route = self._find(needs, throughput, avoid_strictly)
+            except MissingBlocksError:
+                self._blame_the_adapter(needs.blocks)
+                raise
+        if self.config.show_route is True:
+            logger.info("route: %s", show(route))
+        return route
 
     async def measure(self, peers: Iterable[PeerId]) -> None:
         """Ask these servers how they are, all at the same time; those that fail are banned."""
         await asyncio.gather(*(self._measure(peer) for peer in peers))
+
+    async def meet_spares(self, route: Route) -> None:
+        """Ask those who could replace each hop how they are; a channel to each stays open."""
+        if not self.config.max_pinged:
+            return
+        spares: set[PeerId] = set()
+        for hop in route:
+            needs = Needs(blocks=hop.blocks, exclude=frozenset({hop.peer_id}))
+            with contextlib.suppress(RouteError):
+                spares.update(spare.peer_id for spare in self._find(needs, False, True))
+        spares -= {hop.peer_id for hop in route}
+        await asyncio.gather(*(self._measure(peer, stay=True) for peer in spares))
 
     def note_failure(self, peer: PeerId, error: PetalsError) -> None:
         """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
@@ -172,6 +197,11 @@ class SwarmView:
             )
         return self._table
 
+    def is_relayed(self, peer: PeerId) -> bool:
+        """True if the server says that others reach it only through a relay."""
+        record = None if self._records is None else self._records.records.get(peer)
+        return record is not None and record.relayed
+
     def _find(self, needs: Needs, throughput: bool, avoid_strictly: bool) -> Route:
         candidates, banned = self.candidates(), self.bans.at(self._clock.monotonic())
         if avoid_strictly:
@@ -181,8 +211,6 @@ class SwarmView:
             route = find_throughput_route(candidates, needs, random.random)
         else:
             route = find_route(candidates, needs)
-        if self.config.show_route is True:
-            logger.info("route: %s", show(route))
         return route
 
     def _usable_records(self, *, any_adapter: bool = False) -> list[ServerRecord]:
@@ -229,16 +257,21 @@ class SwarmView:
                 chosen |= dict.fromkeys(peers[: self.config.max_pinged])
         return list(chosen)[:_MAX_MEASURED]
 
-    async def _measure(self, peer: PeerId) -> None:
+    async def _measure(self, peer: PeerId, *, stay: bool = False) -> None:
         seconds = self.config.ping_timeout
         try:
-            async with await self.node.open_channel(peer, "blocks", seconds) as channel:
+            channel = await self.channels.take(peer, "blocks", seconds)
+            try:
                 self._round_trips[peer] = await channel.ping(seconds)
                 info, _ = await channel.request(GetInfo(), expect=Info, timeout=seconds)
+            except BaseException:
+                await channel.close()
+                raise
         except PetalsError as error:
             self.note_failure(peer, error)
-        else:
-            self.note_success(peer, info)
+            return
+        self.note_success(peer, info)
+        await (self.channels.give(channel) if stay else channel.close())
 
     def _blame_the_adapter(self, blocks: BlockSpan) -> None:
         """Raise UnknownAdapter if only the adapter is what nobody has."""

@@ -53,10 +53,15 @@ class ComputeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
-    """The KV budget: ``cache_tokens`` per block, or ``cache_bytes`` in all; None: what fits."""
+    """The KV budget: ``cache_tokens`` per block, or ``cache_bytes`` in all; None: what fits.
+
+    ``outbox_bytes`` is for the outputs that sessions may be repaired from; None: as many tokens as
+    the cache holds.
+    """
 
     cache_tokens: int | None = None
     cache_bytes: int | None = None
+    outbox_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for value in (self.cache_tokens, self.cache_bytes):
@@ -84,7 +89,7 @@ class DoorConfig:
 
     ``max_alloc_seconds`` caps what a client may wait for cache, ``forward_alloc_seconds`` is what a
     pass without a session waits. ``lease_seconds``: how long a session outlives its client's last
-    sign of life.
+    sign of life. ``replay_chunk_tokens``: the most that is replayed to a successor at once.
     """
 
     lease_seconds: float = 60.0
@@ -92,6 +97,7 @@ class DoorConfig:
     forward_alloc_seconds: float = 10.0
     max_sessions_per_peer: int = 64
     max_bytes_per_peer: int = 512 * MIB
+    replay_chunk_tokens: int = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The door: what peers may ask of this server.
 
 A channel belongs to one client; the client's sessions outlive it by their lease. Whatever a client
-gets wrong is a typed refusal and costs nobody else anything. Knows no scheduling, no pages and no
-blocks' insides.
+gets wrong is a typed refusal and costs nobody else anything. Knows no scheduling, no pages, no
+other hops and no blocks' insides.
 """
 
 import asyncio
@@ -11,10 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from petals.clock import Clock
 from petals.errors import (
     BadInput,
-    NotSupported,
     PeerBusy,
     PetalsError,
     ProtocolError,
@@ -26,15 +24,21 @@ from petals.server.config import DoorConfig
 from petals.server.executor import Executor, Work
 from petals.server.intake import ByteAllowance, Offer
 from petals.server.kv_pages import KVPool, SessionKV
+from petals.server.outbox import Outboxes
 from petals.server.reservations import Reservations, Room
-from petals.server.session import Session, SessionKey, SessionTable
-from petals.server.sinks import ClientSink, Sink
+from petals.server.ring import Ring, RingParts
+from petals.server.session import Session, SessionKey
+from petals.server.session_table import SessionTable
+from petals.server.sinks import ClientSink
 from petals.server.steps import StepLimits, StepPlan, WorkKind
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.channel import Channel
+from petals.swarm.node import SwarmNode
 from petals.types import PeerId, ServerState, SessionId
+from petals.wire import messages
 from petals.wire.messages import (
     AnyMessage,
+    Blocks,
     CloseSession,
     Forward,
     ForwardResult,
@@ -43,8 +47,10 @@ from petals.wire.messages import (
     KeepSession,
     OpenSession,
     Refusal,
+    Replay,
     SessionEnded,
     SessionOpened,
+    SetRoute,
     Step,
 )
 
@@ -61,20 +67,37 @@ class BlocksService:
     """
 
     def __init__(
-        self, offer: Offer, executor: Executor, pool: KVPool, clock: Clock, config: DoorConfig
+        self,
+        offer: Offer,
+        executor: Executor,
+        pool: KVPool,
+        outboxes: Outboxes,
+        node: SwarmNode,
+        config: DoorConfig,
     ) -> None:
         self.offer = offer
         self.config = config
         self.state = ServerState.JOINING
         self.executor = executor
-        self.clock = clock
+        self.clock = node.clock
         self.tasks = BackgroundTasks()
-        self.reservations = Reservations(pool, executor, clock)
+        self.reservations = Reservations(pool, executor, self.clock)
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
         self.sessions = SessionTable(
             self.reservations.release, config.lease_seconds, config.max_sessions_per_peer
         )
+        self.ring = Ring(
+            RingParts(
+                offer=offer,
+                sessions=self.sessions,
+                executor=executor,
+                bytes=self.bytes,
+                node=node,
+                chunk_tokens=config.replay_chunk_tokens,
+            )
+        )
         self._pool = pool
+        self._outboxes = outboxes
 
     async def __aenter__(self) -> "BlocksService":
         self.tasks.start(self._reap(), "freeing silent sessions")
@@ -82,6 +105,7 @@ class BlocksService:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.end_sessions("The server has stopped.")
+        await self.ring.close()
         await self.tasks.close()
 
     async def serve(self, channel: Channel) -> None:
@@ -106,6 +130,7 @@ class BlocksService:
             num_sessions=len(self.sessions),
             queue_tokens=self.executor.waiting_tokens,
             step_seconds=self.executor.step_seconds,
+            outbox_bytes_free=self._outboxes.free_bytes,
         )
 
     async def finish_steps(self, timeout_seconds: float) -> None:
@@ -122,8 +147,8 @@ class BlocksService:
     async def end(self, session: Session, reason: str) -> None:
         """Close a session, free its memory and, with a reason, tell its client."""
         await self.sessions.end(session)
-        if session.sink is not None and reason:
-            await session.sink.end(session.key.session_id, reason)
+        if reason:
+            await session.tell(SessionEnded(session.key.session_id, reason))
 
     async def forward(
         self, peer: PeerId, message: Forward, tensors: Sequence[Tensor]
@@ -160,6 +185,7 @@ class BlocksService:
         key = SessionKey(peer, SessionId(message.session_id), blocks)
         found = await self._existing(key, message.epoch)
         if found is not None:
+            self.ring.reroute(found, message.epoch, message.sources)
             return found
         if self.state is not ServerState.ONLINE:
             raise PeerBusy(
@@ -184,8 +210,9 @@ class BlocksService:
             max_length=message.max_length or offer.max_length,
             max_step_tokens=offer.max_step_tokens,
         )
-        session = Session(key, kv, limits, intake.state_dtype(message.dtype), self.clock)
-        session.epoch = message.epoch
+        memory = (kv, self._outboxes.open(message.num_rows))
+        session = Session(key, memory, limits, intake.state_dtype(message.dtype), self.clock)
+        session.epoch, session.sources = message.epoch, frozenset(message.sources)
         return session
 
     async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
@@ -230,7 +257,11 @@ class _Conversation:
             case Step():
                 await self._on_step(message, tensors)
             case KeepSession():
-                self._touch(message.session_id)
+                await self._keep(message)
+            case SetRoute():
+                await self._on_route(message)
+            case Replay():
+                await self._on_replay(message)
             case OpenSession():
                 self._start(self._open(message))
             case CloseSession():
@@ -260,12 +291,14 @@ class _Conversation:
         session.sink = self._sink
         session.touch()
 
-    def _find(self, session_id: bytes) -> Session:
+    def _find(self, session_id: bytes, blocks: Blocks | None = None) -> Session:
         """This channel's session of that id, or one of the same client that lost its channel."""
         session = self._sessions.get(session_id)
         if session is not None and not session.closed:
             return session
         found = self._service.sessions.find(self._channel.peer_id, session_id)
+        if blocks is not None:
+            found = [s for s in found if s.key.blocks == messages.span(blocks)]
         if not found:
             raise SessionClosed(
                 "There is no such session here.",
@@ -282,34 +315,41 @@ class _Conversation:
     async def _on_step(self, message: Step, tensors: Sequence[Tensor]) -> None:
         try:
             session = self._find(message.session_id)
-            sink = self._sink_for(message)
-            hidden = intake.only_states(self._service.offer, tensors, sum(message.counts))
         except PetalsError as error:
-            await self._sink.refuse(error, message.step_id)
+            await self._sink.answer(Refusal.of(error, message.step_id))
             return
         session.touch()
-        task = self._service.tasks.start(self._step(session, message, hidden, sink), "step")
-        session.adopt(task)
+        self._service.ring.begin(session, message, tensors)
 
-    def _sink_for(self, message: Step) -> Sink:
-        """Where the output of this step goes."""
-        if message.next_hops:
-            raise NotSupported(
-                "This server does not pass states on to other servers.",
-                hint="Leave next_hops empty: the client passes them on.",
-            )
-        return self._sink
-
-    async def _step(self, session: Session, message: Step, hidden: Tensor, sink: Sink) -> None:
-        service = self._service
+    async def _on_replay(self, message: Replay) -> None:
         try:
-            # Held until the answer is on its way: a client that does not read runs out of it.
-            with service.bytes.hold(session.key.peer_id, hidden.nbytes):
-                answer = await session.step(message, hidden, service.executor)
-                if answer is not None:
-                    await sink.deliver(*answer)
+            session = self._find(message.session_id)
+            if not message.next_hops:
+                raise BadInput("A replay to nobody.", hint="Name the hops that are to be refilled.")
         except PetalsError as error:
-            await self._sink.refuse(error, message.step_id)
+            await self._sink.answer(Refusal.of(error, message.step_id))
+            return
+        self._service.ring.replay(session, message)
+
+    async def _on_route(self, message: SetRoute) -> None:
+        session = await self._find_or_tell(message.session_id)
+        if session is not None:
+            self._service.ring.reroute(session, message.epoch, message.sources)
+
+    async def _keep(self, message: KeepSession) -> None:
+        session = await self._find_or_tell(message.session_id, message.blocks)
+        if session is not None:
+            session.touch()
+
+    async def _find_or_tell(
+        self, session_id: bytes, blocks: Blocks | None = None
+    ) -> Session | None:
+        """A session, or word to the client that there is none."""
+        try:
+            return self._find(session_id, blocks)
+        except PetalsError as error:
+            await self._sink.answer(SessionEnded(session_id, error.message))
+            return None
 
     async def _forward(self, message: Forward, tensors: Sequence[Tensor]) -> None:
         peer = self._channel.peer_id
@@ -319,11 +359,6 @@ class _Conversation:
                 await self._sink.answer(result, (hidden,))
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
-
-    def _touch(self, session_id: bytes) -> None:
-        session = self._sessions.get(session_id)
-        if session is not None:
-            session.touch()
 
     async def _close(self, session_id: bytes) -> None:
         try:

@@ -34,6 +34,8 @@ from petals.server.executor import Executor
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
+from petals.server.links import RING_SERVICE
+from petals.server.outbox import Outboxes
 from petals.server.scheduler import Scheduler
 from petals.server.throughput import Precision, Speed
 from petals.swarm.background import BackgroundTasks
@@ -42,6 +44,7 @@ from petals.swarm.node import SwarmNode
 from petals.swarm.records import ServerRecord
 from petals.types import BlockSpan, ModelId, PeerId, ServerState
 from petals.wire.frames import PROTOCOL_VERSION
+from petals.wire.tensors import DTYPES
 
 logger = get_logger(__name__)
 
@@ -184,9 +187,11 @@ class Server:
         executor.attach(loaded.span, loaded.span.device, loaded.span.dtype)
         pool = self._make_pool(model, loaded.span.layout)
         offer = self._make_offer(model, blocks, loaded, pool)
-        service = BlocksService(offer, executor, pool, self._clock, config.door)
+        outboxes = self._make_outboxes(offer, pool)
+        service = BlocksService(offer, executor, pool, outboxes, node, config.door)
         await stack.enter_async_context(service)
         node.serve(BLOCKS_SERVICE, service.serve)
+        node.serve(RING_SERVICE, service.ring.serve)
         service.state = ServerState.ONLINE
         await announcer.announce(**self._measured(loaded, offer, pool))
         self.info = await self._online_info(node, model, offer, pool)
@@ -317,6 +322,13 @@ class Server:
             max_step_tokens=limits.max_step_tokens,
             max_rows=limits.max_rows,
         )
+
+    def _make_outboxes(self, offer: Offer, pool: KVPool) -> Outboxes:
+        wanted = self.config.memory.outbox_bytes
+        if wanted is None:
+            wanted = pool.tokens_total * offer.hidden_size * DTYPES[offer.dtype].itemsize
+            wanted = min(wanted, memory.free_memory_bytes("cpu") // 4)
+        return Outboxes(wanted)
 
     def _measured(self, loaded: _Loaded, offer: Offer, pool: KVPool) -> dict[str, object]:
         num_blocks = len(offer.blocks)

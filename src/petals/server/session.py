@@ -1,32 +1,35 @@
-"""Where every sequence of a session stands, and the table of all sessions of a server.
+"""Where every sequence of a session stands.
 
 A session takes one step at a time; a repeated step is answered from what was kept, an older frame
-is dropped, a gap is refused. The table frees what nobody speaks for any more. Knows no streams and
-no blocks' insides.
+is dropped, a gap is refused. What it has put out it can put out again. Knows no streams, no other
+hops and no blocks' insides.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from petals.clock import Clock
-from petals.errors import PeerBusy, PetalsError, SessionClosed, SessionGap
+from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
 from petals.server.executor import Executor, Work
 from petals.server.kv_pages import SessionKV
-from petals.server.sinks import Sink
-from petals.server.steps import StepLimits, plan_step
+from petals.server.outbox import Outbox, OutboxRows
+from petals.server.sinks import ClientSink
+from petals.server.steps import StepLimits, StepPlan, plan_step
 from petals.types import BlockSpan, PeerId, SessionId
-from petals.wire.messages import Step, StepResult
+from petals.wire.messages import Message, Replay, Step, StepResult
 
 logger = get_logger(__name__)
 MAX_WAITING_STEPS = 16
 """Steps of one session that may wait for their turn (a client that sends ahead)."""
+
+_KEPT_STEPS = 32
+"""So many of the last steps are answered again, as long as their tokens stand."""
 
 Answer = tuple[StepResult, torch.Tensor]
 
@@ -46,36 +49,51 @@ class SessionKey:
         return f"{self.session_id.hex()[:8]} of …{self.peer_id[-6:]} in blocks {self.blocks}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A step that was run; its output is in the outbox."""
+
+    plan: StepPlan
+    result: StepResult
+
+    def survives(self, starts: tuple[int, ...]) -> bool:
+        """Do its tokens still stand when rows are cut to ``starts``?"""
+        ends = zip(self.plan.counts, self.plan.lengths_after, starts)
+        return all(not count or end <= start for count, end, start in ends)
+
+
 class Session:
     """One client's sequences in ``key.blocks``.
 
-    Steps run in the order they come; the result of the last one is kept until the next. ``sink`` is
-    where the client was heard last, ``tasks`` are the steps under way.
+    Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
+    steps under way, ``sources`` the peers beside the client from whom steps are taken.
     """
 
     def __init__(
         self,
         key: SessionKey,
-        kv: SessionKV,
+        memory: tuple[SessionKV, Outbox],
         limits: StepLimits,
         out_dtype: torch.dtype,
         clock: Clock,
     ) -> None:
         self.key = key
-        self.kv = kv
+        self.kv, self.outbox = memory
         self.limits = limits
         self.out_dtype = out_dtype
         self.epoch = 0
-        self.lengths: tuple[int, ...] = (0,) * len(kv.rows)
+        self.sources: frozenset[str] = frozenset()
+        self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
         self.closed = False
         self._clock = clock
         self._last_sign = clock.monotonic()
         self._last_step_id = -1
         self._last_answer: Answer | None = None
+        self._done: deque[_Done] = deque(maxlen=_KEPT_STEPS)
         self._reordered_by: int | None = None
         self._turn = asyncio.Lock()
         self._num_waiting = 0
-        self.sink: Sink | None = None
+        self.sink: ClientSink | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -95,10 +113,16 @@ class Session:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
+    async def tell(self, message: Message, tensors: Sequence[torch.Tensor] = ()) -> None:
+        """Say something to the client, if it is there. Raises RequestTooLarge."""
+        if self.sink is not None:
+            await self.sink.answer(message, tensors)
+
     async def close(self) -> None:
-        """No step runs or will run after this; the memory is then the caller's to free."""
+        """No step runs or will run after this; the KV memory is then the caller's to free."""
         self.closed = True
         self._last_answer = None
+        self.outbox.drop()
         tasks = [task for task in self.tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -106,8 +130,8 @@ class Session:
             await asyncio.wait(tasks)
 
     async def step(self, message: Step, hidden: torch.Tensor, executor: Executor) -> Answer | None:
-        """Run a step, or repeat the answer of the last one. None: a frame of an older epoch, to be
-        dropped.
+        """Run a step, or repeat the answer of an earlier one. None: a frame of an older epoch, to
+        be dropped.
 
         hidden: [sum(counts), H], floating. Raises what ``plan_step`` and ``Executor.run`` raise,
         SessionGap for a step id that is already past, PeerBusy if too many steps wait,
@@ -126,30 +150,72 @@ class Session:
             self._num_waiting -= 1
             self.touch()
 
+    async def outputs(self, message: Replay) -> tuple[OutboxRows, StepPlan, bool] | None:
+        """What a replay is to push: the rows as they are between two steps, and which tokens.
+
+        True: the rows stand as the reorder of the step to follow has left them. None: a frame of an
+        older epoch. Raises OutboxLost, BadInput, SessionClosed.
+        """
+        async with self._turn:
+            if self._is_old(message.epoch):
+                return None
+            rows, lengths = self.outbox.rows(), message.lengths
+            is_reordered = self._reordered_by == message.step_id and message.reorder is not None
+            try:
+                if is_reordered and message.reorder is not None:
+                    lengths = tuple(lengths[row] for row in message.reorder)
+                # A step done already may have rolled rows back; it will do so again.
+                counts = tuple(map(min, zip(lengths, rows.lengths, strict=True)))
+            except (IndexError, ValueError):
+                raise BadInput(
+                    f"A replay of {len(lengths)} rows was asked for, {len(rows.lengths)} are here.",
+                    hint="Give a length for every row the session had before the step.",
+                ) from None
+            return rows, StepPlan((0,) * len(counts), counts), is_reordered
+
     async def _step(self, message: Step, hidden: torch.Tensor, executor: Executor) -> Answer | None:
+        if self._is_old(message.epoch):
+            return None
+        if message.replay:
+            # What the rows held is gone, and with it what was known of steps.
+            self._last_step_id, self._last_answer = message.step_id - 1, None
+            self._reordered_by = None
+            answer = await self._run(message, hidden, executor)
+            self._done.clear()
+            self._reordered_by = message.step_id if message.reordered else None
+            return answer
+        if message.step_id > self._last_step_id:
+            self._last_answer = await self._run(message, hidden, executor)
+            self._last_step_id = message.step_id
+        result, output = self._kept(message.step_id)
+        replace = msgspec.structs.replace
+        return replace(result, epoch=message.epoch, timings=message.timings), output
+
+    def _is_old(self, epoch: int) -> bool:
         if self.closed:
             raise SessionClosed("The session was closed.", hint="Open a new one.")
-        if message.epoch < self.epoch:
-            return None
-        self.epoch = message.epoch
-        if message.step_id == self._last_step_id and self._last_answer is not None:
-            result, kept = self._last_answer
-            return msgspec.structs.replace(result, epoch=message.epoch), kept
-        if message.step_id <= self._last_step_id:
-            raise SessionGap(
-                f"Step {message.step_id} is past; the last one was {self._last_step_id}.",
-                hint="Step ids only grow within a session.",
-            )
-        answer = await self._run(message, hidden, executor)
-        self._last_step_id, self._last_answer = message.step_id, answer
-        return answer
+        is_old = epoch < self.epoch
+        self.epoch = max(epoch, self.epoch)
+        return is_old
+
+    def _kept(self, step_id: int) -> Answer:
+        """The answer of a step that was done. Raises SessionGap if it is forgotten."""
+        if step_id == self._last_step_id and self._last_answer is not None:
+            return self._last_answer
+        for done in self._done:
+            stands = done.plan.num_tokens and not self.outbox.is_lost
+            if stands and done.result.step_id == step_id:
+                pieces = done.plan.pieces(0, done.plan.num_tokens)
+                return done.result, torch.cat(list(self.outbox.rows().read(pieces)))
+        raise SessionGap(
+            f"Step {step_id} is past; the last one was {self._last_step_id}.",
+            hint="Step ids only grow within a session.",
+        )
 
     async def _run(self, message: Step, hidden: torch.Tensor, executor: Executor) -> Answer:
-        reorder = message.reorder
-        if self._reordered_by == message.step_id:
-            # The step failed after its rows had been reordered; a second time would reorder the
-            # reordered.
-            reorder = None
+        # A step that has reordered the rows before (it failed after that, or they were replayed so)
+        # must not reorder the reordered.
+        reorder = None if self._reordered_by == message.step_id else message.reorder
         plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
         key = self.key
         work = Work(self.kv, key.blocks, plan, hidden, self.out_dtype, key.peer_id, plan.kind)
@@ -157,11 +223,11 @@ class Session:
             outcome = await executor.run(work)
         except PetalsError:
             if work.begun:
-                self.lengths = plan.starts
-                self._reordered_by = message.step_id if message.reorder is not None else None
+                self._cut(plan, message.step_id)
             raise
+        self._cut(plan, message.step_id)
         self.lengths = plan.lengths_after
-        self._reordered_by = None
+        self.outbox.append(plan.counts, outcome.hidden)
         result = StepResult(
             session_id=key.session_id,
             epoch=self.epoch,
@@ -170,74 +236,16 @@ class Session:
             compute_seconds=outcome.compute_seconds,
             batch_tokens=outcome.batch_tokens,
         )
+        self._done.append(_Done(plan, result))
         return result, outcome.hidden
 
-
-class SessionTable:
-    """All sessions of a server.
-
-    ``release`` gives a session's memory back once nothing runs in it.
-    """
-
-    def __init__(
-        self, release: Callable[[SessionKV], None], lease_seconds: float, max_per_peer: int
-    ) -> None:
-        self._release = release
-        self._lease_seconds = lease_seconds
-        self._max_per_peer = max_per_peer
-        self._sessions: dict[SessionKey, Session] = {}
-        self._expected: Counter[PeerId] = Counter()
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def __iter__(self) -> Iterator[Session]:
-        return iter(list(self._sessions.values()))
-
-    def __getitem__(self, key: SessionKey) -> Session:
-        return self._sessions[key]
-
-    def get(self, key: SessionKey) -> Session | None:
-        return self._sessions.get(key)
-
-    def find(self, peer_id: PeerId, session_id: bytes) -> list[Session]:
-        """A peer's sessions of one id (several only if it uses our span in several parts)."""
-        return [
-            s
-            for k, s in self._sessions.items()
-            if (k.peer_id, k.session_id) == (peer_id, session_id)
-        ]
-
-    @contextmanager
-    def seat(self, peer_id: PeerId) -> Iterator[None]:
-        """Hold a place while a session is being opened.
-
-        Raises PeerBusy if the peer has its share.
-        """
-        held = sum(key.peer_id == peer_id for key in self._sessions) + self._expected[peer_id]
-        if held >= self._max_per_peer:
-            raise PeerBusy(
-                f"This server lets one client keep {self._max_per_peer} sessions open.",
-                hint="Close some, or use another server.",
-            )
-        self._expected[peer_id] += 1
-        try:
-            yield
-        finally:
-            self._expected[peer_id] -= 1
-            if not self._expected[peer_id]:
-                del self._expected[peer_id]
-
-    def add(self, session: Session) -> None:
-        self._sessions[session.key] = session
-
-    async def end(self, session: Session) -> None:
-        """Close a session and free its memory. Idempotent."""
-        if self._sessions.get(session.key) is session:
-            del self._sessions[session.key]
-            await session.close()
-            self._release(session.kv)
-
-    def silent(self) -> list[Session]:
-        """Sessions whose client has not been heard for longer than the lease."""
-        return [s for s in self._sessions.values() if s.silent_seconds > self._lease_seconds]
+    def _cut(self, plan: StepPlan, step_id: int) -> None:
+        """The rows now end where the step begins."""
+        if plan.reorder is not None:
+            self._reordered_by = step_id
+            self._done.clear()
+        elif plan.starts != self.lengths:
+            standing = [done for done in self._done if done.survives(plan.starts)]
+            self._done = deque(standing, maxlen=_KEPT_STEPS)
+        self.outbox.cut(plan.starts, plan.reorder)
+        self.lengths = plan.starts

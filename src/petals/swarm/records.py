@@ -192,11 +192,11 @@ def _signed_bytes(kind: str, payload: bytes) -> bytes:
 # -- keys ------------------------------------------------------------------------------------------
 
 
-def shard_bits_for(population: int) -> int:
-    """Level of sharding at which a shard holds about ``RECORDS_PER_SHARD`` of so many records."""
-    if population <= RECORDS_PER_SHARD:
+def shard_bits_for(population: int, per_shard: int = RECORDS_PER_SHARD) -> int:
+    """Level of sharding at which a shard holds half of to all of ``per_shard`` records."""
+    if population <= per_shard:
         return 0
-    return min(MAX_SHARD_BITS, math.ceil(math.log2(population / RECORDS_PER_SHARD)))
+    return min(MAX_SHARD_BITS, math.ceil(math.log2(population / per_shard)))
 
 
 def shard_of(peer: str, bits: int) -> int:

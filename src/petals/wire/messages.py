@@ -8,6 +8,7 @@ row order. Knows no sockets and makes no decisions.
 | version | change |
 | ------- | ------ |
 | 1       | first  |
+| 2       | rings: sources, SetRoute, Push, Replay, Replayed; steps carry timings |
 """
 
 from typing import Annotated
@@ -73,15 +74,17 @@ class Refusal(Message):
 
 
 class NextHop(Message):
-    """Where a hop's output goes next in a ring; an empty list means back on this stream (via
-    the client).
-    """
+    """A later hop of an arc: consecutive hops that hand states on directly."""
 
     peer_id: Name
     blocks: Blocks
 
 
 Route = Annotated[tuple[NextHop, ...], Meta(max_length=256)]
+Sources = Annotated[tuple[Name, ...], Meta(max_length=16)]
+Timing = tuple[Seconds, Seconds, Count]
+"""What a hop measured of one step: seconds queued, seconds computed, tokens in its batch."""
+Timings = Annotated[tuple[Timing, ...], Meta(max_length=256)]
 
 
 class OpenSession(Message):
@@ -89,7 +92,7 @@ class OpenSession(Message):
     ``model``.
 
     ``alloc_timeout_seconds`` 0 asks for an answer at once. ``dtype`` is what the states will travel
-    in.
+    in. ``sources`` are the peers, beside the client, from whom states of this session are taken.
     """
 
     session_id: Session
@@ -101,6 +104,7 @@ class OpenSession(Message):
     dtype: Name
     adapter: Name | None = None
     alloc_timeout_seconds: Seconds = 0.0
+    sources: Sources = ()
 
 
 class SessionOpened(Message):
@@ -121,6 +125,14 @@ class Step(Message):
     ``reorder[r]`` names the old row that new row r continues (beam search); it is applied before
     ``starts`` are read and sets the row count. Step ids only grow within a session; a repeated id
     is answered again and does no work twice.
+
+    ``next_hops`` is the rest of the arc: the output goes to the first of them, and that of the last
+    one to the client on the client's own channel to it. ``timings`` are those of the hops passed.
+
+    A ``replay`` refills rows: nobody gets its output but the next hops; the last hop answers the
+    replay that ``ends`` with Replayed. Its ``step_id`` is the step that is to follow; if the rows
+    are replayed as that step's reorder has left them, they are ``reordered`` and the step will not
+    reorder them again.
     """
 
     session_id: Session
@@ -130,11 +142,17 @@ class Step(Message):
     counts: PerRow
     reorder: PerRow | None = None
     next_hops: Route = ()
+    timings: Timings = ()
+    replay: bool = False
+    ends: bool = False
+    reordered: bool = False
 
 
 class StepResult(Message):
     """Output of a step. Tensors: hidden ``[sum(counts), hidden_size]``. Seconds are the
-    server's own measurements.
+    server's own measurements; ``timings`` are those of the hops before it in the arc.
+
+    ``undelivered``: the hops that this output was meant for and could not be handed to.
     """
 
     session_id: Session
@@ -143,12 +161,71 @@ class StepResult(Message):
     queue_seconds: Seconds
     compute_seconds: Seconds
     batch_tokens: Count
+    timings: Timings = ()
+    undelivered: Route = ()
+
+
+class Push(Message):
+    """A hop hands its output to the next one. Tensors: hidden ``[sum(counts), hidden_size]``.
+
+    The session is the one that ``client`` has opened there for ``blocks``. Only its sources are
+    heard, and only a refusal ever comes back.
+    """
+
+    client: Name
+    blocks: Blocks
+    step: Step
+
+
+class SetRoute(Message):
+    """From the client: a new epoch begins, in which states come from ``sources``. Not answered.
+
+    Frames of older epochs are dropped from now on.
+    """
+
+    session_id: Session
+    epoch: Counter
+    sources: Sources
+
+
+class Replay(Message):
+    """From the client: push what this hop has put out, ``lengths[r]`` tokens of row r, to
+    ``next_hops``.
+
+    ``step_id`` is the step that follows, ``reorder`` is that of this step. A hop that has reordered
+    its rows for it already replays them so, and says so; ``lengths`` still counts the rows as they
+    were before. The last of ``next_hops`` answers with Replayed; a hop that cannot do its part
+    refuses, with the step id.
+    """
+
+    session_id: Session
+    epoch: Counter
+    step_id: Counter
+    lengths: PerRow
+    next_hops: Route
+    reorder: PerRow | None = None
+
+
+class Replayed(Message):
+    """The rows are refilled, here and in every hop the replay came through.
+
+    ``undelivered``: they are not, because these hops could not be reached from here.
+    """
+
+    session_id: Session
+    epoch: Counter
+    undelivered: Route = ()
 
 
 class KeepSession(Message):
-    """A sign of life between steps: the lease begins anew."""
+    """A sign of life between steps: the lease begins anew, and answers come on this channel.
+
+    ``blocks`` tell apart several sessions of one id at one server. Answered only by SessionEnded,
+    if there is no such session.
+    """
 
     session_id: Session
+    blocks: Blocks | None = None
 
 
 class CloseSession(Message):
@@ -198,6 +275,7 @@ class Info(Message):
     num_sessions: Count
     queue_tokens: Count
     step_seconds: Seconds
+    outbox_bytes_free: Counter = 0
 
 
 class DialBack(Message):
@@ -223,6 +301,10 @@ AnyMessage = (
     | SessionOpened
     | Step
     | StepResult
+    | Push
+    | SetRoute
+    | Replay
+    | Replayed
     | KeepSession
     | CloseSession
     | SessionEnded

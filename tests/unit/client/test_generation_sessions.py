@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from local_blocks import tiny_pair
-from petals.errors import BadInput, NotSupported
+from petals.errors import BadInput, MissingBlocksError, NotSupported
 
 PROMPT = torch.tensor([[11, 54, 7, 33, 54, 23, 90]])
 REPLY = torch.tensor([[8, 41, 77]])
@@ -185,3 +185,38 @@ def test_what_a_session_cannot_continue(local, remote):
         remote(PROMPT)
         with pytest.raises(BadInput, match="last token"):
             remote.generate(None, max_new_tokens=2)
+
+
+def fail_once(monkeypatch, owner, after_steps):
+    """The blocks are gone for one step, after so many."""
+    step_rows, steps = owner.step_rows, []
+
+    def failing(*args, **kwargs):
+        steps.append(args)
+        if len(steps) == after_steps + 1:
+            raise MissingBlocksError("Nobody serves blocks 2:4.")
+        return step_rows(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "step_rows", failing)
+
+
+def test_what_was_generated_survives_the_loss_of_blocks(local, remote, monkeypatch):
+    whole = greedy(local, PROMPT, 8)
+    with remote.inference_session(max_length=40) as session:
+        fail_once(monkeypatch, session, after_steps=4)
+        with pytest.raises(MissingBlocksError) as caught:
+            remote.generate(PROMPT, max_new_tokens=8)
+        assert torch.equal(caught.value.generated, whole[:, : PROMPT.shape[1] + 4])
+        rest = remote.generate(None, max_new_tokens=4)
+        assert torch.equal(session.output_ids, whole)
+        assert torch.equal(rest, whole[:, -4:])
+
+
+def test_beams_begin_again_after_the_loss_of_blocks(local, remote, monkeypatch):
+    with remote.inference_session(max_length=40) as session:
+        fail_once(monkeypatch, session, after_steps=3)
+        with pytest.raises(MissingBlocksError) as caught:
+            remote.generate(PROMPT, max_new_tokens=6, num_beams=2)
+        assert caught.value.generated is None
+        again = remote.generate(PROMPT, max_new_tokens=6, num_beams=2)
+    assert torch.equal(again, greedy(local, PROMPT, 6, num_beams=2))

@@ -18,7 +18,11 @@ EXAMPLES = [
     messages.OpenSession(SESSION, 0, "m", (0, 10), 2, 128, "float32"),
     messages.SessionOpened(SESSION, 128, 60.0),
     messages.Step(SESSION, 0, 1, (3, 0), (1, 4), (0, 0), (messages.NextHop("p", (10, 20)),)),
-    messages.StepResult(SESSION, 0, 1, 0.1, 0.2, 5),
+    messages.StepResult(SESSION, 0, 1, 0.1, 0.2, 5, ((0.1, 0.2, 5),)),
+    messages.Push("client", (10, 20), messages.Step(SESSION, 1, 2, (3,), (1,), replay=True)),
+    messages.SetRoute(SESSION, 2, ("p",)),
+    messages.Replay(SESSION, 2, 7, (5, 0), (messages.NextHop("p", (10, 20)),)),
+    messages.Replayed(SESSION, 2),
     messages.KeepSession(SESSION),
     messages.CloseSession(SESSION),
     messages.SessionEnded(SESSION, "lease ended"),
@@ -39,8 +43,9 @@ def test_round_trip(message: messages.Message) -> None:
 def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     """An older peer reads these bytes; a change here needs a new PROTOCOL_VERSION."""
     step = messages.Step(SESSION, 1, 2, (3,), (1,))
-    expected = msgspec.msgpack.encode((["Step", SESSION, 1, 2, (3,), (1,), None, ()], ()))
-    assert frames.PROTOCOL_VERSION == 1
+    fields = ["Step", SESSION, 1, 2, (3,), (1,), None, (), (), False, False, False]
+    expected = msgspec.msgpack.encode((fields, ()))
+    assert frames.PROTOCOL_VERSION == 2
     assert messages.encode_message(step) == expected
 
 
@@ -51,6 +56,10 @@ def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
         ["Step", SESSION, 0, 1, [-1], [1], None, []],
         ["Step", SESSION, 0, 1, [0], [2**40], None, []],
         ["Step", SESSION, 0, 1, [0] * 1025, [1], None, []],
+        ["Step", SESSION, 0, 1, [0], [1], None, [], [[0.1, 0.2, 5]] * 257],
+        ["Push", "client", [0, 1], ["StepResult", SESSION, 0, 1, 0.1, 0.2, 5]],
+        ["SetRoute", SESSION, 0, ["p"] * 17],
+        ["Replay", SESSION, 0, 1, [0] * 1025, []],
         ["OpenSession", SESSION, 0, "m", [0, 1], 0, 1, "float32"],
         ["OpenSession", SESSION, 0, "m" * 257, [0, 1], 1, 1, "float32"],
         ["Hello", 1, "blocks", b"t" * 513, ""],

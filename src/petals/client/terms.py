@@ -1,0 +1,82 @@
+"""What a session asks of its hops, and what they say: the words between hop, path and recovery.
+
+Plain values; knows no channels and no servers but by name.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from petals.types import SessionId
+from petals.wire.messages import StepResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a session asks of every one of its hops."""
+
+    session_id: SessionId
+    model: str
+    num_rows: int
+    max_length: int | None
+    """None: whatever the server allows, room taken as the rows grow."""
+    dtype: torch.dtype = torch.float32
+    adapter: str | None = None
+    epoch: int = 0
+
+
+class Refill(Enum):
+    """Why a step is sent: for its output, or to refill rows that were lost."""
+
+    NO = "no"
+    YES = "yes"
+    LAST = "last"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long to wait for a stream, for one answer, for room in the server's cache; how often a
+    server must give a sign of life, and for how long it may be silent.
+    """
+
+    connect_seconds: float
+    request_seconds: float
+    alloc_seconds: float = 0.0
+    ping_seconds: float = 1.0
+    silence_seconds: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """One step as every hop gets it: row r runs ``counts[r]`` tokens from ``starts[r]``."""
+
+    step_id: int
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    reorder: tuple[int, ...] | None = None
+    refill: Refill = Refill.NO
+    reordered: bool = False
+    """The rows are refilled as the reorder of the step to follow leaves them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """A step under way. hidden: [tokens, H]; output: the same shape, once it has come."""
+
+    call: StepCall
+    hidden: Tensor
+    output: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a hop said to a step."""
+
+    result: StepResult
+    tensors: list[Tensor]

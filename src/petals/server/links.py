@@ -1,0 +1,134 @@
+"""Long-lived channels to the servers that our outputs go on to, shared by all sessions.
+
+A lane is one channel to one peer: the common one for steps, and one of its own for each replay,
+whose back-pressure must not hold up other people's words. What is sent on a lane arrives in order.
+Knows peers and messages; knows no sessions and no steps.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from torch import Tensor
+
+from petals.clock import Clock
+from petals.errors import PeerBusy, PeerError, PeerTimeout, PeerUnreachable, PetalsError
+from petals.logs import get_logger
+from petals.swarm.background import BackgroundTasks
+from petals.swarm.channel import Channel
+from petals.types import PeerId
+from petals.wire.messages import Message, Refusal
+
+logger = get_logger(__name__)
+
+RING_SERVICE = "ring"
+MAX_LANES = 512
+_DIAL_SECONDS = 3.0
+_REST_SECONDS = 1.0
+"""A lane that could not be dialled counts as broken for so long: those in line do not dial, too."""
+_IDLE_SECONDS = 600.0
+_IDLE_REPLAY_SECONDS = 10.0
+
+OpenChannel = Callable[[PeerId, str, float], Awaitable[Channel]]
+
+
+class _Lane:
+    """One channel to ``peer``, when there is one."""
+
+    def __init__(self, peer: PeerId, idle_seconds: float) -> None:
+        self.peer = peer
+        self.idle_seconds = idle_seconds
+        self.channel: Channel | None = None
+        self.in_order = asyncio.Lock()
+        self.used_at = 0.0
+        self.broken_until = 0.0
+
+    @property
+    def is_in_use(self) -> bool:
+        return self.channel is not None or self.in_order.locked()
+
+
+class Links:
+    """The lanes of one server; ``close`` them."""
+
+    def __init__(self, open_channel: OpenChannel, clock: Clock) -> None:
+        self._open_channel = open_channel
+        self._clock = clock
+        self._lanes: dict[tuple[PeerId, bytes], _Lane] = {}
+        self._tasks = BackgroundTasks()
+
+    @property
+    def num_open(self) -> int:
+        """Channels that are open now."""
+        return sum(lane.channel is not None for lane in self._lanes.values())
+
+    async def close(self) -> None:
+        """End all channels."""
+        await self._tasks.close()
+        self._lanes.clear()
+
+    async def send(
+        self, peer: PeerId, message: Message, tensors: Sequence[Tensor], replay_of: bytes = b""
+    ) -> None:
+        """Send on the common lane, or on that of a replayed session.
+
+        Dials if need be, and again, once, if the channel is found broken. Raises PeerError or
+        RequestTooLarge.
+        """
+        lane = self._lane(peer, replay_of)
+        async with lane.in_order:
+            for is_last_try in (lane.channel is None, True):
+                channel = lane.channel or await self._dial(lane)
+                try:
+                    await channel.send(message, tensors)
+                    lane.used_at = self._clock.monotonic()
+                    return
+                except PeerError:
+                    lane.channel = None
+                    if is_last_try:
+                        raise
+
+    def _lane(self, peer: PeerId, replay_of: bytes) -> _Lane:
+        key = (peer, replay_of)
+        if key not in self._lanes:
+            if len(self._lanes) >= MAX_LANES:
+                self._lanes = {k: lane for k, lane in self._lanes.items() if lane.is_in_use}
+            if len(self._lanes) >= MAX_LANES:
+                raise PeerBusy("This server hands on to too many others.", peer_id=peer)
+            self._lanes[key] = _Lane(peer, _IDLE_REPLAY_SECONDS if replay_of else _IDLE_SECONDS)
+        return self._lanes[key]
+
+    async def _dial(self, lane: _Lane) -> Channel:
+        if self._clock.monotonic() < lane.broken_until:
+            raise PeerUnreachable("The peer did not answer a moment ago.", peer_id=lane.peer)
+        try:
+            channel = await self._open_channel(lane.peer, RING_SERVICE, _DIAL_SECONDS)
+        except PetalsError as error:
+            lane.broken_until = self._clock.monotonic() + _REST_SECONDS
+            reason = f"No channel to the next hop: {error.message}"
+            raise PeerUnreachable(reason, peer_id=lane.peer) from error
+        lane.channel, lane.used_at = channel, self._clock.monotonic()
+        self._tasks.start(self._listen(lane, channel), "listening to a next hop")
+        return channel
+
+    async def _listen(self, lane: _Lane, channel: Channel) -> None:
+        """The life of a channel: nothing is said on it but refusals; long idleness ends it."""
+        try:
+            while not self._is_idle(lane):
+                try:
+                    answer, _ = await channel.receive(lane.idle_seconds)
+                except PeerTimeout:
+                    if channel.is_closed:
+                        raise
+                    continue
+                if isinstance(answer, Refusal):
+                    logger.info("…%s refused a step: %s", lane.peer[-6:], answer.message)
+        except PeerError as error:
+            logger.debug("the channel to …%s has ended: %s", lane.peer[-6:], error.message)
+        finally:
+            if lane.channel is channel:
+                lane.channel = None
+            await channel.close()
+
+    def _is_idle(self, lane: _Lane) -> bool:
+        rested = self._clock.monotonic() - lane.used_at >= lane.idle_seconds
+        return rested and not lane.in_order.locked()

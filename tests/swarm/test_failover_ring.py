@@ -1,0 +1,191 @@
+"""States go from server to server; what cannot pass goes through the client; nothing is lost."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from failover_story import IMPATIENT, SPANS, Fault, Story, strike
+from petals.client.session_rows import SessionRows
+from petals.client.trace import Way
+from petals.testing.tiny_models import write_tiny_model
+from petals.types import PeerId
+from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
+
+LARGE = 1024
+"""Bytes of a write that only states can fill: eight tokens."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("bloom"), "bloom", num_hidden_layers=5)
+
+
+class Traffic:
+    """Bytes of large writes by (source, target)."""
+
+    def __init__(self, swarm: RealSwarm) -> None:
+        self.num_bytes: Counter[tuple[PeerId, PeerId]] = Counter()
+        swarm.net.on_write = self._see
+
+    def _see(self, source: PeerId, target: PeerId, num_bytes: int) -> None:
+        if num_bytes > LARGE:
+            self.num_bytes[source, target] += num_bytes
+
+    @property
+    def edges(self) -> set[tuple[PeerId, PeerId]]:
+        return set(self.num_bytes)
+
+
+def ring_of(session: SessionRows, client: PeerId) -> set[tuple[PeerId, PeerId]]:
+    stops = [client, *(hop.peer_id for hop in session.trace.hops), client]
+    return set(zip(stops, stops[1:]))
+
+
+async def long_steps(session: SessionRows, swarm: RealSwarm) -> None:
+    """A prefill in pieces, a long rollback and a reorder."""
+    text, other = states(40, 1), states(16, 2)
+    rows = [text[:32], text[:16]]
+    output = await session.step(torch.cat(rows), (0, 0), (32, 16))
+    torch.testing.assert_close(output[:32], swarm.expected(rows[0]), rtol=1e-4, atol=1e-5)
+    output = await session.step(other, (16, 16), (8, 8), reorder=(1, 0))
+    again = torch.cat([text[:16], other[8:]])
+    torch.testing.assert_close(output[8:], swarm.expected(again)[16:], rtol=1e-4, atol=1e-5)
+
+
+async def test_no_state_in_between_crosses_the_client(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS) as swarm:
+        access = swarm.access(**IMPATIENT)
+        session = SessionRows(access, ALL, max_length=60)
+        traffic = Traffic(swarm)
+        await long_steps(session, swarm)
+        assert traffic.edges == ring_of(session, swarm.client.peer_id)
+        assert {edge.way for edge in session.trace.edges} == {Way.DIRECT}
+        assert all(len(hop.steps) == 4 for hop in session.trace.hops)
+        await session.close()
+        await access.close()
+
+
+async def test_a_span_is_refilled_by_the_server_before_it(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS, SPANS[1]) as swarm:
+        access = swarm.access(**IMPATIENT)
+        session = SessionRows(access, ALL, max_length=60)
+        await long_steps(session, swarm)
+        old, victim, last = (hop.peer_id for hop in session.trace.hops)
+        swarm.net.kill(victim)
+        traffic = Traffic(swarm)
+        new = states(2, 9)
+        await session.step(new, (24, 24), (1, 1))
+        spare = session.trace.hops[1].peer_id
+        assert [hop.peer_id for hop in session.trace.hops] == [old, spare, last]
+        assert spare != victim
+        assert traffic.edges == {(old, spare)}
+        await session.close()
+        await access.close()
+
+
+@pytest.mark.parametrize("one_way", [True, False])
+@pytest.mark.parametrize("phase", ["prefill", "decode", "rollback", "reorder"])
+async def test_an_edge_that_is_cut_goes_through_the_client(
+    folder: Path, phase: str, one_way: bool
+) -> None:
+    async with real_swarm(folder, *SPANS) as swarm:
+        access = swarm.access(**IMPATIENT, step_timeout=0.2)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await session.step(torch.empty(0, HIDDEN), (0, 0), (0, 0))
+        one, two, three = (hop.peer_id for hop in session.trace.hops)
+        await story.tell(phase, lambda: swarm.net.cut(two, three, one_way=one_way))
+        trace = session.trace
+        assert [hop.peer_id for hop in trace.hops] == [one, two, three]
+        assert not trace.repairs
+        assert Way.VIA_CLIENT in {edge.way for edge in trace.edges}
+        await session.close()
+        await access.close()
+
+
+async def test_a_server_that_slept_through_its_repair_changes_nothing(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS, *SPANS) as swarm:
+        access = swarm.access(**IMPATIENT, repair_timeout=20.0)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        sleeper = session.trace.hops[1].peer_id
+        Fault(swarm, sleeper, "pause", "answering").arm()
+        await story.decode()
+        assert sleeper not in {hop.peer_id for hop in session.trace.hops}
+        swarm.net.resume(sleeper)
+        await story.decode(21)
+        await story.reorder()
+        await story.decode(31)
+        await session.close()
+        await access.close()
+
+
+async def test_a_broken_stream_is_no_death(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS, *SPANS) as swarm:
+        access = swarm.access(**IMPATIENT)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        before = session.trace.hops
+        for hop in before:
+            swarm.net.transports[hop.peer_id].break_streams()
+        await story.decode()
+        await story.rollback()
+        trace = session.trace
+        assert [hop.peer_id for hop in trace.hops] == [hop.peer_id for hop in before]
+        assert not trace.repairs
+        await session.close()
+        await access.close()
+
+
+async def test_one_span_is_replaced_by_two_hops(folder: Path) -> None:
+    async with real_swarm(folder, ALL, *SPANS) as swarm:
+        access = swarm.access(**IMPATIENT, repair_timeout=20.0, allowed_servers=None)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        assert len(session.trace.hops) == 1
+        strike(swarm, session.trace.hops[0].peer_id, "kill")
+        await story.decode()
+        assert len(session.trace.hops) == 3
+        await story.reorder()
+        await story.decode()
+        await session.close()
+        await access.close()
+
+
+async def test_two_neighbours_are_replaced_together(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS, *SPANS[1:]) as swarm:
+        access = swarm.access(**IMPATIENT, repair_timeout=20.0)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        first, *others = (hop.peer_id for hop in session.trace.hops)
+        for peer in others:
+            swarm.net.kill(peer)
+        await story.reorder()
+        assert session.trace.hops[0].peer_id == first
+        assert {repair.peer_id for repair in session.trace.repairs} == set(others)
+        await story.decode()
+        await session.close()
+        await access.close()
+
+
+async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS, *SPANS, cache_tokens=2048) as swarm:
+        access = swarm.access(**IMPATIENT, repair_timeout=20.0)
+        sessions = [SessionRows(access, ALL, max_length=40) for _ in range(4)]
+        stories = [Story(swarm, one, [torch.empty(0, HIDDEN)] * 2) for one in sessions]
+        await asyncio.gather(*(story.prefill() for story in stories))
+        victim = sessions[0].trace.hops[1].peer_id
+        swarm.net.kill(victim)
+        await asyncio.gather(*(story.reorder() for story in stories))
+        await asyncio.gather(*(story.decode() for story in stories))
+        for session in sessions:
+            assert victim not in {hop.peer_id for hop in session.trace.hops}
+            await session.close()
+        await access.close()
