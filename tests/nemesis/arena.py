@@ -123,7 +123,8 @@ class Arena(LocalSwarm):
     def kill_daemon(self, pid: int) -> None:
         """End the network daemon that the process ``pid`` has started, and nothing else."""
         for daemon in daemons(pid):
-            daemon.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                daemon.kill()
 
     def kill_bootstrap(self) -> None:
         os.killpg(self._bootstrap.process.pid, signal.SIGKILL)
