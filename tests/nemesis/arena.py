@@ -192,9 +192,9 @@ class Arena(LocalSwarm):
 
 
 def daemons(pid: int) -> list[psutil.Process]:
-    """Network daemons that a process has started."""
+    """Network daemons that a process has started; not those of the servers it has started."""
     try:
-        children = psutil.Process(pid).children(recursive=True)
+        children = psutil.Process(pid).children()
         return [child for child in children if child.name() == DAEMON]
     except psutil.NoSuchProcess:
         return []
