@@ -243,6 +243,12 @@ async def test_a_half_filled_successor_is_filled_again() -> None:
         assert leg.worker.session.lengths == (8,)
         await refill(ring, [leg], told.lengths, told.step_id + 1)
         await told.step([2])
+        # What it did since is forgotten with the rows, and done again.
+        before, batches = told.lengths[0] - 2, leg.worker.num_batches
+        await refill(ring, [leg], (before,), told.step_id)
+        (again,) = await ring.step(told.step_id, [before], [told.rows[0][before:]])
+        assert_close(again, swarm.expected(told.rows[0])[before:])
+        assert leg.worker.num_batches > batches and leg.worker.session.lengths == told.lengths
 
 
 async def test_a_replay_shows_the_rows_as_they_were_when_it_was_asked_for() -> None:
