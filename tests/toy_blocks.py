@@ -58,6 +58,8 @@ class ToyServer:
     adapters: tuple[str, ...] = ()
     record_spans: tuple[tuple[int, int], ...] | None = None
     answer: str = "right"
+    compute_seconds: float = 0.002
+    """What it says a step took."""
     refuse_steps: list[PetalsError] = field(default_factory=list)
     refuse_opens: list[PetalsError] = field(default_factory=list)
     held: asyncio.Event | None = None
@@ -143,9 +145,8 @@ class ToyServer:
                     if self.held is not None:
                         await self.held.wait()
                     output = self._step(message, tensors[0], mine[message.session_id])
-                result = wire.StepResult(
-                    message.session_id, message.epoch, message.step_id, 0.001, 0.002, len(output)
-                )
+                ids = (message.session_id, message.epoch, message.step_id)
+                result = wire.StepResult(*ids, 0.001, self.compute_seconds, len(output))
                 return result, self._sent(output)
             case wire.Forward():
                 self.forwards.append(message)

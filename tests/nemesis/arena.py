@@ -1,4 +1,4 @@
-"""The swarm that is tormented: real processes, two holders of every span, made whole again.
+"""The swarm that is tormented: real processes, ended in all ways and made whole again.
 
 A LocalSwarm whose bootstrap peer keeps its address when it is started again and whose servers can
 each live on a host of a network laboratory. Knows processes; knows no tensors.
@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -26,18 +27,16 @@ NUM_LAB_HOSTS = 9
 
 
 class Arena(LocalSwarm):
-    """Context manager, like LocalSwarm. ``spans`` are held by ``num_holders`` servers each."""
+    """Context manager, like LocalSwarm. ``spans`` has one entry for each server there shall be."""
 
     def __init__(
         self,
         config: LocalSwarmConfig,
         spans: tuple[BlockSpan, ...],
-        num_holders: int = 2,
         lab: NetLab | None = None,
     ) -> None:
         super().__init__(config)
         self.spans = spans
-        self.num_holders = num_holders
         self.lab = lab
         self.hosts: dict[PeerId, str] = {}
         self._names = count(1)
@@ -49,8 +48,7 @@ class Arena(LocalSwarm):
     # -- life ----------------------------------------------------------------------------------
 
     def start(self, choose_spans: Any = None) -> None:
-        wanted = [span for span in self.spans for _ in range(self.num_holders)]
-        self.config = replace(self.config, spans=tuple(wanted))
+        self.config = replace(self.config, spans=self.spans)
         super().start(choose_spans)
         self._bootstrap = self._children[0]
         for server, child in zip(self.servers, self._children[1:]):
@@ -80,10 +78,10 @@ class Arena(LocalSwarm):
             self._await_ready(self._bootstrap, self._deadline())
         self._forget_dead()
         missing = []
-        for span in self.spans:
+        for span, num_holders in Counter(self.spans).items():
             holders = [server for server in self.servers if server.blocks == span]
-            missing += [span] * (self.num_holders - len(holders))
-            for server in holders[self.num_holders :]:
+            missing += [span] * (num_holders - len(holders))
+            for server in holders[num_holders:]:
                 self.end(server)
         self._forget_dead()
         if missing:
@@ -123,7 +121,8 @@ class Arena(LocalSwarm):
     def kill_daemon(self, pid: int) -> None:
         """End the network daemon that the process ``pid`` has started, and nothing else."""
         for daemon in daemons(pid):
-            daemon.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                daemon.kill()
 
     def kill_bootstrap(self) -> None:
         os.killpg(self._bootstrap.process.pid, signal.SIGKILL)
@@ -191,9 +190,9 @@ class Arena(LocalSwarm):
 
 
 def daemons(pid: int) -> list[psutil.Process]:
-    """Network daemons that a process has started."""
+    """Network daemons that a process has started; not those of the servers it has started."""
     try:
-        children = psutil.Process(pid).children(recursive=True)
+        children = psutil.Process(pid).children()
         return [child for child in children if child.name() == DAEMON]
     except psutil.NoSuchProcess:
         return []

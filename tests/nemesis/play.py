@@ -101,11 +101,9 @@ class Injector:
         self._undo.append(lambda: self._arena.signal(victim, signal.SIGCONT))
 
     def _harm_link(self, strike: Strike) -> None:
-        lab, hops = self._arena.lab, self._performance.session.trace.hops
+        lab, victim = self._arena.lab, self._victim(strike)
         assert lab is not None
-        victim = self._victim(strike)
         host = self._arena.hosts[victim.peer_id]
-        after = hops[(strike.hop + 1) % len(hops)].peer_id
         for server in self._arena.alive():
             self._watch.excuse(server)
         self._undo.append(lab.heal)
@@ -115,7 +113,10 @@ class Injector:
             case Fault.ONE_WAY_CUT:
                 lab.set_link(host, CLIENT_HOST, one_way=True, down=True)
             case Fault.CUT_LINK:
-                lab.set_link(host, self._arena.hosts[after], down=True)
+                hops = [hop.peer_id for hop in self._performance.session.trace.hops]
+                edge = strike.hop % max(1, len(hops) - 1)
+                near, far = (self._arena.hosts[peer] for peer in hops[edge : edge + 2])
+                lab.set_link(near, far, down=True)
             case Fault.SLOW:
                 lab.set_host(host, up="1mbit", down="1mbit", access_ms=100)
             case Fault.LOSS:

@@ -31,11 +31,15 @@ def open_director(
     stack: ExitStack,
     *,
     folder: Path,
-    num_holders: int = 2,
+    spares: tuple[BlockSpan, ...] | None = None,
     lab: NetLab | None = None,
 ) -> Director:
-    """A director with its swarm online; both end with ``stack``."""
+    """A director with its swarm online; both end with ``stack``.
+
+    ``spares`` are the spans with a second holder; by default all.
+    """
     source = model_folder(name, folder)
     config = LocalSwarmConfig(model=str(source), dtype="float32", num_threads=1)
-    arena = stack.enter_context(Arena(config, SPANS[name], num_holders, lab))
+    spans = SPANS[name] + (SPANS[name] if spares is None else spares)
+    arena = stack.enter_context(Arena(config, spans, lab))
     return Director(name, source, arena, SCALES[name])

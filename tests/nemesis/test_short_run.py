@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemesis.schedule import Fault, Phase, Scene, Strike
-from nemesis.stages import open_director
+from nemesis.stages import SPANS, open_director
 
 SCENES = (
     # The first server that is stopped is looked at again when its lease is over: begin with it.
@@ -49,7 +49,7 @@ def test_tiny_bloom_survives(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_smollm2_survives_a_kill(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        director = open_director("smollm2", stack, folder=tmp_path, num_holders=2)
+        director = open_director("smollm2", stack, folder=tmp_path, spares=(SPANS["smollm2"][1],))
         scene = Scene(0, 0, "smollm2", Phase.DECODE, (Strike(Fault.KILL, 1, 0.4),))
         outcome = director.play(scene)
         assert not outcome.problems, "\n".join([str(scene), *outcome.problems])

@@ -366,3 +366,45 @@ async def test_many_sessions_run_in_one_loop() -> None:
 
         await asyncio.gather(*(one(number) for number in range(20)))
         assert await swarm.at_rest()
+
+
+async def test_a_slow_server_is_left_for_a_faster_one() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        access = swarm.access(6)
+        session = SessionRows(access, ALL, max_length=20)
+        text = states(8)
+        slow = swarm.servers[1]
+        slow.compute_seconds = 5.0
+        await session.step(text[:3], (0,), (3,))
+        spare = await swarm.add(2, 4, compute_seconds=5.0)
+        view = await access.view()
+        await view.refresh()
+        await view.measure([spare.peer_id])
+        for at in range(3, 8):
+            output = await session.step(text[at : at + 1], (at,), (1,))
+            torch.testing.assert_close(output, expected(text, ALL)[at : at + 1])
+        assert [hop.peer_id for hop in session.trace.hops][1] == spare.peer_id
+        assert [len(server.steps) for server in (slow, spare)] == [3, 1 + 3]
+        (repair,) = session.trace.repairs
+        assert repair.peer_id == slow.peer_id
+        assert "slow" in repair.reason
+        await session.close()
+
+
+async def test_a_repair_is_one_line_for_the_user(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("petals"), "propagate", True)
+    caplog.set_level("INFO", logger="petals.client.recovery")
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        await session.step(states(3), (0,), (3,))
+        spare = await swarm.add(2, 4)
+        await (await session._access.view()).refresh()
+        lost = swarm.servers[1].peer_id
+        swarm.net.kill(lost)
+        await session.step(states(1), (3,), (1,))
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith(f"blocks 2:4 of …{lost[-6:]}")
+        assert line.endswith(f"2:4 at …{spare.peer_id[-6:]}")
+        await session.close()

@@ -1,6 +1,7 @@
 """States go from server to server; what cannot pass goes through the client; nothing is lost."""
 
 import asyncio
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -188,4 +189,42 @@ async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
         for session in sessions:
             assert victim not in {hop.peer_id for hop in session.trace.hops}
             await session.close()
+        await access.close()
+
+
+class Heard(logging.Handler):
+    """Set once somebody has logged what begins with ``words``."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words, self.event = words, asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(self.words):
+            self.event.set()
+
+
+async def test_the_clients_own_network_was_away(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS, SPANS[0]) as swarm:
+        access = swarm.access(**IMPATIENT, repair_timeout=20.0)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        before = [hop.peer_id for hop in session.trace.hops]
+        for peer in swarm.peers:
+            swarm.net.cut(swarm.client.peer_id, peer)
+        step = asyncio.create_task(story.reorder())
+        waiting = Heard("waiting up to")
+        logging.getLogger("petals.client.recovery").addHandler(waiting)
+        try:
+            await waiting.event.wait()
+        finally:
+            logging.getLogger("petals.client.recovery").removeHandler(waiting)
+        for peer in swarm.peers:
+            swarm.net.heal(swarm.client.peer_id, peer)
+        await step
+        assert [hop.peer_id for hop in session.trace.hops] == before
+        assert not session.trace.repairs
+        await story.decode()
+        await session.close()
         await access.close()

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_MERGED_TOKENS = 256
+"""Chunks of so many tokens are long enough."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -31,7 +34,12 @@ class KeptInputs:
         """The rows as a step from ``starts`` finds them, after its ``reorder``; ours stay."""
         sources = range(len(self._rows)) if reorder is None else reorder
         branch = KeptInputs(0)
-        branch._rows = [_cut_row(self._rows[row], start) for row, start in zip(sources, starts)]
+        branch._rows = [
+            list(self._rows[row])
+            if start == self.lengths[row]
+            else _cut_row(self._rows[row], start)
+            for row, start in zip(sources, starts)
+        ]
         branch.lengths = tuple(starts)
         return branch
 
@@ -40,6 +48,9 @@ class KeptInputs:
         for row, chunk in zip(self._rows, torch.split(hidden, list(counts))):
             if len(chunk):
                 row.append(chunk)
+                # Rows that grow token by token stay in few chunks, at the price of some copying.
+                while len(row) > 1 and len(row[-2]) <= len(row[-1]) < _MERGED_TOKENS:
+                    row[-2:] = [torch.cat(row[-2:])]
         self.lengths = tuple(length + count for length, count in zip(self.lengths, counts))
 
     def whole(self) -> Part | None:

@@ -6,6 +6,7 @@ session's own inputs. Knows rows of hidden states and reservations; knows no tex
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from petals.client.kept_inputs import Part, cut
 from petals.client.opening import Repairing, open_hops, release
 from petals.client.pace import Pace
 from petals.client.path import SessionPath
+from petals.client.slow import SlowHops
 from petals.client.swarm_view import SwarmView, show
 from petals.client.terms import Piece, Refill, StepCall, Terms
 from petals.client.trace import Repair
@@ -51,6 +53,10 @@ _SENT_AHEAD = 8
 """Parts of a replay that a server may have waiting."""
 
 
+class _PathIsBack(Exception):
+    """Servers that were out of reach answer again: there is less to replace."""
+
+
 class Recovery:
     """The path of one session; ``run`` steps through it. Await its methods one at a time."""
 
@@ -64,6 +70,8 @@ class Recovery:
         self._pace = Pace()
         self._losses: dict[Hop, str] = {}
         """Hops that are gone and not replaced yet, and why."""
+        self._slow = SlowHops()
+        self._meet_again_at = 0.0
         self._epoch = 0
         self._is_stale = False
         self._closed = False
@@ -101,6 +109,7 @@ class Recovery:
                 progress_at = self._now()
                 await path.run(attempt.pieces)
                 attempt.settle()
+                self._leave_the_slow(path)
                 return torch.cat(attempt.outputs)
             except (PeerError, SessionError) as error:
                 attempt.settle()
@@ -124,7 +133,10 @@ class Recovery:
         if path is not None and not attempt.pieces:
             attempt.pieces = self._cut(path, attempt.rest, attempt.reorder)
         if path is not None and not self._is_stale:
-            await self._reconnect(path, attempt)
+            # A stream may break although both ends live: each peer is called once.
+            broken = [hop for hop in path.lost if isinstance(hop.failure, PeerUnreachable)]
+            await self._reconnect([h for h in broken if h.peer_id not in attempt.reconnected])
+            attempt.reconnected.update(hop.peer_id for hop in broken)
             if not path.lost:
                 return path
         for hop in () if path is None else path.lost:
@@ -140,24 +152,27 @@ class Recovery:
         self._meet_spares(path)
         return path
 
-    async def _reconnect(self, path: SessionPath, attempt: Attempt) -> None:
-        """Streams may break although both ends live: each peer is called once, before it is given
-        up.
-        """
-        broken = [
-            hop
-            for hop in path.lost
-            if isinstance(hop.failure, PeerUnreachable) and hop.peer_id not in attempt.reconnected
-        ]
-        attempt.reconnected.update(hop.peer_id for hop in broken)
-        works = [hop.reconnect(self._swarm.node) for hop in broken]
+    async def _reconnect(self, hops: Sequence[HopSession]) -> bool:
+        """Call peers whose streams broke. True if one of them is there."""
+        works = [hop.reconnect(self._swarm.node) for hop in hops]
         for result in await asyncio.gather(*works, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, PetalsError):
                 raise result
+        back = [hop for hop in hops if hop.failure is None]
+        for hop in back:
+            self._losses.pop(hop.hop, None)
+            self._swarm.bans.lift(hop.peer_id)
+        return bool(back)
+
+    def _silent_hops(self) -> list[HopSession]:
+        """All hops, if all fell silent: perhaps it is our own network that is away."""
+        hops = [] if self.path is None else self.path.hops
+        return hops if all(isinstance(hop.failure, PeerTimeout) for hop in hops) else []
 
     def _can_mend(self, path: SessionPath) -> bool:
         """True if what is lost can be refilled from before it: by us, or by a server."""
-        return self._swarm.config.use_server_to_server or path.lost == path.hops[:1]
+        is_at_start = path.lost == path.hops[:1] or path.lost == path.hops
+        return self._swarm.config.use_server_to_server or is_at_start
 
     async def _mend(self, path: SessionPath, attempt: Attempt) -> None:
         """Replace the hops that are lost, from left to right, each refilled from before it."""
@@ -174,7 +189,10 @@ class Recovery:
                 epoch=self._epoch,
                 num_rows=attempt.num_rows_told if start else len(attempt.inputs.lengths),
             )
-            hops = await self._open_patiently(blocks, terms, Repairing(before), attempt)
+            try:
+                hops = await self._open_patiently(blocks, terms, Repairing(before), attempt)
+            except _PathIsBack:
+                continue
             path.exchange(start, end, hops)
             await path.begin_epoch(self._epoch)
             await self._refill(path, start, start + len(hops), attempt)
@@ -265,7 +283,11 @@ class Recovery:
                 if now >= deadline or self._closed:
                     raise error from cause
                 await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
-                await self._swarm.refresh()
+                hops = self._silent_hops()
+                if hops and await self._reconnect(hops):
+                    raise _PathIsBack from None
+                with contextlib.suppress(PetalsError):
+                    await self._swarm.refresh()
 
     def _cut(self, path: SessionPath, part: Part, reorder: tuple[int, ...] | None) -> list[Piece]:
         pieces = []
@@ -297,7 +319,21 @@ class Recovery:
             )
         self._losses.clear()
 
+    def _leave_the_slow(self, path: SessionPath) -> None:
+        """Give up a hop that others would outrun; the next step replaces it like a dead one."""
+        now, swarm = self._now(), self._swarm
+        if now >= self._meet_again_at:
+            self._meet_spares(path)
+        for hop in path.hops:
+            promises = (
+                partial(swarm.promised_seconds, hop.hop),
+                partial(swarm.alternative_seconds, hop.hop),
+            )
+            if self._slow.should_leave(hop.blocks, hop.timings, promises, now):
+                hop.fail(PeerTimeout("It is slow: others would take less than half the time."))
+
     def _meet_spares(self, path: SessionPath) -> None:
+        self._meet_again_at = self._now() + self._swarm.config.update_period
         self._swarm.node.background.start(self._swarm.meet_spares(path.route), "meeting spares")
 
     def _now(self) -> float:

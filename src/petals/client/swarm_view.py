@@ -8,7 +8,7 @@ decides nothing itself. Lives in one event loop.
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -33,7 +33,7 @@ from petals.errors import (
 from petals.logs import get_logger
 from petals.swarm.node import SwarmNode
 from petals.swarm.records import ServerRecord, View
-from petals.types import BlockSpan, PeerId, Route, ServerState
+from petals.types import BlockSpan, Hop, PeerId, Route, ServerState
 from petals.wire.messages import GetInfo, Info
 
 logger = get_logger(__name__)
@@ -201,6 +201,27 @@ class SwarmView:
         """True if the server says that others reach it only through a relay."""
         record = None if self._records is None else self._records.records.get(peer)
         return record is not None and record.relayed
+
+    def promised_seconds(self, hop: Hop) -> float | None:
+        """What one token costs at ``hop`` by its record and its queue; None if it is unknown."""
+        return self._quickest(hop.blocks, lambda peer: peer == hop.peer_id)
+
+    def alternative_seconds(self, hop: Hop) -> float | None:
+        """The same for the best other server that we have measured and do not avoid."""
+        avoided = self.bans.at(self._clock.monotonic()) | {hop.peer_id}
+        return self._quickest(
+            hop.blocks, lambda peer: peer not in avoided and peer in self._round_trips
+        )
+
+    def _quickest(self, blocks: BlockSpan, admits: Callable[[PeerId], bool]) -> float | None:
+        return min(
+            (
+                candidate.queue_seconds + candidate.seconds_per_block * len(blocks)
+                for candidate in self.candidates()
+                if admits(candidate.peer_id) and candidate.blocks.covers(blocks)
+            ),
+            default=None,
+        )
 
     def _find(self, needs: Needs, throughput: bool, avoid_strictly: bool) -> Route:
         candidates, banned = self.candidates(), self.bans.at(self._clock.monotonic())

@@ -126,7 +126,7 @@ class Ring:
     # What comes in
 
     def _take(self, arrival: _Arrival) -> "asyncio.Task[None] | None":
-        """Begin a step, hold it or drop it. Raises what its sender is to be refused with."""
+        """Begin a step, or hold it. Raises what its sender is to be refused with."""
         push, step = arrival.push, arrival.push.step
         session_id = SessionId(step.session_id)
         key = SessionKey(PeerId(push.client), session_id, messages.span(push.blocks))
@@ -138,8 +138,6 @@ class Ring:
             return None
         if arrival.peer not in session.sources:
             raise _not_here()
-        if step.epoch < session.epoch:
-            return None
         return self.begin(session, step, arrival.tensors)
 
     def _hold(self, key: SessionKey, arrival: _Arrival) -> None:

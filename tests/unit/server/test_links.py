@@ -1,0 +1,132 @@
+"""Channels to next hops: opened on demand, shared, reopened once, closed when idle."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from petals.errors import PeerBusy, PeerTimeout, PeerUnreachable
+from petals.server import links
+from petals.server.links import Links
+from petals.testing.manual_clock import ManualClock
+from petals.types import PeerId
+from petals.wire.messages import GetInfo, KeepSession, Message
+
+PEER = PeerId("peer")
+
+
+class FakeChannel:
+    """Takes messages until it breaks."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.sent: list[Message] = []
+        self.is_broken = self.is_closed = False
+
+    async def send(self, message: Message, tensors: Sequence[object]) -> None:
+        await asyncio.sleep(0)
+        if self.is_broken:
+            raise PeerUnreachable("broken")
+        self.sent.append(message)
+
+    async def receive(self, timeout: float) -> tuple[Message, list[object]]:
+        await self.clock.sleep(timeout)
+        raise PeerTimeout("nothing")
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+class Swarm:
+    """Opens channels and counts the attempts."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.channels: list[FakeChannel] = []
+        self.num_dials = 0
+        self.is_reachable = True
+        self.links = Links(self.open_channel, self.clock)
+
+    async def open_channel(self, peer: PeerId, service: str, timeout: float) -> FakeChannel:
+        self.num_dials += 1
+        await asyncio.sleep(0)
+        if not self.is_reachable:
+            raise PeerUnreachable("nobody")
+        self.channels.append(FakeChannel(self.clock))
+        return self.channels[-1]
+
+    async def send(self, message: Message | None = None, replay_of: bytes = b"") -> None:
+        await self.links.send(PEER, message or GetInfo(), (), replay_of)
+
+
+async def test_all_share_one_channel_and_keep_their_order() -> None:
+    swarm = Swarm()
+    messages = [KeepSession(bytes([i]) * 16) for i in range(5)]
+    await asyncio.gather(*map(swarm.send, messages))
+    (channel,) = swarm.channels
+    assert channel.sent == messages
+    assert swarm.links.num_open == 1
+    await swarm.links.close()
+    assert channel.is_closed
+
+
+async def test_a_replay_has_a_channel_of_its_own() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    await swarm.send(replay_of=b"s")
+    assert swarm.links.num_open == 2
+    await swarm.links.close()
+
+
+async def test_a_broken_channel_is_opened_again_but_once() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    swarm.channels[0].is_broken = True
+    await swarm.send()
+    assert [len(channel.sent) for channel in swarm.channels] == [1, 1]
+    swarm.channels[1].is_broken, swarm.is_reachable = True, False
+    with pytest.raises(PeerUnreachable):
+        await swarm.send()
+    assert swarm.num_dials == 3
+    await swarm.links.close()
+
+
+async def test_those_in_line_do_not_all_dial_in_vain() -> None:
+    swarm = Swarm()
+    swarm.is_reachable = False
+    results = await asyncio.gather(*[swarm.send() for _ in range(5)], return_exceptions=True)
+    assert all(isinstance(result, PeerUnreachable) for result in results)
+    assert swarm.num_dials == 1
+    swarm.is_reachable = True
+    await swarm.clock.advance(1.0)
+    await swarm.send()
+    await swarm.links.close()
+
+
+async def test_a_channel_that_rests_for_long_is_closed() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    await swarm.send(replay_of=b"s")
+    await swarm.clock.advance(links._IDLE_REPLAY_SECONDS)
+    assert [channel.is_closed for channel in swarm.channels] == [False, True]
+    await swarm.send()
+    await swarm.clock.advance(links._IDLE_SECONDS - 1)
+    assert swarm.links.num_open == 1
+    await swarm.clock.advance(links._IDLE_SECONDS)
+    assert swarm.links.num_open == 0
+    await swarm.send()
+    assert swarm.num_dials == 3
+    await swarm.links.close()
+
+
+async def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_LANES", 2)
+    swarm = Swarm()
+    await swarm.send(replay_of=b"1")
+    await swarm.send(replay_of=b"2")
+    with pytest.raises(PeerBusy):
+        await swarm.send(replay_of=b"3")
+    await swarm.clock.advance(links._IDLE_REPLAY_SECONDS)
+    await swarm.send(replay_of=b"3")
+    assert swarm.links.num_open == 1
+    await swarm.links.close()
