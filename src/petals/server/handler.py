@@ -93,7 +93,7 @@ class BlocksService:
                 executor=executor,
                 bytes=self.bytes,
                 node=node,
-                chunk_tokens=config.replay_chunk_tokens,
+                chunk_tokens=min(config.replay_chunk_tokens, offer.max_step_tokens),
             )
         )
         self._pool = pool
