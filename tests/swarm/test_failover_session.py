@@ -20,7 +20,10 @@ SPANS = (BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(4, 5))
 STATE_BYTES = HIDDEN * 4
 """Whatever is written at once and is longer carries states."""
 
-IMPATIENT = {"silence_timeout": 0.3, "max_pinged": 0, "connect_timeout": 0.3, "show_route": False}
+IMPATIENT = {"silence_timeout": 1.0, "max_pinged": 0, "connect_timeout": 1.0, "show_route": False}
+"""Four servers and their client share one loop here, which the sums of all of them can hold up for
+some tenths of a second: less patience would take that for a death.
+"""
 
 
 @pytest.fixture(scope="module")
