@@ -266,6 +266,8 @@ class Daemon:
             writer.transport.abort()
 
     async def _dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self.p2p is None:
+            raise DaemonError("The network daemon is being started again.")
         path = self.p2p._daemon_listen_maddr.value_for_protocol("unix")
         try:
             return await asyncio.open_unix_connection(path, limit=_BUFFER_BYTES)
