@@ -74,7 +74,7 @@ class Injector:
             case Fault.KILL:
                 arena.signal(self._victim(strike), signal.SIGKILL)
             case Fault.LEAVE:
-                arena.signal(self._victim(strike), signal.SIGTERM, alone=True)
+                arena.ask_to_leave(self._victim(strike))
             case Fault.SERVER_DAEMON:
                 victim = self._victim(strike)
                 self._watch.excuse(victim)
