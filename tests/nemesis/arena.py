@@ -39,6 +39,7 @@ class Arena(LocalSwarm):
         self.spans = spans
         self.lab = lab
         self.hosts: dict[PeerId, str] = {}
+        self._leaving: list[LocalServer] = []
         self._names = count(1)
         self._ports: dict[str, int] = {}
         self._started_hosts: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
@@ -76,6 +77,8 @@ class Arena(LocalSwarm):
         if self._bootstrap.process.poll() is not None:
             self._bootstrap = self._start(f"bootstrap-{next(self._names)}", ["bootstrap"])
             self._await_ready(self._bootstrap, self._deadline())
+        while self._leaving:
+            self.end(self._leaving.pop())
         self._forget_dead()
         missing = []
         for span, num_holders in Counter(self.spans).items():
@@ -117,6 +120,11 @@ class Arena(LocalSwarm):
                 os.kill(server.pid, signum)
             else:
                 os.killpg(server.pid, signum)
+
+    def ask_to_leave(self, server: LocalServer) -> None:
+        """SIGTERM; ``restore`` waits for its end."""
+        self._leaving.append(server)
+        self.signal(server, signal.SIGTERM, alone=True)
 
     def kill_daemon(self, pid: int) -> None:
         """End the network daemon that the process ``pid`` has started, and nothing else."""

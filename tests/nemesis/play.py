@@ -74,7 +74,7 @@ class Injector:
             case Fault.KILL:
                 arena.signal(self._victim(strike), signal.SIGKILL)
             case Fault.LEAVE:
-                arena.signal(self._victim(strike), signal.SIGTERM, alone=True)
+                arena.ask_to_leave(self._victim(strike))
             case Fault.SERVER_DAEMON:
                 victim = self._victim(strike)
                 self._watch.excuse(victim)
@@ -180,8 +180,21 @@ class Director:
                 records = (await view.records()).records.values()
                 return {r.peer_id for r in records if r.state.name == "ONLINE"}
 
-            if not wait_until(lambda: expected <= manager.run(seen()), _VIEW_SECONDS, pause=0.3):
-                raise RuntimeError(f"not all servers are in the directory: {expected}")
+            missing: set[str] = set()
+
+            def all_seen() -> bool:
+                missing.clear()
+                missing.update(expected - manager.run(seen()))
+                return not missing
+
+            if not wait_until(all_seen, _VIEW_SECONDS, pause=0.3):
+                unseen = [server for server in self.arena.alive() if server.peer_id in missing]
+                places = ", ".join(f"{server.blocks} …{server.peer_id[-6:]}" for server in unseen)
+                newest = max(self.arena.alive(), key=lambda server: server.pid)
+                raise RuntimeError(
+                    f"alive for {_VIEW_SECONDS:.0f} s and not in the directory: {places} "
+                    f"(the newest is …{newest.peer_id[-6:]})"
+                )
             self.watch.look(manager)
             yield model
         finally:
