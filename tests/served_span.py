@@ -60,7 +60,7 @@ class Served:
     net: MemoryNet
     span: Span
     reference: Span
-    """The same model once more: a span belongs to one thread at a time, ours is not the server's."""
+    """The same model once more, for us: a span belongs to one thread at a time."""
     runner: FussySpan
     pool: KVPool
     service: BlocksService
