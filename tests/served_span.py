@@ -60,6 +60,8 @@ class Served:
 
     net: MemoryNet
     span: Span
+    reference: Span
+    """The same model once more, for us: a span belongs to one thread at a time."""
     runner: FussySpan
     pool: KVPool
     service: BlocksService
@@ -74,7 +76,7 @@ class Served:
 
     def expected(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the whole model makes of [n, H], without any cache."""
-        return self.span.reference(hidden)
+        return self.reference.reference(hidden)
 
     async def at_rest(self) -> None:
         """Every session is gone and every page is back."""
@@ -165,7 +167,7 @@ async def served(
 ) -> AsyncIterator[Served]:
     """Serve blocks 10:14 of a tiny model with room for ``num_tokens`` tokens."""
     net = MemoryNet(clock)
-    span = whole_model(model)
+    span, reference = whole_model(model), whole_model(model)
     runner = FussySpan(span)
     pool = KVPool.for_tokens(span.layout, num_tokens)
     offer = Offer(
@@ -187,4 +189,4 @@ async def served(
         server.serve(BLOCKS_SERVICE, service.serve)
         joined = NodeConfig(initial_peers=await server.addresses())
         async with service, SwarmNode(joined, engine=net.engine, clock=clock) as client:
-            yield Served(net, span, runner, pool, service, server, client, server.clock)
+            yield Served(net, span, reference, runner, pool, service, server, client, server.clock)
