@@ -25,11 +25,14 @@
     │   ├── BadInput                shape, dtype, NaN, token id, empty prompt
     │   ├── LengthExceeded · BatchTooLarge · RequestTooLarge
     │   ├── UnknownAdapter · UnknownModel · BlocksNotServed
+    │   ├── AdapterRefused          an adapter that does not fit these blocks, or is too large
+    │   ├── TrainingRefused         a server that gives no gradients, with the reason
     │   └── NotSupported            a mode this version does not offer
     └── SessionError
         ├── CacheFull               no free KV memory now; may be asked again
         ├── SessionClosed           used after close or after its lease ended
         ├── SessionGap              a step does not follow the one before
+        ├── PassExpired             what a backward pass needs is no longer kept
         └── OutboxLost              a server no longer has the outputs it is to replay
 
 ``retryable`` says whether the same request may succeed at another peer or later. Errors a client
@@ -205,6 +208,20 @@ class UnknownAdapter(RequestError):
     default_hint = "Leave active_adapter out, or use a server that has the adapter."
 
 
+class AdapterRefused(RequestError):
+    """An adapter whose names, shapes or kind do not fit the blocks, or that is too large."""
+
+    code = "adapter_refused"
+    default_hint = "Adapters are LoRA in peft's safetensors format, made for this very model."
+
+
+class TrainingRefused(RequestError):
+    """A server that gives no gradients: its operator forbids it, or its kernels have none."""
+
+    code = "training_refused"
+    default_hint = "Train through other servers; this one can still be read from."
+
+
 class UnknownModel(RequestError):
     code = "unknown_model"
     default_hint = "petals status --join ADDR shows the names of the models served."
@@ -244,6 +261,13 @@ class SessionClosed(SessionError):
 class SessionGap(SessionError):
     code = "session_gap"
     default_hint = "Go on where the row ends, or before; the session is still usable."
+
+
+class PassExpired(SessionError):
+    """A backward pass came for a forward pass whose activations are no longer kept."""
+
+    code = "pass_expired"
+    default_hint = "The client mends this by itself: it sends the inputs again."
 
 
 class OutboxLost(SessionError):

@@ -29,7 +29,7 @@ from petals.swarm.node import SwarmNode
 from petals.swarm.records import ServerRecord
 from petals.swarm.rpc import answering
 from petals.types import BlockSpan, ServerState
-from petals.wire.messages import Forward, ForwardResult
+from petals.wire.passes import Forward, ForwardResult
 
 FORWARD = Forward("m", (0, 2), (1,))
 

@@ -7,7 +7,8 @@ import torch
 
 from petals.server.scheduler import SchedulerConfig
 from petals.types import BlockSpan
-from petals.wire.messages import Forward, ForwardResult, GetInfo, Info, Step
+from petals.wire.messages import GetInfo, Info, Step
+from petals.wire.passes import Forward, ForwardResult
 from served_span import assert_close, served, states
 
 

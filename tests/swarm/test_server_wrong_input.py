@@ -18,8 +18,6 @@ from petals.wire.frames import FrameKind
 from petals.wire.messages import (
     CloseSession,
     DialedBack,
-    Forward,
-    ForwardResult,
     KeepSession,
     NextHop,
     Refusal,
@@ -28,6 +26,7 @@ from petals.wire.messages import (
     Step,
     StepResult,
 )
+from petals.wire.passes import Forward, ForwardResult
 from served_span import FussySpan, Served, Talk, assert_close, served, states
 from tiny_spans import WIDTH
 

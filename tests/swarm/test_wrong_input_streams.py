@@ -14,18 +14,18 @@ from petals.swarm.rpc import STREAM_PROTOCOL
 from petals.testing.manual_clock import settle
 from petals.types import BlockSpan
 from petals.wire import frames, tensors
+from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
 from petals.wire.messages import (
     CloseSession,
-    Forward,
     GetInfo,
     Hello,
     KeepSession,
-    Message,
     OpenSession,
     Step,
     encode_message,
 )
+from petals.wire.passes import Forward
 from served_span import Served, assert_close, served, states
 from toy_blocks import config, open_one, toy_swarm
 

@@ -30,7 +30,7 @@ from petals.errors import (
     SessionError,
 )
 from petals.types import BlockSpan, Hop, PeerId
-from petals.wire.messages import Forward, ForwardResult
+from petals.wire.passes import Forward, ForwardResult
 
 MICRO_BATCH_TOKENS = 1024
 MICRO_BATCH_ROWS = 128

@@ -29,13 +29,13 @@ from petals.errors import (
 from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, Hop, PeerId, Route
+from petals.wire.fields import Message
 from petals.wire.messages import (
     AnyMessage,
     CloseSession,
     GetInfo,
     Info,
     KeepSession,
-    Message,
     NextHop,
     OpenSession,
     Refusal,

@@ -32,7 +32,7 @@ from petals.errors import (
 )
 from petals.logs import get_logger
 from petals.types import SESSION_ID_BYTES, BlockSpan, SessionId
-from petals.wire.messages import MAX_ROWS
+from petals.wire.fields import MAX_ROWS
 
 logger = get_logger(__name__)
 

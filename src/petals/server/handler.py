@@ -36,12 +36,10 @@ from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
 from petals.types import PeerId, ServerState, SessionId
 from petals.wire import messages
+from petals.wire.fields import Blocks
 from petals.wire.messages import (
     AnyMessage,
-    Blocks,
     CloseSession,
-    Forward,
-    ForwardResult,
     GetInfo,
     Info,
     KeepSession,
@@ -53,6 +51,7 @@ from petals.wire.messages import (
     SetRoute,
     Step,
 )
+from petals.wire.passes import Forward, ForwardResult
 
 logger = get_logger(__name__)
 

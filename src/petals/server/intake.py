@@ -22,7 +22,8 @@ from petals.errors import (
 )
 from petals.types import BlockSpan, ModelId, PeerId
 from petals.wire import messages
-from petals.wire.messages import Forward, OpenSession
+from petals.wire.messages import OpenSession
+from petals.wire.passes import Forward
 from petals.wire.tensors import DTYPES
 
 

@@ -16,7 +16,8 @@ from petals.logs import get_logger
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.channel import Channel
 from petals.types import PeerId
-from petals.wire.messages import Message, Refusal
+from petals.wire.fields import Message
+from petals.wire.messages import Refusal
 
 logger = get_logger(__name__)
 

@@ -22,7 +22,8 @@ from petals.server.outbox import Outbox, OutboxRows
 from petals.server.sinks import ClientSink
 from petals.server.steps import StepLimits, StepPlan, plan_step
 from petals.types import BlockSpan, PeerId, SessionId
-from petals.wire.messages import Message, Replay, Step, StepResult
+from petals.wire.fields import Message
+from petals.wire.messages import Replay, Step, StepResult
 
 logger = get_logger(__name__)
 MAX_WAITING_STEPS = 16

@@ -10,7 +10,7 @@ from torch import Tensor
 from petals.errors import PeerError
 from petals.logs import get_logger
 from petals.swarm.channel import Channel
-from petals.wire.messages import Message
+from petals.wire.fields import Message
 
 logger = get_logger(__name__)
 

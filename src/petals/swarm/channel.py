@@ -31,8 +31,9 @@ from petals.swarm.inflight import WINDOW_BYTES, Budget, Inbox, message_cost
 from petals.swarm.transport import Stream
 from petals.types import PeerId
 from petals.wire import frames, tensors
+from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
-from petals.wire.messages import AnyMessage, Message, Refusal, encode_message
+from petals.wire.messages import AnyMessage, Refusal, encode_message
 from petals.wire.specs import Codec, TensorSpec
 
 logger = get_logger(__name__)

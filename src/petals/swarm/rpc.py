@@ -35,16 +35,9 @@ from petals.swarm.inflight import Budget
 from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Stream, Transport
 from petals.types import PeerId
 from petals.wire import frames
+from petals.wire.fields import Message
 from petals.wire.frames import PROTOCOL_VERSION, FrameKind
-from petals.wire.messages import (
-    AnyMessage,
-    Hello,
-    Message,
-    Refusal,
-    Welcome,
-    decode_message,
-    encode_message,
-)
+from petals.wire.messages import AnyMessage, Hello, Refusal, Welcome, decode_message, encode_message
 
 logger = get_logger(__name__)
 

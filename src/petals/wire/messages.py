@@ -9,6 +9,7 @@ row order. Knows no sockets and makes no decisions.
 | ------- | ------ |
 | 1       | first  |
 | 2       | rings: sources, SetRoute, Push, Replay, Replayed; steps carry timings |
+| 3       | training: Backward, kept passes, taps, deep prompts, PutAdapter        |
 """
 
 from typing import Annotated
@@ -17,27 +18,30 @@ import msgspec
 from msgspec import Meta
 
 from petals.errors import PetalsError, ProtocolError, from_wire
-from petals.types import SESSION_ID_BYTES, BlockSpan
+from petals.types import BlockSpan
+from petals.wire.fields import (
+    MAX_ROWS,
+    MAX_TENSORS,
+    Blocks,
+    Count,
+    Counter,
+    Message,
+    Name,
+    PerRow,
+    Seconds,
+    Session,
+    Text,
+    Ticket,
+)
+from petals.wire.passes import (
+    AdapterKept,
+    Backward,
+    BackwardResult,
+    Forward,
+    ForwardResult,
+    PutAdapter,
+)
 from petals.wire.specs import TensorSpec
-
-MAX_ROWS = 1024
-MAX_TENSORS = 4096
-MAX_POSITION = 2**31 - 1
-
-Name = Annotated[str, Meta(max_length=256)]
-Text = Annotated[str, Meta(max_length=4096)]
-Ticket = Annotated[bytes, Meta(max_length=512)]
-Session = Annotated[bytes, Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
-Count = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
-Counter = Annotated[int, Meta(ge=0, le=2**53)]
-PerRow = Annotated[tuple[Count, ...], Meta(max_length=MAX_ROWS)]
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Blocks = tuple[Count, Count]
-"""``(start, end)`` as it travels; ``span()`` turns it into a BlockSpan."""
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
-    """Common shape: an array that begins with the class name."""
 
 
 class Hello(Message):
@@ -93,6 +97,9 @@ class OpenSession(Message):
 
     ``alloc_timeout_seconds`` 0 asks for an answer at once. ``dtype`` is what the states will travel
     in. ``sources`` are the peers, beside the client, from whom states of this session are taken.
+    ``adapter`` names one of the server's own or one that this client has put there. With
+    ``num_prompt_tokens`` P, deep prompts follow. Tensors: prompts ``[len(blocks), P,
+    hidden_size]``, added to positions 0..P-1 of every row on entering each block.
     """
 
     session_id: Session
@@ -105,6 +112,7 @@ class OpenSession(Message):
     adapter: Name | None = None
     alloc_timeout_seconds: Seconds = 0.0
     sources: Sources = ()
+    num_prompt_tokens: Count = 0
 
 
 class SessionOpened(Message):
@@ -241,22 +249,6 @@ class SessionEnded(Message):
     reason: Text = ""
 
 
-class Forward(Message):
-    """Run whole sequences once, keeping nothing. Tensors: hidden ``[sum(counts), hidden_size]``."""
-
-    model: Name
-    blocks: Blocks
-    counts: PerRow
-    adapter: Name | None = None
-
-
-class ForwardResult(Message):
-    """Tensors: hidden ``[sum(counts), hidden_size]``."""
-
-    queue_seconds: Seconds
-    compute_seconds: Seconds
-
-
 class GetInfo(Message):
     """Ask a server how it is right now (what changes too fast for the directory)."""
 
@@ -310,6 +302,10 @@ AnyMessage = (
     | SessionEnded
     | Forward
     | ForwardResult
+    | Backward
+    | BackwardResult
+    | PutAdapter
+    | AdapterKept
     | GetInfo
     | Info
     | DialBack

@@ -10,7 +10,8 @@ from petals.server import links
 from petals.server.links import Links
 from petals.testing.manual_clock import ManualClock
 from petals.types import PeerId
-from petals.wire.messages import GetInfo, KeepSession, Message
+from petals.wire.fields import Message
+from petals.wire.messages import GetInfo, KeepSession
 
 PEER = PeerId("peer")
 

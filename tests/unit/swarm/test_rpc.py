@@ -25,8 +25,6 @@ from petals.testing.manual_clock import settle
 from petals.wire import frames
 from petals.wire.frames import PROTOCOL_VERSION, FrameKind
 from petals.wire.messages import (
-    Forward,
-    ForwardResult,
     GetInfo,
     Hello,
     KeepSession,
@@ -35,6 +33,7 @@ from petals.wire.messages import (
     decode_message,
     encode_message,
 )
+from petals.wire.passes import Forward, ForwardResult
 
 FORWARD = Forward("m", (0, 2), (1,))
 

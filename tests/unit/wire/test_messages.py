@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals.errors import ERRORS_BY_CODE, MissingBlocksError, PeerFailed, ProtocolError
-from petals.wire import frames, messages
+from petals.wire import fields, frames, messages, passes
 from petals.wire.frames import FrameKind
 from petals.wire.specs import TensorSpec
 
@@ -26,8 +26,13 @@ EXAMPLES = [
     messages.KeepSession(SESSION),
     messages.CloseSession(SESSION),
     messages.SessionEnded(SESSION, "lease ended"),
-    messages.Forward("m", (0, 3), (5, 6)),
-    messages.ForwardResult(0.0, 0.1),
+    passes.Forward("m", (0, 3), (5, 6)),
+    passes.Forward("m", (0, 3), (5, 6), "a", 4, (0, 2), SESSION),
+    passes.ForwardResult(0.0, 0.1, True, 60.0),
+    passes.Backward(passes.Forward("m", (0, 3), (5, 6)), True, True),
+    passes.BackwardResult(0.0, 0.1, True),
+    passes.PutAdapter("m", "sha256:0", (passes.AdapterPart(1, "self_attn.q_proj", 8, 2.0),)),
+    passes.AdapterKept("sha256:0", 60.0),
     messages.GetInfo(),
     messages.DialBack(("/ip4/127.0.0.1/tcp/1",)),
     messages.DialedBack(True, 1.5),
@@ -35,7 +40,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
-def test_round_trip(message: messages.Message) -> None:
+def test_round_trip(message: fields.Message) -> None:
     specs = (TensorSpec("float32", (5, 8)),)
     assert messages.decode_message(messages.encode_message(message, specs)) == (message, specs)
 
@@ -45,7 +50,7 @@ def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     step = messages.Step(SESSION, 1, 2, (3,), (1,))
     fields = ["Step", SESSION, 1, 2, (3,), (1,), None, (), (), False, False, False]
     expected = msgspec.msgpack.encode((fields, ()))
-    assert frames.PROTOCOL_VERSION == 2
+    assert frames.PROTOCOL_VERSION == 3
     assert messages.encode_message(step) == expected
 
 
@@ -61,6 +66,10 @@ def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
         ["SetRoute", SESSION, 0, ["p"] * 17],
         ["Replay", SESSION, 0, 1, [0] * 1025, []],
         ["OpenSession", SESSION, 0, "m", [0, 1], 0, 1, "float32"],
+        ["Forward", "m", [0, 1], [1], None, 0, [], b"short"],
+        ["Backward", ["ForwardResult", 0.0, 0.1]],
+        ["PutAdapter", "m", "a", [[0, "q", 0, 1.0]]],
+        ["PutAdapter", "m", "a", [[0, "q", 8, 1e9]]],
         ["OpenSession", SESSION, 0, "m" * 257, [0, 1], 1, 1, "float32"],
         ["Hello", 1, "blocks", b"t" * 513, ""],
         ["GetInfo", 1],
@@ -85,7 +94,7 @@ def test_random_bytes_never_do_more_than_raise_protocol_error(payload: bytes) ->
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(EXAMPLES), st.data())
 def test_a_damaged_message_decodes_or_raises_protocol_error(
-    message: messages.Message, data: st.DataObject
+    message: fields.Message, data: st.DataObject
 ) -> None:
     payload = bytearray(messages.encode_message(message))
     index = data.draw(st.integers(0, len(payload) - 1))
@@ -96,7 +105,7 @@ def test_a_damaged_message_decodes_or_raises_protocol_error(
             decoded, _ = messages.decode_message(damaged)
         except ProtocolError:
             continue
-        assert isinstance(decoded, messages.Message)
+        assert isinstance(decoded, fields.Message)
 
 
 def test_deep_nesting_is_refused() -> None:
