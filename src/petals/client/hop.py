@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from petals.client.states import is_finite
-from petals.client.terms import Answer, Patience, Refill, StepCall, Terms
+from petals.client.terms import Answer, Held, Patience, Refill, StepCall, Terms
 from petals.client.trace import HopTrace, StepTiming
 from petals.errors import (
     PeerError,
@@ -36,6 +36,7 @@ from petals.wire.messages import (
     GetInfo,
     Info,
     KeepSession,
+    Leaving,
     NextHop,
     OpenSession,
     Refusal,
@@ -70,6 +71,10 @@ class Listener(Protocol):
         """``hop.failure`` says why nothing more will come."""
         ...
 
+    def on_leaving(self, hop: "HopSession") -> None:
+        """The server goes in ``hop.leaving_seconds``; until then it serves."""
+        ...
+
 
 class HopSession:
     """A reservation at one server. ``open`` makes one; ``close`` frees what it holds there."""
@@ -83,6 +88,8 @@ class HopSession:
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self.failure: PetalsError | None = None
         """Why this leg is lost; None while it stands."""
+        self.leaving_seconds: float | None = None
+        """How long the server stays, if it has said that it leaves."""
         self.listener: Listener | None = None
         self._channel = channel
         self._patience = patience
@@ -168,19 +175,30 @@ class HopSession:
         self.epoch = epoch
         await self._say(SetRoute(self.terms.session_id, epoch, tuple(sources)))
 
-    async def replay(self, before: StepCall, lengths: Sequence[int], next_hops: Route) -> None:
-        """Have ``next_hops`` refilled from what this hop has put out ``before`` a step.
+    async def replay(
+        self,
+        step_id: int,
+        lengths: Sequence[int],
+        next_hops: Route,
+        *,
+        reorder: tuple[int, ...] | None = None,
+        held: Held | None = None,
+    ) -> None:
+        """Have ``next_hops`` refilled from what this hop has put out before step ``step_id``.
 
-        lengths: tokens of each row, as the rows are before that step's reorder.
+        lengths: tokens of each row, as the rows are before the ``reorder`` of that step. ``held``
+        is what the next hops have already; None: all their rows begin anew.
         """
         await self._say(
             Replay(
                 session_id=self.terms.session_id,
                 epoch=self.epoch,
-                step_id=before.step_id,
+                step_id=step_id,
                 lengths=tuple(lengths),
                 next_hops=on_the_wire(next_hops),
-                reorder=before.reorder,
+                reorder=reorder,
+                starts=() if held is None else held.lengths,
+                onto=None if held is None else held.rows,
             )
         )
 
@@ -275,6 +293,8 @@ class HopSession:
                     info = answer
                 case SessionOpened(session_id=terms.session_id):
                     opened = answer
+                case Leaving():
+                    self._on_leaving(answer)
                 case Refusal():
                     raise answer.to_error(self.peer_id)
                 case _:
@@ -299,6 +319,8 @@ class HopSession:
             case Replayed():
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_replayed(not message.undelivered)
+            case Leaving():
+                self._on_leaving(message)
             case Refusal(step_id=int(step_id)):
                 self._tell(step_id, message.to_error(self.peer_id))
             case Refusal():
@@ -316,6 +338,12 @@ class HopSession:
     def _tell(self, step_id: int, answer: Answer | PetalsError) -> None:
         if self.listener is not None:
             self.listener.on_answer(self, step_id, answer)
+
+    def _on_leaving(self, message: Leaving) -> None:
+        if message.session_id == self.terms.session_id:
+            self.leaving_seconds = message.seconds
+            if self.listener is not None:
+                self.listener.on_leaving(self)
 
     def _tell_replayed(self, delivered: bool) -> None:
         if self.listener is not None:

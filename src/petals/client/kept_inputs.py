@@ -55,10 +55,15 @@ class KeptInputs:
 
     def whole(self) -> Part | None:
         """Everything from position 0; None if that is nothing."""
-        chunks = [chunk for row in self._rows for chunk in row]
+        return self.since((0,) * len(self.lengths))
+
+    def since(self, starts: Sequence[int]) -> Part | None:
+        """What every row has from its start on; None if that is nothing."""
+        chunks = [chunk for row, start in zip(self._rows, starts) for chunk in _tail(row, start)]
         if not chunks:
             return None
-        return Part((0,) * len(self.lengths), self.lengths, torch.cat(chunks))
+        counts = tuple(length - start for length, start in zip(self.lengths, starts))
+        return Part(tuple(starts), counts, torch.cat(chunks))
 
 
 def cut(part: Part, limit: int) -> Iterator[Part]:
@@ -77,6 +82,13 @@ def cut(part: Part, limit: int) -> Iterator[Part]:
             room -= counts[row]
             done[row] += counts[row]
         yield Part(starts, tuple(counts), hidden)
+
+
+def _tail(row: list[Tensor], start: int) -> Iterator[Tensor]:
+    for chunk in row:
+        if start < len(chunk):
+            yield chunk[start:]
+        start = max(0, start - len(chunk))
 
 
 def _cut_row(row: list[Tensor], length: int) -> list[Tensor]:

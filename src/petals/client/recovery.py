@@ -13,21 +13,22 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from petals.client.attempt import Attempt
+from petals.client.course import Course, in_pieces, refill_from_us
+from petals.client.handover import HandOver
 from petals.client.hop import HopSession
-from petals.client.kept_inputs import Part, cut
+from petals.client.kept_inputs import Part
 from petals.client.opening import Repairing, open_hops, release
 from petals.client.pace import Pace
-from petals.client.path import SessionPath
+from petals.client.path import Refilling, SessionPath
 from petals.client.slow import SlowHops
 from petals.client.swarm_view import SwarmView, show
-from petals.client.terms import Piece, Refill, StepCall, Terms
+from petals.client.terms import Piece, StepCall, Terms
 from petals.client.trace import Repair
 from petals.errors import (
     CacheFull,
@@ -42,15 +43,13 @@ from petals.errors import (
     SessionError,
 )
 from petals.logs import get_logger
-from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, Route, SessionId
+from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, SessionId
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 
 _LOOK_AGAIN_SECONDS = 0.5
 _KEPT_REPAIRS = 256
-_SENT_AHEAD = 8
-"""Parts of a replay that a server may have waiting."""
 
 
 class _PathIsBack(Exception):
@@ -61,31 +60,37 @@ class Recovery:
     """The path of one session; ``run`` steps through it. Await its methods one at a time."""
 
     def __init__(self, swarm: SwarmView, blocks: BlockSpan, terms: Terms) -> None:
-        self.path: SessionPath | None = None
         self.repairs: deque[Repair] = deque(maxlen=_KEPT_REPAIRS)
         self._swarm = swarm
         self._blocks = blocks
-        self._terms = terms
-        self._step_ids = count(1)
+        self._course = Course(swarm, terms)
+        self._handover = HandOver(self._course, self.repairs.append)
         self._pace = Pace()
         self._losses: dict[Hop, str] = {}
         """Hops that are gone and not replaced yet, and why."""
         self._slow = SlowHops()
         self._meet_again_at = 0.0
-        self._epoch = 0
-        self._is_stale = False
         self._closed = False
+
+    @property
+    def path(self) -> SessionPath | None:
+        """The hops of now; None between a path that was given up and the next."""
+        return self._course.path
 
     async def open(self) -> SessionPath:
         """Reserve the first path. Raises what ``open_hops`` raises."""
-        hops = await open_hops(self._swarm, self._blocks, self._terms)
-        self.path = SessionPath(hops, self._swarm, self._pace)
-        self._meet_spares(self.path)
-        return self.path
+        path = self._take(await open_hops(self._swarm, self._blocks, self._course.terms))
+        self._meet_spares(path)
+        return path
+
+    def _take(self, hops: Sequence[HopSession]) -> SessionPath:
+        self._course.path = path = SessionPath(hops, self._swarm, self._pace, self._handover.look)
+        return path
 
     async def close(self) -> None:
         """Free what the servers hold. Idempotent."""
         self._closed = True
+        await self._handover.close()
         if self.path is not None:
             await self.path.close()
 
@@ -95,11 +100,17 @@ class Recovery:
         Raises RequestError, CacheFull, MissingBlocksError or NoCapacity after ``repair_timeout``,
         and a PeerError or SessionError once servers have refused more than ``max_retries`` times.
         """
-        try:
-            return await self._run(attempt)
-        except BaseException:
-            self._is_stale = self._is_stale or attempt.cuts_rows
-            raise
+        course = self._course
+        async with course.turn:
+            self._handover.follow(attempt.reorder, attempt.rest.starts)
+            try:
+                output = await self._run(attempt)
+            except BaseException:
+                course.is_stale = course.is_stale or attempt.cuts_rows
+                raise
+            course.told = attempt.inputs
+        self._handover.look()
+        return output
 
     async def _run(self, attempt: Attempt) -> Tensor:
         progress_at = self._now()
@@ -125,14 +136,14 @@ class Recovery:
             if attempt.num_refusals > self._swarm.config.num_retries:
                 raise error
         if self.path is not None and not self.path.lost:
-            self._is_stale = True
+            self._course.is_stale = True
 
     async def _made_whole(self, attempt: Attempt, progress_at: float) -> SessionPath:
         """A path on which the attempt can go on."""
         path = self.path
         if path is not None and not attempt.pieces:
             attempt.pieces = self._cut(path, attempt.rest, attempt.reorder)
-        if path is not None and not self._is_stale:
+        if path is not None and not self._course.is_stale:
             # A stream may break although both ends live: each peer is called once.
             broken = [hop for hop in path.lost if isinstance(hop.failure, PeerUnreachable)]
             await self._reconnect([h for h in broken if h.peer_id not in attempt.reconnected])
@@ -144,7 +155,7 @@ class Recovery:
             if hop.hop not in self._losses:
                 self._losses[hop.hop] = hop.failure.message
                 self._swarm.note_failure(hop.peer_id, hop.failure)
-        if path is None or self._is_stale or not self._can_mend(path):
+        if path is None or self._course.is_stale or not self._can_mend(path):
             path = await self._rebuilt(attempt)
         else:
             await self._mend(path, attempt)
@@ -183,10 +194,10 @@ class Recovery:
                 end += 1
             blocks = BlockSpan(path.hops[start].blocks.start, path.hops[end - 1].blocks.end)
             before = path.hops[start - 1].peer_id if start else None
-            self._epoch += 1
+            self._course.epoch += 1
             terms = replace(
-                self._terms,
-                epoch=self._epoch,
+                self._course.terms,
+                epoch=self._course.epoch,
                 num_rows=attempt.num_rows_told if start else len(attempt.inputs.lengths),
             )
             try:
@@ -194,7 +205,7 @@ class Recovery:
             except _PathIsBack:
                 continue
             path.exchange(start, end, hops)
-            await path.begin_epoch(self._epoch)
+            await path.begin_epoch(self._course.epoch)
             await self._refill(path, start, start + len(hops), attempt)
 
     async def _refill(self, path: SessionPath, start: int, end: int, attempt: Attempt) -> None:
@@ -203,55 +214,42 @@ class Recovery:
             raise OutboxLost("The pieces of this step are too long for its new servers.")
         if not any(attempt.inputs.lengths):
             return
-        first = max(0, start - 1)
-        if path.arc_end(first) < end:
-            raise OutboxLost("The servers cannot hand states to each other.")
-        call, hops = attempt.pieces[0].call, path.route[first + 1 : end]
-        if start:
-            lengths = attempt.told_lengths
-            await path.refill(
-                call.step_id, first, end - 1, lambda: path.hops[first].replay(call, lengths, hops)
-            )
-        else:
-            await self._refill_first(path, attempt, hops)
+        step, hops = attempt.pieces[0].call, path.hops[start:end]
+        if not start:
+            refilling = Refilling(step.step_id, None, hops, sum(attempt.inputs.lengths))
+            parts = in_pieces(attempt.inputs.whole(), self._course.piece_tokens(path.hops))
+            reordered = step.reorder is not None
+            await refill_from_us(path, refilling, parts, reordered=reordered)
+            return
+        before, lengths = path.hops[start - 1], attempt.told_lengths
+        refilling = Refilling(step.step_id, before, hops, sum(lengths))
 
-    async def _refill_first(self, path: SessionPath, attempt: Attempt, rest: Route) -> None:
-        """The first hop, and the ``rest`` of the new ones, get the session's own inputs."""
-        step = attempt.pieces[0].call
-        whole = attempt.inputs.whole()
-        parts = [] if whole is None else list(cut(whole, self._limit(path)))
+        async def ask() -> None:
+            to, reorder = refilling.next_hops, step.reorder
+            await before.replay(step.step_id, lengths, to, reorder=reorder)
 
-        async def send(some: Sequence[Part]) -> None:
-            for part in some:
-                refill = Refill.LAST if part is some[-1] else Refill.YES
-                call = replace(step, starts=part.starts, counts=part.counts, reorder=None)
-                call = replace(call, refill=refill, reordered=step.reorder is not None)
-                await path.hops[0].send(call, part.hidden, rest)
-
-        for at in range(0, len(parts), _SENT_AHEAD):
-            some = parts[at : at + _SENT_AHEAD]
-            await path.refill(step.step_id, 0, len(rest), partial(send, some))
+        await path.refill(refilling, ask)
 
     async def _rebuilt(self, attempt: Attempt) -> SessionPath:
         """A new path, fed with the session's inputs as the attempt finds them."""
-        self._is_stale = True
+        self._course.is_stale = True
         if self.path is not None:
             await self.path.close()
-            self.path = None
-        self._epoch = 0
-        self._terms = replace(
-            self._terms,
+            self._course.path = None
+        self._course.epoch = 0
+        self._course.terms = replace(
+            self._course.terms,
             session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
             num_rows=len(attempt.inputs.lengths),
         )
-        hops = await self._open_patiently(self._blocks, self._terms, Repairing(), attempt)
-        self.path = path = SessionPath(hops, self._swarm, self._pace)
+        terms = self._course.terms
+        path = self._take(await self._open_patiently(self._blocks, terms, Repairing(), attempt))
         replay = attempt.inputs.whole()
         if replay is not None:
             await path.run(self._cut(path, replay, None))
         attempt.reorder, attempt.num_rows_told = None, len(attempt.inputs.lengths)
         attempt.pieces = self._cut(path, attempt.rest, None)
-        self._is_stale = False
+        self._course.is_stale = False
         return path
 
     async def _open_patiently(
@@ -291,18 +289,11 @@ class Recovery:
 
     def _cut(self, path: SessionPath, part: Part, reorder: tuple[int, ...] | None) -> list[Piece]:
         pieces = []
-        for piece in cut(part, self._limit(path)):
-            call = StepCall(next(self._step_ids), piece.starts, piece.counts, reorder)
+        for piece in in_pieces(part, self._course.piece_tokens(path.hops)):
+            call = StepCall(next(self._course.step_ids), piece.starts, piece.counts, reorder)
             pieces.append(Piece(call, piece.hidden))
             reorder = None
         return pieces
-
-    def _limit(self, path: SessionPath) -> int:
-        """Tokens of a piece: what servers take, and less where hops can share the work."""
-        limits = [path.max_step_tokens]
-        if len(path.hops) > 1:
-            limits.append(self._swarm.config.prefill_chunk_tokens)
-        return min((limit for limit in limits if limit), default=0)
 
     def _note_repairs(self, path: SessionPath, seconds: float) -> None:
         for lost, reason in self._losses.items():

@@ -106,6 +106,7 @@ class SwarmView:
         self._reading = asyncio.Lock()
         self._round_trips: dict[PeerId, float] = {}
         self._infos: dict[PeerId, tuple[Info, float]] = {}
+        self._leaving_until: dict[PeerId, float] = {}
         self._table: tuple[Candidate, ...] | None = None
 
     async def close(self) -> None:
@@ -187,6 +188,13 @@ class SwarmView:
             self._infos[peer] = (info, self._clock.monotonic())
             self._table = None
 
+    def note_leaving(self, peer: PeerId, seconds: float) -> None:
+        """A server has said that it goes in ``seconds``: no new route leads through it until then,
+        whatever records of before say.
+        """
+        self._leaving_until[peer] = self._clock.monotonic() + seconds
+        self._table = None
+
     def candidates(self) -> tuple[Candidate, ...]:
         """The table that routes are made from: ONLINE servers we may use, and how they are."""
         if self._table is None:
@@ -238,12 +246,14 @@ class SwarmView:
         config = self.config
         allowed, blocked = config.allowed_servers, config.blocked_servers or frozenset()
         adapter = None if any_adapter else config.active_adapter
+        now = self._clock.monotonic()
         return [
             record
             for record in (self._records.records.values() if self._records is not None else ())
             if record.state is ServerState.ONLINE
             and (allowed is None or record.peer_id in allowed)
             and record.peer_id not in blocked
+            and now >= self._leaving_until.get(PeerId(record.peer_id), 0.0)
             and (adapter is None or adapter in record.adapters)
         ]
 
