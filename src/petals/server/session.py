@@ -167,7 +167,7 @@ class Session:
                 )
             rows, lengths = self.outbox.rows(), message.lengths
             is_reordered = self._reordered_by == message.step_id and message.reorder is not None
-            starts = (0,) * len(lengths) if message.onto is None else message.starts
+            starts = (0,) * len(rows.lengths) if message.onto is None else message.starts
             try:
                 if is_reordered and message.reorder is not None:
                     lengths = tuple(lengths[row] for row in message.reorder)
