@@ -49,6 +49,8 @@ def strike(swarm: RealSwarm, victim: PeerId, kind: str) -> None:
     match kind:
         case "kill":
             swarm.net.kill(victim)
+        case "drain":
+            swarm.stop(victim)
         case "pause":
             swarm.net.pause(victim)
         case "cut":

@@ -102,6 +102,11 @@ class Session:
         """Time since the client's last sign of life; 0 while a step of its is under way."""
         return 0.0 if self._num_waiting else self._clock.monotonic() - self._last_sign
 
+    @property
+    def is_heard(self) -> bool:
+        """True while the client's stream stands."""
+        return self.sink is not None and self.sink.is_open
+
     def touch(self) -> None:
         """The client lives."""
         self._last_sign = self._clock.monotonic()
