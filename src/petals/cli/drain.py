@@ -16,7 +16,8 @@ from petals.cli.console import say, stage
 from petals.errors import ConfigError
 
 _SERVING = ("serve", "petals.cli.run_server", "run_server.py")
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
+_TELL_SECONDS = 5.0
 _BETWEEN_SIGNALS_SECONDS = 0.5
 
 
@@ -36,14 +37,14 @@ def drain(
     process = find_server(server)
     process.terminate()
     # Two signals that come together may count as one.
-    if now and not psutil.wait_procs([process], _BETWEEN_SIGNALS_SECONDS)[0]:
+    if now and not _has_left(process, _BETWEEN_SIGNALS_SECONDS):
         process.terminate()
     if not wait:
         say(f"Server {process.pid} has been asked to leave.")
         return
     with stage(f"Server {process.pid} hands its sessions over") as change:
         began = time.monotonic()
-        while not psutil.wait_procs([process], _POLL_SECONDS)[0]:
+        while not _has_left(process, _TELL_SECONDS):
             seconds = time.monotonic() - began
             change(f"Server {process.pid} hands its sessions over ({seconds:.0f} s)")
     say(f"Server {process.pid} has left.")
@@ -72,6 +73,21 @@ def find_server(server: str) -> psutil.Process:
             hint="petals serve --ready-file FILE writes the pid down; then petals drain FILE.",
         )
     return process
+
+
+def _has_left(process: psutil.Process, seconds: float) -> bool:
+    """Whether the process ends within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            # What its parent has not noticed yet has left all the same.
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
 
 
 def _pid_in(file: Path) -> int:

@@ -39,7 +39,7 @@ def test_a_server_is_found_and_leaves(tmp_path: Path, capsys: pytest.CaptureFixt
         file = ready_file(tmp_path, server.pid)
         assert find_server(str(server.pid)).pid == find_server(str(file)).pid == server.pid
         drain(str(file), wait=True)
-        assert server.poll() is not None
+        assert server.wait(5) != 0
     assert f"Server {server.pid} has left." in capsys.readouterr().err
 
 
