@@ -16,7 +16,7 @@ from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalServer, LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan
 
-NUM_NEW = 64
+NUM_NEW, NUM_MORE = 40, 8
 
 
 @pytest.fixture(scope="module")
@@ -51,44 +51,54 @@ class DrainAfter:
     def end(self) -> None:
         assert self.command is not None
 
-    def tell(self, context: int) -> None:
+    def tell(self, context: int, between: float) -> None:
         """How long the reader waited for a word at worst, and normally."""
         gaps = [after - before for before, after in zip(self.times, self.times[1:])][1:]
         print(
             f"\ndrain of hop {self._hop} at context {context}: longest gap {max(gaps):.3f} s, "
-            f"median {median(gaps):.3f} s, before it {max(gaps[: self._count - 2]):.3f} s at most"
+            f"median {median(gaps):.3f} s; the change took {between:.3f} s of it"
         )
 
 
-@pytest.mark.parametrize("hop", [0, 1, 2])
+@pytest.fixture(scope="module")
+def ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """A prompt of more than 600 tokens."""
+    text = "The old lighthouse keeper looked at the sea and wrote down what he saw. " * 40
+    return tokenizer(text, return_tensors="pt")["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_local: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return smollm2_local.generate(ids, max_new_tokens=NUM_NEW + NUM_MORE, do_sample=False)[0]
+
+
+@pytest.mark.parametrize("hop", [0, 1])
 def test_a_long_sentence_outlives_a_drained_server(
     smollm2_path: Path,
     smollm2_local: PreTrainedModel,
     swarm: LocalSwarm,
-    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    expected: torch.Tensor,
     hop: int,
 ) -> None:
-    text = "The old lighthouse keeper looked at the sea and wrote down what he saw. " * 44
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    expected = smollm2_local.generate(ids, max_new_tokens=NUM_NEW, do_sample=False)
     swarm.add_server(BlockSpan(10 * hop, 10 * hop + 10))
     model = AutoDistributedModelForCausalLM.from_pretrained(
         str(smollm2_path), initial_peers=list(swarm.initial_peers), dtype=torch.float32
     )
-    with model.inference_session(max_length=ids.shape[1] + NUM_NEW + 8) as session:
-        drain = DrainAfter(swarm, session, hop, count=12)
+    with model.inference_session(max_length=len(expected) + 8) as session:
+        drain = DrainAfter(swarm, session, hop, count=6)
         actual = model.generate(
             ids, session=session, max_new_tokens=NUM_NEW, do_sample=False, streamer=drain
         )
         assert drain.command is not None and drain.victim is not None
         # The session is still open: the server leaves because it has been handed over.
-        _, told = drain.command.communicate(timeout=50)
-        assert drain.command.returncode == 0, told
+        _, told = drain.command.communicate(timeout=55)
         assert f"Server {drain.victim.pid} has left." in told
-        assert_same_tokens(smollm2_local, expected[0], actual[0])
-        assert [repair.reason for repair in session.trace.repairs] == ["The server leaves."]
         assert drain.victim.peer_id not in {h.peer_id for h in session.trace.hops}
-        drain.tell(ids.shape[1])
-        print("between two steps:", session.trace.repairs[0].stall_seconds)
+        actual = model.generate(actual, session=session, max_new_tokens=NUM_MORE, do_sample=False)
+        assert_same_tokens(smollm2_local, expected, actual[0])
+        (repair,) = session.trace.repairs
+        assert repair.reason == "The server leaves."
+        drain.tell(ids.shape[1], repair.stall_seconds)
     swarm.servers.remove(drain.victim)
     model.remote_blocks.runner.manager.shutdown()
