@@ -20,8 +20,6 @@ from petals.types import ServerState
 logger = get_logger(__name__)
 _RETRY_SECONDS = 3.0
 _GOODBYE_SECONDS = 2.0
-"""Whoever leaves does not wait for peers that may be leaving too."""
-_GOODBYE_SECONDS = 2.0
 """Peers that left before us must not hold us up; without it the record simply expires."""
 
 
@@ -66,8 +64,8 @@ class Announcer:
             fresh = msgspec.structs.replace(self.record, expires_at=expires_at)
             return await self._directory.announce(fresh, self._repository)
 
-    async def say_goodbye(self, state: ServerState) -> None:
-        """Announce a state on the way out, without waiting long for anybody."""
+    async def say(self, state: ServerState) -> None:
+        """Announce a state without waiting long for anybody: peers may be leaving, too."""
         try:
             async with asyncio.timeout(_GOODBYE_SECONDS):
                 await self.announce(state=state)

@@ -136,6 +136,10 @@ class Executor:
         """Let ``runner`` do the work; states reach it on ``device`` in ``dtype``."""
         self._runner, self._device, self._dtype = runner, device, dtype
 
+    def detach(self) -> None:
+        """The runner is done with; ``run`` fails until another is attached."""
+        self._runner = None
+
     async def __aenter__(self) -> "Executor":
         self._loop = asyncio.get_running_loop()
         self._thread.start()

@@ -60,7 +60,7 @@ async def test_a_life_is_told_from_joining_to_offline(
         await speaker.announce(state=ServerState.ONLINE, throughput=3.0)
         assert speaker.record.throughput == 3.0
         await clock.advance(40)
-        await speaker.say_goodbye(ServerState.DRAINING)
+        await speaker.say(ServerState.DRAINING)
     states = [state for _, state, _ in notebook.told]
     assert states == ["joining", "online", "online", "online", "draining", "offline"]
     assert [when for when, _, _ in notebook.told] == [0, 5, 20, 40, 45, 45]
