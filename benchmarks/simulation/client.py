@@ -2,7 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from petals.client.routing import HOP_OVERHEAD_SECONDS, Candidate, Needs, find_route
 from petals.errors import MissingBlocksError
 from petals.swarm import records
+from petals.swarm.directory import MORE_SHARDS
+from petals.swarm.reading import Reading
 from petals.swarm.records import ServerRecord
 from petals.types import BlockSpan, PeerId, Route, ServerState
 from simulation.directory import RECORD_BYTES
@@ -17,31 +20,30 @@ from simulation.scenario import MODEL, REGION_MS, REGION_SHARES, Server
 from simulation.swarm import Simulation
 from simulation.tally import Routes, Tally
 
+Store = dict[str, list[ServerRecord]]
+Choose = Callable[[list[ServerRecord], frozenset[PeerId]], frozenset[PeerId]]
 
-@dataclass(frozen=True)
-class Reading:
-    """How a client reads the directory: shards per bucket and minute, records per shard."""
+MAX_MEASURED = 32
+"""Servers whose round trip is measured after each reading, as the client does."""
 
-    name: str
-    per_shard: int
-    num_shards: int
-    minutes_kept: int
-    reads_sample: bool
-
-
-READINGS = (
-    Reading("200 a shard, sample + 4 shards each minute", 200, 4, 1, True),
-    Reading("24 a shard, sample + 4 shards each minute", 24, 4, 1, True),
-    Reading("24 a shard, 1 shard each minute", 24, 1, 1, False),
-    Reading("24 a shard, 1 shard each minute, kept 5", 24, 1, 5, False),
-)
-_SAMPLE_EVERY_MINUTES = 10
-_MAX_MEASURED = 32
+MINUTES = 5
 
 
 def measure_routes(simulation: Simulation) -> None:
     """Somebody, somewhere, reads the directory in several ways; how good are the routes?"""
     _Client(simulation).measure(simulation.tally)
+
+
+def stored(online: list[ServerRecord]) -> Store:
+    """The records under the keys that their servers would choose."""
+    populations = Counter(b for record in online for b in records.buckets_of(record.block_spans))
+    bits = records.shard_bits_for(max(populations.values()))
+    store: Store = defaultdict(list)
+    for record in online:
+        placed = msgspec.structs.replace(record, shard_bits=bits)
+        for key in records.keys_to_store(placed):
+            store[key].append(placed)
+    return store
 
 
 class _Client:
@@ -63,16 +65,36 @@ class _Client:
         online = [r for r in self.known.values() if r.state is ServerState.ONLINE]
         everyone = frozenset(PeerId(r.peer_id) for r in online)
         self._try("everything known and measured", online, everyone, best, tally)
-        for reading in READINGS:
-            read, num_bytes = self._read(online, reading)
-            tally.directory.setdefault(reading.name, []).append(num_bytes)
-            ways = {
-                "first": self._first(read),
-                "spread": self._spread(read),
-                "guided": self._guided(read),
-            }
-            for name, chosen in ways.items():
-                self._try(f"{reading.name}; {name} {_MAX_MEASURED}", read, chosen, best, tally)
+        store = stored(online)
+        for name, choose in (("first", self._first), ("guided", self._guided)):
+            self._live(name, choose, store, best)
+
+    def _live(self, name: str, choose: Choose, store: Store, best: float) -> None:
+        """Read the directory each minute, measure some servers each time, look for routes."""
+        tally, reading, measured = self.simulation.tally, Reading(MODEL, self.seed), set[PeerId]()
+        num_bytes = 0
+        for minute in range(MINUTES):
+            num_bytes += self._read(reading, store, 60.0 * minute) * RECORD_BYTES
+            known = list({r.peer_id: r for r in reading.known(60.0 * minute)}.values())
+            measured |= choose(known, frozenset(measured))
+            if minute in (0, MINUTES - 1):
+                row = f"read for {minute + 1} min, {name} {MAX_MEASURED} measured each time"
+                tally.directory.setdefault(row, []).append(num_bytes / (minute + 1))
+                self._try(row, known, frozenset(measured), best, tally)
+
+    def _read(self, reading: Reading, store: Store, now: float) -> int:
+        """What ``Directory.view`` does; how many records came."""
+        buckets, num_read = range(-(-self.num_blocks // records.BLOCKS_PER_BUCKET)), 0
+        rounds = [
+            lambda: reading.samples_due(buckets, now),
+            lambda: reading.next_shards(buckets),
+            *[lambda: reading.more(self.num_blocks, now)] * MORE_SHARDS,
+        ]
+        for wanted in rounds:
+            found = {key: store.get(key, []) for key in wanted()}
+            num_read += sum(map(len, found.values()))
+            reading.keep(found, now)
+        return num_read
 
     def _try(
         self,
@@ -136,72 +158,37 @@ class _Client:
             reached = float(inside.min(initial=np.inf))
         return reached
 
-    # -- the directory -------------------------------------------------------------------------
+    # -- whom to measure -----------------------------------------------------------------------
 
-    def _read(
-        self, online: list[ServerRecord], reading: Reading
-    ) -> tuple[list[ServerRecord], float]:
-        """What the client knows after reading that way for a while, and the bytes of a minute."""
-        by_bucket: dict[int, list[ServerRecord]] = {}
-        for record in online:
-            for bucket in records.buckets_of(record.block_spans):
-                by_bucket.setdefault(bucket, []).append(record)
-        population = max(len(found) for found in by_bucket.values())
-        bits = records.shard_bits_for(population, reading.per_shard)
-        store: dict[str, list[ServerRecord]] = {}
-        for record in online:
-            placed = msgspec.structs.replace(record, shard_bits=bits)
-            for key in records.keys_to_store(placed):
-                store.setdefault(key, []).append(placed)
-        found: dict[str, ServerRecord] = {}
-        num_bytes = 0.0
-        for bucket in by_bucket:
-            sample_key = records.block_key(MODEL, bucket, 0, 0)
-            sample = store.get(sample_key, [])
-            per_minute = 1.0 if reading.reads_sample or not bits else 1 / _SAMPLE_EVERY_MINUTES
-            num_bytes += per_minute * len(sample) * RECORD_BYTES
-            keys = {sample_key} if per_minute == 1.0 else set()
-            for minute in range(reading.minutes_kept):
-                seed = self.seed + minute * reading.num_shards
-                keys |= set(records.shards_to_read(MODEL, bucket, sample, reading.num_shards, seed))
-            new = [store.get(key, []) for key in keys]
-            found |= {record.peer_id: record for part in new for record in part}
-            further = sum(len(store.get(key, [])) for key in keys - {sample_key})
-            num_bytes += further * RECORD_BYTES / reading.minutes_kept
-        return list(found.values()), num_bytes
-
-    def _first(self, read: list[ServerRecord]) -> frozenset[PeerId]:
-        """Three of every block, the blocks in order, until the limit."""
+    def _first(self, read: list[ServerRecord], measured: frozenset[PeerId]) -> frozenset[PeerId]:
+        """As the client does: some of every block, the unmeasured first, until the limit."""
         chosen: dict[PeerId, None] = {}
         for block in range(self.num_blocks):
-            chosen |= dict.fromkeys(self._some_holders(read, block))
-        return frozenset(list(chosen)[:_MAX_MEASURED])
+            chosen |= dict.fromkeys(self._some_holders(read, block, measured))
+            if len(chosen) >= MAX_MEASURED:
+                break
+        return frozenset(list(chosen)[:MAX_MEASURED])
 
-    def _spread(self, read: list[ServerRecord]) -> frozenset[PeerId]:
-        """The same number, evenly over the blocks."""
-        chosen: dict[PeerId, None] = {}
-        blocks = list(range(self.num_blocks))
-        self.rng.shuffle(blocks)
-        for block in blocks:
-            chosen |= dict.fromkeys(self._some_holders(read, block)[:1])
-        return frozenset(list(chosen)[:_MAX_MEASURED])
-
-    def _guided(self, read: list[ServerRecord]) -> frozenset[PeerId]:
+    def _guided(self, read: list[ServerRecord], measured: frozenset[PeerId]) -> frozenset[PeerId]:
         """A few at random, then always the hops of the best route so far that are not measured."""
-        measured = set(sorted(self._spread(read), key=str)[: _MAX_MEASURED // 4])
-        while len(measured) < _MAX_MEASURED:
-            table = [self._candidate(record, frozenset(measured)) for record in read]
+        unknown = [PeerId(r.peer_id) for r in read if r.peer_id not in measured]
+        new = set(self.rng.sample(unknown, min(len(unknown), MAX_MEASURED // 4)))
+        while len(new) < MAX_MEASURED:
+            table = [self._candidate(record, measured | new) for record in read]
             try:
                 route = find_route(table, Needs(blocks=BlockSpan(0, self.num_blocks)))
             except MissingBlocksError:
                 break
-            new = [hop.peer_id for hop in route if hop.peer_id not in measured]
-            new = [peer_id for peer_id in new if peer_id in self.simulation.servers]
-            if not new:
+            ahead = [hop.peer_id for hop in route if hop.peer_id not in measured | new]
+            ahead = [peer_id for peer_id in ahead if peer_id in self.simulation.servers]
+            if not ahead:
                 break
-            measured |= set(new[: _MAX_MEASURED - len(measured)])
-        return frozenset(measured)
+            new |= set(ahead[: MAX_MEASURED - len(new)])
+        return frozenset(new)
 
-    def _some_holders(self, read: list[ServerRecord], block: int) -> list[PeerId]:
+    def _some_holders(
+        self, read: list[ServerRecord], block: int, measured: frozenset[PeerId]
+    ) -> list[PeerId]:
         holders = [PeerId(record.peer_id) for record in read if record.holds(block)]
-        return self.rng.sample(holders, min(3, len(holders)))
+        self.rng.shuffle(holders)
+        return sorted(holders, key=measured.__contains__)[:3]

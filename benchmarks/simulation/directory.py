@@ -8,7 +8,7 @@ from petals.server.placement import Picture
 from petals.swarm import records
 from petals.swarm.identity import Identity
 from petals.swarm.records import ServerRecord, View
-from petals.types import ModelId, PeerId, ServerState
+from petals.types import BlockSpan, ModelId, PeerId, ServerState
 from simulation.scenario import MODEL, Scenario, Server
 
 
@@ -21,7 +21,13 @@ class Directory:
         self._view: View | None = None
         self._picture: Picture | None = None
 
-    def put(self, server: Server, state: ServerState, throughput: float) -> None:
+    def put(
+        self,
+        server: Server,
+        state: ServerState,
+        throughput: float,
+        heads_for: BlockSpan | None = None,
+    ) -> None:
         blocks = server.blocks
         self.records[server.peer_id] = ServerRecord(
             peer_id=server.peer_id,
@@ -32,6 +38,7 @@ class Directory:
             expires_at=math.inf,
             throughput=throughput,
             inference_rps=throughput,
+            next_spans=() if heads_for is None else ((heads_for.start, heads_for.end),),
         )
 
     def view(self, now: float, lag: float | None = None) -> View:

@@ -32,7 +32,11 @@ def describe(scenario: Scenario, tally: Tally, wall_seconds: float) -> str:
             "bottleneck / bound, p5 and worst quarter hour",
             f"{_quantile(tally.ratios, 0.05):.3f}, {min(tally.ratios):.3f}",
         ),
-        ("placing all anew / bound", f"{statistics.mean(tally.replaced):.3f}"),
+        ("best placement found / bound", f"{statistics.mean(tally.best):.3f}"),
+        (
+            "bottleneck / best placement found, mean and p5",
+            f"{statistics.mean(tally.to_best):.3f}, {_quantile(tally.to_best, 0.05):.3f}",
+        ),
         (
             "joins, ends, moves, refused moves",
             f"{tally.joins}, {tally.ends}, {tally.moves}, {tally.refused_moves}",
@@ -80,7 +84,7 @@ def _describe_routes(tally: Tally) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, routes in tally.routes.items():
-        read = tally.directory.get(name.partition(";")[0])
+        read = tally.directory.get(name)
         num_bytes = f"{statistics.mean(read) / 1000:.0f}" if read else "-"
         num_found = max(1, len(routes.seconds))
         lines.append(

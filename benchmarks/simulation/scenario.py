@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from petals.server.rebalancing import MovePolicy, Standing
+from petals.swarm.records import BLOCKS_PER_BUCKET, KEPT_SECONDS, shard_bits_for
 from petals.types import BlockSpan, PeerId
 
 HOUR = 3600.0
@@ -34,7 +35,7 @@ class Scenario:
     churn_per_hour: float = 0.1
     sudden_share: float = 0.5
     load_seconds: float = 240.0
-    expiry_seconds: float = 60.0
+    small_expiry_seconds: float = 60.0
     lag_seconds: float = 30.0
     settle_seconds: float = 45.0
     warm_up_hours: float = 2.0
@@ -45,6 +46,12 @@ class Scenario:
     num_route_samples: int = 20
     holders_worth: float = 4.0
     """Small swarms get servers large enough that every block has so many holders on average."""
+
+    @property
+    def expiry_seconds(self) -> float:
+        """How long records live: longer where the directory has many shards."""
+        in_bucket = self.num_servers * 2 * BLOCKS_PER_BUCKET / self.num_blocks
+        return KEPT_SECONDS if shard_bits_for(round(in_bucket)) else self.small_expiry_seconds
 
 
 @dataclass(slots=True)

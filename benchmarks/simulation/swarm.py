@@ -10,10 +10,11 @@ from types import MappingProxyType
 import numpy as np
 
 from petals.server import placement, rebalancing
+from petals.server.placement import Picture
 from petals.swarm.records import View
 from petals.types import BlockSpan, PeerId, ServerState
 from simulation.directory import Directory
-from simulation.optimum import placed_anew
+from simulation.optimum import best_bottleneck, most_flow
 from simulation.scenario import HOUR, REGION_SHARES, Scenario, Server
 from simulation.tally import Tally
 
@@ -104,11 +105,15 @@ class Simulation:
 
     def _fill(self) -> None:
         """The swarm as it is found: servers came one by one and saw each other."""
-        worth = np.zeros(self.scenario.num_blocks)
+        served, strongest = np.zeros((2, self.scenario.num_blocks))
         for _ in range(self.scenario.num_servers):
             server = self._new_server()
-            server.blocks = placement.choose_span(worth, server.capacity)
-            worth[server.blocks.start : server.blocks.end] += server.throughput / server.capacity
+            picture = Picture(served, strongest, strongest, self.holders, (), 1.0)
+            server.blocks = placement.choose_blocks(picture, server.capacity, server.throughput)
+            window = slice(server.blocks.start, server.blocks.end)
+            share = server.throughput / server.capacity
+            served[window] += share
+            strongest[window] = np.maximum(strongest[window], share)
             self._go_online(server)
 
     def _arrive_later(self) -> None:
@@ -120,7 +125,7 @@ class Simulation:
         server = self._new_server()
         began = time.perf_counter()
         _, picture = self.directory.picture(self.now)
-        server.blocks = placement.choose_span(picture.worth, server.capacity)
+        server.blocks = placement.choose_blocks(picture, server.capacity)
         self.directory.put(server, ServerState.JOINING, 0.0)
         if self.is_measuring:
             self.tally.joins += 1
@@ -131,8 +136,8 @@ class Simulation:
         if placement.must_yield(view, server.blocks, server.peer_id):
             picture = self.directory.picture(self.now)[1]
             if server.peer_id in view.records:
-                picture = picture.without(view.records[server.peer_id])
-            server.blocks = placement.choose_span(picture.worth, server.capacity)
+                picture = placement.picture_of(view, (server.peer_id,))
+            server.blocks = placement.choose_blocks(picture, server.capacity)
             self.directory.put(server, ServerState.JOINING, 0.0)
         self._load(server)
 
@@ -207,7 +212,7 @@ class Simulation:
         if blocks is None:
             self._at(standing.next_look, lambda: self._look(server))
             return
-        self.directory.put(server, ServerState.DRAINING, server.throughput)
+        self.directory.put(server, ServerState.DRAINING, server.throughput, blocks)
         self._at(self.now + self.scenario.settle_seconds, lambda: self._leave_for(server, blocks))
 
     def _leave_for(self, server: Server, blocks: BlockSpan) -> None:
@@ -241,7 +246,9 @@ class Simulation:
         ratio = float(self.served.min()) / bound
         self.tally.ratios.append(ratio)
         self.tally.timeline.append((self.now / HOUR - self.scenario.warm_up_hours, ratio))
-        if len(self.tally.ratios) % 16 == 1:
-            self.tally.replaced.append(
-                placed_anew(self.servers.values(), self.scenario.num_blocks) / bound
-            )
+        if len(self.tally.ratios) % 8 == 1:
+            best = best_bottleneck(self.servers.values(), self.scenario.num_blocks)
+            self.tally.best.append(best / bound)
+            serving = [server for server in self.servers.values() if server.is_serving]
+            self.tally.flow.append(most_flow(serving, self.scenario.num_blocks) / bound)
+            self.tally.to_best.append(float(self.served.min()) / best)

@@ -21,7 +21,9 @@ class Tally:
     uncovered_by_moves: int = 0
     gaps: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
-    replaced: list[float] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+    flow: list[float] = field(default_factory=list)
+    to_best: list[float] = field(default_factory=list)
     place_seconds: list[float] = field(default_factory=list)
     look_seconds: list[float] = field(default_factory=list)
     timeline: list[tuple[float, float]] = field(default_factory=list)

@@ -238,7 +238,7 @@ class Server:
         await stack.enter_async_context(announcer)
         if self.config.blocks is None:
             # Several servers that start together see the same gap; they must not all fill it.
-            view = await node.directory.view(model.id, len(model.costs))
+            view = await node.directory.view(model.id, len(model.costs), whole=True)
             if placement.must_yield(view, blocks, node.peer_id):
                 again = await self._choose_blocks(node, model, (node.peer_id,))
                 await announcer.announce(spans=((again.start, again.end),))
@@ -254,9 +254,9 @@ class Server:
             num_blocks=self.config.num_blocks,
             cache_tokens=budget.cache_tokens,
         )
-        view = await node.directory.view(model.id, len(model.costs))
-        served = placement.throughput_by_block(view, without)
-        return placement.choose_span(served, capacity.num_blocks)
+        view = await node.directory.view(model.id, len(model.costs), whole=True)
+        picture = placement.picture_of(view, without)
+        return placement.choose_blocks(picture, capacity.num_blocks)
 
     def _first_record(self, node: SwarmNode, model: _Model, blocks: BlockSpan) -> ServerRecord:
         precision = model.precision
