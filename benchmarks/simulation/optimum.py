@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,10 +23,10 @@ def weakest_window(served: Rates, length: int) -> BlockSpan:
     return BlockSpan(start, start + length)
 
 
-def best_bottleneck(
-    servers: Iterable[Server], num_blocks: int, rounds: int = 1000, seed: int = 0
-) -> float:
-    """Passes per second of the weakest block in the best placement that was found.
+def best_placement(
+    servers: Iterable[Server], num_blocks: int, rounds: int, seed: int = 0
+) -> list[Server]:
+    """The servers where the weakest block has most by even shares, as far as was found.
 
     All are placed anew, the largest share first; then, again and again, a few are taken out and put
     back where the weakest blocks are, and whatever is not worse is kept. Half of the rounds start
@@ -35,14 +36,22 @@ def best_bottleneck(
     everybody = sorted(servers, key=lambda s: (-s.throughput / s.capacity, s.peer_id))
     bound = sum(server.throughput for server in everybody) / num_blocks
     best = _Placing(everybody, num_blocks)
-    for start in range(4):
+    for start in range(4 if rounds else 0):
         placing = _Placing(everybody if not start else _shuffled(everybody, rng), num_blocks)
         for _ in range(rounds // 4):
             if max(best.bottleneck, placing.bottleneck) >= GOOD_ENOUGH * bound:
                 break
             placing.try_again(rng)
         best = max(best, placing, key=lambda p: p.bottleneck)
-    return best.bottleneck
+    return best.placed()
+
+
+def even_shares(servers: Iterable[Server], num_blocks: int) -> float:
+    """Passes per second of the weakest block if each server divides its own evenly."""
+    served = np.zeros(num_blocks)
+    for server in servers:
+        served[server.blocks.start : server.blocks.end] += server.throughput / len(server.blocks)
+    return float(served.min())
 
 
 def most_flow(servers: Iterable[Server], num_blocks: int) -> float:
@@ -96,6 +105,9 @@ class _Placing:
     @property
     def bottleneck(self) -> float:
         return float(self.served.min())
+
+    def placed(self) -> list[Server]:
+        return [replace(server, blocks=self.spans[i]) for i, server in enumerate(self.servers)]
 
     def try_again(self, rng: random.Random) -> None:
         """Take up to five out and put them back; undone if that makes it worse."""

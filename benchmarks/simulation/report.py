@@ -15,6 +15,10 @@ def _quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else math.nan
 
 
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}, {_quantile(values, 0.05):.3f}, {min(values):.3f}"
+
+
 def describe(scenario: Scenario, tally: Tally, wall_seconds: float) -> str:
     """One scenario in Markdown."""
     hours, num_looks = tally.seconds / HOUR, len(tally.look_seconds)
@@ -27,16 +31,12 @@ def describe(scenario: Scenario, tally: Tally, wall_seconds: float) -> str:
             _percent(tally.covered_enough_seconds, tally.enough_seconds),
         ),
         ("gaps: number, longest", f"{len(tally.gaps)}, {max(tally.gaps, default=0):.0f} s"),
-        ("bottleneck / bound, over time", f"{tally.bottleneck / tally.optimum:.3f}"),
-        (
-            "bottleneck / bound, p5 and worst quarter hour",
-            f"{_quantile(tally.ratios, 0.05):.3f}, {min(tally.ratios):.3f}",
-        ),
-        ("best placement found / bound", f"{statistics.mean(tally.best):.3f}"),
-        (
-            "bottleneck / best placement found, mean and p5",
-            f"{statistics.mean(tally.to_best):.3f}, {_quantile(tally.to_best, 0.05):.3f}",
-        ),
+        ("bottleneck / bound, mean, p5, least", _spread(tally.flow)),
+        ("best placement found / bound, mean, p5, least", _spread(tally.best_flow)),
+        ("bottleneck / best placement found, mean, p5, least", _spread(tally.flow_to_best)),
+        ("even shares: bottleneck / bound", _spread(tally.even)),
+        ("even shares: best placement found / bound", _spread(tally.best_even)),
+        ("even shares: bottleneck / best placement found", _spread(tally.even_to_best)),
         (
             "joins, ends, moves, refused moves",
             f"{tally.joins}, {tally.ends}, {tally.moves}, {tally.refused_moves}",

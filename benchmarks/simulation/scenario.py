@@ -44,6 +44,9 @@ class Scenario:
     seed: int = 0
     policy: MovePolicy | None = field(default_factory=MovePolicy)
     num_route_samples: int = 20
+    search_rounds: int = 1000
+    """Of the search for the best placement, every other hour."""
+
     holders_worth: float = 4.0
     """Small swarms get servers large enough that every block has so many holders on average."""
 

@@ -14,7 +14,7 @@ from petals.server.placement import Picture
 from petals.swarm.records import View
 from petals.types import BlockSpan, PeerId, ServerState
 from simulation.directory import Directory
-from simulation.optimum import best_bottleneck, most_flow
+from simulation.optimum import best_placement, even_shares, most_flow
 from simulation.scenario import HOUR, REGION_SHARES, Scenario, Server
 from simulation.tally import Tally
 
@@ -78,8 +78,6 @@ class Simulation:
         tally.enough_seconds += seconds * is_enough
         tally.covered_seconds += seconds * is_covered
         tally.covered_enough_seconds += seconds * (is_covered and is_enough)
-        tally.bottleneck += seconds * float(self.served.min())
-        tally.optimum += seconds * self._capacity_passes / num_blocks
         tally.server_hours += seconds * len(self.servers) / HOUR
 
     # -- servers come and go -------------------------------------------------------------------
@@ -243,12 +241,16 @@ class Simulation:
 
     def _note_balance(self) -> None:
         bound = self._capacity_passes / self.scenario.num_blocks
-        ratio = float(self.served.min()) / bound
-        self.tally.ratios.append(ratio)
-        self.tally.timeline.append((self.now / HOUR - self.scenario.warm_up_hours, ratio))
-        if len(self.tally.ratios) % 8 == 1:
-            best = best_bottleneck(self.servers.values(), self.scenario.num_blocks)
-            self.tally.best.append(best / bound)
-            serving = [server for server in self.servers.values() if server.is_serving]
-            self.tally.flow.append(most_flow(serving, self.scenario.num_blocks) / bound)
-            self.tally.to_best.append(float(self.served.min()) / best)
+        tally, num_blocks = self.tally, self.scenario.num_blocks
+        serving = [server for server in self.servers.values() if server.is_serving]
+        flow = most_flow(serving, num_blocks)
+        tally.flow.append(flow / bound)
+        tally.even.append(float(self.served.min()) / bound)
+        tally.timeline.append((self.now / HOUR - self.scenario.warm_up_hours, flow / bound))
+        if len(tally.flow) % 8 == 1:
+            best = best_placement(self.servers.values(), num_blocks, self.scenario.search_rounds)
+            best_even, best_flow = even_shares(best, num_blocks), most_flow(best, num_blocks)
+            tally.best_flow.append(best_flow / bound)
+            tally.flow_to_best.append(flow / best_flow)
+            tally.best_even.append(best_even / bound)
+            tally.even_to_best.append(float(self.served.min()) / best_even)

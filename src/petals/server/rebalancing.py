@@ -129,8 +129,11 @@ def find_move(picture: Picture, record: ServerRecord, policy: MovePolicy) -> Mov
         return None
     if picture.carried >= policy.enough:
         return None
-    mine, others = offers_of(picture, (record,)), picture.offers
-    gain, start, part = float(mine.gains[0]), int(mine.starts[0]), float(mine.parts[0])
+    others = picture.offers
+    mine = others.of(record) or offers_of(picture, (record,)).of(record)
+    if mine is None:
+        return None
+    start, gain, part = mine
     blocks = BlockSpan(start, start + length_of(record.spans))
     if gain <= policy.margin * part:
         return None

@@ -168,12 +168,12 @@ def test_a_balanced_swarm_never_moves() -> None:
 
 
 def test_in_a_large_crowd_few_start_at_once() -> None:
-    crowd = [(f"s{i:03}", 0, 3, ONLINE, 1.0) for i in range(300)]
+    crowd = [(f"s{i:03}", 0, 3, ONLINE, 1.0) for i in range(120)]
     hole = view_of(*crowd)
     started = [
         should_move(hole, PeerId(name), 0.0, LONG_AGO)[0].is_confirming for name, *_ in crowd
     ]
-    assert 10 < sum(started) < 60
+    assert 5 < sum(started) < 40
 
 
 def test_they_look_again_one_after_another_and_then_the_hole_is_filled() -> None:
@@ -181,7 +181,7 @@ def test_they_look_again_one_after_another_and_then_the_hole_is_filled() -> None
     servers = {PeerId(f"s{i:03}"): (0, 3) for i in range(40)}
     standings = dict.fromkeys(servers, LONG_AGO)
     draining: set[PeerId] = set()
-    for now in range(0, 1800, 20):
+    for now in range(0, 1200, 20):
         records = {
             peer: ServerRecord(
                 peer_id=peer,
