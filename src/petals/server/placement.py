@@ -275,16 +275,18 @@ class _Rest:
         share = shares[:, None]
         strongest = np.maximum(self.strongest, share)
         then = need(self.served + share - STRONGEST_DISCOUNT * strongest, level)
-        saved = np.zeros((rows, num_blocks + 1))
-        np.cumsum(now - then, axis=1, out=saved[:, 1:])
-        ends = np.arange(num_blocks)[None] + lengths[:, None]
-        saving = np.take_along_axis(saved, np.minimum(ends, num_blocks), axis=1) - saved[:, :-1]
-        saving[ends > num_blocks] = -np.inf
-        most = saving.max(axis=1)
-        # The first of equals: sums of very large needs differ in their last digits.
-        starts = (saving >= (most - 1e-9 * np.abs(most))[:, None]).argmax(axis=1)
-        left = now.sum(axis=1) - saving[np.arange(rows), starts]
-        return starts.astype(np.int64), np.maximum(left / num_blocks, 1e-12)
+        # Sums of what stays and of what comes, not differences: needs differ by many digits.
+        before, after, inside = np.zeros((3, rows, num_blocks + 1))
+        np.cumsum(now, axis=1, out=before[:, 1:])
+        after[:, :-1] = np.cumsum(now[:, ::-1], axis=1)[:, ::-1]
+        np.cumsum(then, axis=1, out=inside[:, 1:])
+        begins = np.arange(num_blocks)
+        ends = begins + lengths[:, None]
+        fits = np.minimum(ends, num_blocks)
+        left = before[:, :-1] + np.take_along_axis(after + inside, fits, axis=1) - inside[:, :-1]
+        left[ends > num_blocks] = np.inf
+        starts = (left <= left.min(axis=1, keepdims=True) * (1 + 1e-9)).argmax(axis=1)
+        return starts.astype(np.int64), left[np.arange(rows), starts] / num_blocks
 
 
 def must_yield(view: View, ours: BlockSpan, me: PeerId) -> bool:
