@@ -22,9 +22,9 @@ from petals.types import BlockSpan, PeerId, ServerState
 class MovePolicy:
     """How eager servers are.
 
-    ``margin``: by which part the bottleneck must gain, for each part of the swarm's throughput that
-    moves: at 1.5 a server that is a tenth of the swarm must lift it by 15 %. Every server looks
-    about once in ``look_seconds``, or less often in large swarms: once in
+    ``enough``: the share of its even level that a swarm must carry to be left alone. ``margin``: by
+    which part it must gain, for each part of the swarm's throughput that moves: at 1.0 a server
+    that is a tenth of the swarm must lift it by 10 %. Every server looks about once in ``look_seconds``, or less often in large swarms: once in
     ``seconds_between_looks`` somebody does. ``confirm_seconds`` after a finding it looks again, and
     moves if it still holds; ``turn_seconds`` later for each server whose move is better, so long as
     that takes no more than ``patience_seconds``. ``min_stay_seconds`` is waived while a block is
@@ -80,8 +80,8 @@ def should_move(
 
     ``view`` must be whole, not a sample. A span means: announce DRAINING with the span as
     ``next_spans``, wait until others have heard it, ask ``may_leave`` with a new view, hand over,
-    then join with the span; after a refusal stay. Nothing is decided before
-    ``standing.next_look``, nor for a server that is not ONLINE.
+    then join with the span and without ``next_spans``; after a refusal say ONLINE, without them,
+    too. Nothing is decided before ``standing.next_look``, nor for a server that is not ONLINE.
     """
     record = view.records.get(me)
     if record is None or now < standing.next_look:
@@ -122,8 +122,8 @@ def look(
 def find_move(picture: Picture, record: ServerRecord, policy: MovePolicy) -> Move | None:
     """The move of this server that would help, if there is one; no chance and no time in it.
 
-    It helps if the bottleneck gains the margin for the part of the swarm that moves, and if each of
-    the blocks left behind is held by somebody else who is online.
+    It helps while the swarm carries less than enough, if the weakest worth and what is carried both
+    gain the margin for the part of the swarm that moves; see ``offers_of`` for who must stay.
     """
     if record.state is not ServerState.ONLINE or not picture.level:
         return None
