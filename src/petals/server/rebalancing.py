@@ -24,11 +24,11 @@ class MovePolicy:
 
     ``enough``: the share of its even level that a swarm must carry to be left alone. ``margin``: by
     which part it must gain, for each part of the swarm's throughput that moves: at 1.0 a server
-    that is a tenth of the swarm must lift it by 10 %. Every server looks about once in ``look_seconds``, or less often in large swarms: once in
-    ``seconds_between_looks`` somebody does. ``confirm_seconds`` after a finding it looks again, and
-    moves if it still holds; ``turn_seconds`` later for each server whose move is better, so long as
-    that takes no more than ``patience_seconds``. ``min_stay_seconds`` is waived while a block is
-    held by nobody.
+    that is a tenth of the swarm must lift it by 10 %. Every server looks about once in
+    ``look_seconds``, or less often in large swarms: once in ``seconds_between_looks`` somebody
+    does. ``confirm_seconds`` after a finding it looks again, and moves if it still holds;
+    ``turn_seconds`` later for each server whose move is better, so long as that takes no more than
+    ``patience_seconds``. ``min_stay_seconds`` is waived while a block is held by nobody.
     """
 
     enough: float = 0.9
