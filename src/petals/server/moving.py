@@ -59,7 +59,7 @@ class Mover:
     async def _make_sure(self, stay: Stay, blocks: BlockSpan) -> bool:
         """Say DRAINING and leave time to be heard; ONLINE again if blocks would be left alone."""
         logger.info("blocks %s need this server more than %s", blocks, stay.blocks)
-        await stay.say(ServerState.DRAINING)
+        await stay.say(ServerState.DRAINING, blocks)
         await self._clock.sleep(self._config.heard_seconds)
         view = await self._view()
         if rebalancing.may_leave(await self._without_the_dead(view, stay.blocks), self._me):

@@ -183,13 +183,13 @@ class Server:
             say("Leaving" if moves_to is None else f"Moving to blocks {moves_to}")
             if num_sessions:
                 say(f"{num_sessions} sessions may stay for up to {self.config.drain_seconds:g} s")
-            await stay.leave(self._at_once)
+            await stay.leave(self._at_once, moves_to)
             if self._stop.is_set() or moves_to is None:
                 return None
             self._online.clear()
         await site.executor.call(release_memory)
         spans = ((moves_to.start, moves_to.end),)
-        await site.announcer.announce(state=ServerState.JOINING, spans=spans)
+        await site.announcer.announce(state=ServerState.JOINING, spans=spans, next_spans=())
         return moves_to
 
     async def _until_it_is_time(self, site: Site, stay: Stay) -> BlockSpan | None:
@@ -241,7 +241,7 @@ class Server:
         await stack.enter_async_context(announcer)
         if self.config.blocks is None:
             # Several servers that start together see the same gap; they must not all fill it.
-            view = await node.directory.view(model.id, len(model.costs))
+            view = await node.directory.view(model.id, len(model.costs), whole=True)
             if placement.must_yield(view, blocks, node.peer_id):
                 again = await self._choose_blocks(node, model, (node.peer_id,))
                 await announcer.announce(spans=((again.start, again.end),))
@@ -257,9 +257,9 @@ class Server:
             num_blocks=self.config.num_blocks,
             cache_tokens=budget.cache_tokens,
         )
-        view = await node.directory.view(model.id, len(model.costs))
-        served = placement.throughput_by_block(view, without)
-        return placement.choose_span(served, capacity.num_blocks)
+        view = await node.directory.view(model.id, len(model.costs), whole=True)
+        picture = placement.picture_of(view, without)
+        return placement.choose_blocks(picture, capacity.num_blocks)
 
     def _first_record(self, node: SwarmNode, model: Model, blocks: BlockSpan) -> ServerRecord:
         precision = model.precision

@@ -109,12 +109,12 @@ class Stay:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
-    async def leave(self, at_once: asyncio.Event) -> None:
+    async def leave(self, at_once: asyncio.Event, moves_to: BlockSpan | None = None) -> None:
         """Say DRAINING, let clients hand their sessions over, finish what is under way.
 
         Takes ``drain_seconds`` and a little more at most; ``at_once`` cuts it short.
         """
-        await self.say(ServerState.DRAINING)
+        await self.say(ServerState.DRAINING, moves_to)
         draining = asyncio.create_task(self.service.drain(self._site.config.drain_seconds))
         hurry = asyncio.create_task(at_once.wait())
         try:
@@ -125,10 +125,10 @@ class Stay:
             await asyncio.wait({draining, hurry})
         await self.service.finish_steps(_FINISH_SECONDS)
 
-    async def say(self, state: ServerState) -> None:
+    async def say(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
         """Be ONLINE or DRAINING, for whoever asks and for the directory."""
         self.service.state = state
-        await self._site.announcer.say(state)
+        await self._site.announcer.say(state, moves_to)
 
     async def _come(self) -> None:
         site = self._site
