@@ -111,11 +111,12 @@ class Extras:
             layer = layers[block]
             handles.append(layer.register_forward_pre_hook(partial(enter, block), with_kwargs=True))
             handles.append(layer.register_forward_hook(partial(leave, block)))
-        parts = () if self.adapter is None else self.adapter.within(blocks).parts
-        tensors = () if self.adapter is None else self.adapter.within(blocks).tensors
-        for part, a, b in zip(parts, tensors[::2], tensors[1::2]):
-            module = layers[part.block].get_submodule(part.module)
-            handles.append(module.register_forward_hook(partial(_adapt, part.scaling, a, b)))
+        adapter = None if self.adapter is None else self.adapter.within(blocks)
+        if adapter is not None:
+            pairs = zip(adapter.tensors[::2], adapter.tensors[1::2])
+            for ((block, path), part), (a, b) in zip(adapter.parts.items(), pairs):
+                adapt = partial(_adapt, part.scaling, a, b)
+                handles.append(layers[block].get_submodule(path).register_forward_hook(adapt))
         return handles
 
     def prompted(self, states, block, blocks):

@@ -4,34 +4,43 @@ The seam between what looks like a model and what looks like a network; tests pu
 process behind it. Must not know models, servers or routes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from petals.types import BlockSpan
-from petals.wire.passes import AdapterPart
+
+
+class LowRank(Protocol):
+    """What one matrix gains: ``scaling * (x @ a.T) @ b.T``. a: [rank, in], b: [out, rank]."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def scaling(self) -> float: ...
 
 
 class Adapter(Protocol):
     """Low-rank matrices for modules inside blocks.
 
-    ``tensors`` are A [rank, in] and B [out, rank] of each of the ``parts``, in order; a runner
-    gives gradients to those that require them. ``name`` is the digest of their content.
+    ``parts`` are keyed by (block, path inside it); ``tensors`` are a and b of each of them, in
+    order; a runner gives gradients to those that require them. ``digest`` names their content.
     """
 
     @property
-    def name(self) -> str: ...
+    def digest(self) -> str: ...
 
     @property
-    def parts(self) -> tuple[AdapterPart, ...]: ...
+    def parts(self) -> Mapping[tuple[int, str], LowRank]: ...
 
     @property
     def tensors(self) -> tuple[Tensor, ...]: ...
 
-    def within(self, blocks: BlockSpan) -> "Adapter":
-        """The parts inside ``blocks`` (absolute), in the same order, under a name of their own."""
+    def within(self, blocks: BlockSpan) -> "Adapter | None":
+        """The parts inside ``blocks`` (absolute), in the same order; None if there are none."""
         ...
 
 
