@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from petals.client.autograd import run_whole
 from petals.client.block_runner import PassCall, PassOutput, SessionCall
-from petals.client.forward import run_whole
 from petals.client.inference_session import InferenceSession
 from petals.client.sequence_manager import RemoteSequenceManager
 from petals.errors import NotSupported
@@ -39,9 +39,7 @@ class SwarmRunner:
         )
 
     def run_whole(self, blocks: BlockSpan, hidden: Tensor, call: PassCall) -> PassOutput:
-        if call.prompts is not None or call.adapter is not None or call.taps:
-            raise NotSupported("Passes with prompts, adapters or taps come later.", hint="Soon.")
-        return PassOutput(run_whole(self.manager.access, blocks, hidden, call.counts))
+        return run_whole(self.manager.access, blocks, hidden, call)
 
     def sequence_manager(self, blocks: BlockSpan) -> RemoteSequenceManager:
         return self.manager[blocks.start : blocks.end]
