@@ -8,9 +8,10 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed.tensor  # noqa: F401  assert_close imports it late and stops a loop
 from torch import Tensor
 
 from petals.client.block_runner import PassCall
@@ -148,6 +149,8 @@ class ToyServer:
     refuse_opens: list[PetalsError] = field(default_factory=list)
     held: asyncio.Event | None = None
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
+    calls: dict[bytes, PassCall] = field(default_factory=dict)
+    """What each session was opened with."""
     steps: list[wire.Step] = field(default_factory=list)
     opened: list[wire.OpenSession] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
@@ -218,7 +221,7 @@ class ToyServer:
             case wire.GetInfo():
                 return self._info(), ()
             case wire.OpenSession():
-                return await self._open(message, mine), ()
+                return await self._open(message, tensors, mine), ()
             case wire.KeepSession():
                 self.num_kept += 1
                 await self._notify()
@@ -317,15 +320,18 @@ class ToyServer:
             step_seconds=0.0,
         )
 
-    async def _open(self, message: wire.OpenSession, mine) -> wire.SessionOpened:
+    async def _open(self, message: wire.OpenSession, tensors, mine) -> wire.SessionOpened:
         self.opened.append(message)
         await self._notify()
         if self.refuse_opens:
             raise self.refuse_opens.pop(0)
         if not self.blocks.covers(BlockSpan(*message.blocks)):
             raise BlocksNotServed("Not here.")
-        if message.adapter is not None and message.adapter not in self.adapters:
+        if message.adapter is not None and message.adapter not in (*self.adapters, *self.given):
             raise UnknownAdapter("No such adapter.")
+        prompts = tensors[0][:, None] if message.num_prompt_tokens else None
+        adapter = self.given.get(message.adapter)
+        self.calls[message.session_id] = PassCall((), prompts, adapter)
         try:
             async with asyncio.timeout(message.alloc_timeout_seconds), self._freed:
                 while len(self.sessions) >= self.max_sessions:
@@ -348,7 +354,9 @@ class ToyServer:
             if start > len(rows[number]):
                 raise SessionGap("A gap.")
             rows[number] = torch.cat([rows[number][:start], new])
-            outputs.append(expected(rows[number], blocks)[start:])
+            call = replace(self.calls[message.session_id], counts=(len(rows[number]),))
+            made = run_call(rows[number], blocks, call)
+            outputs.append(made[blocks.end - 1][start:])
         self.sessions[message.session_id] = rows
         return torch.cat(outputs).to(hidden.dtype)
 

@@ -71,10 +71,19 @@ class DistributedModel:
         return self.remote_blocks.use_session(session)
 
     def inference_session(
-        self, *, max_length: int | None = None, num_rows: int | None = None
+        self,
+        *,
+        max_length: int | None = None,
+        num_rows: int | None = None,
+        prompts: Tensor | None = None,
     ) -> AbstractContextManager[Session]:
-        """A session of at most ``max_length`` tokens per row; calls inside continue it."""
-        return self.remote_blocks.inference_session(max_length=max_length, num_rows=num_rows)
+        """A session of at most ``max_length`` tokens per row; calls inside continue it.
+
+        prompts: [blocks, P, H], added to the first P positions on entering each block.
+        """
+        return self.remote_blocks.inference_session(
+            max_length=max_length, num_rows=num_rows, prompts=prompts
+        )
 
 
 class RemoteForward(DistributedModel):

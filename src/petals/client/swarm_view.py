@@ -99,7 +99,7 @@ class SwarmView:
         self.bans = Bans(config.ban_timeout)
         self.edges = Edges()
         self.channels = ChannelPool(node)
-        self.adapters = AdapterDelivery(model, config.request_timeout)
+        self.adapters = AdapterDelivery(model, self.channels, config)
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
         self._clock = node.clock
