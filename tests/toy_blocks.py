@@ -156,6 +156,7 @@ class ToyServer:
     forwards: list[Forward] = field(default_factory=list)
     backwards: list[Backward] = field(default_factory=list)
     refuse_backwards: list[PetalsError] = field(default_factory=list)
+    trains: bool = True
     has_room: bool = True
     """Whether it keeps passes for their way back."""
     kept: dict[bytes, Traced] = field(default_factory=dict)
@@ -183,7 +184,8 @@ class ToyServer:
     async def announce(self, **changes: object) -> None:
         now = self.node.clock.now()
         spans = self.record_spans or ((self.blocks.start, self.blocks.end),)
-        values = {"state": ServerState.ONLINE, "adapters": self.adapters, "spans": spans} | changes
+        values = {"state": ServerState.ONLINE, "adapters": self.adapters, "spans": spans}
+        values |= {"trains": self.trains} | changes
         await self.node.directory.announce(
             ServerRecord(peer_id="", model=MODEL, num_blocks=100, expires_at=now + 600, **values)
         )

@@ -27,6 +27,7 @@ from petals.errors import (
     PeerUnreachable,
     PetalsError,
     RequestError,
+    TrainingRefused,
 )
 from petals.types import BlockSpan, Hop, PeerId, Route
 
@@ -130,11 +131,14 @@ class MicroBatch:
             now = clock.monotonic()
             lost = self._lost.keys() & view.bans.at(now)
             needs = Needs(
-                blocks=blocks, model=view.model, exclude=frozenset(lost | self._refused.keys())
+                blocks=blocks,
+                model=view.model,
+                exclude=frozenset(lost | self._refused.keys()),
+                is_training=self._is_training,
             )
             try:
                 return await view.route(needs, throughput=True)
-            except (MissingBlocksError, NoCapacity) as error:
+            except (MissingBlocksError, NoCapacity, TrainingRefused) as error:
                 if lost and now < deadline:
                     await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
                     await view.refresh(older_than=_LOOK_AGAIN_SECONDS)

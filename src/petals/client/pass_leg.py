@@ -122,9 +122,8 @@ def _forward(view: SwarmView, leg: Leg, pass_id: bytes | None) -> Forward:
 
 
 def _inputs(leg: Leg) -> tuple[Tensor, ...]:
-    if leg.call.prompts is None:
-        return (leg.hidden,)
-    return leg.hidden, leg.call.prompts.to(leg.hidden.dtype)
+    prompts = leg.call.prompts
+    return (leg.hidden,) if prompts is None else (leg.hidden, prompts)
 
 
 async def _ask(

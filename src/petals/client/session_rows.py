@@ -9,7 +9,6 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -147,10 +146,8 @@ class SessionRows:
         if self._recovery is not None:
             return self._recovery
         self._dtype = hidden.dtype if hidden.dtype in _TRAVELLING else torch.float32
-        tuning = self._tuning
-        if tuning.prompts is not None:
-            check_width(tuning.prompts, hidden.shape[-1])
-            tuning = replace(tuning, prompts=tuning.prompts.to(self._dtype))
+        if self._tuning.prompts is not None:
+            check_width(self._tuning.prompts, hidden.shape[-1])
         view = await self._access.view()
         terms = Terms(
             session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
@@ -159,7 +156,7 @@ class SessionRows:
             max_length=self.max_length,
             dtype=self._dtype,
             active_adapter=view.config.active_adapter,
-            tuning=tuning,
+            tuning=self._tuning,
         )
         recovery = Recovery(view, self.blocks, terms)
         path = await recovery.open()
