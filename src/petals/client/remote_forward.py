@@ -96,7 +96,10 @@ class DistributedModel:
         return self.remote_blocks.use_session(session)
 
     def inference_session(
-        self, *, max_length: int | None = None, num_rows: int | None = None
+        self,
+        *,
+        max_length: int | None = None,
+        num_rows: int | None = None,
     ) -> AbstractContextManager[Session]:
         """A session of at most ``max_length`` tokens per row; calls inside continue it.
 
