@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from petals.models.adapters import Adapter
 from petals.models.kv_layout import KVRow
 from petals.types import BlockSpan
 
@@ -24,6 +25,7 @@ class Segment:
     hidden: [n, H] states entering ``blocks.start``; ``start`` is the position of the first token.
     row: where keys and values live; None for a pass without memory (``start`` is then 0).
     prompts: [len(blocks), P, H], added to positions 0..P-1 on entering each block.
+    adapter: added to the matrices of these blocks, for this segment alone.
     taps: absolute blocks whose outputs, [n, H], are wanted in ``tapped`` after the run.
     """
 
@@ -31,7 +33,7 @@ class Segment:
     blocks: BlockSpan
     row: KVRow | None = None
     start: int = 0
-    adapter: str | None = None
+    adapter: Adapter | None = None
     prompts: torch.Tensor | None = None
     taps: tuple[int, ...] = ()
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class BatchContext:
     def __init__(self, segments: Sequence[Segment], span: BlockSpan, packed: bool) -> None:
         self.segments = segments
         self.packed = packed
+        self.has_adapters = any(segment.adapter is not None for segment in segments)
         self.first_block = span.start
         self.parts: list[Part] = []
         self.total = 0

@@ -21,6 +21,7 @@ from petals.models.attention import PACKED, register
 from petals.models.attention_replacements import replace_attention
 from petals.models.batch import BatchContext, Segment, activate, current
 from petals.models.kv_layout import KVLayout
+from petals.models.lora import LoraHooks, slots_of
 from petals.models.probe import BlockTraits, ProbeCache
 from petals.models.quantize import QuantKind
 from petals.models.recurrent import RecurrentRow
@@ -72,8 +73,8 @@ class Blocks(Protocol):
 class Span:
     """Loaded blocks, ready to run. One instance belongs to one thread at a time.
 
-    ``mode`` says how; ``layout`` what a token costs; ``exact`` whether sums in another order may
-    change its outputs only in the last bits. Call ``self_test.run_self_test(span)`` before
+    ``mode`` says how; ``layout`` what a token costs; ``slots`` which matrices can take an adapter;
+    ``exact`` whether sums in another order may change its outputs only in the last bits. Call ``self_test.run_self_test(span)`` before
     serving: it compares with the model's own path and may change both.
     """
 
@@ -92,6 +93,8 @@ class Span:
         self.dtype = loaded.dtype
         self.exact = loaded.dtype is torch.float32 and loaded.quant is QuantKind.NONE
         self.max_positions = _learned_positions(loaded.layers)
+        self.slots = slots_of(loaded.layers, loaded.blocks.start)
+        self._lora = LoraHooks(loaded.layers, loaded.blocks.start)
         self._wrap_blocks()
         replace_attention(self._layers)
         rotate_per_segment(self._base)
@@ -109,6 +112,8 @@ class Span:
         """
         for segment in segments:
             self._check(segment)
+            if segment.adapter is not None:
+                self._lora.watch(segment.adapter)
         for segment in segments:
             if segment.row is not None and segment.start < segment.row.length:
                 segment.row.commit(segment.start)
@@ -294,8 +299,12 @@ class Span:
 
 
 def _needs_grad(segment: Segment) -> bool:
-    prompts = segment.prompts
-    return segment.hidden.requires_grad or (prompts is not None and prompts.requires_grad)
+    prompts, adapter = segment.prompts, segment.adapter
+    return (
+        segment.hidden.requires_grad
+        or (prompts is not None and prompts.requires_grad)
+        or (adapter is not None and adapter.needs_grad)
+    )
 
 
 def _in_short(error: BaseException) -> str:

@@ -231,7 +231,7 @@ class Server:
         announcer = Announcer(
             node.directory,
             self._first_record(node, model, blocks),
-            _public_name(model.checkpoint),
+            model.checkpoint.public_name,
             self.config.announce,
             self._clock,
         )
@@ -379,11 +379,6 @@ async def _warn_if_unreachable(node: SwarmNode) -> None:
     found = await node.check_reachability()
     if found.reached is False:
         logger.warning("Other peers cannot reach this server. %s", found.advice)
-
-
-def _public_name(checkpoint: Checkpoint) -> str:
-    """The repository; of a local folder only its own name, since paths are nobody's business."""
-    return checkpoint.name if checkpoint.folder is None else checkpoint.folder.resolve().name
 
 
 def _positions(checkpoint: Checkpoint) -> int | None:
