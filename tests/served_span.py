@@ -178,6 +178,7 @@ async def served(
         max_length=256,
         max_step_tokens=512,
         max_rows=8,
+        slots=span.slots,
     )
     scheduler = Scheduler(scheduling or SchedulerConfig())
     server = SwarmNode(NodeConfig(), engine=net.engine, clock=clock)

@@ -16,7 +16,7 @@ from petals.models.adapters import Adapter, LowRank, Slot, Slots
 from petals.models.batch import BatchContext, current
 
 _ROUTED = "experts"
-"""Modules below this name see only the tokens that were routed to them, in an order of their own."""
+"""Modules below this name see only the tokens routed to them, in an order of their own."""
 
 
 def slots_of(layers: Iterable[nn.Module], first_block: int) -> Slots:
@@ -36,8 +36,8 @@ def _shape_of(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a matrix in its own or a narrower storage (int8, nf4, fp8)."""
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
-    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return shape if all(isinstance(size, int) for size in shape) else None
+    num_in, num_out = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return (num_in, num_out) if isinstance(num_in, int) and isinstance(num_out, int) else None
 
 
 class LoraHooks:

@@ -93,9 +93,7 @@ class LoraConfig:
 
     def as_peft(self) -> dict[str, Any]:
         """The content of an adapter_config.json."""
-        settings: dict[str, Any] = {
-            entry.name: getattr(self, entry.name) for entry in fields(self)
-        }
+        settings: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         for name in ("exclude_modules", "modules_to_save"):
             settings[name] = settings[name] or None
         kind = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "lora_dropout": 0.0}

@@ -74,8 +74,9 @@ class Span:
     """Loaded blocks, ready to run. One instance belongs to one thread at a time.
 
     ``mode`` says how; ``layout`` what a token costs; ``slots`` which matrices can take an adapter;
-    ``exact`` whether sums in another order may change its outputs only in the last bits. Call ``self_test.run_self_test(span)`` before
-    serving: it compares with the model's own path and may change both.
+    ``exact`` whether sums in another order may change its outputs only in the last bits. Call
+    ``self_test.run_self_test(span)`` before serving: it compares with the model's own path and may
+    change both.
     """
 
     def __init__(self, loaded: Blocks) -> None:
@@ -112,8 +113,6 @@ class Span:
         """
         for segment in segments:
             self._check(segment)
-            if segment.adapter is not None:
-                self._lora.watch(segment.adapter)
         for segment in segments:
             if segment.row is not None and segment.start < segment.row.length:
                 segment.row.commit(segment.start)
@@ -216,6 +215,9 @@ class Span:
         return output
 
     def _forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        for segment in segments:
+            if segment.adapter is not None:
+                self._lora.watch(segment.adapter)
         context = BatchContext(segments, self.blocks, packed=self.mode is Mode.PACKED)
         direct = [traits.direct for traits in self._traits]
         cache = SpanCache(context, len(self._layers), direct, self._num_states)

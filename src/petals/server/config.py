@@ -17,13 +17,17 @@ DEVICE_NAMES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """Where the model is from. ``name`` replaces its own name in the directory."""
+    """Where the model is from. ``name`` replaces its own name in the directory.
+
+    ``adapters`` are folders or repositories of LoRA adapters that every client may ask for.
+    """
 
     model: str
     name: ModelId | None = None
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,8 @@ class DoorConfig:
 
     ``max_alloc_seconds`` caps what a client may wait for cache, ``forward_alloc_seconds`` is what a
     pass without a session waits. ``lease_seconds``: how long a session outlives its client's last
-    sign of life. ``replay_chunk_tokens``: the most that is replayed to a successor at once.
+    sign of life, and an adapter its last use; ``max_adapter_bytes`` is what clients' adapters may
+    take in all. ``replay_chunk_tokens``: the most that is replayed to a successor at once.
     """
 
     lease_seconds: float = 60.0
@@ -97,6 +102,8 @@ class DoorConfig:
     forward_alloc_seconds: float = 10.0
     max_sessions_per_peer: int = 64
     max_bytes_per_peer: int = 512 * MIB
+    max_adapter_bytes_per_peer: int = 256 * MIB
+    max_adapter_bytes: int = 1024 * MIB
     replay_chunk_tokens: int = 256
 
 

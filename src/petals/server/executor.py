@@ -20,6 +20,7 @@ import torch
 
 from petals.errors import BadInput, PeerFailed, PetalsError, SessionClosed
 from petals.logs import get_logger
+from petals.models.adapters import Adapter
 from petals.models.batch import Segment
 from petals.server.gathering import Gathering
 from petals.server.kv_pages import SessionKV
@@ -57,9 +58,9 @@ class Work:
     """A checked step (or a pass that keeps nothing). hidden: [plan.num_tokens, H], floating, on the
     CPU.
 
-    ``owner`` shares the device fairly with other owners. The rows of ``kv`` belong to this work
-    until it is done; ``begun`` tells whether they have been touched (reordered, cut to where the
-    work begins).
+    ``adapter`` is in the dtype and on the device of the blocks. ``owner`` shares the device fairly
+    with other owners. The rows of ``kv`` belong to this work until it is done; ``begun`` tells
+    whether they have been touched (reordered, cut to where the work begins).
     """
 
     kv: SessionKV
@@ -69,6 +70,7 @@ class Work:
     out_dtype: torch.dtype
     owner: str
     kind: WorkKind
+    adapter: Adapter | None = None
     begun: bool = False
 
 
@@ -135,6 +137,10 @@ class Executor:
     def attach(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         """Let ``runner`` do the work; states reach it on ``device`` in ``dtype``."""
         self._runner, self._device, self._dtype = runner, device, dtype
+
+    def placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A floating tensor where and as the blocks are. For ``call``."""
+        return tensor.to(self._device, self._dtype)
 
     async def __aenter__(self) -> "Executor":
         self._loop = asyncio.get_running_loop()
@@ -252,7 +258,7 @@ class Executor:
             work.kv.reorder(work.plan.reorder)
         work.begun = True
         _cut(work)
-        running.hidden = work.hidden.to(self._device, self._dtype)
+        running.hidden = self.placed(work.hidden)
 
     def _run_batch(self, batch: Sequence[Portion]) -> None:
         began = time.perf_counter()
@@ -283,6 +289,7 @@ class Executor:
                 blocks=work.blocks,
                 row=work.kv.rows[piece.row],
                 start=piece.start,
+                adapter=work.adapter,
             )
             for piece in work.plan.pieces(running.done, portion.num_tokens)
         ]

@@ -19,7 +19,9 @@ from petals.errors import (
     SessionClosed,
 )
 from petals.logs import get_logger
+from petals.models.adapters import Adapter, check_finite
 from petals.server import intake
+from petals.server.adapter_store import AdapterStore
 from petals.server.config import DoorConfig
 from petals.server.executor import Executor, Work
 from petals.server.intake import ByteAllowance, Offer
@@ -51,7 +53,7 @@ from petals.wire.messages import (
     SetRoute,
     Step,
 )
-from petals.wire.passes import Forward, ForwardResult
+from petals.wire.passes import AdapterKept, Forward, ForwardResult, PutAdapter
 
 logger = get_logger(__name__)
 
@@ -82,8 +84,9 @@ class BlocksService:
         self.tasks = BackgroundTasks()
         self.reservations = Reservations(pool, executor, self.clock)
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
+        self.adapters = AdapterStore(config, self.clock)
         self.sessions = SessionTable(
-            self.reservations.release, config.lease_seconds, config.max_sessions_per_peer
+            self._release, config.lease_seconds, config.max_sessions_per_peer
         )
         self.ring = Ring(
             RingParts(
@@ -164,12 +167,14 @@ class BlocksService:
         hidden = intake.only_states(self.offer, tensors, sum(counts))
         plan = StepPlan(starts=(0,) * len(counts), counts=counts)
         room = Room(len(counts), max(counts, default=0), blocks)
-        kv = await self.reservations.reserve(room, self.config.forward_alloc_seconds)
-        try:
-            work = Work(kv, blocks, plan, hidden, hidden.dtype, peer, WorkKind.FORWARD)
-            outcome = await self.executor.run(work)
-        finally:
-            self.reservations.release(kv)
+        with self.adapters.using(peer, message.adapter) as adapter:
+            kv = await self.reservations.reserve(room, self.config.forward_alloc_seconds)
+            try:
+                kind = WorkKind.FORWARD
+                work = Work(kv, blocks, plan, hidden, hidden.dtype, peer, kind, adapter)
+                outcome = await self.executor.run(work)
+            finally:
+                self.reservations.release(kv)
         return ForwardResult(outcome.queue_seconds, outcome.compute_seconds), outcome.hidden
 
     async def open(self, peer: PeerId, message: OpenSession) -> Session:
@@ -192,7 +197,7 @@ class BlocksService:
                 hint="Use another server.",
             )
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        with self.sessions.seat(peer):
+        with self.sessions.seat(peer), self.adapters.using(peer, message.adapter):
             room = Room(message.num_rows, message.max_length, blocks)
             kv = await self.reservations.reserve(room, timeout)
             if self.sessions.get(key) is not None:
@@ -212,7 +217,29 @@ class BlocksService:
         memory = (kv, self._outboxes.open(message.num_rows))
         session = Session(key, memory, limits, intake.state_dtype(message.dtype), self.clock)
         session.epoch, session.sources = message.epoch, frozenset(message.sources)
+        if message.adapter is not None:
+            session.adapter = self.adapters.take(key.peer_id, message.adapter)
         return session
+
+    def _release(self, session: Session) -> None:
+        self.reservations.release(session.kv)
+        if session.adapter is not None:
+            session.adapter.end()
+
+    async def put_adapter(
+        self, peer: PeerId, message: PutAdapter, tensors: Sequence[Tensor]
+    ) -> AdapterKept:
+        """Keep an adapter for a client. Raises what the checks and ``AdapterStore.put`` raise."""
+        if not self.adapters.has(peer, message.adapter):
+            adapter = intake.adapter_of(self.offer, message, tensors)
+            self.adapters.check_size(adapter)
+
+            def place() -> Adapter:
+                check_finite(adapter)
+                return adapter.mapped(self.executor.placed)
+
+            self.adapters.put(peer, message.adapter, await self.executor.call(place))
+        return AdapterKept(message.adapter, self.config.lease_seconds)
 
     async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
         session = self.sessions.get(key)
@@ -228,6 +255,7 @@ class BlocksService:
     async def _reap(self) -> None:
         while True:
             await self.clock.sleep(self.config.lease_seconds / _REAPS_PER_LEASE)
+            self.adapters.drop_unused()
             for session in self.sessions.silent():
                 logger.info("session %s is freed: its client fell silent", session.key)
                 await self.end(session, "No sign of life for longer than the lease.")
@@ -267,6 +295,8 @@ class _Conversation:
                 await self._close(message.session_id)
             case Forward():
                 self._start(self._forward(message, tensors))
+            case PutAdapter():
+                self._start(self._put_adapter(message, tensors))
             case GetInfo():
                 await self._sink.answer(self._service.info())
             case _:
@@ -358,6 +388,16 @@ class _Conversation:
                 await self._sink.answer(result, (hidden,))
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
+
+    async def _put_adapter(self, message: PutAdapter, tensors: Sequence[Tensor]) -> None:
+        peer = self._channel.peer_id
+        try:
+            with self._service.bytes.hold(peer, sum(tensor.nbytes for tensor in tensors)):
+                kept = await self._service.put_adapter(peer, message, tensors)
+        except PetalsError as error:
+            await self._sink.answer(Refusal.of(error))
+        else:
+            await self._sink.answer(kept)
 
     async def _close(self, session_id: bytes) -> None:
         try:

@@ -20,6 +20,7 @@ from petals.clock import Clock, SystemClock
 from petals.errors import BlocksNotServed, SessionClosed
 from petals.logs import get_logger
 from petals.models import cost
+from petals.models.adapters import Adapter
 from petals.models.kv_layout import KVLayout
 from petals.models.orientation import orient_linears
 from petals.models.quantize import QuantKind
@@ -36,6 +37,7 @@ from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
 from petals.server.links import RING_SERVICE
 from petals.server.outbox import Outboxes
+from petals.server.preload import read_preloaded
 from petals.server.scheduler import Scheduler
 from petals.server.throughput import Precision, Speed
 from petals.swarm.background import BackgroundTasks
@@ -95,11 +97,12 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """Blocks that have passed their test, and how fast they are."""
+    """Blocks that have passed their test, how fast they are, and what may be added to them."""
 
     span: Span
     test: SelfTest
     speed: Speed
+    adapters: dict[str, Adapter]
 
 
 class Server:
@@ -189,6 +192,8 @@ class Server:
         offer = self._make_offer(model, blocks, loaded, pool)
         outboxes = self._make_outboxes(offer, pool)
         service = BlocksService(offer, executor, pool, outboxes, node, config.door)
+        for name, adapter in loaded.adapters.items():
+            service.adapters.preload(name, adapter)
         await stack.enter_async_context(service)
         node.serve(BLOCKS_SERVICE, service.serve)
         node.serve(RING_SERVICE, service.ring.serve)
@@ -287,7 +292,8 @@ class Server:
         span = Span(loaded)
         test = run_self_test(span)
         self._go_on()
-        return _Loaded(span, test, throughput.measure(span))
+        adapters = read_preloaded(self.config.source.adapters, model.checkpoint, span)
+        return _Loaded(span, test, throughput.measure(span), adapters)
 
     def _on_loading(self, done: int, total: int) -> None:
         self._go_on()
@@ -321,6 +327,7 @@ class Server:
             max_length=limits.max_length or min(known, max(1, pool.tokens_total)),
             max_step_tokens=limits.max_step_tokens,
             max_rows=limits.max_rows,
+            slots=loaded.span.slots,
         )
 
     def _make_outboxes(self, offer: Offer, pool: KVPool) -> Outboxes:
@@ -342,6 +349,7 @@ class Server:
             "forward_rps": bulk if told is None else told,
             "max_length": offer.max_length,
             "cache_tokens": pool.tokens_total,
+            "adapters": tuple(loaded.adapters),
         }
 
     async def _online_info(

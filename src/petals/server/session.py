@@ -16,6 +16,7 @@ import torch
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
+from petals.server.adapter_store import AdapterUse
 from petals.server.executor import Executor, Work
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
@@ -67,7 +68,8 @@ class Session:
     """One client's sequences in ``key.blocks``.
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
-    steps under way, ``sources`` the peers beside the client from whom steps are taken.
+    steps under way, ``sources`` the peers beside the client from whom steps are taken, ``adapter``
+    is added to the blocks in all its steps.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Session:
         self.kv, self.outbox = memory
         self.limits = limits
         self.out_dtype = out_dtype
+        self.adapter: AdapterUse | None = None
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
         self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
@@ -219,7 +222,16 @@ class Session:
         reorder = None if self._reordered_by == message.step_id else message.reorder
         plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
         key = self.key
-        work = Work(self.kv, key.blocks, plan, hidden, self.out_dtype, key.peer_id, plan.kind)
+        work = Work(
+            self.kv,
+            key.blocks,
+            plan,
+            hidden,
+            self.out_dtype,
+            key.peer_id,
+            plan.kind,
+            self.adapter.adapter if self.adapter is not None else None,
+        )
         try:
             outcome = await executor.run(work)
         except PetalsError:

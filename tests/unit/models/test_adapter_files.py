@@ -45,15 +45,11 @@ def rewrite(adapter: Path, *, tensors=None, **settings) -> None:
 
 
 def renamed(old: str, new: str):
-    return lambda tensors: {
-        key.replace(old, new): value.clone() for key, value in tensors.items()
-    }
+    return lambda tensors: {key.replace(old, new): value.clone() for key, value in tensors.items()}
 
 
 @torch.no_grad()
-def test_patterns_of_ranks_and_scales_and_layers(
-    folder: Path, span: Span, tmp_path: Path
-) -> None:
+def test_patterns_of_ranks_and_scales_and_layers(folder: Path, span: Span, tmp_path: Path) -> None:
     settings = {
         "rank_pattern": {"q_proj": 2, r"layers\.3\.mlp\.down_proj": 6},
         "alpha_pattern": {"v_proj": 30},
