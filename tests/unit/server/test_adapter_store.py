@@ -112,9 +112,8 @@ def test_what_never_fits_is_refused() -> None:
     adapters = store()
     with pytest.raises(AdapterRefused):
         adapters.put(ANNA, "x", adapter(300))
-    many = Adapter(
-        {(n, "q"): LowRank(torch.zeros(1, 1), torch.zeros(1, 1), 1.0) for n in range(99)}
-    )
+    one = LowRank(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
+    many = Adapter({(block, "q"): one for block in range(99)})
     with pytest.raises(AdapterRefused):
         store(per_peer=100).put(ANNA, "x", many)
     assert adapters.num_bytes == 0
