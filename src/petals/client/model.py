@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from petals.client.block_runner import SwarmRunner
 from petals.client.config import ClientConfig
 from petals.client.generation import RemoteGeneration
 from petals.client.remote_forward import DistributedModel, RemoteForward, check_token_ids
 from petals.client.remote_sequential import RemoteSequential
 from petals.client.sequence_manager import RemoteSequenceManager
+from petals.client.swarm_runner import SwarmRunner
 from petals.errors import ConfigError, ModelNotSupported, NotSupported
 from petals.models.arch import ModelArch, build_on_meta
 from petals.models.head import EndsKind, EndsOptions, base_within, load_ends

@@ -31,6 +31,12 @@ class Rows:
         real = torch.ones(num_rows, 0, dtype=torch.bool)
         return cls(real, torch.full((num_rows,), UNKNOWN))
 
+    @classmethod
+    def full(cls, num_rows: int, num_columns: int) -> "Rows":
+        """Rows without padding, from position 0."""
+        real = torch.ones(num_rows, num_columns, dtype=torch.bool)
+        return cls(real, torch.zeros(num_rows, dtype=torch.int64))
+
     @property
     def num_rows(self) -> int:
         return self.real.shape[0]
@@ -97,8 +103,7 @@ def unpack(packed: Tensor, real: Tensor) -> Tensor:
     if bool(real.all()):
         return packed.view(*real.shape, packed.shape[-1])
     hidden = packed.new_zeros(*real.shape, packed.shape[-1])
-    hidden[real.to(packed.device)] = packed
-    return hidden
+    return hidden.index_put((real.to(packed.device),), packed)
 
 
 def to_left_padding(mask: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from petals.client.block_runner import Session
 from petals.client.padding import Layout, Rows, read_columns
 from petals.client.remote_cache import RemoteCache
-from petals.client.remote_sequential import RemoteSequential
+from petals.client.remote_sequential import ModelPass, RemoteSequential
 from petals.errors import BadInput, NotSupported
 
 _NEEDS_WHOLE_MODEL = {
@@ -114,7 +114,7 @@ class RemoteForward(DistributedModel):
         else:
             rows = cache.read(num_rows, layout)
         call["past_key_values"], call["use_cache"] = cache, cache is not None
-        with self.remote_blocks.model_pass(rows, cache):
+        with self.remote_blocks.model_pass(ModelPass(rows, cache)):
             return original.forward(**call)
 
     def _cache_for(self, call: dict[str, Any]) -> RemoteCache | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from petals.client.adapter_delivery import AdapterDelivery
 from petals.client.arcs import Edges
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
@@ -98,6 +99,7 @@ class SwarmView:
         self.bans = Bans(config.ban_timeout)
         self.edges = Edges()
         self.channels = ChannelPool(node)
+        self.adapters = AdapterDelivery(model, config.request_timeout)
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
         self._clock = node.clock

@@ -181,10 +181,10 @@ class TestRefusals:
         with pytest.raises(BadInput, match="either"):
             remote()
 
-    def test_gradients(self, remote):
+    def test_gradients_of_a_session(self, remote):
         embeddings = torch.zeros(1, 2, 32, requires_grad=True)
         with pytest.raises(NotSupported, match="Gradients"):
-            remote(inputs_embeds=embeddings)
+            remote(inputs_embeds=embeddings, use_cache=True)
 
     def test_another_batch_in_the_same_session(self, remote):
         with remote.inference_session(max_length=9):
