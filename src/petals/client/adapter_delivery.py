@@ -7,7 +7,7 @@ blocks and no routes. Lives in one event loop.
 import asyncio
 from collections import OrderedDict, defaultdict
 
-from petals.client.block_runner import Adapter
+from petals.models.adapters import Adapter
 from petals.swarm.channel import Channel
 from petals.types import PeerId
 from petals.wire.passes import AdapterKept, AdapterPart, PutAdapter

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from petals.client.adapters import AdaptedModel
 from petals.client.block_runner import Session
 from petals.client.padding import Layout, Rows, read_columns
 from petals.client.remote_cache import RemoteCache
@@ -37,7 +38,7 @@ _OLD_NAMES: dict[str, Callable[[Any], Any]] = {
 """BLOOM's names, by which the original Petals' other families could be addressed too."""
 
 
-class DistributedModel:
+class DistributedModel(AdaptedModel):
     """What every model with remote blocks can do, whatever its head."""
 
     blocks_path: str

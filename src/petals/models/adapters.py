@@ -6,7 +6,7 @@ Knows no files, no peers and no running model; `adapter_files` reads them, `lora
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -42,6 +42,7 @@ class Adapter:
     """
 
     parts: Mapping[Slot, LowRank]
+    _cuts: dict[BlockSpan, "Adapter | None"] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -69,11 +70,13 @@ class Adapter:
         return f"sha256:{found.hexdigest()}"
 
     def within(self, blocks: BlockSpan) -> "Adapter | None":
-        """What it adds to ``blocks``; None if that is nothing."""
+        """What it adds to ``blocks``; None if that is nothing. The same object at every call."""
         kept = {slot: part for slot, part in self.parts.items() if slot[0] in blocks}
-        if len(kept) == len(self.parts):
+        if kept and len(kept) == len(self.parts):
             return self
-        return Adapter(kept) if kept else None
+        if blocks not in self._cuts:
+            self._cuts[blocks] = Adapter(kept) if kept else None
+        return self._cuts[blocks]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Adapter":
         """The same slots with other matrices, in the order of ``tensors``."""

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from petals.errors import AdapterRefused
 from petals.models.adapters import Adapter, LowRank, Slot, Slots
+from petals.models.arch import build_on_meta, describe
 from petals.models.batch import BatchContext, current
 
 _ROUTED = "experts"
@@ -30,6 +32,16 @@ def slots_of(layers: Iterable[nn.Module], first_block: int) -> Slots:
         for path, module in layer.named_modules()
         if _ROUTED not in path.split(".") and (shape := _shape_of(module)) is not None
     }
+
+
+def slots_of_model(config: PretrainedConfig) -> tuple[Slots, bool]:
+    """The slots of all blocks of a model, without its weights; and whether its matrices lie
+    transposed (GPT-2's do). Raises ModelNotSupported.
+    """
+    arch = describe(config)
+    layers = build_on_meta(arch.base_class, config).get_submodule(arch.layers_path)
+    transposed = any(isinstance(module, Conv1D) for module in layers.modules())
+    return slots_of(layers.children(), 0), transposed
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:

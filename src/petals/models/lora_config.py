@@ -41,7 +41,8 @@ class LoraConfig:
 
     ``target_modules``: names that module paths end with, a regular expression for whole paths, or
     "all-linear". ``rank_pattern`` and ``alpha_pattern``: regular expressions for the ends of paths.
-    ``modules_to_save`` are trained whole, outside the blocks.
+    ``modules_to_save`` are trained whole, outside the blocks. ``lora_dropout`` and
+    ``fan_in_fan_out`` are only handed on to peft.
     """
 
     r: int = 8
@@ -53,7 +54,8 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
-    task_type: str | None = None
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -96,8 +98,7 @@ class LoraConfig:
         settings: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         for name in ("exclude_modules", "modules_to_save"):
             settings[name] = settings[name] or None
-        kind = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "lora_dropout": 0.0}
-        return kind | settings
+        return {"peft_type": "LORA", "bias": "none", "inference_mode": True} | settings
 
     def targets(self, path: str, block: int) -> bool:
         """Whether the matrix at ``path`` (from the model's root), in ``block``, is adapted."""
