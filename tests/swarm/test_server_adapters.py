@@ -14,7 +14,15 @@ from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.manual_clock import ManualClock
 from petals.wire.messages import Refusal
-from petals.wire.passes import AdapterKept, AdapterPart, Forward, ForwardResult, PutAdapter
+from petals.wire.passes import (
+    AdapterKept,
+    AdapterPart,
+    Backward,
+    BackwardResult,
+    Forward,
+    ForwardResult,
+    PutAdapter,
+)
 from served_span import MODEL, Served, Talk, assert_close, served, states
 from tiny_spans import WIDTH
 
@@ -204,3 +212,54 @@ async def test_it_goes_with_the_lease() -> None:
         answer, _ = await talk.ask(talk.opening(adapter=name))
         assert isinstance(answer, Refusal)
         assert answer.code == "unknown_adapter"
+
+
+async def test_gradients_of_an_adapter_come_in_the_order_it_was_sent_in() -> None:
+    """Kept and run again, over several strips; as autograd gives them on one machine."""
+    async with served() as swarm:
+        talk = await swarm.talk()
+        names = list(reversed(random_adapter(3).parts))
+        adapter = Adapter({slot: random_adapter(3).parts[slot] for slot in names})
+        forward = Forward(
+            MODEL, (10, 14), (6, 4), adapter=await put(talk, adapter), pass_id=b"p" * 16
+        )
+        hidden, weights = states(10), states(10, seed=9)
+        leaves = adapter.leaves(swarm.span.blocks)
+        assert leaves is not None
+        segments = [
+            Segment(hidden=part, blocks=swarm.span.blocks, adapter=leaves)
+            for part in hidden.split((6, 4))
+        ]
+        (output,) = swarm.reference.trace(segments)[-1]
+        expected = torch.autograd.grad((output * weights).sum(), leaves.tensors)
+        for kept in (True, False):
+            result, tensors = await talk.ask(forward, hidden)
+            assert isinstance(result, ForwardResult)
+            assert result.kept
+            assert_close(tensors[0], output)
+            inputs = () if kept else (hidden,)
+            message = Backward(forward, kept=kept, wants_adapter=True)
+            answer, tensors = await talk.ask(message, weights, *inputs)
+            assert isinstance(answer, BackwardResult)
+            assert answer.recomputed is not kept
+            assert len(tensors) == 1 + len(expected)
+            for found, wanted in zip(tensors[1:], expected):
+                assert_close(found, wanted)
+        assert swarm.service.bytes.used(swarm.client.peer_id) == 0
+
+
+async def test_an_adapter_that_went_during_a_pass_is_asked_for_again() -> None:
+    small = random_adapter(1)
+    room = DoorConfig(max_adapter_bytes_per_peer=small.num_bytes + 6 * 2048)
+    async with served(door=room) as swarm:
+        talk = await swarm.talk()
+        name = await put(talk, small)
+        forward = Forward(MODEL, (10, 14), (6,), adapter=name, pass_id=b"p" * 16)
+        await talk.ask(forward, states(6))
+        await put(talk, random_adapter(1, seed=2))
+        message = Backward(forward, kept=True, wants_adapter=True)
+        assert (await talk.refused(message, states(6))).code == "unknown_adapter"
+        await put(talk, small)
+        answer, tensors = await talk.ask(message, states(6))
+        assert isinstance(answer, BackwardResult)
+        assert len(tensors) == 1 + 8

@@ -78,6 +78,13 @@ class Adapter:
             self._cuts[blocks] = Adapter(kept) if kept else None
         return self._cuts[blocks]
 
+    def leaves(self, blocks: BlockSpan) -> "Adapter | None":
+        """What it adds to ``blocks``, in tensors that collect gradients of their own."""
+        part = self.within(blocks)
+        return (
+            None if part is None else part.mapped(lambda tensor: tensor.detach().requires_grad_())
+        )
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Adapter":
         """The same slots with other matrices, in the order of ``tensors``."""
         pairs = zip(tensors[::2], tensors[1::2], strict=True)

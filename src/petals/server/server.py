@@ -24,7 +24,7 @@ from petals.models.adapters import Adapter
 from petals.models.kv_layout import KVLayout
 from petals.models.orientation import orient_linears
 from petals.models.quantize import QuantKind
-from petals.models.self_test import SelfTest, run_self_test
+from petals.models.self_test import SelfTest, gradient_test, run_self_test
 from petals.models.sources import Checkpoint, HubAccess, open_checkpoint
 from petals.models.span import Span
 from petals.models.split import LoadOptions, load_blocks
@@ -32,6 +32,7 @@ from petals.server import memory, placement, throughput
 from petals.server.announcer import Announcer
 from petals.server.config import ServerConfig
 from petals.server.executor import Executor
+from petals.server.graphs import Allowance
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
@@ -40,6 +41,7 @@ from petals.server.outbox import Outboxes
 from petals.server.preload import read_preloaded
 from petals.server.scheduler import Scheduler
 from petals.server.throughput import Precision, Speed
+from petals.server.walk import Place
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import Engine
 from petals.swarm.node import SwarmNode
@@ -97,11 +99,15 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """Blocks that have passed their test, how fast they are, and what may be added to them."""
+    """Blocks that have passed their test, how fast they are, and what may be added to them.
+
+    why_no_gradients: empty if they have passed that test, too.
+    """
 
     span: Span
     test: SelfTest
     speed: Speed
+    why_no_gradients: str
     adapters: dict[str, Adapter]
 
 
@@ -187,7 +193,7 @@ class Server:
         say(f"Loading blocks {blocks} of {len(model.costs)}")
         loaded = await executor.call(lambda: self._load(model, blocks))
         scheduler.expect(loaded.speed.batch_cost())
-        executor.attach(loaded.span, loaded.span.device, loaded.span.dtype)
+        executor.attach(self._make_place(loaded.span))
         pool = self._make_pool(model, loaded.span.layout)
         offer = self._make_offer(model, blocks, loaded, pool)
         outboxes = self._make_outboxes(offer, pool)
@@ -292,8 +298,11 @@ class Server:
         span = Span(loaded)
         test = run_self_test(span)
         self._go_on()
+        training = self.config.limits.allow_training
+        why_no_gradients = gradient_test(span) if training else ""
+        self._go_on()
         adapters = read_preloaded(self.config.source.adapters, model.checkpoint, span)
-        return _Loaded(span, test, throughput.measure(span), adapters)
+        return _Loaded(span, test, throughput.measure(span), why_no_gradients, adapters)
 
     def _on_loading(self, done: int, total: int) -> None:
         self._go_on()
@@ -303,6 +312,13 @@ class Server:
         """Called now and then on the compute thread, so that a start can be broken off."""
         if self._stop.is_set():
             raise SessionClosed("The start was broken off.", hint="Start the server again.")
+
+    def _make_place(self, span: Span) -> Place:
+        wanted = self.config.memory.training_bytes
+        if wanted is None:
+            free = memory.free_memory_bytes(str(span.device))
+            wanted = min(free // 4, memory.DEFAULT_TRAINING_BYTES)
+        return Place(span, span.device, span.dtype, Allowance(wanted))
 
     def _make_pool(self, model: _Model, layout: KVLayout) -> KVPool:
         budget = self.config.memory
@@ -328,7 +344,13 @@ class Server:
             max_step_tokens=limits.max_step_tokens,
             max_rows=limits.max_rows,
             slots=loaded.span.slots,
+            no_training=self._why_no_training(loaded),
         )
+
+    def _why_no_training(self, loaded: _Loaded) -> str:
+        if not self.config.limits.allow_training:
+            return "its operator does not allow training"
+        return loaded.why_no_gradients
 
     def _make_outboxes(self, offer: Offer, pool: KVPool) -> Outboxes:
         wanted = self.config.memory.outbox_bytes

@@ -17,11 +17,12 @@ from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
 from petals.server.adapter_store import AdapterUse
-from petals.server.executor import Executor, Work
+from petals.server.executor import Executor
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
 from petals.server.sinks import ClientSink
 from petals.server.steps import StepLimits, StepPlan, plan_step
+from petals.server.work import Work
 from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.fields import Message
 from petals.wire.messages import Replay, Step, StepResult
@@ -68,8 +69,8 @@ class Session:
     """One client's sequences in ``key.blocks``.
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
-    steps under way, ``sources`` the peers beside the client from whom steps are taken, ``adapter``
-    is added to the blocks in all its steps.
+    steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
+    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added to them.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Session:
         self.adapter: AdapterUse | None = None
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
+        self.prompts: torch.Tensor | None = None
         self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
         self.closed = False
         self._clock = clock
@@ -223,14 +225,15 @@ class Session:
         plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
         key = self.key
         work = Work(
-            self.kv,
-            key.blocks,
-            plan,
-            hidden,
-            self.out_dtype,
-            key.peer_id,
-            plan.kind,
-            self.adapter.adapter if self.adapter is not None else None,
+            kv=self.kv,
+            blocks=key.blocks,
+            plan=plan,
+            hidden=hidden,
+            out_dtype=self.out_dtype,
+            owner=key.peer_id,
+            kind=plan.kind,
+            prompts=self.prompts,
+            adapter=None if self.adapter is None else self.adapter.adapter,
         )
         try:
             outcome = await executor.run(work)
