@@ -8,9 +8,10 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed.tensor  # noqa: F401  assert_close imports it late and stops a loop
 from torch import Tensor
 
 from petals.client.block_runner import PassCall
@@ -148,11 +149,14 @@ class ToyServer:
     refuse_opens: list[PetalsError] = field(default_factory=list)
     held: asyncio.Event | None = None
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
+    calls: dict[bytes, PassCall] = field(default_factory=dict)
+    """What each session was opened with."""
     steps: list[wire.Step] = field(default_factory=list)
     opened: list[wire.OpenSession] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
     backwards: list[Backward] = field(default_factory=list)
     refuse_backwards: list[PetalsError] = field(default_factory=list)
+    trains: bool = True
     has_room: bool = True
     """Whether it keeps passes for their way back."""
     kept: dict[bytes, Traced] = field(default_factory=dict)
@@ -180,7 +184,8 @@ class ToyServer:
     async def announce(self, **changes: object) -> None:
         now = self.node.clock.now()
         spans = self.record_spans or ((self.blocks.start, self.blocks.end),)
-        values = {"state": ServerState.ONLINE, "adapters": self.adapters, "spans": spans} | changes
+        values = {"state": ServerState.ONLINE, "adapters": self.adapters, "spans": spans}
+        values |= {"trains": self.trains} | changes
         await self.node.directory.announce(
             ServerRecord(peer_id="", model=MODEL, num_blocks=100, expires_at=now + 600, **values)
         )
@@ -218,7 +223,7 @@ class ToyServer:
             case wire.GetInfo():
                 return self._info(), ()
             case wire.OpenSession():
-                return await self._open(message, mine), ()
+                return await self._open(message, tensors, mine), ()
             case wire.KeepSession():
                 self.num_kept += 1
                 await self._notify()
@@ -317,15 +322,18 @@ class ToyServer:
             step_seconds=0.0,
         )
 
-    async def _open(self, message: wire.OpenSession, mine) -> wire.SessionOpened:
+    async def _open(self, message: wire.OpenSession, tensors, mine) -> wire.SessionOpened:
         self.opened.append(message)
         await self._notify()
         if self.refuse_opens:
             raise self.refuse_opens.pop(0)
         if not self.blocks.covers(BlockSpan(*message.blocks)):
             raise BlocksNotServed("Not here.")
-        if message.adapter is not None and message.adapter not in self.adapters:
+        if message.adapter is not None and message.adapter not in (*self.adapters, *self.given):
             raise UnknownAdapter("No such adapter.")
+        prompts = tensors[0][:, None] if message.num_prompt_tokens else None
+        adapter = self.given.get(message.adapter)
+        self.calls[message.session_id] = PassCall((), prompts, adapter)
         try:
             async with asyncio.timeout(message.alloc_timeout_seconds), self._freed:
                 while len(self.sessions) >= self.max_sessions:
@@ -348,7 +356,9 @@ class ToyServer:
             if start > len(rows[number]):
                 raise SessionGap("A gap.")
             rows[number] = torch.cat([rows[number][:start], new])
-            outputs.append(expected(rows[number], blocks)[start:])
+            call = replace(self.calls[message.session_id], counts=(len(rows[number]),))
+            made = run_call(rows[number], blocks, call)
+            outputs.append(made[blocks.end - 1][start:])
         self.sessions[message.session_id] = rows
         return torch.cat(outputs).to(hidden.dtype)
 

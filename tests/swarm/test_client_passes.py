@@ -262,6 +262,19 @@ async def test_the_only_server_is_waited_for() -> None:
 
 
 async def test_servers_that_give_no_gradients_are_left_out() -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        silent = await swarm.add(0, 4, trains=False)
+        for _ in range(4):
+            await Lesson((5, 3)).learn(swarm)
+        assert not silent.forwards
+        assert [len(server.backwards) for server in swarm.servers] == [4, 4, 0]
+    async with toy_swarm((0, 2), (2, 4), trains=False) as swarm:
+        with pytest.raises(TrainingRefused, match="0:4"):
+            await Lesson((5, 3)).learn(swarm)
+        await run_rows(swarm.access(4), ALL, states(4), (4,))
+
+
+async def test_servers_that_refuse_to_train_are_left_out() -> None:
     async with toy_swarm((0, 2), (2, 4), (2, 4)) as swarm:
         swarm.servers[1].refuse_steps += [TrainingRefused("Not here.")] * 10
         await Lesson((5, 3)).learn(swarm)

@@ -27,6 +27,7 @@ from petals.errors import (
     PeerUnreachable,
     PetalsError,
     RequestError,
+    TrainingRefused,
 )
 from petals.types import BlockSpan, Hop, PeerId, Route
 
@@ -58,7 +59,7 @@ class MicroBatch:
         self._refused: dict[PeerId, PetalsError] = {}
         self._called_again: set[PeerId] = set()
         self._num_refusals = 0
-        self._loss: PetalsError | None = None
+        self._lost: dict[PeerId, PetalsError] = {}
 
     async def forward(self, hidden: Tensor) -> PassOutput:
         """hidden: [sum(counts), H]. Raises RouteError, the servers' refusals, PeerError."""
@@ -127,20 +128,24 @@ class MicroBatch:
         view, clock = self._view, self._view.node.clock
         deadline = clock.monotonic() + view.config.repair_timeout
         while True:
-            needs = Needs(blocks=blocks, model=view.model, exclude=frozenset(self._refused))
-            is_repair = self._loss is not None
+            now = clock.monotonic()
+            lost = self._lost.keys() & view.bans.at(now)
+            needs = Needs(
+                blocks=blocks,
+                model=view.model,
+                exclude=frozenset(lost | self._refused.keys()),
+                is_training=self._is_training,
+            )
             try:
-                return await view.route(needs, throughput=True, avoid_strictly=is_repair)
-            except NoCapacity:
-                if not self._refused:
-                    raise
-                raise next(reversed(self._refused.values())) from None
-            except MissingBlocksError as error:
-                now = clock.monotonic()
-                if self._loss is None or now >= deadline:
-                    raise error from self._loss
-                await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
-                await view.refresh(older_than=_LOOK_AGAIN_SECONDS)
+                return await view.route(needs, throughput=True)
+            except (MissingBlocksError, NoCapacity, TrainingRefused) as error:
+                if lost and now < deadline:
+                    await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
+                    await view.refresh(older_than=_LOOK_AGAIN_SECONDS)
+                elif self._refused or not lost:
+                    raise next(reversed(self._refused.values()), error) from None
+                else:
+                    raise _nobody(blocks, view.model) from next(reversed(self._lost.values()))
 
     async def _learn(self, hop: Hop, error: PetalsError) -> None:
         """Remember why a server is no choice now. Raises the error if no other can help."""
@@ -157,7 +162,7 @@ class MicroBatch:
                 # A stream may break although both ends live: each peer is called once more.
                 self._called_again.add(peer)
             case PeerUnreachable() | PeerTimeout():
-                self._loss = error
+                self._lost[peer] = error
                 view.note_failure(peer, error)
             case PeerError():
                 self._num_refusals += 1
@@ -167,3 +172,11 @@ class MicroBatch:
                 await asyncio.sleep(view.config.backoff_seconds(self._num_refusals))
             case _:
                 raise error
+
+
+def _nobody(blocks: BlockSpan, model: str) -> MissingBlocksError:
+    return MissingBlocksError(
+        f"Nobody serves blocks {blocks} of {model} any more.",
+        hint=f"Start somebody: petals serve {model} --blocks {blocks} --join ADDR. What was "
+        "computed so far is lost; parameters and optimizer are yours and untouched.",
+    )

@@ -57,6 +57,10 @@ class Rows:
         """The first ``num_columns`` columns."""
         return Rows(self.real[:, :num_columns], self.first)
 
+    def behind(self, num_columns: int) -> "Rows":
+        """The columns after the first ``num_columns``."""
+        return Rows(self.real[:, num_columns:], self.first) if num_columns else self
+
     def joined(self, new: "Rows") -> "Rows":
         """These columns and, after them, those of ``new``, which was read as their continuation."""
         return Rows(torch.cat([self.real, new.real], dim=1), new.first)

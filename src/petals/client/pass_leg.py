@@ -18,8 +18,6 @@ from petals.client.swarm_view import SwarmView
 from petals.errors import (
     PassExpired,
     PeerMisbehaved,
-    RequestError,
-    SessionError,
     UnknownAdapter,
 )
 from petals.types import BlockSpan, Hop
@@ -124,40 +122,29 @@ def _forward(view: SwarmView, leg: Leg, pass_id: bytes | None) -> Forward:
 
 
 def _inputs(leg: Leg) -> tuple[Tensor, ...]:
-    if leg.call.prompts is None:
-        return (leg.hidden,)
-    return leg.hidden, leg.call.prompts.to(leg.hidden.dtype)
+    prompts = leg.call.prompts
+    return (leg.hidden,) if prompts is None else (leg.hidden, prompts)
 
 
 async def _ask(
     view: SwarmView, leg: Leg, message: Message, tensors: Sequence[Tensor], expect: type[M]
 ) -> tuple[M, list[Tensor]]:
-    config, adapter = view.config, leg.call.adapter
-    channel = await view.channels.take(leg.hop.peer_id, BLOCKS_SERVICE, config.connect_timeout)
+    config, peer, adapter = view.config, leg.hop.peer_id, leg.call.adapter
 
     async def ask() -> tuple[M, list[Tensor]]:
-        return await channel.request(
-            message, tensors, expect=expect, timeout=config.request_timeout
-        )
+        async with view.channels.lent(peer, BLOCKS_SERVICE, config.connect_timeout) as channel:
+            return await channel.request(
+                message, tensors, expect=expect, timeout=config.request_timeout
+            )
 
+    if adapter is None:
+        return await ask()
+    await view.adapters.deliver(peer, adapter)
     try:
-        if adapter is not None:
-            await view.adapters.deliver(channel, adapter)
-        try:
-            answer = await ask()
-        except UnknownAdapter:
-            if adapter is None:
-                raise
-            await view.adapters.deliver(channel, adapter, again=True)
-            answer = await ask()
-    except (RequestError, SessionError):
-        await view.channels.give(channel)
-        raise
-    except BaseException:
-        await channel.close()  # its answer may still come, and would be taken for another's
-        raise
-    await view.channels.give(channel)
-    return answer
+        return await ask()
+    except UnknownAdapter:
+        await view.adapters.deliver(peer, adapter, again=True)
+        return await ask()
 
 
 def _checked(

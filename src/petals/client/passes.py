@@ -55,7 +55,7 @@ class Pass:
         Raises RouteError, the servers' refusals, PeerError after ``max_retries``.
         """
         view = await self._access.view()
-        needs = Needs(blocks=self._blocks, model=view.model)
+        needs = Needs(blocks=self._blocks, model=view.model, is_training=self._is_training)
         num_hops = len(await view.route(needs, throughput=True))
         limit = micro_batch_tokens(hidden.shape[0], num_hops)
         self._parts = list(micro_batches(self._call.counts, limit))

@@ -206,16 +206,6 @@ class RemoteSequential(nn.Module):
             SessionCall(max_length=max_length, num_rows=num_rows, prompts=prompts, adapter=adapter),
         )
 
-    def new_cache(
-        self, max_length: int | None = None, prompts: Tensor | None = None
-    ) -> RemoteCache:
-        """``past_key_values`` for a batch to come, with a session of its own."""
-
-        def open_session(rows: int, length: int | None) -> Session:
-            return self.open_session(max_length=length, num_rows=rows, prompts=prompts)
-
-        return RemoteCache(open_session, max_length)
-
     # Running
 
     def forward(

@@ -11,7 +11,7 @@ from petals.client.autograd import run_whole
 from petals.client.block_runner import PassCall, PassOutput, SessionCall
 from petals.client.inference_session import InferenceSession
 from petals.client.sequence_manager import RemoteSequenceManager
-from petals.errors import NotSupported
+from petals.client.terms import Tuning
 from petals.types import BlockSpan
 
 
@@ -32,10 +32,12 @@ class SwarmRunner:
         return self.manager.num_blocks
 
     def open_session(self, blocks: BlockSpan, call: SessionCall) -> InferenceSession:
-        if call.prompts is not None or call.adapter is not None:
-            raise NotSupported("Sessions with prompts or adapters come later.", hint="Soon.")
         return InferenceSession(
-            self.manager, blocks, max_length=call.max_length, num_rows=call.num_rows
+            self.manager,
+            blocks,
+            max_length=call.max_length,
+            num_rows=call.num_rows,
+            tuning=Tuning(blocks.start, call.prompts, call.adapter),
         )
 
     def run_whole(self, blocks: BlockSpan, hidden: Tensor, call: PassCall) -> PassOutput:

@@ -372,6 +372,7 @@ class Server:
             "max_length": offer.max_length,
             "cache_tokens": pool.tokens_total,
             "adapters": tuple(loaded.adapters),
+            "trains": not offer.no_training,
         }
 
     async def _online_info(
