@@ -7,9 +7,9 @@ blocks and no routes. Lives in one event loop.
 import asyncio
 from collections import OrderedDict, defaultdict
 
-from petals.client.block_runner import Adapter
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
+from petals.models.adapters import Adapter
 from petals.types import PeerId
 from petals.wire.passes import AdapterKept, AdapterPart, PutAdapter
 

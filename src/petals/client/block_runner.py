@@ -4,44 +4,14 @@ The seam between what looks like a model and what looks like a network; tests pu
 process behind it. Must not know models, servers or routes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from petals.models.adapters import Adapter
 from petals.types import BlockSpan
-
-
-class LowRank(Protocol):
-    """What one matrix gains: ``scaling * (x @ a.T) @ b.T``. a: [rank, in], b: [out, rank]."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def scaling(self) -> float: ...
-
-
-class Adapter(Protocol):
-    """Low-rank matrices for modules inside blocks.
-
-    ``parts`` are keyed by (block, path inside it); ``tensors`` are a and b of each of them, in
-    order; a runner gives gradients to those that require them. ``digest`` names their content.
-    """
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def parts(self) -> Mapping[tuple[int, str], LowRank]: ...
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]: ...
-
-    def within(self, blocks: BlockSpan) -> "Adapter | None":
-        """The parts inside ``blocks`` (absolute), in the same order; None if there are none."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

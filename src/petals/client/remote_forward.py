@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from petals.client.adapters import AdaptedModel
 from petals.client.block_runner import Session
 from petals.client.hidden_states import HiddenStates
 from petals.client.padding import Layout, Rows, read_columns
@@ -51,7 +52,7 @@ _OLD_NAMES: dict[str, Callable[[Any], Any]] = {
 """BLOOM's names, by which the original Petals' other families could be addressed too."""
 
 
-class DistributedModel:
+class DistributedModel(AdaptedModel):
     """What every model with remote blocks can do, whatever its head."""
 
     blocks_path: str

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petals.client.adapters import RemoteLora
 from petals.client.block_runner import (
-    Adapter,
     BlockRunner,
     PassCall,
     PassOutput,
@@ -87,7 +87,7 @@ class RemoteSequential(nn.Module):
             0 if start_block is None else start_block,
             self.runner.num_blocks if end_block is None else end_block,
         )
-        self.adapter: Adapter | None = None
+        self.lora: RemoteLora | None = None
         """Applied inside these blocks, in sessions opened and sequences run from now on."""
         self.returns_tuple = False
         """How the model's own layers answer: (hidden, ...) in BLOOM's generation, else hidden."""
@@ -136,7 +136,7 @@ class RemoteSequential(nn.Module):
             end_block=offset + end,
             runner=self.runner,
         )
-        part.returns_tuple, part.adapter = self.returns_tuple, self.adapter
+        part.returns_tuple, part.lora = self.returns_tuple, self.lora
         return part
 
     # Sessions
@@ -202,11 +202,10 @@ class RemoteSequential(nn.Module):
         if prompts is not None:
             self._check_prompts(prompts, (len(self), *prompts.shape[1:2]))
             prompts = prompts.detach() if prompts.numel() else None
+        adapter = None if self.lora is None else self.lora.snapshot().within(self.blocks)
         return self.runner.open_session(
             self.blocks,
-            SessionCall(
-                max_length=max_length, num_rows=num_rows, prompts=prompts, adapter=self.adapter
-            ),
+            SessionCall(max_length=max_length, num_rows=num_rows, prompts=prompts, adapter=adapter),
         )
 
     # Running
@@ -272,7 +271,7 @@ class RemoteSequential(nn.Module):
         call = PassCall(
             counts=tuple(real.sum(1).tolist()),
             prompts=prompts,
-            adapter=self.adapter,
+            adapter=None if self.lora is None else self.lora.live().within(self.blocks),
             taps=tuple(block for block in current.tapped if block != ENTRY),
         )
         if ENTRY in current.tapped:

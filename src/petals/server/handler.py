@@ -7,6 +7,7 @@ other hops and no blocks' insides.
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from petals.errors import (
 )
 from petals.logs import get_logger
 from petals.server import intake
+from petals.server.adapter_store import AdapterStore
 from petals.server.config import DoorConfig
 from petals.server.executor import Executor
 from petals.server.intake import ByteAllowance, Offer
@@ -32,6 +34,7 @@ from petals.server.session import Session, SessionKey
 from petals.server.session_table import SessionTable
 from petals.server.sinks import ClientSink
 from petals.server.steps import StepLimits
+from petals.server.walk import place_adapter, place_states
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
@@ -52,7 +55,7 @@ from petals.wire.messages import (
     SetRoute,
     Step,
 )
-from petals.wire.passes import Backward, Forward
+from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
 
 logger = get_logger(__name__)
 
@@ -83,6 +86,7 @@ class BlocksService:
         self.tasks = BackgroundTasks()
         self.reservations = Reservations(pool, executor, self.clock)
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
+        self.adapters = AdapterStore(config, self.clock)
         self.sessions = SessionTable(self._free, config.lease_seconds, config.max_sessions_per_peer)
         self.ring = Ring(
             RingParts(
@@ -94,7 +98,9 @@ class BlocksService:
                 chunk_tokens=min(config.replay_chunk_tokens, offer.max_step_tokens),
             )
         )
-        self.passes = Passes(offer, executor, self.bytes, config.lease_seconds, self.clock)
+        self.passes = Passes(
+            offer, executor, self.bytes, self.adapters, config.lease_seconds, self.clock
+        )
         self._pool = pool
         self._outboxes = outboxes
 
@@ -171,8 +177,12 @@ class BlocksService:
                 hint="Use another server.",
             )
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        with self.sessions.seat(peer):
-            prompts = None if given is None else await self.executor.place(given)
+        with self.sessions.seat(peer), self.adapters.using(peer, message.adapter):
+            prompts = (
+                None
+                if given is None
+                else await self.executor.at_place(partial(place_states, states=given))
+            )
             room = Room(message.num_rows, message.max_length, blocks)
             kv = await self.reservations.reserve(room, timeout)
             if self.sessions.get(key) is not None:
@@ -196,12 +206,27 @@ class BlocksService:
         memory = (kv, self._outboxes.open(message.num_rows))
         session = Session(key, memory, limits, intake.state_dtype(message.dtype), self.clock)
         session.epoch, session.sources = message.epoch, frozenset(message.sources)
+        if message.adapter is not None:
+            session.adapter = self.adapters.take(key.peer_id, message.adapter)
         return session
 
     def _free(self, session: Session) -> None:
         self.reservations.release(session.kv)
         if session.prompts is not None:
             self.bytes.release(session.key.peer_id, session.prompts.nbytes)
+        if session.adapter is not None:
+            session.adapter.end()
+
+    async def put_adapter(
+        self, peer: PeerId, message: PutAdapter, tensors: Sequence[Tensor]
+    ) -> AdapterKept:
+        """Keep an adapter for a client. Raises what the checks and ``AdapterStore.put`` raise."""
+        if not self.adapters.has(peer, message.adapter):
+            adapter = intake.adapter_of(self.offer, message, tensors)
+            self.adapters.check_size(adapter)
+            placed = await self.executor.at_place(partial(place_adapter, adapter=adapter))
+            self.adapters.put(peer, message.adapter, placed)
+        return AdapterKept(message.adapter, self.config.lease_seconds)
 
     async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
         session = self.sessions.get(key)
@@ -217,6 +242,7 @@ class BlocksService:
     async def _reap(self) -> None:
         while True:
             await self.clock.sleep(self.config.lease_seconds / _REAPS_PER_LEASE)
+            self.adapters.drop_unused()
             self.passes.expire()
             for session in self.sessions.silent():
                 logger.info("session %s is freed: its client fell silent", session.key)
@@ -257,6 +283,8 @@ class _Conversation:
                 await self._close(message.session_id)
             case Forward() | Backward():
                 self._start(self._pass(message, tensors))
+            case PutAdapter():
+                self._start(self._put_adapter(message, tensors))
             case GetInfo():
                 await self._sink.answer(self._service.info())
             case _:
@@ -343,14 +371,25 @@ class _Conversation:
     async def _pass(self, message: Forward | Backward, tensors: Sequence[Tensor]) -> None:
         peer, passes = self._channel.peer_id, self._service.passes
         try:
-            if isinstance(message, Forward):
-                with self._service.bytes.hold(peer, passes.bytes_of(message, tensors)):
-                    await self._sink.answer(*await passes.forward(peer, message, tensors))
-            else:
-                with self._service.bytes.hold(peer, passes.bytes_of(message.forward, tensors)):
-                    await self._sink.answer(*await passes.backward(peer, message, tensors))
+            with passes.holding(peer, message, tensors) as adapter:
+                if isinstance(message, Forward):
+                    answer = await passes.forward(peer, message, tensors, adapter)
+                    await self._sink.answer(*answer)
+                else:
+                    back = await passes.backward(peer, message, tensors, adapter)
+                    await self._sink.answer(*back)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
+
+    async def _put_adapter(self, message: PutAdapter, tensors: Sequence[Tensor]) -> None:
+        peer = self._channel.peer_id
+        try:
+            with self._service.bytes.hold(peer, sum(tensor.nbytes for tensor in tensors)):
+                kept = await self._service.put_adapter(peer, message, tensors)
+        except PetalsError as error:
+            await self._sink.answer(Refusal.of(error))
+        else:
+            await self._sink.answer(kept)
 
     async def _close(self, session_id: bytes) -> None:
         try:

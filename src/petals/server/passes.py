@@ -4,13 +4,16 @@ Whole sequences through some blocks and, for training, back. Knows messages and 
 runs is the walks' affair, when it runs the scheduler's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from petals.clock import Clock
 from petals.errors import TrainingRefused
+from petals.models.adapters import Adapter
 from petals.server import intake
+from petals.server.adapter_store import AdapterStore
 from petals.server.backward_walk import BackwardWalk
 from petals.server.cutting import BACKWARD_WORTH, FORWARD_WORTH, worth_of
 from petals.server.executor import Executor
@@ -30,12 +33,14 @@ class Passes:
         offer: Offer,
         executor: Executor,
         bytes_: ByteAllowance,
+        adapters: AdapterStore,
         lease_seconds: float,
         clock: Clock,
     ) -> None:
         self._offer = offer
         self._executor = executor
         self._bytes = bytes_
+        self._adapters = adapters
         self._lease_seconds = lease_seconds
         self.kept = KeptPasses(lease_seconds, clock)
 
@@ -43,15 +48,34 @@ class Passes:
         """Drop, soon, what is kept beyond its lease."""
         self._executor.post(self.kept.expire)
 
+    @contextmanager
+    def holding(
+        self, peer: PeerId, message: Forward | Backward, tensors: Sequence[Tensor]
+    ) -> Iterator[Adapter | None]:
+        """The adapter of a pass, kept here while the pass lasts; bytes count as long: what came and
+        what will be answered.
+
+        Raises UnknownAdapter and PeerBusy.
+        """
+        request = message if isinstance(message, Forward) else message.forward
+        item = max((tensor.itemsize for tensor in tensors), default=1)
+        num_bytes = sum(request.counts) * self._offer.hidden_size * item * (1 + len(request.taps))
+        num_bytes += sum(tensor.nbytes for tensor in tensors)
+        with self._adapters.using(peer, request.adapter) as adapter:
+            if isinstance(message, Backward) and message.wants_adapter and adapter is not None:
+                num_bytes += adapter.num_bytes
+            with self._bytes.hold(peer, num_bytes):
+                yield adapter
+
     async def forward(
-        self, peer: PeerId, message: Forward, tensors: Sequence[Tensor]
+        self, peer: PeerId, message: Forward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[ForwardResult, list[Tensor]]:
         """Run whole sequences: hidden [sum(counts), H] in the dtype it came in, then the taps'.
 
         Raises TrainingRefused for a pass that is to be followed by its way back, and what the
         checks and ``Executor.run_pass`` raise.
         """
-        inputs = self._inputs(message, tensors)
+        inputs = self._inputs(message, tensors, adapter)
         keep = message.pass_id is not None
         if keep:
             self._check_training()
@@ -76,7 +100,7 @@ class Passes:
         return ForwardResult(times.queue_seconds, times.compute_seconds, was_kept, lease), outputs
 
     async def backward(
-        self, peer: PeerId, message: Backward, tensors: Sequence[Tensor]
+        self, peer: PeerId, message: Backward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[BackwardResult, list[Tensor]]:
         """The gradients of hidden, prompts and adapter, each in the dtype of what it belongs to.
 
@@ -87,7 +111,7 @@ class Passes:
         request = message.forward
         num_gradients = 1 + len(request.taps)
         gradients, rest = tensors[:num_gradients], tensors[num_gradients:]
-        given = None if message.kept else self._inputs(request, rest)
+        given = None if message.kept else self._inputs(request, rest, adapter)
         if message.kept:
             intake.check_pass(self._offer, request)
             intake.check_nothing_more(rest)
@@ -114,17 +138,18 @@ class Passes:
         result = BackwardResult(times.queue_seconds, times.compute_seconds, given is not None)
         return result, found
 
-    def bytes_of(self, request: Forward, tensors: Sequence[Tensor]) -> int:
-        """Bytes a pass needs here while it lasts: what came and what will be answered."""
-        item = max((tensor.itemsize for tensor in tensors), default=1)
-        outputs = sum(request.counts) * self._offer.hidden_size * item * (1 + len(request.taps))
-        return sum(tensor.nbytes for tensor in tensors) + outputs
-
-    def _inputs(self, request: Forward, tensors: Sequence[Tensor]) -> PassInputs:
+    def _inputs(
+        self, request: Forward, tensors: Sequence[Tensor], adapter: Adapter | None
+    ) -> PassInputs:
         blocks = intake.check_pass(self._offer, request)
         hidden, prompts = intake.pass_tensors(self._offer, request, tensors)
         return PassInputs(
-            blocks=blocks, counts=request.counts, hidden=hidden, prompts=prompts, taps=request.taps
+            blocks=blocks,
+            counts=request.counts,
+            hidden=hidden,
+            prompts=prompts,
+            adapter=None if adapter is None else adapter.within(blocks),
+            taps=request.taps,
         )
 
     def _check_training(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
+from petals.server.adapter_store import AdapterUse
 from petals.server.executor import Executor
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
@@ -69,7 +70,7 @@ class Session:
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
     steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
-    [len(blocks), P, H] what is added on entering blocks.
+    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added to them.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Session:
         self.kv, self.outbox = memory
         self.limits = limits
         self.out_dtype = out_dtype
+        self.adapter: AdapterUse | None = None
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
         self.prompts: torch.Tensor | None = None
@@ -231,6 +233,7 @@ class Session:
             owner=key.peer_id,
             kind=plan.kind,
             prompts=self.prompts,
+            adapter=None if self.adapter is None else self.adapter.adapter,
         )
         try:
             outcome = await executor.run(work)

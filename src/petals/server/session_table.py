@@ -15,7 +15,7 @@ from petals.types import PeerId
 class SessionTable:
     """All sessions of a server.
 
-    ``release`` gives a session's memory back once nothing runs in it.
+    ``release`` gives back what a session holds once nothing runs in it.
     """
 
     def __init__(
