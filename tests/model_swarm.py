@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,20 @@ class ModelSwarm:
     base: ServerConfig
     local: PreTrainedModel
     stack: AsyncExitStack
+    clients: ExitStack
     node: SwarmNode | None = None
     peers: list[PeerId] = field(default_factory=list)
     servers: list[Server] = field(default_factory=list)
 
-    def client(self, **options: Any) -> PreTrainedModel:
-        """One more client's model; closed with the swarm."""
+    def client(self, tuning: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
+        """One more client's model; closed with the swarm. ``options`` are its ClientConfig's."""
         remote = AutoDistributedModelForCausalLM.from_pretrained(
-            self.base.source.model, dtype=self.local.dtype
+            self.base.source.model, dtype=self.local.dtype, **(tuning or {})
         )
         blocks = remote.remote_blocks
         options = {"dht_prefix": blocks.sequence_manager.model} | options
         manager = RemoteSequenceManager(config(**options), blocks.blocks, node=self.node)
-        self.stack.enter_context(manager)
+        self.clients.enter_context(manager)
         blocks.runner = SwarmRunner(manager)
         return remote
 
@@ -72,7 +73,7 @@ class ModelSwarm:
 @contextmanager
 def model_swarm(folder: Path, *spans: BlockSpan, dtype: str = "float32") -> Iterator[ModelSwarm]:
     """Servers of the model in ``folder``, one for each span, with a node for clients."""
-    stack, net = AsyncExitStack(), MemoryNet()
+    stack, clients, net = AsyncExitStack(), ExitStack(), MemoryNet()
     try:
         seed = SwarmNode(NodeConfig(), engine=net.engine)
         bridge.run(stack.enter_async_context(seed))
@@ -85,7 +86,7 @@ def model_swarm(folder: Path, *spans: BlockSpan, dtype: str = "float32") -> Iter
             network=NodeConfig(initial_peers=peers),
         )
         local = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        swarm = ModelSwarm(net, base, local.eval().requires_grad_(False), stack)
+        swarm = ModelSwarm(net, base, local.eval().requires_grad_(False), stack, clients)
         for span in spans:
             swarm.add(span)
         network = NodeConfig(initial_peers=peers, client_mode=True)
@@ -93,4 +94,5 @@ def model_swarm(folder: Path, *spans: BlockSpan, dtype: str = "float32") -> Iter
         bridge.run(stack.enter_async_context(swarm.node))
         yield swarm
     finally:
+        clients.close()
         bridge.run(stack.aclose())
