@@ -245,7 +245,7 @@ async def test_gradients_of_an_adapter_come_in_the_order_it_was_sent_in() -> Non
             assert len(tensors) == 1 + len(expected)
             for found, wanted in zip(tensors[1:], expected):
                 assert_close(found, wanted)
-        assert swarm.service.bytes.used(swarm.client.peer_id) == 0
+        assert not swarm.service.bytes._used
 
 
 async def test_an_adapter_that_went_during_a_pass_is_asked_for_again() -> None:

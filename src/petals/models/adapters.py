@@ -81,9 +81,9 @@ class Adapter:
     def leaves(self, blocks: BlockSpan) -> "Adapter | None":
         """What it adds to ``blocks``, in tensors that collect gradients of their own."""
         part = self.within(blocks)
-        return (
-            None if part is None else part.mapped(lambda tensor: tensor.detach().requires_grad_())
-        )
+        if part is None:
+            return None
+        return part.mapped(lambda tensor: tensor.detach().requires_grad_())
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Adapter":
         """The same slots with other matrices, in the order of ``tensors``."""

@@ -23,7 +23,7 @@ from transformers import (
 
 from petals.errors import ModelNotSupported
 from petals.models.arch import ModelArch, build_on_meta, describe, parent_of
-from petals.models.orientation import orient_linears
+from petals.models.shared_head import MIN_BYTES, SharedHead
 from petals.models.sources import Checkpoint, opened
 from petals.models.split import LoadOptions, Stub, load_part, pruned_class
 
@@ -110,8 +110,8 @@ def load_ends(
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and _wants_chunks(head, options):
         model.set_output_embeddings(ChunkedHead(head, options.chunk_rows))
-    elif isinstance(head, nn.Linear):
-        orient_linears(head)
+    elif isinstance(head, nn.Linear) and _can_be_shared(head):
+        model.set_output_embeddings(SharedHead(head))
     return model.eval()
 
 
@@ -170,6 +170,12 @@ def _wants_chunks(head: nn.Linear, options: EndsOptions) -> bool:
     if not narrow or options.chunked is not None:
         return narrow and bool(options.chunked)
     return prefers_chunks(weight)
+
+
+def _can_be_shared(head: nn.Linear) -> bool:
+    weight = head.weight
+    is_plain = weight.dtype is torch.float32 and weight.device.type == "cpu"
+    return is_plain and weight.is_contiguous() and weight.nbytes >= MIN_BYTES
 
 
 def _contains(

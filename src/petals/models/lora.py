@@ -108,6 +108,6 @@ def _adapted(
         done = 0
         for tokens in ranges:
             count = tokens.stop - tokens.start
-            sums[tokens] += gained[done : done + count].to(sums.dtype)
+            sums[tokens].add_(gained[done : done + count].to(sums.dtype))
             done += count
     return sums.view(output.shape)
