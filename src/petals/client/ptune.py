@@ -90,6 +90,8 @@ def with_prompts(host: Any, call: dict[str, Any], num_past: int) -> tuple[dict[s
     row's first token, wherever its padding stands.
     """
     num_tokens = num_prompt_tokens(host)
+    if not num_tokens:
+        return call, 0
     num_new = max(0, num_tokens - num_past)
     call = dict(call)
     given: Any = call.get("input_ids")

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from petals.client.adapters import AdaptedModel
 from petals.client.block_runner import Session
+from petals.client.hidden_states import HiddenStates
 from petals.client.padding import Layout, Rows, read_columns
 from petals.client.ptune import (
     DEEP_PROMPTS,
@@ -33,7 +34,6 @@ from petals.logs import get_logger
 logger = get_logger(__name__)
 
 _NEEDS_WHOLE_MODEL = {
-    "output_hidden_states": "call slices of the blocks: model.remote_blocks[:5](hidden)",
     "output_attentions": "attention maps do not leave the servers; load the model locally",
     "output_router_logits": "router logits do not leave the servers; load the model locally",
 }
@@ -174,9 +174,29 @@ class RemoteForward(DistributedModel):
         deep = None if cache is not None else self._deep_prompts()
         prompts = None if deep is None else deep[:, None]
         shown = contextlib.nullcontext() if cache is None else cache.shown_whole()
-        with self.remote_blocks.model_pass(ModelPass(rows, cache, prompts)), shown:
+        states = self._asked_states(call, cache)
+        current = ModelPass(rows, cache, prompts, dict.fromkeys(states.taps if states else ()))
+        is_tuple = call.get("return_dict", self.config.return_dict) is False
+        if states is not None:
+            call |= {"output_hidden_states": False, "return_dict": True}
+        with self.remote_blocks.model_pass(current), shown:
             output = original.forward(**call)
+        if states is not None:
+            output = states.joined_to(output, current.tapped)
+            output = output.to_tuple() if is_tuple else output
         return without_prompts(output, num_new, rows.num_columns)
+
+    def _asked_states(
+        self: Any, call: dict[str, Any], cache: RemoteCache | None
+    ) -> HiddenStates | None:
+        states = HiddenStates.asked_by(call, self.config, len(self.remote_blocks))
+        if states is not None and cache is not None:
+            raise NotSupported(
+                "output_hidden_states: a session's servers give only what the last block puts out.",
+                hint="Run whole sequences, outside a session and without use_cache=True; of a text "
+                "that was generated, run model(ids, output_hidden_states=True) afterwards.",
+            )
+        return states
 
     def _read(self, call: dict[str, Any], cache: RemoteCache | None) -> Rows:
         """Where the new tokens of a checked call are."""

@@ -24,6 +24,7 @@ from petals.client.block_runner import (
     Session,
     SessionCall,
 )
+from petals.client.hidden_states import ENTRY
 from petals.client.padding import Rows, pack, unpack
 from petals.client.remote_cache import RemoteCache
 from petals.client.swarm_runner import SwarmRunner
@@ -36,7 +37,8 @@ class ModelPass:
     """One forward of a whole model: where its tokens are, and the cache it continues, if any.
 
     Without a cache whole sequences run, with ``prompts`` [blocks, 1 or rows, P, H]; ``tapped``
-    then takes up what the blocks named in it put out, [rows, columns, H].
+    then takes up what the blocks named in it put out, [rows, columns, H], and what enters the
+    first one under ENTRY.
     """
 
     rows: Rows
@@ -270,8 +272,10 @@ class RemoteSequential(nn.Module):
             counts=tuple(real.sum(1).tolist()),
             prompts=prompts,
             adapter=None if self.lora is None else self.lora.live().within(self.blocks),
-            taps=tuple(current.tapped),
+            taps=tuple(block for block in current.tapped if block != ENTRY),
         )
+        if ENTRY in current.tapped:
+            current.tapped[ENTRY] = hidden
         output: PassOutput = self.runner.run_whole(self.blocks, pack(hidden, real), call)
         for block, tapped in output.tapped.items():
             current.tapped[block] = unpack(tapped, real).to(hidden)
