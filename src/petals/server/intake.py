@@ -31,8 +31,8 @@ from petals.wire.tensors import DTYPES
 class Offer:
     """What this server serves, and the most it takes at once.
 
-    max_length: tokens per row. max_step_tokens: tokens of one step or forward. max_rows: sequences
-    of one session.
+    max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: sequences of
+    one session. no_training: why it gives no gradients; empty if it does.
     """
 
     model: ModelId
@@ -42,6 +42,7 @@ class Offer:
     max_length: int
     max_step_tokens: int
     max_rows: int
+    no_training: str = ""
 
 
 def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
@@ -82,13 +83,98 @@ def check_size(offer: Offer, num_rows: int, max_length: int) -> None:
         )
 
 
-def check_forward(offer: Offer, counts: Sequence[int]) -> None:
-    """Raises BatchTooLarge or LengthExceeded."""
+def check_pass(offer: Offer, request: Forward) -> BlockSpan:
+    """Can this pass be? Returns its blocks.
+
+    Raises what ``check_request`` raises, BatchTooLarge, LengthExceeded, BadInput.
+    """
+    blocks = check_request(offer, request)
+    counts = request.counts
     check_size(offer, len(counts), max(counts, default=0))
     if sum(counts) > offer.max_step_tokens:
         raise BatchTooLarge(
             f"A pass of {sum(counts)} tokens is too much, {offer.max_step_tokens} is the limit.",
             hint="Split it into smaller batches.",
+        )
+    check_num_prompt_tokens(offer, request.num_prompt_tokens)
+    taps = request.taps
+    if len(set(taps)) < len(taps) or any(block not in blocks for block in taps):
+        raise BadInput(
+            f"The outputs of blocks {list(taps)[:8]} were asked for, the pass runs {blocks}.",
+            hint="Name blocks of the pass, each once.",
+        )
+    return blocks
+
+
+def check_num_prompt_tokens(offer: Offer, num_tokens: int) -> None:
+    """Raises LengthExceeded for deep prompts longer than any row may be."""
+    if num_tokens > offer.max_length:
+        raise LengthExceeded(
+            f"Prompts of {num_tokens} tokens; this server takes {offer.max_length} in a row.",
+            hint="Use shorter prompts.",
+        )
+
+
+def pass_tensors(
+    offer: Offer, request: Forward, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states [sum(counts), H] and deep prompts of a pass. Raises BadInput."""
+    num_prompts = 1 if request.num_prompt_tokens else 0
+    hidden = only_states(offer, tensors[: len(tensors) - num_prompts], sum(request.counts))
+    if not num_prompts:
+        return hidden, None
+    start, end = request.blocks
+    shapes: set[tuple[int, ...]] = {
+        (end - start, num_rows, request.num_prompt_tokens, offer.hidden_size)
+        for num_rows in (1, len(request.counts))
+    }
+    return hidden, _prompts(tensors[-1], shapes)
+
+
+def session_prompts(
+    offer: Offer, request: OpenSession, tensors: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """Deep prompts [len(blocks), P, H] of a session, if it has any. Raises BadInput."""
+    if not request.num_prompt_tokens:
+        check_nothing_more(tensors)
+        return None
+    check_num_prompt_tokens(offer, request.num_prompt_tokens)
+    if len(tensors) != 1:
+        raise BadInput(
+            f"{len(tensors)} tensors came where the prompts are expected.",
+            hint="Send prompts [blocks, prompt tokens, hidden_size].",
+        )
+    start, end = request.blocks
+    return _prompts(tensors[0], {(end - start, request.num_prompt_tokens, offer.hidden_size)})
+
+
+def _prompts(prompts: torch.Tensor, shapes: set[tuple[int, ...]]) -> torch.Tensor:
+    if tuple(prompts.shape) not in shapes or not prompts.dtype.is_floating_point:
+        raise BadInput(
+            f"Prompts of shape {list(prompts.shape)} and {prompts.dtype} do not fit.",
+            hint=f"Floating point of shape {list(min(shapes))} is expected.",
+        )
+    return prompts
+
+
+def check_gradients(offer: Offer, request: Forward, gradients: Sequence[torch.Tensor]) -> None:
+    """Raises BadInput unless there is one [sum(counts), H] for the output and for each tap."""
+    expected = 1 + len(request.taps)
+    if len(gradients) != expected:
+        raise BadInput(
+            f"{len(gradients)} gradients came where {expected} are expected.",
+            hint="Send one for the output and one for each tap; zeros where there is none.",
+        )
+    for gradient in gradients:
+        only_states(offer, (gradient,), sum(request.counts))
+
+
+def check_nothing_more(tensors: Sequence[torch.Tensor]) -> None:
+    """Raises BadInput if tensors came that nobody asked for."""
+    if tensors:
+        raise BadInput(
+            f"{len(tensors)} tensors came that are not wanted.",
+            hint="num_prompt_tokens announces prompts; a kept pass needs no inputs.",
         )
 
 

@@ -23,7 +23,7 @@ from petals.models import cost
 from petals.models.kv_layout import KVLayout
 from petals.models.orientation import orient_linears
 from petals.models.quantize import QuantKind
-from petals.models.self_test import SelfTest, run_self_test
+from petals.models.self_test import SelfTest, gradient_test, run_self_test
 from petals.models.sources import Checkpoint, HubAccess, open_checkpoint
 from petals.models.span import Span
 from petals.models.split import LoadOptions, load_blocks
@@ -31,6 +31,7 @@ from petals.server import memory, placement, throughput
 from petals.server.announcer import Announcer
 from petals.server.config import ServerConfig
 from petals.server.executor import Executor
+from petals.server.graphs import Allowance
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
@@ -38,6 +39,7 @@ from petals.server.links import RING_SERVICE
 from petals.server.outbox import Outboxes
 from petals.server.scheduler import Scheduler
 from petals.server.throughput import Precision, Speed
+from petals.server.walk import Place
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import Engine
 from petals.swarm.node import SwarmNode
@@ -95,11 +97,15 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """Blocks that have passed their test, and how fast they are."""
+    """Blocks that have passed their test, and how fast they are.
+
+    why_no_gradients: empty if they have passed that test, too.
+    """
 
     span: Span
     test: SelfTest
     speed: Speed
+    why_no_gradients: str
 
 
 class Server:
@@ -184,7 +190,7 @@ class Server:
         say(f"Loading blocks {blocks} of {len(model.costs)}")
         loaded = await executor.call(lambda: self._load(model, blocks))
         scheduler.expect(loaded.speed.batch_cost())
-        executor.attach(loaded.span, loaded.span.device, loaded.span.dtype)
+        executor.attach(self._make_place(loaded.span))
         pool = self._make_pool(model, loaded.span.layout)
         offer = self._make_offer(model, blocks, loaded, pool)
         outboxes = self._make_outboxes(offer, pool)
@@ -287,7 +293,10 @@ class Server:
         span = Span(loaded)
         test = run_self_test(span)
         self._go_on()
-        return _Loaded(span, test, throughput.measure(span))
+        training = self.config.limits.allow_training
+        why_no_gradients = gradient_test(span) if training else ""
+        self._go_on()
+        return _Loaded(span, test, throughput.measure(span), why_no_gradients)
 
     def _on_loading(self, done: int, total: int) -> None:
         self._go_on()
@@ -297,6 +306,13 @@ class Server:
         """Called now and then on the compute thread, so that a start can be broken off."""
         if self._stop.is_set():
             raise SessionClosed("The start was broken off.", hint="Start the server again.")
+
+    def _make_place(self, span: Span) -> Place:
+        wanted = self.config.memory.training_bytes
+        if wanted is None:
+            free = memory.free_memory_bytes(str(span.device))
+            wanted = min(free // 4, memory.DEFAULT_TRAINING_BYTES)
+        return Place(span, span.device, span.dtype, Allowance(wanted))
 
     def _make_pool(self, model: _Model, layout: KVLayout) -> KVPool:
         budget = self.config.memory
@@ -321,7 +337,13 @@ class Server:
             max_length=limits.max_length or min(known, max(1, pool.tokens_total)),
             max_step_tokens=limits.max_step_tokens,
             max_rows=limits.max_rows,
+            no_training=self._why_no_training(loaded),
         )
+
+    def _why_no_training(self, loaded: _Loaded) -> str:
+        if not self.config.limits.allow_training:
+            return "its operator does not allow training"
+        return loaded.why_no_gradients
 
     def _make_outboxes(self, offer: Offer, pool: KVPool) -> Outboxes:
         wanted = self.config.memory.outbox_bytes

@@ -16,11 +16,12 @@ import torch
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
-from petals.server.executor import Executor, Work
+from petals.server.executor import Executor
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
 from petals.server.sinks import ClientSink
 from petals.server.steps import StepLimits, StepPlan, plan_step
+from petals.server.work import Work
 from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.fields import Message
 from petals.wire.messages import Replay, Step, StepResult
@@ -67,7 +68,8 @@ class Session:
     """One client's sequences in ``key.blocks``.
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
-    steps under way, ``sources`` the peers beside the client from whom steps are taken.
+    steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
+    [len(blocks), P, H] what is added on entering blocks.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Session:
         self.out_dtype = out_dtype
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
+        self.prompts: torch.Tensor | None = None
         self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
         self.closed = False
         self._clock = clock
@@ -219,7 +222,16 @@ class Session:
         reorder = None if self._reordered_by == message.step_id else message.reorder
         plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
         key = self.key
-        work = Work(self.kv, key.blocks, plan, hidden, self.out_dtype, key.peer_id, plan.kind)
+        work = Work(
+            kv=self.kv,
+            blocks=key.blocks,
+            plan=plan,
+            hidden=hidden,
+            out_dtype=self.out_dtype,
+            owner=key.peer_id,
+            kind=plan.kind,
+            prompts=self.prompts,
+        )
         try:
             outcome = await executor.run(work)
         except PetalsError:

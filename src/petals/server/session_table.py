@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from petals.errors import PeerBusy
-from petals.server.kv_pages import SessionKV
 from petals.server.session import Session, SessionKey
 from petals.types import PeerId
 
@@ -20,7 +19,7 @@ class SessionTable:
     """
 
     def __init__(
-        self, release: Callable[[SessionKV], None], lease_seconds: float, max_per_peer: int
+        self, release: Callable[[Session], None], lease_seconds: float, max_per_peer: int
     ) -> None:
         self._release = release
         self._lease_seconds = lease_seconds
@@ -76,7 +75,7 @@ class SessionTable:
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
             await session.close()
-            self._release(session.kv)
+            self._release(session)
 
     def silent(self) -> list[Session]:
         """Sessions whose client has not been heard for longer than the lease."""
