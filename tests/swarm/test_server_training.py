@@ -55,6 +55,8 @@ class Lesson:
         hidden, prompts = (*leaves, None)[:2]
         outputs: list[list[torch.Tensor]] = []
         for row, state in enumerate(hidden.split(self.request.counts)):
+            if not len(state):
+                continue
             outputs.append([])
             for block in range(*self.request.blocks):
                 if prompts is not None:
@@ -169,7 +171,12 @@ async def test_what_was_not_to_be_kept_is_not_kept() -> None:
 async def test_rows_without_tokens_take_part_in_silence() -> None:
     async with served() as swarm:
         await assert_right(swarm, lesson(counts=(0, 3, 0, 5, 0), prompts=(5, 2)), kept=True)
-        await assert_right(swarm, lesson(counts=(0, 0)), kept=True)
+        talk, nothing = await swarm.talk(), lesson(counts=(0, 0), prompts=(2, 3))
+        answer, outputs = await nothing.forward(talk)
+        _, found = await nothing.backward(talk, kept=answer.kept)
+        assert [len(tensor) for tensor in (*outputs, *found)] == [0, 0, 4]
+        assert not found[1].any()
+        await swarm.at_rest()
 
 
 async def test_half_precision_travels_and_comes_back() -> None:
