@@ -29,6 +29,13 @@ MaxLength = Annotated[
 CacheTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="KV memory, in tokens per block.")
 ]
+TrainingCache = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="MIB", help="Memory for what training keeps between the halves."),
+]
+NoTraining = Annotated[
+    bool, typer.Option("--no-training", help="Give no gradients; only generate and read.")
+]
 Lease = Annotated[
     float,
     typer.Option(
@@ -51,6 +58,8 @@ def serve(
     threads: Threads = None,
     max_length: MaxLength = None,
     cache_tokens: CacheTokens = None,
+    training_cache: TrainingCache = None,
+    no_training: NoTraining = False,
     lease: Lease = 60.0,
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     name: Name = None,
@@ -76,7 +85,7 @@ def serve(
         ServerConfig,
         SourceConfig,
     )
-    from petals.swarm.config import NodeConfig
+    from petals.swarm.config import MIB, NodeConfig
 
     if until_stdin_closes:
         stop_when_stdin_closes()
@@ -97,8 +106,11 @@ def serve(
             agent="petals-server",
         ),
         compute=ComputeConfig(device=device, dtype=dtype, quant=quant, num_threads=threads),
-        memory=MemoryConfig(cache_tokens=cache_tokens),
-        limits=LimitsConfig(max_length=max_length),
+        memory=MemoryConfig(
+            cache_tokens=cache_tokens,
+            training_bytes=None if training_cache is None else training_cache * MIB,
+        ),
+        limits=LimitsConfig(max_length=max_length, allow_training=not no_training),
         door=DoorConfig(lease_seconds=lease),
         announce=AnnounceConfig(public_name=public_name),
     )

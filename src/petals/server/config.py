@@ -71,6 +71,10 @@ class MemoryConfig:
                 raise ConfigError(
                     "A server without cache can serve nobody.", hint="Give it at least a page."
                 )
+        if self.training_bytes is not None and self.training_bytes < 0:
+            raise ConfigError(
+                "Memory for training cannot be negative.", hint="0 keeps nothing between halves."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,6 +130,7 @@ class BlocksService:
             queue_tokens=self.executor.waiting_tokens,
             step_seconds=self.executor.step_seconds,
             outbox_bytes_free=self._outboxes.free_bytes,
+            trains=not offer.no_training,
         )
 
     async def finish_steps(self, timeout_seconds: float) -> None:

@@ -364,6 +364,7 @@ class Server:
             "forward_rps": bulk if told is None else told,
             "max_length": offer.max_length,
             "cache_tokens": pool.tokens_total,
+            "trains": not offer.no_training,
         }
 
     async def _online_info(

@@ -239,7 +239,7 @@ class PassRun(Generic[W]):
     def begin(self, place: Place) -> None:
         """Look at the inputs. Raises BadInput and what ``start`` raises."""
         self._walk = self._start(place)
-        next(self._walk.units)
+        next(self._walk.units, None)  # to before its first unit, if it has any
 
     def unit(self, room: int) -> int:
         """Run the next unit, of about ``room``; returns what it was worth."""
