@@ -341,14 +341,9 @@ class _Conversation:
             return None
 
     async def _pass(self, message: Forward | Backward, tensors: Sequence[Tensor]) -> None:
-        peer, passes = self._channel.peer_id, self._service.passes
         try:
-            if isinstance(message, Forward):
-                with self._service.bytes.hold(peer, passes.bytes_of(message, tensors)):
-                    await self._sink.answer(*await passes.forward(peer, message, tensors))
-            else:
-                with self._service.bytes.hold(peer, passes.bytes_of(message.forward, tensors)):
-                    await self._sink.answer(*await passes.backward(peer, message, tensors))
+            answer = self._sink.answer
+            await self._service.passes.serve(self._channel.peer_id, message, tensors, answer)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
 
