@@ -369,15 +369,9 @@ class _Conversation:
             return None
 
     async def _pass(self, message: Forward | Backward, tensors: Sequence[Tensor]) -> None:
-        peer, passes = self._channel.peer_id, self._service.passes
         try:
-            with passes.holding(peer, message, tensors) as adapter:
-                if isinstance(message, Forward):
-                    answer = await passes.forward(peer, message, tensors, adapter)
-                    await self._sink.answer(*answer)
-                else:
-                    back = await passes.backward(peer, message, tensors, adapter)
-                    await self._sink.answer(*back)
+            answer = self._sink.answer
+            await self._service.passes.serve(self._channel.peer_id, message, tensors, answer)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
 
