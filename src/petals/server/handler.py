@@ -7,6 +7,7 @@ other hops and no blocks' insides.
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -83,7 +84,7 @@ class BlocksService:
         self.tasks = BackgroundTasks()
         self.reservations = Reservations(pool, executor, self.clock)
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
-        self.sessions = SessionTable(self._free, config.lease_seconds, config.max_sessions_per_peer)
+        self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
         self.ring = Ring(
             RingParts(
                 offer=offer,
@@ -171,18 +172,18 @@ class BlocksService:
                 hint="Use another server.",
             )
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        with self.sessions.seat(peer):
-            prompts = None if given is None else await self.executor.place(given)
-            room = Room(message.num_rows, message.max_length, blocks)
+        room = Room(message.num_rows, message.max_length, blocks)
+        with self.sessions.seat(peer), ExitStack() as held:
+            prompts = None
+            if given is not None:
+                held.enter_context(self.bytes.hold(peer, given.nbytes))
+                prompts = await self.executor.place(given)
             kv = await self.reservations.reserve(room, timeout)
-            if self.sessions.get(key) is not None:
-                # The same request came twice and both waited.
-                self.reservations.release(kv)
-            else:
+            held.callback(self.reservations.release, kv)
+            # The same request may have come twice, and both have waited.
+            if self.sessions.get(key) is None:
                 session = self._new_session(key, kv, message)
-                if prompts is not None:
-                    session.prompts = prompts
-                    self.bytes.reserve(peer, prompts.nbytes)
+                session.prompts, session.held = prompts, held.pop_all()
                 self.sessions.add(session)
         return self.sessions[key]
 
@@ -197,11 +198,6 @@ class BlocksService:
         session = Session(key, memory, limits, intake.state_dtype(message.dtype), self.clock)
         session.epoch, session.sources = message.epoch, frozenset(message.sources)
         return session
-
-    def _free(self, session: Session) -> None:
-        self.reservations.release(session.kv)
-        if session.prompts is not None:
-            self.bytes.release(session.key.peer_id, session.prompts.nbytes)
 
     async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
         session = self.sessions.get(key)

@@ -8,6 +8,7 @@ hops and no blocks' insides.
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
@@ -69,7 +70,8 @@ class Session:
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
     steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
-    [len(blocks), P, H] what is added on entering blocks.
+    [len(blocks), P, H] what is added on entering blocks, ``held`` what is given back once nothing
+    runs in it any more.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Session:
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
         self.prompts: torch.Tensor | None = None
+        self.held = ExitStack()
         self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
         self.closed = False
         self._clock = clock
