@@ -1,5 +1,6 @@
 """Passes of a tiny model as a trainer makes them, and what local blocks make of the same."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,21 +44,36 @@ class Lesson:
         for row, state in enumerate(hidden.split(self.request.counts)):
             if not len(state):
                 continue
-            outputs.append([])
-            for block in range(*self.request.blocks):
-                if prompts is not None:
-                    of_block = prompts[block - self.request.blocks[0]]
-                    prompt = of_block[row if len(of_block) > 1 else 0][: len(state)]
-                    front = state[: len(prompt)] + prompt
-                    state = torch.cat([front, state[len(prompt) :]])
-                state = through_one(span, block, state)
-                if block in self.request.taps:
-                    outputs[-1].append(state)
-            outputs[-1].insert(0, state)
-        order = [0, *(1 + sorted(self.request.taps).index(tap) for tap in self.request.taps)]
-        packed = [torch.cat([row[index] for row in outputs]) for index in order]
+            mine = None if prompts is None else prompts[:, row if prompts.shape[1] > 1 else 0]
+            passed = list(way(span, state, mine, self.request.blocks))
+            first = self.request.blocks[0]
+            outputs.append([passed[-1], *(passed[tap - first] for tap in self.request.taps)])
+        packed = [torch.cat(parts) for parts in zip(*outputs)]
         found = torch.autograd.grad(packed, leaves, [g.float() for g in self.gradients])
         return [output.detach() for output in packed], list(found)
+
+
+def way(
+    span: Span, state: torch.Tensor, prompts: torch.Tensor | None, blocks: tuple[int, int]
+) -> Iterator[torch.Tensor]:
+    """What one row [n, H] is after each block; prompts: [len(blocks), P, H]."""
+    for block in range(*blocks):
+        if prompts is not None:
+            prompt = prompts[block - blocks[0]][: len(state)]
+            state = torch.cat([state[: len(prompt)] + prompt, state[len(prompt) :]])
+        state = through_one(span, block, state)
+        yield state
+
+
+@torch.no_grad()
+def prompted(
+    span: Span,
+    text: torch.Tensor,
+    prompts: torch.Tensor | None,
+    blocks: tuple[int, int] = (10, 14),
+) -> torch.Tensor:
+    """What the blocks make of one row [n, H] with deep prompts [len(blocks), P, H]."""
+    return list(way(span, text, prompts, blocks))[-1]
 
 
 def through_one(span: Span, block: int, hidden: torch.Tensor) -> torch.Tensor:
