@@ -86,15 +86,17 @@ async def real_swarm(
     outbox_bytes: int | None = None,
     lease_seconds: float = 60.0,
     drain_seconds: float = 60.0,
+    max_step_tokens: int = 16,
+    adapters: tuple[str, ...] = (),
 ) -> AsyncIterator[RealSwarm]:
     net = MemoryNet()
     async with SwarmNode(NodeConfig(), engine=net.engine) as seed:
         initial_peers = await seed.addresses()
         base = ServerConfig(
-            source=Source(model=str(folder)),
+            source=Source(model=str(folder), adapters=adapters),
             compute=ComputeConfig(device="cpu", num_threads=1),
             memory=MemoryConfig(cache_tokens=cache_tokens, outbox_bytes=outbox_bytes),
-            limits=LimitsConfig(max_length=64, max_step_tokens=16),
+            limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
             door=DoorConfig(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),
             drain_seconds=drain_seconds,

@@ -9,6 +9,7 @@ import torch
 from petals.clock import Clock
 from petals.server.config import DoorConfig
 from petals.server.executor import Executor
+from petals.server.graphs import Allowance
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
@@ -16,6 +17,7 @@ from petals.server.links import RING_SERVICE
 from petals.server.outbox import Outboxes
 from petals.server.scheduler import Scheduler, SchedulerConfig
 from petals.server.session import Session
+from petals.server.walk import Place
 from petals.swarm.channel import Channel
 from petals.swarm.config import MIB, NodeConfig
 from petals.swarm.node import SwarmNode
@@ -216,7 +218,7 @@ async def ring_of_servers(
             executor = await stack.enter_async_context(
                 Executor(Scheduler(scheduling or SchedulerConfig()))
             )
-            executor.attach(runner, span.device, span.dtype)
+            executor.attach(Place(runner, span.device, span.dtype, Allowance(MIB)))
             door = DoorConfig(replay_chunk_tokens=5)
             service = BlocksService(offer, executor, pool, outboxes, node, door)
             service.state = ServerState.ONLINE

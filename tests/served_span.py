@@ -1,6 +1,6 @@
 """A tiny model served over a network in memory, and a client that speaks message by message."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -11,11 +11,13 @@ from petals.models.batch import Segment
 from petals.models.span import Span
 from petals.server.config import DoorConfig
 from petals.server.executor import Executor
+from petals.server.graphs import Allowance
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
 from petals.server.outbox import Outboxes
 from petals.server.scheduler import Scheduler, SchedulerConfig
+from petals.server.walk import Place
 from petals.swarm.channel import Channel
 from petals.swarm.config import MIB, NodeConfig
 from petals.swarm.node import SwarmNode
@@ -34,6 +36,7 @@ from petals.wire.messages import (
 from tiny_spans import WIDTH, whole_model
 
 MODEL = ModelId("tiny")
+Run = Callable[[Sequence[Segment]], list[torch.Tensor]]
 Answer = tuple[AnyMessage, list[torch.Tensor]]
 
 
@@ -46,9 +49,17 @@ class FussySpan:
         self.span = span
         self.batches: list[int] = []
 
+        self.blocks, self.mode, self.weights = span.blocks, span.mode, span.weights
+
     def run(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        return self._run(segments, self.span.run)
+
+    def trace(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        return self._run(segments, self.span.trace)
+
+    def _run(self, segments: Sequence[Segment], how: Run) -> list[torch.Tensor]:
         self.batches.append(len(segments))
-        outputs = self.span.run(segments)
+        outputs = how(segments)
         if any(bool((segment.hidden == self.poison).any()) for segment in segments):
             raise RuntimeError("the kernel does not like these numbers")
         return outputs
@@ -68,6 +79,7 @@ class Served:
     server: SwarmNode
     client: SwarmNode
     clock: Clock
+    place: Place
     _talks: list["Talk"] = field(default_factory=list)
 
     async def talk(self, client: SwarmNode | None = None) -> "Talk":
@@ -85,6 +97,7 @@ class Served:
         assert len(self.service.sessions) == 0
         assert self.pool.reserved_bytes == 0
         assert self.pool.used_bytes == 0
+        assert self.place.allowance.used_bytes == len(self.service.passes.kept) == 0
 
 
 @dataclass
@@ -164,6 +177,8 @@ async def served(
     door: DoorConfig | None = None,
     scheduling: SchedulerConfig | None = None,
     clock: Clock | None = None,
+    training_bytes: int = 64 * MIB,
+    no_training: str = "",
 ) -> AsyncIterator[Served]:
     """Serve blocks 10:14 of a tiny model with room for ``num_tokens`` tokens."""
     net = MemoryNet(clock)
@@ -178,15 +193,20 @@ async def served(
         max_length=256,
         max_step_tokens=512,
         max_rows=8,
+        slots=span.slots,
+        no_training=no_training,
     )
     scheduler = Scheduler(scheduling or SchedulerConfig())
     server = SwarmNode(NodeConfig(), engine=net.engine, clock=clock)
     async with server, Executor(scheduler) as executor:
-        executor.attach(runner, span.device, span.dtype)
+        place = Place(runner, span.device, span.dtype, Allowance(training_bytes))
+        executor.attach(place)
         outboxes = Outboxes(MIB)
         service = BlocksService(offer, executor, pool, outboxes, server, door or DoorConfig())
         service.state = ServerState.ONLINE
         server.serve(BLOCKS_SERVICE, service.serve)
         joined = NodeConfig(initial_peers=await server.addresses())
         async with service, SwarmNode(joined, engine=net.engine, clock=clock) as client:
-            yield Served(net, span, reference, runner, pool, service, server, client, server.clock)
+            yield Served(
+                net, span, reference, runner, pool, service, server, client, server.clock, place
+            )

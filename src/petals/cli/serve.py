@@ -30,6 +30,13 @@ MaxLength = Annotated[
 CacheTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="KV memory, in tokens per block.")
 ]
+TrainingCache = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="MIB", help="Memory for what training keeps between the halves."),
+]
+NoTraining = Annotated[
+    bool, typer.Option("--no-training", help="Give no gradients; only generate and read.")
+]
 Lease = Annotated[
     float,
     typer.Option(
@@ -50,6 +57,14 @@ RebalanceEvery = Annotated[
 Name = Annotated[
     str | None, typer.Option("--name", help="Name of the model in the directory, if another.")
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapters",
+        metavar="LORA",
+        help="A LoRA adapter (repository or folder) that clients may ask for; may be repeated.",
+    ),
+]
 
 
 def serve(
@@ -63,12 +78,15 @@ def serve(
     threads: Threads = None,
     max_length: MaxLength = None,
     cache_tokens: CacheTokens = None,
+    training_cache: TrainingCache = None,
+    no_training: NoTraining = False,
     lease: Lease = 60.0,
     drain_seconds: DrainSeconds = 60.0,
     rebalance: Rebalance = True,
     rebalance_every: RebalanceEvery = 60.0,
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     name: Name = None,
+    adapters: Adapters = None,
     public_name: Annotated[str | None, typer.Option(help="Shown by petals status.")] = None,
     host: options.Host = "0.0.0.0",
     port: options.Port = 0,
@@ -93,13 +111,16 @@ def serve(
         SourceConfig,
     )
     from petals.server.rebalancing import MovePolicy
-    from petals.swarm.config import NodeConfig
+    from petals.swarm.config import MIB, NodeConfig
 
     if until_stdin_closes:
         stop_when_stdin_closes()
     config = ServerConfig(
         source=SourceConfig(
-            model=model, name=None if name is None else ModelId(name), revision=revision
+            model=model,
+            name=None if name is None else ModelId(name),
+            revision=revision,
+            adapters=tuple(adapters or ()),
         ),
         blocks=None if blocks is None else BlockSpan.parse(blocks),
         num_blocks=num_blocks,
@@ -115,8 +136,11 @@ def serve(
             agent="petals-server",
         ),
         compute=ComputeConfig(device=device, dtype=dtype, quant=quant, num_threads=threads),
-        memory=MemoryConfig(cache_tokens=cache_tokens),
-        limits=LimitsConfig(max_length=max_length),
+        memory=MemoryConfig(
+            cache_tokens=cache_tokens,
+            training_bytes=None if training_cache is None else training_cache * MIB,
+        ),
+        limits=LimitsConfig(max_length=max_length, allow_training=not no_training),
         door=DoorConfig(lease_seconds=lease),
         announce=AnnounceConfig(public_name=public_name),
         moving=MovingConfig(enabled=rebalance, policy=MovePolicy(look_seconds=rebalance_every)),

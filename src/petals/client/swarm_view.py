@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from petals.client.adapter_delivery import AdapterDelivery
 from petals.client.arcs import Edges
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
@@ -101,6 +102,7 @@ class SwarmView:
         self.edges = Edges()
         self.channels = ChannelPool(node)
         self.kept = KeptBudget(config.max_kept_bytes)
+        self.adapters = AdapterDelivery(model, self.channels, config)
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
         self._clock = node.clock
@@ -145,7 +147,7 @@ class SwarmView:
         """A route for ``needs`` now; ``throughput`` draws one of many instead of the fastest.
 
         Banned servers are used where nobody else holds a block; with ``avoid_strictly`` not even
-        there. Raises MissingBlocksError, NoCapacity, UnknownAdapter.
+        there. Raises MissingBlocksError, NoCapacity, TrainingRefused, UnknownAdapter.
         """
         await self.records()
         try:
@@ -288,6 +290,7 @@ class SwarmView:
             round_trip_seconds=self._round_trips.get(peer),
             tokens_free=None if info is None else info.tokens_free * len(span),
             outbox_tokens_free=None if info is None else _outbox_tokens(info),
+            trains=record.trains,
         )
 
     def _worth_measuring(self) -> list[PeerId]:

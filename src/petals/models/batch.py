@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from petals.models.adapters import Adapter
 from petals.models.kv_layout import KVRow
 from petals.types import BlockSpan
 
@@ -23,7 +24,8 @@ class Segment:
 
     hidden: [n, H] states entering ``blocks.start``; ``start`` is the position of the first token.
     row: where keys and values live; None for a pass without memory (``start`` is then 0).
-    prompts: [len(blocks), P, H], added to positions 0..P-1 on entering each block.
+    adapter: added to the matrices of these blocks, for this segment alone.
+    prompts: for each block [P, H], added to positions 0..P-1 on entering it.
     taps: absolute blocks whose outputs, [n, H], are wanted in ``tapped`` after the run.
     """
 
@@ -31,8 +33,8 @@ class Segment:
     blocks: BlockSpan
     row: KVRow | None = None
     start: int = 0
-    adapter: str | None = None
-    prompts: torch.Tensor | None = None
+    adapter: Adapter | None = None
+    prompts: Sequence[torch.Tensor] | torch.Tensor | None = None
     taps: tuple[int, ...] = ()
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -58,11 +60,22 @@ class BlockPlan:
 
 
 class BatchContext:
-    """One packed forward: hidden [1, total, H], segment after segment."""
+    """One packed forward: hidden [1, total, H], segment after segment.
 
-    def __init__(self, segments: Sequence[Segment], span: BlockSpan, packed: bool) -> None:
+    ``borders``, if given, gets the whole output of each block that runs.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        span: BlockSpan,
+        packed: bool,
+        borders: list[torch.Tensor] | None = None,
+    ) -> None:
         self.segments = segments
         self.packed = packed
+        self.has_adapters = any(segment.adapter is not None for segment in segments)
+        self.borders = borders
         self.first_block = span.start
         self.parts: list[Part] = []
         self.total = 0
@@ -135,6 +148,8 @@ class BatchContext:
 
     def leave(self, plan: BlockPlan, hidden: torch.Tensor) -> None:
         """Take the outputs [1, total, H] of one block for those who leave it or look at it."""
+        if self.borders is not None:
+            self.borders.append(hidden)
         for segment, first, last in plan.tapped:
             segment.tapped[self.block] = hidden[0, first:last].clone()
         for part in plan.leaving:
@@ -143,7 +158,7 @@ class BatchContext:
 
 def _with_prompt(segment: Segment, states: torch.Tensor, block: int) -> torch.Tensor:
     assert segment.prompts is not None
-    prompt = segment.prompts[block - segment.blocks.start, segment.start : segment.end]
+    prompt = segment.prompts[block - segment.blocks.start][segment.start : segment.end]
     num_prompted = prompt.shape[0]
     if num_prompted == 0:
         return states

@@ -14,6 +14,7 @@ import torch
 from petals.errors import ModelNotSupported
 from petals.models.batch import Segment
 from petals.models.kv_layout import SlabRow
+from petals.models.quantize import QuantKind
 from petals.models.span import FOREIGN_ERRORS, Mode, Span
 from petals.types import BlockSpan
 
@@ -117,6 +118,59 @@ def replay(
         ]
         worst = max([worst, *errors], key=_badness)
     return worst
+
+
+def gradient_test(span: Span, seed: int = 0) -> str:
+    """Why no gradients can be had of ``span``; empty if they equal those of the model's own path.
+
+    Takes a small step forward and back each way.
+    """
+    if span.quant is QuantKind.INT8:
+        return "its int8 kernel has no gradient"
+    if span.has_narrow_weights and span.quant is QuantKind.NONE:
+        # A branch without gradient would go unnoticed: the model's own path lacks it as well.
+        return "nothing is known of gradients through its checkpoint's own quantization"
+    try:
+        error = compare_gradients(span, seed)
+    except FOREIGN_ERRORS as failure:
+        logger.warning("The test of gradients failed: %s: %s", type(failure).__name__, failure)
+        return "its blocks cannot be run backward"
+    if not error <= (_TOLERANCE if span.exact else _ROUNDED_TOLERANCE):
+        return f"its gradients differ by {error:.1e} from the model's own"
+    return ""
+
+
+def compare_gradients(span: Span, seed: int = 0) -> float:
+    """Largest relative error of gradients through ``trace``, block by block, against those of each
+    text by itself through the model's own path.
+    """
+    random = torch.Generator().manual_seed(seed)
+    texts, gradients = (
+        [
+            torch.randn((length, span.hidden_size), generator=random).to(span.device, span.dtype)
+            for length in LENGTHS
+        ]
+        for _ in range(2)
+    )
+    worst = 0.0
+    together = [range(len(texts))] if span.mode is Mode.PACKED else [[0], [1], [2]]
+    for group in together:
+        leaf = torch.cat([texts[who] for who in group]).requires_grad_()
+        parts = leaf.split([LENGTHS[who] for who in group])
+        points = [leaf, *span.trace([Segment(hidden=part, blocks=span.blocks) for part in parts])]
+        back = torch.cat([gradients[who] for who in group])[None]
+        for end, begin in zip(reversed(points[1:]), reversed(points[:-1])):
+            (back,) = torch.autograd.grad(end, begin, back)
+        for who, found in zip(group, back.split([LENGTHS[who] for who in group])):
+            expected = _gradient_alone(span, texts[who], gradients[who])
+            worst = max(worst, relative_error(found, expected, span.exact), key=_badness)
+    return worst
+
+
+def _gradient_alone(span: Span, text: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    leaf = text.clone().requires_grad_()
+    (found,) = torch.autograd.grad(span.reference(leaf), leaf, gradient)
+    return found
 
 
 def _badness(error: float) -> float:

@@ -21,6 +21,7 @@ from petals.models.attention import PACKED, register
 from petals.models.attention_replacements import replace_attention
 from petals.models.batch import BatchContext, Segment, activate, current
 from petals.models.kv_layout import KVLayout
+from petals.models.lora import LoraHooks, slots_of
 from petals.models.probe import BlockTraits, ProbeCache
 from petals.models.quantize import QuantKind
 from petals.models.recurrent import RecurrentRow
@@ -72,9 +73,10 @@ class Blocks(Protocol):
 class Span:
     """Loaded blocks, ready to run. One instance belongs to one thread at a time.
 
-    ``mode`` says how; ``layout`` what a token costs; ``exact`` whether sums in another order may
-    change its outputs only in the last bits. Call ``self_test.run_self_test(span)`` before
-    serving: it compares with the model's own path and may change both.
+    ``mode`` says how; ``layout`` what a token costs; ``slots`` which matrices can take an adapter;
+    ``exact`` whether sums in another order may change its outputs only in the last bits. Call
+    ``self_test.run_self_test(span)`` before serving: it compares with the model's own path and may
+    change both.
     """
 
     def __init__(self, loaded: Blocks) -> None:
@@ -90,8 +92,15 @@ class Span:
         first = next((p for p in loaded.layers.parameters() if p.dtype.is_floating_point), None)
         self.device = first.device if first is not None else torch.device("cpu")
         self.dtype = loaded.dtype
+        self.quant = loaded.quant
         self.exact = loaded.dtype is torch.float32 and loaded.quant is QuantKind.NONE
         self.max_positions = _learned_positions(loaded.layers)
+        self.slots = slots_of(loaded.layers, loaded.blocks.start)
+        self._lora = LoraHooks(loaded.layers, loaded.blocks.start)
+        self.weights = frozenset(
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*loaded.base.parameters(), *loaded.base.buffers())
+        )
         self._wrap_blocks()
         replace_attention(self._layers)
         rotate_per_segment(self._base)
@@ -123,6 +132,19 @@ class Span:
         ready = iter(outputs)
         return [next(ready) if s.hidden.shape[0] else s.hidden for s in segments]
 
+    def trace(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        """Run whole rows with autograd on: the output [1, total, H] of each block, in order.
+
+        All segments run through the same blocks, none has a row; unless ``mode`` is PACKED there is
+        only one. ``torch.autograd.grad`` may then go back from any of the outputs to any before it.
+        Raises what ``run`` raises before it begins.
+        """
+        for segment in segments:
+            self._check(segment)
+        borders: list[torch.Tensor] = []
+        self._forward(segments, borders)
+        return borders
+
     def fall_back(self, reason: str) -> bool:
         """Take the next slower mode, if there is one; rows written so far are of no use.
 
@@ -140,6 +162,11 @@ class Span:
         self._traits = self._probe(packed=False)
         self.layout = self._layout_of(self._traits)
         return True
+
+    @property
+    def has_narrow_weights(self) -> bool:
+        """Whether any weight takes a byte or less."""
+        return any(parameter.itemsize == 1 for parameter in self._layers.parameters())
 
     @property
     def recurrent(self) -> bool:
@@ -210,12 +237,20 @@ class Span:
         segment.row.recurrent.advance(segment.hidden)
         return output
 
-    def _forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
-        context = BatchContext(segments, self.blocks, packed=self.mode is Mode.PACKED)
-        direct = [traits.direct for traits in self._traits]
-        cache = SpanCache(context, len(self._layers), direct, self._num_states)
-        trained = torch.is_grad_enabled() and any(_needs_grad(segment) for segment in segments)
-        with torch.inference_mode(not trained):
+    def _forward(
+        self, segments: Sequence[Segment], borders: list[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        for segment in segments:
+            if segment.adapter is not None:
+                self._lora.watch(segment.adapter)
+        packed = self.mode is Mode.PACKED
+        context = BatchContext(segments, self.blocks, packed, borders)
+        cache = None
+        if packed or segments[0].row is not None:
+            # Also for packed rows without memory: models read positions anew where there is none.
+            direct = [traits.direct for traits in self._traits]
+            cache = SpanCache(context, len(self._layers), direct, self._num_states)
+        with torch.inference_mode(borders is None):
             self._call_base(context, cache)
         return context.outputs
 
@@ -230,12 +265,14 @@ class Span:
             )
 
     def reference(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> [n, H] through all blocks by the model's own path, without any cache."""
+        """[n, H] -> [n, H] through all blocks by the model's own path, without any cache; with
+        autograd if ``hidden`` asks for it.
+        """
         self._use_attention(packed=False)
         try:
             segment = Segment(hidden=hidden, blocks=self.blocks)
             context = BatchContext([segment], self.blocks, packed=False)
-            with torch.inference_mode():
+            with torch.inference_mode(not hidden.requires_grad):
                 self._call_base(context, None)
             return context.outputs[0]
         finally:
@@ -286,16 +323,11 @@ class Span:
             output = own(hidden_states, *args, **kwargs)
             if isinstance(output, tuple):
                 self._traits[index].returns_tuple = True
-            if plan.leaving or plan.tapped:
+            if plan.leaving or plan.tapped or context.borders is not None:
                 context.leave(plan, output[0] if isinstance(output, tuple) else output)
             return output
 
         return forward
-
-
-def _needs_grad(segment: Segment) -> bool:
-    prompts = segment.prompts
-    return segment.hidden.requires_grad or (prompts is not None and prompts.requires_grad)
 
 
 def _in_short(error: BaseException) -> str:

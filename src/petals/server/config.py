@@ -18,13 +18,17 @@ DEVICE_NAMES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """Where the model is from. ``name`` replaces its own name in the directory."""
+    """Where the model is from. ``name`` replaces its own name in the directory.
+
+    ``adapters`` are folders or repositories of LoRA adapters that every client may ask for.
+    """
 
     model: str
     name: ModelId | None = None
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +61,14 @@ class MemoryConfig:
     """The KV budget: ``cache_tokens`` per block, or ``cache_bytes`` in all; None: what fits.
 
     ``outbox_bytes`` is for the outputs that sessions may be repaired from; None: as many tokens as
-    the cache holds.
+    the cache holds. ``training_bytes`` is for what passes keep for their way back; None: a
+    quarter of what is free, at most 1 GiB.
     """
 
     cache_tokens: int | None = None
     cache_bytes: int | None = None
     outbox_bytes: int | None = None
+    training_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for value in (self.cache_tokens, self.cache_bytes):
@@ -70,34 +76,42 @@ class MemoryConfig:
                 raise ConfigError(
                     "A server without cache can serve nobody.", hint="Give it at least a page."
                 )
+        if self.training_bytes is not None and self.training_bytes < 0:
+            raise ConfigError(
+                "Memory for training cannot be negative.", hint="0 keeps nothing between halves."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsConfig:
     """The most one request may ask for; ``max_length`` None: what the model and the cache allow.
 
-    ``max_step_tokens`` is for one step or forward, ``max_rows`` for one session.
+    ``max_step_tokens`` is for one step or pass, ``max_rows`` for one session. ``allow_training``
+    False: no gradients for anybody.
     """
 
     max_length: int | None = None
     max_step_tokens: int = 8192
     max_rows: int = 256
+    allow_training: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorConfig:
     """How much one client may take, and how long we wait for it.
 
-    ``max_alloc_seconds`` caps what a client may wait for cache, ``forward_alloc_seconds`` is what a
-    pass without a session waits. ``lease_seconds``: how long a session outlives its client's last
-    sign of life. ``replay_chunk_tokens``: the most that is replayed to a successor at once.
+    ``max_alloc_seconds`` caps what a client may wait for cache. ``lease_seconds``: how long a
+    session outlives its client's last sign of life, an adapter its last use, and what is kept of a
+    pass its forward half. ``max_adapter_bytes`` is what clients' adapters may take in all.
+    ``replay_chunk_tokens``: the most that is replayed to a successor at once.
     """
 
     lease_seconds: float = 60.0
     max_alloc_seconds: float = 600.0
-    forward_alloc_seconds: float = 10.0
     max_sessions_per_peer: int = 64
     max_bytes_per_peer: int = 512 * MIB
+    max_adapter_bytes_per_peer: int = 256 * MIB
+    max_adapter_bytes: int = 1024 * MIB
     replay_chunk_tokens: int = 256
 
 

@@ -8,24 +8,20 @@ Knows no network, no peers, no messages.
 
 import asyncio
 import itertools
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
-
-from petals.errors import BadInput, PeerFailed, PetalsError, SessionClosed
+from petals.errors import PeerFailed, PetalsError, SessionClosed
 from petals.logs import get_logger
 from petals.models.batch import Segment
 from petals.server.gathering import Gathering
-from petals.server.kv_pages import SessionKV
 from petals.server.scheduler import Portion, Scheduler, Waiting
-from petals.server.steps import StepPlan, WorkKind
-from petals.types import BlockSpan
+from petals.server.steps import WorkKind
+from petals.server.walk import PassRun, Place, place_states
+from petals.server.work import Outcome, Part, PassTimes, Running, RunningPass, Work, outcome_of
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -34,80 +30,6 @@ JOIN_SECONDS = 9.0
 """A call may be in the middle of something long when the end comes; so long it may finish."""
 GROWTH_TOKENS = 256
 """A session opened without a length grows by so many tokens at a time."""
-
-
-class Runner(Protocol):
-    """What the executor needs of a span."""
-
-    def run(self, segments: list[Segment]) -> list[torch.Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """hidden: [tokens, H] in the dtype the work asked for, on the CPU. Seconds as measured here."""
-
-    hidden: torch.Tensor
-    queue_seconds: float
-    compute_seconds: float
-    batch_tokens: int
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """A checked step (or a pass that keeps nothing). hidden: [plan.num_tokens, H], floating, on the
-    CPU.
-
-    ``owner`` shares the device fairly with other owners. The rows of ``kv`` belong to this work
-    until it is done; ``begun`` tells whether they have been touched (reordered, cut to where the
-    work begins).
-    """
-
-    kv: SessionKV
-    blocks: BlockSpan
-    plan: StepPlan
-    hidden: torch.Tensor
-    out_dtype: torch.dtype
-    owner: str
-    kind: WorkKind
-    begun: bool = False
-
-
-class _Running:
-    """A piece of work as the compute thread sees it."""
-
-    __slots__ = (
-        "batch",
-        "began",
-        "compute",
-        "done",
-        "future",
-        "hidden",
-        "key",
-        "outputs",
-        "queued",
-        "work",
-    )
-
-    def __init__(self, key: int, work: Work, future: "asyncio.Future[Outcome]") -> None:
-        self.key = key
-        self.work = work
-        self.future = future
-        self.hidden = work.hidden
-        self.outputs: list[torch.Tensor] = []
-        self.done = 0
-        self.queued = time.perf_counter()
-        self.began = 0.0
-        self.compute = 0.0
-        self.batch = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """The share that one piece of work has in a batch."""
-
-    running: _Running
-    num_tokens: int
-    segments: list[Segment]
 
 
 class Executor:
@@ -120,11 +42,10 @@ class Executor:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._gathering = Gathering()
-        self._runner: Runner | None = None
-        self._device = torch.device("cpu")
-        self._dtype = torch.float32
+        self._place: Place | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
+        self._passes: dict[int, RunningPass] = {}
         self._keys = itertools.count()
         self._answers: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
         self._thread = threading.Thread(target=self._work, name="petals-compute", daemon=True)
@@ -132,9 +53,9 @@ class Executor:
         self.step_seconds = 0.0
         self.waiting_tokens = 0
 
-    def attach(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
-        """Let ``runner`` do the work; states reach it on ``device`` in ``dtype``."""
-        self._runner, self._device, self._dtype = runner, device, dtype
+    def attach(self, place: Place) -> None:
+        """Let the work be done there."""
+        self._place = place
 
     def detach(self) -> None:
         """The runner is done with; ``run`` fails until another is attached."""
@@ -159,7 +80,7 @@ class Executor:
         the rows at rest.
         """
         future: asyncio.Future[Outcome] = self._new_future()
-        running = _Running(next(self._keys), work, future)
+        running = Running(next(self._keys), work, future)
         self._inbox.put(lambda: self._accept(running))
         try:
             return await future
@@ -167,11 +88,30 @@ class Executor:
             self._inbox.put(lambda: self._give_up(running))
             raise
 
+    async def run_pass(self, work: PassRun[Any]) -> PassTimes:
+        """Run a pass, unit by unit, between the batches of sessions.
+
+        Raises BadInput and whatever else its walk raises, PeerFailed and SessionClosed as ``run``.
+        A caller that is cancelled gives the pass up.
+        """
+        future: asyncio.Future[PassTimes] = self._new_future()
+        running = RunningPass(next(self._keys), work, future)
+        self._inbox.put(lambda: self._accept_pass(running))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._inbox.put(lambda: self._give_up_pass(running))
+            raise
+
     async def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` between batches; return what it returns, raise what it raises."""
         future: asyncio.Future[T] = self._new_future()
         self._inbox.put(lambda: self._answers.append((future, *_attempt(function))))
         return await future
+
+    async def at_place(self, function: Callable[[Place], T]) -> T:
+        """``call`` with the place where the blocks are."""
+        return await self.call(lambda: function(self._place_or_fail()))
 
     def post(self, function: Callable[[], object]) -> None:
         """Like ``call`` for those who do not wait."""
@@ -188,12 +128,15 @@ class Executor:
     def _work(self) -> None:
         while self._serve_inbox():
             batch = self._scheduler.next_batch()
-            if batch:
+            if batch and batch[0].key in self._passes:
+                self._run_unit(self._passes[batch[0].key], batch[0].num_tokens)
+            elif batch:
                 self._run_batch(batch)
+        end = SessionClosed("The server is stopping.", hint="Ask another server.")
         for running in list(self._running.values()):
-            self._fail(
-                running, SessionClosed("The server is stopping.", hint="Ask another server.")
-            )
+            self._fail(running, end)
+        for passing in list(self._passes.values()):
+            self._fail_pass(passing, end)
         self._hand_over()
 
     def _serve_inbox(self) -> bool:
@@ -226,7 +169,7 @@ class Executor:
             answers, self._answers = self._answers, []
             self._loop.call_soon_threadsafe(_deliver, answers)
 
-    def _accept(self, running: _Running) -> None:
+    def _accept(self, running: Running) -> None:
         error = _attempt(lambda: self._prepare(running))[1]
         if error is not None:
             self._answer_error(running, error)
@@ -239,16 +182,10 @@ class Executor:
             self._gathering.forget(id(work.kv))
         self._scheduler.add(Waiting(running.key, work.owner, work.kind, work.plan.num_tokens))
 
-    def _prepare(self, running: _Running) -> None:
+    def _prepare(self, running: Running) -> None:
         """Check the numbers, then bring the rows to where the work begins."""
         work = running.work
-        if work.hidden.numel():
-            low, high = torch.aminmax(work.hidden)
-            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-                raise BadInput(
-                    "The hidden states hold NaN or infinity.",
-                    hint="Look at the inputs, or at the blocks that ran before these.",
-                )
+        running.hidden = place_states(self._place_or_fail(), work.hidden)
         longest = max(work.plan.lengths_after, default=0)
         if longest > work.kv.max_length:
             work.kv.extend(-(-longest // GROWTH_TOKENS) * GROWTH_TOKENS)
@@ -256,7 +193,40 @@ class Executor:
             work.kv.reorder(work.plan.reorder)
         work.begun = True
         _cut(work)
-        running.hidden = work.hidden.to(self._device, self._dtype)
+
+    def _accept_pass(self, running: RunningPass) -> None:
+        work = running.work
+        error = _attempt(lambda: work.begin(self._place_or_fail()))[1]
+        if error is not None:
+            self._fail_pass(running, error)
+            return
+        self._passes[running.key] = running
+        self._scheduler.add(Waiting(running.key, work.owner, WorkKind.FORWARD, work.worth))
+
+    def _run_unit(self, running: RunningPass, room: int) -> None:
+        began = time.perf_counter()
+        running.began = running.began or began
+        worth, error = _attempt(lambda: running.work.unit(room))
+        if error is not None:
+            self._fail_pass(running, error)
+            return
+        seconds = time.perf_counter() - began
+        running.compute += seconds
+        self._scheduler.advance(running.key, worth, seconds)
+        if running.work.is_done:
+            self._scheduler.discard(running.key)
+            del self._passes[running.key]
+            times = PassTimes(running.began - running.queued, running.compute)
+            self._answers.append((running.future, times, None))
+
+    def _fail_pass(self, running: RunningPass, error: Exception) -> None:
+        self._give_up_pass(running)
+        self._answers.append((running.future, None, _as_petals_error(error)))
+
+    def _give_up_pass(self, running: RunningPass) -> None:
+        self._passes.pop(running.key, None)
+        self._scheduler.discard(running.key)
+        _log_failure(_attempt(running.work.give_up)[1])
 
     def _run_batch(self, batch: Sequence[Portion]) -> None:
         began = time.perf_counter()
@@ -277,7 +247,7 @@ class Executor:
         if parts[0].running.work.kind is WorkKind.DECODE:
             self.step_seconds += _SMOOTHING * (seconds - self.step_seconds)
 
-    def _part(self, portion: Portion, now: float) -> _Part:
+    def _part(self, portion: Portion, now: float) -> Part:
         running = self._running[portion.key]
         work = running.work
         running.began = running.began or now
@@ -287,33 +257,35 @@ class Executor:
                 blocks=work.blocks,
                 row=work.kv.rows[piece.row],
                 start=piece.start,
+                adapter=work.adapter,
+                prompts=work.prompts,
             )
             for piece in work.plan.pieces(running.done, portion.num_tokens)
         ]
-        return _Part(running, portion.num_tokens, segments)
+        return Part(running, portion.num_tokens, segments)
 
-    def _try_together(self, parts: Sequence[_Part]) -> Exception | None:
+    def _try_together(self, parts: Sequence[Part]) -> Exception | None:
         segments = [segment for part in parts for segment in part.segments]
         if not segments:
             return None
-        outputs, error = _attempt(lambda: self._runner_or_fail().run(segments))
+        outputs, error = _attempt(lambda: self._place_or_fail().runner.run(segments))
         if error is None:
             remaining = iter(outputs)
             for part in parts:
                 part.running.outputs += [next(remaining) for _ in part.segments]
         return error
 
-    def _runner_or_fail(self) -> Runner:
-        if self._runner is None:
+    def _place_or_fail(self) -> Place:
+        if self._place is None:
             raise PeerFailed("The server has no blocks yet.", hint="Ask again in a minute.")
-        return self._runner
+        return self._place
 
-    def _try_alone(self, part: _Part) -> None:
+    def _try_alone(self, part: Part) -> None:
         error = self._try_together([part])
         if error is not None:
             self._fail(part.running, error)
 
-    def _account(self, part: _Part, seconds: float, batch_tokens: int) -> None:
+    def _account(self, part: Part, seconds: float, batch_tokens: int) -> None:
         running = part.running
         if running.key not in self._running:
             return
@@ -324,23 +296,17 @@ class Executor:
             return
         del self._running[running.key]
         self._gathering.answered(id(running.work.kv), time.perf_counter())
-        outcome, error = _attempt(lambda: _outcome(running))
+        outcome, error = _attempt(lambda: outcome_of(running))
         self._answers.append((running.future, outcome, error))
 
-    def _fail(self, running: _Running, error: Exception) -> None:
+    def _fail(self, running: Running, error: Exception) -> None:
         self._give_up(running)
         self._answer_error(running, error)
 
-    def _answer_error(self, running: _Running, error: Exception) -> None:
-        if not isinstance(error, PetalsError):
-            logger.error("A step failed.", exc_info=error)
-            error = PeerFailed(
-                f"The server failed in the middle of a step: {type(error).__name__}.",
-                hint="Its operator finds the reason in the server's log.",
-            )
-        self._answers.append((running.future, None, error))
+    def _answer_error(self, running: Running, error: Exception) -> None:
+        self._answers.append((running.future, None, _as_petals_error(error)))
 
-    def _give_up(self, running: _Running) -> None:
+    def _give_up(self, running: Running) -> None:
         """Take work out, wherever it stands, and leave its rows where it began."""
         if self._running.pop(running.key, None) is None:
             return
@@ -348,23 +314,20 @@ class Executor:
         _log_failure(_attempt(lambda: _cut(running.work))[1])
 
 
+def _as_petals_error(error: Exception) -> PetalsError:
+    if isinstance(error, PetalsError):
+        return error
+    logger.error("A step failed.", exc_info=error)
+    return PeerFailed(
+        f"The server failed in the middle of a step: {type(error).__name__}.",
+        hint="Its operator finds the reason in the server's log.",
+    )
+
+
 def _cut(work: Work) -> None:
     """Let every row end where the work begins."""
     for row, start in enumerate(work.plan.starts):
         work.kv.truncate(row, start)
-
-
-def _outcome(running: _Running) -> Outcome:
-    work = running.work
-    # A copy even of one piece: a view would keep the whole batch in memory for as long as the
-    # answer is kept.
-    joined = torch.cat(running.outputs) if running.outputs else work.hidden
-    return Outcome(
-        hidden=joined.to("cpu", work.out_dtype),
-        queue_seconds=running.began - running.queued,
-        compute_seconds=running.compute,
-        batch_tokens=running.batch,
-    )
 
 
 def _attempt(function: Callable[[], T]) -> tuple[Any, Exception | None]:

@@ -7,6 +7,8 @@ other hops and no blocks' insides.
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,17 +22,20 @@ from petals.errors import (
 )
 from petals.logs import get_logger
 from petals.server import intake
+from petals.server.adapter_store import AdapterStore
 from petals.server.config import DoorConfig
-from petals.server.executor import Executor, Work
+from petals.server.executor import Executor
 from petals.server.intake import ByteAllowance, Offer
 from petals.server.kv_pages import KVPool, SessionKV
 from petals.server.outbox import Outboxes
+from petals.server.passes import Passes
 from petals.server.reservations import Reservations, Room
 from petals.server.ring import Ring, RingParts
 from petals.server.session import Session, SessionKey
 from petals.server.session_table import SessionTable
 from petals.server.sinks import ClientSink
-from petals.server.steps import StepLimits, StepPlan, WorkKind
+from petals.server.steps import StepLimits
+from petals.server.walk import place_adapter, place_states
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
@@ -52,7 +57,7 @@ from petals.wire.messages import (
     SetRoute,
     Step,
 )
-from petals.wire.passes import Forward, ForwardResult
+from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
 
 logger = get_logger(__name__)
 
@@ -84,9 +89,8 @@ class BlocksService:
         self.tasks = BackgroundTasks()
         self.reservations = Reservations(pool, executor, self.clock)
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
-        self.sessions = SessionTable(
-            self.reservations.release, config.lease_seconds, config.max_sessions_per_peer
-        )
+        self.adapters = AdapterStore(config, self.clock)
+        self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
         self.ring = Ring(
             RingParts(
                 offer=offer,
@@ -96,6 +100,9 @@ class BlocksService:
                 node=node,
                 chunk_tokens=min(config.replay_chunk_tokens, offer.max_step_tokens),
             )
+        )
+        self.passes = Passes(
+            offer, executor, self.bytes, self.adapters, config.lease_seconds, self.clock
         )
         self._pool = pool
         self._outboxes = outboxes
@@ -146,6 +153,7 @@ class BlocksService:
             queue_tokens=self.executor.waiting_tokens,
             step_seconds=self.executor.step_seconds,
             outbox_bytes_free=self._outboxes.free_bytes,
+            trains=not offer.no_training,
         )
 
     async def drain(self, seconds: float) -> None:
@@ -185,30 +193,7 @@ class BlocksService:
         if reason:
             await session.tell(SessionEnded(session.key.session_id, reason))
 
-    async def forward(
-        self, peer: PeerId, message: Forward, tensors: Sequence[Tensor]
-    ) -> tuple[ForwardResult, Tensor]:
-        """Run whole sequences once, keeping nothing. Returns hidden [sum(counts), H] as it came in.
-
-        It uses cache like a session does while it lasts, so that it can run in pieces beside
-        others' decoding. Raises what the checks, ``Reservations.reserve`` and ``Executor.run``
-        raise.
-        """
-        blocks = intake.check_request(self.offer, message)
-        counts = message.counts
-        intake.check_forward(self.offer, counts)
-        hidden = intake.only_states(self.offer, tensors, sum(counts))
-        plan = StepPlan(starts=(0,) * len(counts), counts=counts)
-        room = Room(len(counts), max(counts, default=0), blocks)
-        kv = await self.reservations.reserve(room, self.config.forward_alloc_seconds)
-        try:
-            work = Work(kv, blocks, plan, hidden, hidden.dtype, peer, WorkKind.FORWARD)
-            outcome = await self.executor.run(work)
-        finally:
-            self.reservations.release(kv)
-        return ForwardResult(outcome.queue_seconds, outcome.compute_seconds), outcome.hidden
-
-    async def open(self, peer: PeerId, message: OpenSession) -> Session:
+    async def open(self, peer: PeerId, message: OpenSession, tensors: Sequence[Tensor]) -> Session:
         """Reserve a session, or find the one that this very request has opened before.
 
         Raises PeerBusy (too many, or we are leaving) and what the checks and
@@ -217,6 +202,7 @@ class BlocksService:
         blocks = intake.check_request(self.offer, message)
         intake.check_size(self.offer, message.num_rows, message.max_length)
         intake.state_dtype(message.dtype)
+        given = intake.session_prompts(self.offer, message, tensors)
         key = SessionKey(peer, SessionId(message.session_id), blocks)
         found = await self._existing(key, message.epoch)
         if found is not None:
@@ -228,14 +214,22 @@ class BlocksService:
                 hint="Use another server.",
             )
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        with self.sessions.seat(peer):
-            room = Room(message.num_rows, message.max_length, blocks)
+        room = Room(message.num_rows, message.max_length, blocks)
+        with self.sessions.seat(peer), ExitStack() as held:
+            adapter = held.enter_context(self.adapters.using(peer, message.adapter))
+            prompts = None
+            if given is not None:
+                held.enter_context(self.bytes.hold(peer, given.nbytes))
+                place = partial(place_states, states=given)
+                prompts = await self.executor.at_place(place)
             kv = await self.reservations.reserve(room, timeout)
-            if self.sessions.get(key) is not None:
-                # The same request came twice and both waited.
-                self.reservations.release(kv)
-            else:
-                self.sessions.add(self._new_session(key, kv, message))
+            held.callback(self.reservations.release, kv)
+            # The same request may have come twice, and both have waited.
+            if self.sessions.get(key) is None:
+                session = self._new_session(key, kv, message)
+                session.prompts, session.adapter = prompts, adapter
+                session.held = held.pop_all()
+                self.sessions.add(session)
         return self.sessions[key]
 
     def _new_session(self, key: SessionKey, kv: SessionKV, message: OpenSession) -> Session:
@@ -249,6 +243,17 @@ class BlocksService:
         session = Session(key, memory, limits, intake.state_dtype(message.dtype), self.clock)
         session.epoch, session.sources = message.epoch, frozenset(message.sources)
         return session
+
+    async def put_adapter(
+        self, peer: PeerId, message: PutAdapter, tensors: Sequence[Tensor]
+    ) -> AdapterKept:
+        """Keep an adapter for a client. Raises what the checks and ``AdapterStore.put`` raise."""
+        if not self.adapters.has(peer, message.adapter):
+            adapter = intake.adapter_of(self.offer, message, tensors)
+            self.adapters.check_size(adapter)
+            placed = await self.executor.at_place(partial(place_adapter, adapter=adapter))
+            self.adapters.put(peer, message.adapter, placed)
+        return AdapterKept(message.adapter, self.config.lease_seconds)
 
     async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
         session = self.sessions.get(key)
@@ -264,6 +269,8 @@ class BlocksService:
     async def _reap(self) -> None:
         while True:
             await self.clock.sleep(self.config.lease_seconds / _REAPS_PER_LEASE)
+            self.adapters.drop_unused()
+            self.passes.expire()
             for session in self.sessions.silent():
                 logger.info("session %s is freed: its client fell silent", session.key)
                 await self.end(session, "No sign of life for longer than the lease.")
@@ -298,11 +305,13 @@ class _Conversation:
             case Replay():
                 await self._on_replay(message)
             case OpenSession():
-                self._start(self._open(message))
+                self._start(self._open(message, tensors))
             case CloseSession():
                 await self._close(message.session_id)
-            case Forward():
-                self._start(self._forward(message, tensors))
+            case Forward() | Backward():
+                self._start(self._pass(message, tensors))
+            case PutAdapter():
+                self._start(self._put_adapter(message, tensors))
             case GetInfo():
                 await self._sink.answer(self._service.info())
             case _:
@@ -311,9 +320,9 @@ class _Conversation:
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.start(work, "request")
 
-    async def _open(self, message: OpenSession) -> None:
+    async def _open(self, message: OpenSession, tensors: Sequence[Tensor]) -> None:
         try:
-            session = await self._service.open(self._channel.peer_id, message)
+            session = await self._service.open(self._channel.peer_id, message, tensors)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
             return
@@ -385,14 +394,22 @@ class _Conversation:
             await self._sink.answer(SessionEnded(session_id, error.message))
             return None
 
-    async def _forward(self, message: Forward, tensors: Sequence[Tensor]) -> None:
+    async def _pass(self, message: Forward | Backward, tensors: Sequence[Tensor]) -> None:
+        try:
+            answer = self._sink.answer
+            await self._service.passes.serve(self._channel.peer_id, message, tensors, answer)
+        except PetalsError as error:
+            await self._sink.answer(Refusal.of(error))
+
+    async def _put_adapter(self, message: PutAdapter, tensors: Sequence[Tensor]) -> None:
         peer = self._channel.peer_id
         try:
             with self._service.bytes.hold(peer, sum(tensor.nbytes for tensor in tensors)):
-                result, hidden = await self._service.forward(peer, message, tensors)
-                await self._sink.answer(result, (hidden,))
+                kept = await self._service.put_adapter(peer, message, tensors)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
+        else:
+            await self._sink.answer(kept)
 
     async def _close(self, session_id: bytes) -> None:
         try:

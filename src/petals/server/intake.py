@@ -7,23 +7,24 @@ waiting.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from petals.errors import (
+    AdapterRefused,
     BadInput,
     BatchTooLarge,
     BlocksNotServed,
     LengthExceeded,
     PeerBusy,
-    UnknownAdapter,
     UnknownModel,
 )
+from petals.models.adapters import Adapter, LowRank, Slot, Slots, check_fits
 from petals.types import BlockSpan, ModelId, PeerId
 from petals.wire import messages
 from petals.wire.messages import OpenSession
-from petals.wire.passes import Forward
+from petals.wire.passes import Forward, PutAdapter
 from petals.wire.tensors import DTYPES
 
 
@@ -31,8 +32,9 @@ from petals.wire.tensors import DTYPES
 class Offer:
     """What this server serves, and the most it takes at once.
 
-    max_length: tokens per row. max_step_tokens: tokens of one step or forward. max_rows: sequences
-    of one session.
+    max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: sequences of
+    one session. no_training: why it gives no gradients; empty if it does. slots: the matrices that
+    adapters may be for.
     """
 
     model: ModelId
@@ -42,30 +44,58 @@ class Offer:
     max_length: int
     max_step_tokens: int
     max_rows: int
+    no_training: str = ""
+    slots: Slots = field(default_factory=dict)
 
 
 def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
     """Do we serve these blocks of this model? Returns them as a span.
 
-    Raises UnknownModel, BlocksNotServed, UnknownAdapter, ProtocolError.
+    Raises UnknownModel, BlocksNotServed, ProtocolError.
     """
-    if request.model != offer.model:
-        raise UnknownModel(
-            f"This server runs {offer.model}, not {request.model}.",
-            hint="Compare the names in petals status: a repository, or a folder and its config.",
-        )
+    check_model(offer, request.model)
     blocks = messages.span(request.blocks)
     if not offer.blocks.covers(blocks):
         raise BlocksNotServed(
             f"This server has blocks {offer.blocks}, not {blocks}.",
             hint="Its record was read before it moved; look again.",
         )
-    if request.adapter is not None:
-        raise UnknownAdapter(
-            f"This server has no adapter {request.adapter!r}.",
-            hint="It was started without adapters.",
-        )
     return blocks
+
+
+def check_model(offer: Offer, model: str) -> None:
+    """Raises UnknownModel."""
+    if model != offer.model:
+        raise UnknownModel(
+            f"This server runs {offer.model}, not {model}.",
+            hint="Compare the names in petals status: a repository, or a folder and its config.",
+        )
+
+
+def adapter_of(offer: Offer, message: PutAdapter, tensors: Sequence[torch.Tensor]) -> Adapter:
+    """The adapter that came with a message, its names and shapes checked against our blocks.
+
+    Its values are looked at on the compute thread. Raises UnknownModel, AdapterRefused.
+    """
+    check_model(offer, message.model)
+    parts = message.parts
+    if len(tensors) != 2 * len(parts) or not parts:
+        raise AdapterRefused(
+            f"{len(tensors)} tensors came for {len(parts)} matrices.",
+            hint="Send A [rank, in] and B [out, rank] of each.",
+        )
+    found: dict[Slot, LowRank] = {}
+    for part, a, b in zip(parts, tensors[::2], tensors[1::2]):
+        if (part.block, part.module) in found or a.shape[:1] != (part.rank,):
+            raise AdapterRefused(
+                f"The matrices for {part.module[:80]!r} of block {part.block} came twice, or not "
+                f"with the rank {part.rank} they were announced with.",
+                hint="Send A [rank, in] and B [out, rank] of each, once.",
+            )
+        found[part.block, part.module] = LowRank(a, b, part.scaling)
+    adapter = Adapter(found)
+    check_fits(adapter, offer.slots)
+    return adapter
 
 
 def check_size(offer: Offer, num_rows: int, max_length: int) -> None:
@@ -82,13 +112,98 @@ def check_size(offer: Offer, num_rows: int, max_length: int) -> None:
         )
 
 
-def check_forward(offer: Offer, counts: Sequence[int]) -> None:
-    """Raises BatchTooLarge or LengthExceeded."""
+def check_pass(offer: Offer, request: Forward) -> BlockSpan:
+    """Can this pass be? Returns its blocks.
+
+    Raises what ``check_request`` raises, BatchTooLarge, LengthExceeded, BadInput.
+    """
+    blocks = check_request(offer, request)
+    counts = request.counts
     check_size(offer, len(counts), max(counts, default=0))
     if sum(counts) > offer.max_step_tokens:
         raise BatchTooLarge(
             f"A pass of {sum(counts)} tokens is too much, {offer.max_step_tokens} is the limit.",
             hint="Split it into smaller batches.",
+        )
+    check_num_prompt_tokens(offer, request.num_prompt_tokens)
+    taps = request.taps
+    if len(set(taps)) < len(taps) or any(block not in blocks for block in taps):
+        raise BadInput(
+            f"The outputs of blocks {list(taps)[:8]} were asked for, the pass runs {blocks}.",
+            hint="Name blocks of the pass, each once.",
+        )
+    return blocks
+
+
+def check_num_prompt_tokens(offer: Offer, num_tokens: int) -> None:
+    """Raises LengthExceeded for deep prompts longer than any row may be."""
+    if num_tokens > offer.max_length:
+        raise LengthExceeded(
+            f"Prompts of {num_tokens} tokens; this server takes {offer.max_length} in a row.",
+            hint="Use shorter prompts.",
+        )
+
+
+def pass_tensors(
+    offer: Offer, request: Forward, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states [sum(counts), H] and deep prompts of a pass. Raises BadInput."""
+    num_prompts = 1 if request.num_prompt_tokens else 0
+    hidden = only_states(offer, tensors[: len(tensors) - num_prompts], sum(request.counts))
+    if not num_prompts:
+        return hidden, None
+    start, end = request.blocks
+    shapes: set[tuple[int, ...]] = {
+        (end - start, num_rows, request.num_prompt_tokens, offer.hidden_size)
+        for num_rows in (1, len(request.counts))
+    }
+    return hidden, _prompts(tensors[-1], shapes)
+
+
+def session_prompts(
+    offer: Offer, request: OpenSession, tensors: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """Deep prompts [len(blocks), P, H] of a session, if it has any. Raises BadInput."""
+    if not request.num_prompt_tokens:
+        check_nothing_more(tensors)
+        return None
+    check_num_prompt_tokens(offer, request.num_prompt_tokens)
+    if len(tensors) != 1:
+        raise BadInput(
+            f"{len(tensors)} tensors came where the prompts are expected.",
+            hint="Send prompts [blocks, prompt tokens, hidden_size].",
+        )
+    start, end = request.blocks
+    return _prompts(tensors[0], {(end - start, request.num_prompt_tokens, offer.hidden_size)})
+
+
+def _prompts(prompts: torch.Tensor, shapes: set[tuple[int, ...]]) -> torch.Tensor:
+    if tuple(prompts.shape) not in shapes or not prompts.dtype.is_floating_point:
+        raise BadInput(
+            f"Prompts of shape {list(prompts.shape)} and {prompts.dtype} do not fit.",
+            hint=f"Floating point of shape {list(min(shapes))} is expected.",
+        )
+    return prompts
+
+
+def check_gradients(offer: Offer, request: Forward, gradients: Sequence[torch.Tensor]) -> None:
+    """Raises BadInput unless there is one [sum(counts), H] for the output and for each tap."""
+    expected = 1 + len(request.taps)
+    if len(gradients) != expected:
+        raise BadInput(
+            f"{len(gradients)} gradients came where {expected} are expected.",
+            hint="Send one for the output and one for each tap; zeros where there is none.",
+        )
+    for gradient in gradients:
+        only_states(offer, (gradient,), sum(request.counts))
+
+
+def check_nothing_more(tensors: Sequence[torch.Tensor]) -> None:
+    """Raises BadInput if tensors came that nobody asked for."""
+    if tensors:
+        raise BadInput(
+            f"{len(tensors)} tensors came that are not wanted.",
+            hint="num_prompt_tokens announces prompts; a kept pass needs no inputs.",
         )
 
 

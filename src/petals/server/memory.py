@@ -15,6 +15,9 @@ from petals.models.cost import BlockCost
 
 DEFAULT_CACHE_TOKENS = 16384
 LEAST_CACHE_TOKENS = 2048
+DEFAULT_TRAINING_BYTES = 2**30
+"""At most so much for what passes keep for their way back."""
+
 RESERVE_BYTES = 700 * 2**20
 """Kept for the runtime itself, activations and what the machine does beside us."""
 

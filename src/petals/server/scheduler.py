@@ -1,9 +1,10 @@
 """What runs next: every reader between two words, then a bounded piece of somebody's prompt, then
-training.
+a unit of a pass.
 
 Values in, values out: no clock, no thread, no torch. The executor reports how long each batch took
 (``observe``); from that the scheduler knows how many prompt tokens fit beside running decodes
-without making them wait.
+without making them wait, and how large a unit of a pass may be. A pass counts in the tokens that
+would take as long to run through the whole span.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,8 +27,8 @@ class SchedulerConfig:
 
     ``latency_budget_seconds`` bounds a batch while somebody decodes (unless the decodes alone need
     longer: then they may take twice their own time); ``idle_budget_seconds`` bounds one that only
-    reads prompts. ``forward_every``: of so many batches one serves training work before prompts, so
-    that it never starves.
+    reads prompts, or a unit of a pass. ``forward_every``: after so many batches of others a unit of
+    a pass runs, so that passes never starve.
     """
 
     latency_budget_seconds: float = 0.1
@@ -52,7 +53,9 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """The next ``num_tokens`` tokens of work ``key`` belong to the batch."""
+    """The next ``num_tokens`` tokens of work ``key`` belong to the batch; of a pass: about so many,
+    as a unit that runs alone.
+    """
 
     key: int
     num_tokens: int
@@ -96,7 +99,7 @@ class _Entry:
 
     @property
     def remaining(self) -> int:
-        return self.waiting.num_tokens - self.done
+        return max(0, self.waiting.num_tokens - self.done)
 
 
 class Scheduler:
@@ -104,7 +107,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, cost: BatchCost | None = None) -> None:
         self._config = config
-        self._cost = cost or BatchCost()
+        self.expect(cost or BatchCost())
         self._entries: dict[int, _Entry] = {}
         self._served: dict[str, int] = {}
         self._num_added = 0
@@ -148,44 +151,67 @@ class Scheduler:
     def expect(self, cost: BatchCost) -> None:
         """What batches will take, before any has run."""
         self._cost = cost
+        self._unit_cost = BatchCost(cost.seconds(0), cost.seconds(1) - cost.seconds(0))
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A batch of ``num_tokens`` took ``seconds``."""
         self._cost.observe(num_tokens, seconds)
 
-    def next_batch(self) -> tuple[Portion, ...]:
-        """The portions that run together now;
+    def advance(self, key: int, num_tokens: int, seconds: float) -> None:
+        """A unit of pass ``key``, worth ``num_tokens``, took ``seconds``."""
+        self._unit_cost.observe(num_tokens, seconds)
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.done += num_tokens
+            self._served[entry.waiting.owner] += num_tokens
 
-        empty if nothing waits. Work whose last portion is given out leaves.
+    def next_batch(self) -> tuple[Portion, ...]:
+        """The portions that run together now; empty if nothing waits.
+
+        Steps leave with their last portion, passes when they are discarded.
         """
         if not self._entries:
             return ()
+        passes = self._in_turn(WorkKind.FORWARD)
+        due = self._batches_since_forward >= self._config.forward_every
+        if passes and (due or len(passes) == len(self._entries)):
+            self._batches_since_forward = 0
+            self._batches_since_decode += 1
+            room = self._room_beside(0, self._unit_cost)
+            return (Portion(passes[0].waiting.key, room),)
         decodes = self._take(
             self._in_turn(WorkKind.DECODE), self._config.max_batch_tokens, whole=True
         )
         self._batches_since_decode = 0 if decodes else self._batches_since_decode + 1
         num_decoding = sum(portion.num_tokens for portion in decodes)
-        room = self._room_beside(num_decoding)
-        prompts = self._in_turn(WorkKind.PREFILL)
-        training = self._in_turn(WorkKind.FORWARD)
-        due = self._batches_since_forward >= self._config.forward_every
-        rest = self._take(training + prompts if due else prompts + training, room)
-        batch = decodes + rest
+        room = self._room_beside(num_decoding, self._cost)
+        batch = decodes + self._take(self._in_turn(WorkKind.PREFILL), room)
+        self._batches_since_forward = self._batches_since_forward + 1 if passes else 0
         self._account(batch)
         return batch
 
-    def _room_beside(self, num_decoding: int) -> int:
+    def _room_beside(self, num_decoding: int, cost: BatchCost) -> int:
         """Tokens that still fit beside ``num_decoding`` tokens of decodes."""
         config = self._config
         busy = self._batches_since_decode < _DECODE_REMEMBERED_BATCHES
         budget = config.latency_budget_seconds if busy else config.idle_budget_seconds
-        budget = max(budget, 2 * self._cost.seconds(num_decoding)) if num_decoding else budget
-        fitting = self._cost.tokens_within(budget) - num_decoding
+        budget = max(budget, 2 * cost.seconds(num_decoding)) if num_decoding else budget
+        fitting = cost.tokens_within(budget) - num_decoding
         return min(max(fitting, config.min_chunk_tokens), config.max_batch_tokens - num_decoding)
 
     def _in_turn(self, kind: WorkKind) -> list[_Entry]:
+        """Who has had least comes first. Prompts of one owner take turns, passes do not: a pass
+        holds memory until it is done.
+        """
+        turns = kind is not WorkKind.FORWARD
         entries = [entry for entry in self._entries.values() if entry.waiting.kind is kind]
-        entries.sort(key=lambda entry: (self._served[entry.waiting.owner], entry.done, entry.order))
+        entries.sort(
+            key=lambda entry: (
+                self._served[entry.waiting.owner],
+                entry.done if turns else 0,
+                entry.order,
+            )
+        )
         return entries
 
     def _take(
@@ -201,18 +227,12 @@ class Scheduler:
         return tuple(taken)
 
     def _account(self, batch: Iterable[Portion]) -> None:
-        trained = False
         for portion in batch:
             entry = self._entries[portion.key]
             entry.done += portion.num_tokens
             self._served[entry.waiting.owner] += portion.num_tokens
-            trained |= entry.waiting.kind is WorkKind.FORWARD
             if entry.remaining == 0:
                 del self._entries[portion.key]
-        waits = any(entry.waiting.kind is WorkKind.FORWARD for entry in self._entries.values())
-        self._batches_since_forward = (
-            self._batches_since_forward + 1 if waits and not trained else 0
-        )
         self._forget_idle_owners()
 
     def _forget_idle_owners(self) -> None:

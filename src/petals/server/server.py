@@ -234,7 +234,7 @@ class Server:
         announcer = Announcer(
             node.directory,
             self._first_record(node, model, blocks),
-            _public_name(model.checkpoint),
+            model.checkpoint.public_name,
             self.config.announce,
             self._clock,
         )

@@ -8,6 +8,7 @@ hops and no blocks' insides.
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
@@ -16,11 +17,13 @@ import torch
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
-from petals.server.executor import Executor, Work
+from petals.models.adapters import Adapter
+from petals.server.executor import Executor
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
 from petals.server.sinks import ClientSink
 from petals.server.steps import StepLimits, StepPlan, plan_step
+from petals.server.work import Work
 from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.fields import Message
 from petals.wire.messages import Replay, Step, StepResult
@@ -67,7 +70,9 @@ class Session:
     """One client's sequences in ``key.blocks``.
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
-    steps under way, ``sources`` the peers beside the client from whom steps are taken.
+    steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
+    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added to their
+    matrices, ``held`` what is given back once nothing runs in it any more.
     """
 
     def __init__(
@@ -82,8 +87,11 @@ class Session:
         self.kv, self.outbox = memory
         self.limits = limits
         self.out_dtype = out_dtype
+        self.adapter: Adapter | None = None
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
+        self.prompts: torch.Tensor | None = None
+        self.held = ExitStack()
         self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
         self.closed = False
         self._clock = clock
@@ -231,7 +239,17 @@ class Session:
         reorder = None if self._reordered_by == message.step_id else message.reorder
         plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
         key = self.key
-        work = Work(self.kv, key.blocks, plan, hidden, self.out_dtype, key.peer_id, plan.kind)
+        work = Work(
+            kv=self.kv,
+            blocks=key.blocks,
+            plan=plan,
+            hidden=hidden,
+            out_dtype=self.out_dtype,
+            owner=key.peer_id,
+            kind=plan.kind,
+            prompts=self.prompts,
+            adapter=self.adapter,
+        )
         try:
             outcome = await executor.run(work)
         except PetalsError:

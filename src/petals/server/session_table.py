@@ -4,25 +4,18 @@ Knows no streams, no steps and no blocks' insides.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from petals.errors import PeerBusy
-from petals.server.kv_pages import SessionKV
 from petals.server.session import Session, SessionKey
 from petals.types import PeerId
 
 
 class SessionTable:
-    """All sessions of a server.
+    """All sessions of a server."""
 
-    ``release`` gives a session's memory back once nothing runs in it.
-    """
-
-    def __init__(
-        self, release: Callable[[SessionKV], None], lease_seconds: float, max_per_peer: int
-    ) -> None:
-        self._release = release
+    def __init__(self, lease_seconds: float, max_per_peer: int) -> None:
         self._lease_seconds = lease_seconds
         self._max_per_peer = max_per_peer
         self._sessions: dict[SessionKey, Session] = {}
@@ -76,7 +69,7 @@ class SessionTable:
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
             await session.close()
-            self._release(session.kv)
+            session.held.close()
 
     def silent(self) -> list[Session]:
         """Sessions whose client has not been heard for longer than the lease."""

@@ -14,9 +14,10 @@ import torch
 
 from petals.logs import get_logger
 from petals.models import cost
+from petals.models.adapters import Adapter
 from petals.models.kv_layout import KVLayout
 from petals.models.orientation import orient_linears
-from petals.models.self_test import SelfTest, run_self_test
+from petals.models.self_test import SelfTest, gradient_test, run_self_test
 from petals.models.sources import Checkpoint
 from petals.models.span import Span
 from petals.models.split import LoadOptions, load_blocks
@@ -24,13 +25,16 @@ from petals.server import memory, throughput
 from petals.server.announcer import Announcer
 from petals.server.config import ServerConfig
 from petals.server.executor import Executor
+from petals.server.graphs import Allowance
 from petals.server.handler import BLOCKS_SERVICE, BlocksService
 from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
 from petals.server.links import RING_SERVICE
 from petals.server.outbox import Outboxes
+from petals.server.preload import read_preloaded
 from petals.server.scheduler import Scheduler
 from petals.server.throughput import Precision, Speed
+from petals.server.walk import Place
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, ModelId, ServerState
 from petals.wire.tensors import DTYPES
@@ -75,11 +79,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """Blocks that have passed their test, and how fast they are."""
+    """Blocks that have passed their test, how fast they are, and what may be added to them.
+
+    why_no_gradients: empty if they have passed that test, too.
+    """
 
     span: Span
     test: SelfTest
     speed: Speed
+    why_no_gradients: str
+    adapters: dict[str, Adapter]
 
 
 class Stay:
@@ -136,18 +145,20 @@ class Stay:
         loaded = await executor.call(self._load)
         self._stack.push_async_callback(executor.call, executor.detach)
         site.scheduler.expect(loaded.speed.batch_cost())
-        executor.attach(loaded.span, loaded.span.device, loaded.span.dtype)
+        executor.attach(self._make_place(loaded.span))
         self.mode = str(loaded.test.mode)
         self.pool = self._make_pool(loaded.span.layout)
         self.offer = self._make_offer(loaded)
         outboxes = self._make_outboxes()
         door = site.config.door
         self.service = BlocksService(self.offer, executor, self.pool, outboxes, node, door)
+        for name, adapter in loaded.adapters.items():
+            self.service.adapters.preload(name, adapter)
         await self._stack.enter_async_context(self.service)
         node.serve(BLOCKS_SERVICE, self.service.serve)
         node.serve(RING_SERVICE, self.service.ring.serve)
         self.service.state = ServerState.ONLINE
-        await site.announcer.announce(**self._measured(loaded.speed))
+        await site.announcer.announce(**self._measured(loaded))
 
     def _load(self) -> _Loaded:
         model = self._site.model
@@ -163,11 +174,22 @@ class Stay:
         span = Span(loaded)
         test = run_self_test(span)
         self._site.go_on()
-        return _Loaded(span, test, throughput.measure(span))
+        training = self._site.config.limits.allow_training
+        why_no_gradients = gradient_test(span) if training else ""
+        self._site.go_on()
+        adapters = read_preloaded(self._site.config.source.adapters, model.checkpoint, span)
+        return _Loaded(span, test, throughput.measure(span), why_no_gradients, adapters)
 
     def _on_loading(self, done: int, total: int) -> None:
         self._site.go_on()
         self._site.on_loading(done, total)
+
+    def _make_place(self, span: Span) -> Place:
+        wanted = self._site.config.memory.training_bytes
+        if wanted is None:
+            free = memory.free_memory_bytes(str(span.device))
+            wanted = min(free // 4, memory.DEFAULT_TRAINING_BYTES)
+        return Place(span, span.device, span.dtype, Allowance(wanted))
 
     def _make_pool(self, layout: KVLayout) -> KVPool:
         budget = self._site.config.memory
@@ -192,7 +214,14 @@ class Stay:
             max_length=limits.max_length or min(known, max(1, self.pool.tokens_total)),
             max_step_tokens=limits.max_step_tokens,
             max_rows=limits.max_rows,
+            slots=loaded.span.slots,
+            no_training=self._why_no_training(loaded),
         )
+
+    def _why_no_training(self, loaded: _Loaded) -> str:
+        if not self._site.config.limits.allow_training:
+            return "its operator does not allow training"
+        return loaded.why_no_gradients
 
     def _make_outboxes(self) -> Outboxes:
         wanted = self._site.config.memory.outbox_bytes
@@ -202,10 +231,10 @@ class Stay:
             wanted = min(wanted, memory.free_memory_bytes("cpu") // 4)
         return Outboxes(wanted)
 
-    def _measured(self, speed: Speed) -> dict[str, object]:
+    def _measured(self, loaded: _Loaded) -> dict[str, object]:
         num_blocks = len(self.blocks)
-        single = speed.blocks_per_second(num_blocks)
-        bulk = speed.bulk_blocks_per_second(num_blocks)
+        single = loaded.speed.blocks_per_second(num_blocks)
+        bulk = loaded.speed.bulk_blocks_per_second(num_blocks)
         told = self._site.config.announce.throughput
         return {
             "state": ServerState.ONLINE,
@@ -214,6 +243,8 @@ class Stay:
             "forward_rps": bulk if told is None else told,
             "max_length": self.offer.max_length,
             "cache_tokens": self.pool.tokens_total,
+            "adapters": tuple(loaded.adapters),
+            "trains": not self.offer.no_training,
         }
 
 

@@ -50,7 +50,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``throughput`` is what the server expects to give a client end to end; ``inference_rps``,
     ``forward_rps`` and ``network_rps`` are its parts. ``max_length`` and ``cache_tokens`` count
     tokens; times are seconds since the epoch. ``next_spans``: where a DRAINING server that moves
-    will be; empty if it goes for good.
+    will be; empty if it goes for good. ``trains``: it gives gradients.
     """
 
     peer_id: Name
@@ -72,6 +72,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     protocol_version: Count = 0
     public_name: Annotated[str, Meta(max_length=64)] | None = None
     relayed: bool = False
+    trains: bool = False
     addresses: Annotated[tuple[Name, ...], Meta(max_length=8)] = ()
     shard_bits: Annotated[int, Meta(ge=0, le=MAX_SHARD_BITS)] = 0
     next_spans: Annotated[tuple[Blocks, ...], Meta(max_length=16)] = ()

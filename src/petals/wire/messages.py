@@ -268,7 +268,7 @@ class GetInfo(Message):
 
 
 class Info(Message):
-    """A server's present state and its limits."""
+    """A server's present state and its limits. ``trains``: it gives gradients."""
 
     model: Name
     blocks: Blocks
@@ -282,6 +282,7 @@ class Info(Message):
     queue_tokens: Count
     step_seconds: Seconds
     outbox_bytes_free: Counter = 0
+    trains: bool = False
 
 
 class DialBack(Message):

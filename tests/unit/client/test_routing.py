@@ -9,7 +9,7 @@ from petals.client.routing import (
     find_throughput_route,
     missing_blocks,
 )
-from petals.errors import MissingBlocksError, NoCapacity
+from petals.errors import MissingBlocksError, NoCapacity, TrainingRefused
 from petals.types import BlockSpan, Hop, PeerId, Route
 
 
@@ -76,6 +76,16 @@ def test_one_that_keeps_outputs_rather_than_one_that_cannot() -> None:
     slow = server("slow", 0, 4, speed=0.1, outbox_tokens_free=100)
     assert find_route([full, roomy], needs(0, 4, cache_tokens=100))[0].peer_id == "roomy"
     assert find_route([full, slow], needs(0, 4, cache_tokens=100))[0].peer_id == "full"
+
+
+def test_training_needs_servers_that_train() -> None:
+    table = [server("a", 0, 4, speed=0.5), server("b", 0, 4, trains=False)]
+    assert find_route(table, needs(0, 4))[0].peer_id == "b"
+    assert find_route(table, needs(0, 4, is_training=True))[0].peer_id == "a"
+    with pytest.raises(TrainingRefused, match="0:4"):
+        find_route(table[1:], needs(0, 4, is_training=True))
+    with pytest.raises(MissingBlocksError, match="4:5"):
+        find_route(table, needs(0, 5, is_training=True))
 
 
 def test_a_measured_link_between_servers_counts() -> None:

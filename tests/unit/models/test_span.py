@@ -100,9 +100,14 @@ def test_prompts_are_added_at_their_positions_only(llama: Span) -> None:
 
 def test_gradients_reach_the_inputs(llama: Span) -> None:
     a = text(4).requires_grad_()
-    output = llama.run([Segment(hidden=a, blocks=llama.blocks)])[0]
-    output.sum().backward()
-    assert a.grad is not None and a.grad.abs().sum() > 0
+    *inner, output = llama.trace([Segment(hidden=a, blocks=llama.blocks)])
+    assert torch.equal(output[0], llama.run([Segment(hidden=a.detach(), blocks=llama.blocks)])[0])
+    assert len(inner) == len(llama.blocks) - 1
+    (first,) = torch.autograd.grad(output, inner[1], torch.ones_like(output), retain_graph=True)
+    (rest,) = torch.autograd.grad(inner[1], a, first, retain_graph=True)
+    (whole,) = torch.autograd.grad(output, a, torch.ones_like(output))
+    assert whole.abs().sum() > 0
+    torch.testing.assert_close(rest, whole)
 
 
 def test_a_step_without_tokens_only_rolls_back(llama: Span) -> None:

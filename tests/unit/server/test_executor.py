@@ -10,10 +10,13 @@ import torch
 from petals.errors import BadInput, PeerFailed, SessionClosed
 from petals.models.batch import Segment
 from petals.models.kv_layout import BlockLayout, KVLayout
-from petals.server.executor import Executor, Work
+from petals.server.executor import Executor
+from petals.server.graphs import Allowance
 from petals.server.kv_pages import KVPool
 from petals.server.scheduler import Scheduler, SchedulerConfig
 from petals.server.steps import StepPlan, WorkKind
+from petals.server.walk import Place
+from petals.server.work import Work
 from petals.types import BlockSpan
 
 SPAN = BlockSpan(0, 1)
@@ -47,7 +50,8 @@ class Rig:
         self.runner = Doubler()
         self.pool = KVPool.for_tokens(LAYOUT, 4096)
         self.executor = Executor(Scheduler(config))
-        self.executor.attach(self.runner, torch.device("cpu"), torch.float32)
+        place = Place(self.runner, torch.device("cpu"), torch.float32, Allowance(0))
+        self.executor.attach(place)
 
     def work(self, hidden: torch.Tensor, counts: tuple[int, ...] | None = None) -> Work:
         counts = counts or (len(hidden),)

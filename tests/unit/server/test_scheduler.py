@@ -119,20 +119,53 @@ def test_prompts_of_one_peer_take_turns() -> None:
     assert [list(taken(plan.next_batch())) for _ in range(4)] == [[0], [1], [0], [1]]
 
 
-def test_training_runs_below_prompts_and_does_not_starve() -> None:
+def test_passes_run_below_prompts_and_do_not_starve() -> None:
     plan = scheduler(max_batch_tokens=10, seconds_per_token=1e-6, forward_every=8)
-    plan.add(Waiting(0, "trainer", FORWARD, 10))
+    plan.add(Waiting(0, "trainer", FORWARD, 100))
     plan.add(Waiting(1, "reader", PREFILL, 1000))
-    order = [list(taken(plan.next_batch())) for _ in range(9)]
-    assert order == [[1]] * 8 + [[0]]
+    order = []
+    for _ in range(18):
+        batch = taken(plan.next_batch())
+        order += list(batch)
+        if 0 in batch:
+            plan.advance(0, batch[0], 0.01)
+    assert order == ([1] * 8 + [0]) * 2
+    assert plan.waiting_tokens == 1000 - 160 + 80
 
 
-def test_room_beside_prompts_goes_to_training() -> None:
+def test_a_unit_of_a_pass_runs_alone_and_a_decode_waits_no_longer_than_the_budget() -> None:
+    plan = scheduler(0.0, 0.001, latency_budget_seconds=0.1, idle_budget_seconds=0.5)
+    plan.add(Waiting(0, "trainer", FORWARD, 5000))
+    assert taken(plan.next_batch()) == {0: 500}
+    plan.add(Waiting(1, "writer", DECODE, 1))
+    assert taken(plan.next_batch()) == {1: 1}
+    assert taken(plan.next_batch()) == {0: 100}
+
+
+def test_units_learn_their_own_price() -> None:
+    plan = scheduler(0.0, 0.001)
+    plan.add(Waiting(0, "trainer", FORWARD, 100_000))
+    for _ in range(50):
+        (portion,) = plan.next_batch()
+        plan.advance(0, portion.num_tokens, 0.002 * portion.num_tokens)
+    assert plan.next_batch()[0].num_tokens == pytest.approx(250, abs=3)
+    plan.add(Waiting(1, "reader", PREFILL, 1000))
+    assert taken(plan.next_batch()) == {1: 500}
+
+
+def test_passes_of_one_peer_do_not_take_turns_but_peers_do() -> None:
     plan = scheduler(max_batch_tokens=100, seconds_per_token=1e-6)
-    plan.add(Waiting(0, "trainer", FORWARD, 500))
-    plan.add(Waiting(1, "reader", PREFILL, 30))
-    plan.add(Waiting(2, "writer", DECODE, 1))
-    assert taken(plan.next_batch()) == {2: 1, 1: 30, 0: 69}
+    plan.add(Waiting(0, "a", FORWARD, 200))
+    plan.add(Waiting(1, "a", FORWARD, 200))
+    plan.add(Waiting(2, "b", FORWARD, 200))
+    order = []
+    while len(plan):
+        (portion,) = plan.next_batch()
+        order.append(portion.key)
+        plan.advance(portion.key, 100, 0.01)
+        if order.count(portion.key) == 2:
+            plan.discard(portion.key)
+    assert order == [0, 2, 0, 2, 1, 1]
 
 
 def test_work_without_tokens_runs_too() -> None:

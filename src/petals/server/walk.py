@@ -1,0 +1,268 @@
+"""What passes in both directions share: a walk through some blocks, one unit at a time.
+
+A walk stops before each unit and is told how large it may be. Between units only the states between
+blocks are held, and what autograd needs where there is room for it. All of this belongs to the
+compute thread. Knows no peers, no messages and no clock.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from petals.errors import BadInput
+from petals.models.adapters import Adapter, check_finite
+from petals.models.batch import Segment
+from petals.models.span import Mode
+from petals.server import cutting
+from petals.server.cutting import FORWARD_WORTH, Strip
+from petals.server.graphs import Allowance, Meter
+from petals.types import BlockSpan
+
+Units = Generator[None, int, None]
+"""Stops before each unit and is sent the room for it."""
+
+
+class Runner(Protocol):
+    """What a pass needs of a span."""
+
+    @property
+    def blocks(self) -> BlockSpan: ...
+    @property
+    def mode(self) -> Mode: ...
+    @property
+    def weights(self) -> frozenset[int]: ...
+
+    def run(self, segments: Sequence[Segment]) -> list[Tensor]: ...
+    def trace(self, segments: Sequence[Segment]) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where passes run. ``allowance``: the memory that graphs may take there."""
+
+    runner: Runner
+    device: torch.device
+    dtype: torch.dtype
+    allowance: Allowance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassInputs:
+    """What goes in, as it came: hidden [sum(counts), H], prompts [len(blocks), 1 or rows, P, H]."""
+
+    blocks: BlockSpan
+    counts: tuple[int, ...]
+    hidden: Tensor
+    prompts: Tensor | None = None
+    adapter: Adapter | None = None
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Stage:
+    """A strip's way through some blocks.
+
+    entry: [n, H] states before ``blocks``. outputs: [1, n, H] of each block, with their graph; None
+    if it was not kept. prompts: for each block [1 or rows, P, H].
+    """
+
+    blocks: BlockSpan
+    entry: Tensor
+    prompts: list[Tensor] | None = None
+    adapter: Adapter | None = None
+    outputs: list[Tensor] | None = None
+    num_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Trail:
+    """All that the way back needs: each strip with its stages. ``drop`` gives the memory back."""
+
+    inputs: PassInputs
+    allowance: Allowance
+    strips: list[tuple[Strip, list[Stage]]] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(stage.num_bytes for _, stages in self.strips for stage in stages)
+
+    def drop(self) -> None:
+        for _, stages in self.strips:
+            for stage in stages:
+                self.forget(stage)
+        self.strips = []
+
+    def forget(self, stage: Stage) -> None:
+        """Let the graph of one stage go."""
+        stage.outputs = None
+        self.allowance.give_back(stage.num_bytes)
+        stage.num_bytes = 0
+
+
+class Walk(ABC):
+    """What both directions share: inputs on the device, strips, runs of single units."""
+
+    def __init__(self, place: Place, inputs: PassInputs) -> None:
+        self.place = place
+        self.inputs = inputs
+        self.num_tokens = sum(inputs.counts)
+        self.num_blocks = len(place.runner.blocks)
+        self.room = 0
+        self.worth = 0
+        self.units = self._units()
+
+    @abstractmethod
+    def _units(self) -> Units: ...
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Let go what is kept for the way back."""
+
+    def place_inputs(self) -> None:
+        """Look at the inputs and bring them to the device. Raises BadInput."""
+        inputs, place = self.inputs, self.place
+        self.hidden = place_states(place, inputs.hidden)
+        self.prompts = None if inputs.prompts is None else place_states(place, inputs.prompts)
+
+    def next_strip(self, begun: Strip | None) -> Strip | None:
+        counts = self.inputs.counts
+        packed = self.place.runner.mode is Mode.PACKED
+        most = cutting.tokens_of_strip(self.room, self.num_blocks) if packed else 0
+        return cutting.next_strip(counts, begun, most)
+
+    def fitting(self, strip: Strip, first: int) -> BlockSpan:
+        """The next blocks from ``first`` that fit into the room."""
+        most = cutting.blocks_within(self.room, strip.num_tokens, FORWARD_WORTH, self.num_blocks)
+        return BlockSpan(first, min(self.inputs.blocks.end, first + most))
+
+    def count(self, strip: Strip, num_blocks: int, worth: int) -> None:
+        self.worth += cutting.worth_of(strip.num_tokens, num_blocks, worth, self.num_blocks)
+
+    def stage(self, strip: Strip, blocks: BlockSpan, states: Tensor) -> Stage:
+        prompts = None
+        if self.prompts is not None:
+            start = blocks.start - self.inputs.blocks.start
+            mine = self.prompts[start : start + len(blocks)]
+            if mine.shape[1] > 1:
+                mine = mine[:, strip.rows.start : strip.rows.stop]
+            prompts = list(mine.unbind())
+        return Stage(blocks, states, prompts, self.inputs.adapter)
+
+    def run(self, strip: Strip, stage: Stage, taps: dict[int, Tensor]) -> Tensor:
+        """Run a stage without autograd. Returns its output [n, H]; fills ``taps``."""
+        wanted = tuple(block for block in taps if block in stage.blocks)
+        segments = list(self._segments(strip, stage, wanted))
+        outputs = self.place.runner.run(segments)
+        for block in wanted:
+            tapped = torch.cat([segment.tapped[block] for segment in segments])
+            taps[block][strip.first : strip.last] = tapped
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def trace(self, strip: Strip, stage: Stage) -> Tensor:
+        """Run a stage and keep its graph. Returns its output [n, H], apart from that."""
+        # What has run in inference mode must be copied before autograd may keep it.
+        copied = stage.entry.clone() if stage.entry.is_inference() else stage.entry.detach()
+        stage.entry = copied.requires_grad_()
+        if stage.prompts is not None:
+            stage.prompts = [part.detach().requires_grad_() for part in stage.prompts]
+        if stage.adapter is not None:
+            stage.adapter = stage.adapter.leaves(stage.blocks)
+        meter = Meter(self.place.runner.weights)
+        with meter.running():
+            stage.outputs = self.place.runner.trace(list(self._segments(strip, stage)))
+        for states in (stage.entry, *stage.outputs):
+            meter.note(states)
+        stage.num_bytes = meter.num_bytes
+        self.place.allowance.take(meter.num_bytes, strip.num_tokens, len(stage.blocks))
+        return stage.outputs[-1].detach()[0]
+
+    def _segments(
+        self, strip: Strip, stage: Stage, taps: tuple[int, ...] = ()
+    ) -> Iterator[Segment]:
+        first = 0
+        for index, row in enumerate(strip.rows):
+            count = self.inputs.counts[row]
+            if not count:
+                continue
+            prompts = None
+            if stage.prompts is not None:
+                prompts = [part[index if len(part) > 1 else 0] for part in stage.prompts]
+            yield Segment(
+                hidden=stage.entry[first : first + count],
+                blocks=stage.blocks,
+                adapter=stage.adapter,
+                prompts=prompts,
+                taps=taps,
+            )
+            first += count
+
+
+W = TypeVar("W", bound=Walk)
+
+
+class PassRun(Generic[W]):
+    """A pass as the executor drives it, on behalf of ``owner``.
+
+    ``start`` makes its walk, ``finish`` takes what the walk has found; both run on the compute
+    thread. ``worth``: what all of it is worth, in tokens through the whole span.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        worth: int,
+        start: Callable[[Place], W],
+        finish: Callable[[W], None],
+    ) -> None:
+        self.owner = owner
+        self.worth = worth
+        self.is_done = False
+        self._start, self._finish = start, finish
+        self._walk: W | None = None
+
+    def begin(self, place: Place) -> None:
+        """Look at the inputs. Raises BadInput and what ``start`` raises."""
+        self._walk = self._start(place)
+        next(self._walk.units, None)  # to before its first unit, if it has any
+
+    def unit(self, room: int) -> int:
+        """Run the next unit, of about ``room``; returns what it was worth."""
+        walk = self._walk
+        assert walk is not None
+        before = walk.worth
+        try:
+            walk.units.send(room)
+        except StopIteration:
+            self.is_done = True
+            self._finish(walk)
+            self._walk = None
+        return walk.worth - before
+
+    def give_up(self) -> None:
+        """Let everything go."""
+        if self._walk is not None:
+            self._walk.units.close()
+            self._walk.give_up()
+
+
+def place_states(place: Place, states: Tensor) -> Tensor:
+    """States as the blocks want them. Raises BadInput if one is not finite."""
+    if states.numel():
+        low, high = torch.aminmax(states)
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            raise BadInput(
+                "The states, prompts or gradients hold NaN or infinity.",
+                hint="Look at the inputs, at the loss, or at the blocks that ran before these.",
+            )
+    return states.to(place.device, place.dtype)
+
+
+def place_adapter(place: Place, adapter: Adapter) -> Adapter:
+    """An adapter as the blocks want it. Raises AdapterRefused if a value is not finite."""
+    check_finite(adapter)
+    return adapter.mapped(lambda tensor: tensor.to(place.device, place.dtype))
