@@ -4,10 +4,13 @@ Each row has an exact cache of its own; sessions record what they were sent.
 """
 
 import copy
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import DynamicCache
 
+from petals.client.block_runner import PassOutput
 from petals.client.model import distribute, layers_return_tuple
 from petals.client.remote_sequential import RemoteSequential
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
@@ -33,14 +36,24 @@ class LocalBlocks:
         self.sessions = []
         self.num_whole = 0
 
-    def open_session(self, blocks, *, max_length, num_rows):
-        self.sessions.append(LocalSession(self, blocks, max_length, num_rows))
+    def open_session(self, blocks, call):
+        self.sessions.append(LocalSession(self, blocks, call))
         return self.sessions[-1]
 
-    def run_whole(self, blocks, hidden, counts):
+    def run_whole(self, blocks, hidden, call):
         self.num_whole += 1
-        rows = [self.run(row, blocks, self.new_cache()) for row in hidden.split(list(counts))]
-        return torch.cat(rows)
+        prompts = call.prompts
+        if prompts is not None:
+            prompts = prompts.expand(-1, len(call.counts), -1, -1).unbind(1)
+        rows, tapped = [], {block: [] for block in call.taps}
+        for number, row in enumerate(hidden.split(list(call.counts))):
+            extras = Extras(prompts[number] if prompts else None, call.adapter)
+            rows.append(self.run(row, blocks, self.new_cache(), extras))
+            for block, parts in tapped.items():
+                parts.append(extras.outputs.get(block, row[:0]))
+        return PassOutput(
+            torch.cat(rows), {block: torch.cat(parts) for block, parts in tapped.items()}
+        )
 
     def new_cache(self):
         # Without a config no layer forgets what left its window, so that all can roll back.
@@ -49,27 +62,13 @@ class LocalBlocks:
     def sequence_manager(self, blocks):
         return None
 
-    @torch.no_grad()
-    def run(self, hidden, blocks, cache):
+    def run(self, hidden, blocks, cache, extras=None):
         """[n, H] -> [n, H] behind the tokens in ``cache``."""
         hidden = hidden.float()
         if not len(hidden) or not len(blocks):
             return hidden
-        captured = []
-
-        def inject(layer, args, kwargs):
-            if args:
-                return (hidden[None], *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": hidden[None]}
-
-        def capture(layer, args, output):
-            captured.append(output[0] if isinstance(output, tuple) else output)
-            raise Captured
-
-        handles = [
-            self.layers[blocks.start].register_forward_pre_hook(inject, with_kwargs=True),
-            self.layers[blocks.end - 1].register_forward_hook(capture),
-        ]
+        extras = extras or Extras()
+        handles = extras.attach(self.layers, blocks, hidden)
         try:
             self.host(
                 inputs_embeds=torch.zeros(1, len(hidden), self.width),
@@ -81,15 +80,62 @@ class LocalBlocks:
         finally:
             for handle in handles:
                 handle.remove()
-        return captured[0][0]
+        return extras.outputs[blocks.end - 1]
+
+
+@dataclass
+class Extras:
+    """What is done around the blocks of one row: prompts [blocks, P, H] from ``start``, adapter."""
+
+    prompts: torch.Tensor | None = None
+    adapter: object | None = None
+    start: int = 0
+    outputs: dict = field(default_factory=dict)
+    """What each block put out, [n, H]."""
+
+    def attach(self, layers, blocks, hidden):
+        def enter(block, layer, args, kwargs):
+            given = args[0] if args else kwargs["hidden_states"]
+            states = self.prompted(hidden if block == blocks.start else given[0], block, blocks)
+            if args:
+                return (states[None], *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": states[None]}
+
+        def leave(block, layer, args, output):
+            self.outputs[block] = (output[0] if isinstance(output, tuple) else output)[0]
+            if block == blocks.end - 1:
+                raise Captured
+
+        handles = []
+        for block in range(blocks.start, blocks.end):
+            layer = layers[block]
+            handles.append(layer.register_forward_pre_hook(partial(enter, block), with_kwargs=True))
+            handles.append(layer.register_forward_hook(partial(leave, block)))
+        adapter = None if self.adapter is None else self.adapter.within(blocks)
+        if adapter is not None:
+            pairs = zip(adapter.tensors[::2], adapter.tensors[1::2])
+            for ((block, path), part), (a, b) in zip(adapter.parts.items(), pairs):
+                adapt = partial(_adapt, part.scaling, a, b)
+                handles.append(layers[block].get_submodule(path).register_forward_hook(adapt))
+        return handles
+
+    def prompted(self, states, block, blocks):
+        if self.prompts is None or self.start >= self.prompts.shape[1]:
+            return states
+        prompt = self.prompts[block - blocks.start, self.start : self.start + len(states)]
+        return torch.cat([states[: len(prompt)] + prompt, states[len(prompt) :]])
+
+
+def _adapt(scaling, a, b, module, args, output):
+    return output + scaling * (args[0] @ a.T) @ b.T
 
 
 class LocalSession:
     """Ragged rows with rollback and reorder, as a session of the swarm promises them."""
 
-    def __init__(self, runner, blocks, max_length, num_rows):
-        self.runner, self.blocks = runner, blocks
-        self.max_length, self.num_rows = max_length, num_rows
+    def __init__(self, runner, blocks, call):
+        self.runner, self.blocks, self.call = runner, blocks, call
+        self.max_length, self.num_rows = call.max_length, call.num_rows
         self.caches, self.lengths = [], []
         self.output_ids = None
         self.past_key_values = None
@@ -114,6 +160,7 @@ class LocalSession:
         outputs = self.step_rows(packed, starts=tuple(self.lengths), counts=counts, reorder=reorder)
         return outputs.view(inputs.shape)
 
+    @torch.no_grad()
     def step_rows(self, hidden, *, starts, counts, reorder=None):
         if self.is_closed:
             raise SessionClosed("The session is closed.")
@@ -132,7 +179,8 @@ class LocalSession:
         outputs = []
         for row, part in enumerate(hidden.split(list(counts))):
             self._roll_back(row, starts[row])
-            outputs.append(self.runner.run(part, self.blocks, self.caches[row]))
+            extras = Extras(self.call.prompts, self.call.adapter, self.lengths[row])
+            outputs.append(self.runner.run(part, self.blocks, self.caches[row], extras))
             self.lengths[row] += counts[row]
         return torch.cat(outputs)
 

@@ -71,16 +71,20 @@ def states(num_tokens: int, seed: int = 0) -> torch.Tensor:
 
 @asynccontextmanager
 async def real_swarm(
-    folder: Path, *spans: BlockSpan, cache_tokens: int = 512
+    folder: Path,
+    *spans: BlockSpan,
+    cache_tokens: int = 512,
+    max_step_tokens: int = 16,
+    adapters: tuple[str, ...] = (),
 ) -> AsyncIterator[RealSwarm]:
     net = MemoryNet()
     async with SwarmNode(NodeConfig(), engine=net.engine) as seed:
         initial_peers = await seed.addresses()
         base = ServerConfig(
-            source=Source(model=str(folder)),
+            source=Source(model=str(folder), adapters=adapters),
             compute=ComputeConfig(device="cpu", num_threads=1),
             memory=MemoryConfig(cache_tokens=cache_tokens),
-            limits=LimitsConfig(max_length=64, max_step_tokens=16),
+            limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
             door=DoorConfig(replay_chunk_tokens=16),
             network=NodeConfig(initial_peers=initial_peers),
         )

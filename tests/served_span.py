@@ -193,6 +193,7 @@ async def served(
         max_length=256,
         max_step_tokens=512,
         max_rows=8,
+        slots=span.slots,
         no_training=no_training,
     )
     scheduler = Scheduler(scheduling or SchedulerConfig())

@@ -5,17 +5,27 @@ reordered or cut in the wrong place gives other numbers. Faults are switched on 
 """
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed.tensor  # noqa: F401  assert_close imports it late and stops a loop
 from torch import Tensor
 
+from petals.client.block_runner import PassCall
 from petals.client.config import ClientConfig
 from petals.client.sequence_manager import SwarmAccess
 from petals.client.session_rows import SessionRows
-from petals.errors import BlocksNotServed, CacheFull, PetalsError, SessionGap, UnknownAdapter
+from petals.errors import (
+    BlocksNotServed,
+    CacheFull,
+    PassExpired,
+    PetalsError,
+    SessionGap,
+    UnknownAdapter,
+)
 from petals.swarm.channel import Channel
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
@@ -23,9 +33,18 @@ from petals.swarm.records import ServerRecord
 from petals.testing.memory_net import MemoryNet
 from petals.types import BlockSpan, PeerId, ServerState
 from petals.wire import messages as wire
+from petals.wire.passes import (
+    AdapterKept,
+    Backward,
+    BackwardResult,
+    Forward,
+    ForwardResult,
+    PutAdapter,
+)
 
 HIDDEN = 6
 MODEL = "toy"
+PATH = "mix"
 
 
 def run_block(block: int, row: Tensor) -> Tensor:
@@ -41,8 +60,74 @@ def expected(row: Tensor, blocks: BlockSpan) -> Tensor:
     return row
 
 
+def run_call(hidden: Tensor, blocks: BlockSpan, call: PassCall) -> dict[int, Tensor]:
+    """Packed rows through blocks with a call's prompts and adapters: what each block puts out."""
+    outputs: dict[int, list[Tensor]] = {block: [] for block in range(blocks.start, blocks.end)}
+    for number, row in enumerate(torch.split(hidden, list(call.counts))):
+        for block in outputs:
+            if call.prompts is not None:
+                prompts = call.prompts[block - blocks.start].expand(len(call.counts), -1, -1)
+                prompt = prompts[number, : len(row)]
+                row = torch.cat([row[: len(prompt)] + prompt, row[len(prompt) :]])
+            if call.adapter is not None and (block, PATH) in call.adapter.parts:
+                at = 2 * list(call.adapter.parts).index((block, PATH))
+                a, b = call.adapter.tensors[at : at + 2]
+                scaling = call.adapter.parts[block, PATH].scaling
+                row = run_block(block, row) + scaling * (row @ a.T) @ b.T
+            else:
+                row = run_block(block, row)
+            outputs[block].append(row)
+    return {block: torch.cat(rows) for block, rows in outputs.items()}
+
+
+@dataclass
+class ToyPart:
+    rank: int
+    scaling: float
+
+
+@dataclass
+class ToyAdapter:
+    """Low-rank matrices beside whole toy blocks."""
+
+    parts: dict[tuple[int, str], ToyPart]
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def random(cls, blocks: Sequence[int], rank: int = 2, seed: int = 0) -> "ToyAdapter":
+        draw = torch.Generator().manual_seed(seed)
+        tensors = []
+        for _ in blocks:
+            tensors += [
+                torch.randn(*shape, generator=draw).requires_grad_()
+                for shape in ((rank, HIDDEN), (HIDDEN, rank))
+            ]
+        return cls({(block, PATH): ToyPart(rank, 0.5) for block in blocks}, tuple(tensors))
+
+    @property
+    def digest(self) -> str:
+        content = repr([tensor.tolist() for tensor in self.tensors])
+        return hashlib.sha256((repr(self.parts) + content).encode()).hexdigest()
+
+    def within(self, blocks: BlockSpan) -> "ToyAdapter | None":
+        kept = [index for index, (block, _) in enumerate(self.parts) if block in blocks]
+        slots = list(self.parts)
+        tensors = tuple(self.tensors[2 * index + side] for index in kept for side in (0, 1))
+        parts = {slots[index]: self.parts[slots[index]] for index in kept}
+        return ToyAdapter(parts, tensors) if parts else None
+
+
 def states(num_tokens: int, seed: int = 0) -> Tensor:
     return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Traced:
+    """A pass with its graph: hidden, prompts and matrices; the output and the taps."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    num_given: int
 
 
 @dataclass
@@ -64,9 +149,19 @@ class ToyServer:
     refuse_opens: list[PetalsError] = field(default_factory=list)
     held: asyncio.Event | None = None
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
+    calls: dict[bytes, PassCall] = field(default_factory=dict)
+    """What each session was opened with."""
     steps: list[wire.Step] = field(default_factory=list)
     opened: list[wire.OpenSession] = field(default_factory=list)
-    forwards: list[wire.Forward] = field(default_factory=list)
+    forwards: list[Forward] = field(default_factory=list)
+    backwards: list[Backward] = field(default_factory=list)
+    refuse_backwards: list[PetalsError] = field(default_factory=list)
+    trains: bool = True
+    has_room: bool = True
+    """Whether it keeps passes for their way back."""
+    kept: dict[bytes, Traced] = field(default_factory=dict)
+    given: dict[str, ToyAdapter] = field(default_factory=dict)
+    num_given: int = 0
     num_kept: int = 0
     max_under_way: int = 0
     _under_way: int = 0
@@ -89,7 +184,8 @@ class ToyServer:
     async def announce(self, **changes: object) -> None:
         now = self.node.clock.now()
         spans = self.record_spans or ((self.blocks.start, self.blocks.end),)
-        values = {"state": ServerState.ONLINE, "adapters": self.adapters, "spans": spans} | changes
+        values = {"state": ServerState.ONLINE, "adapters": self.adapters, "spans": spans}
+        values |= {"trains": self.trains} | changes
         await self.node.directory.announce(
             ServerRecord(peer_id="", model=MODEL, num_blocks=100, expires_at=now + 600, **values)
         )
@@ -127,7 +223,7 @@ class ToyServer:
             case wire.GetInfo():
                 return self._info(), ()
             case wire.OpenSession():
-                return await self._open(message, mine), ()
+                return await self._open(message, tensors, mine), ()
             case wire.KeepSession():
                 self.num_kept += 1
                 await self._notify()
@@ -148,13 +244,64 @@ class ToyServer:
                 ids = (message.session_id, message.epoch, message.step_id)
                 result = wire.StepResult(*ids, 0.001, self.compute_seconds, len(output))
                 return result, self._sent(output)
-            case wire.Forward():
-                self.forwards.append(message)
-                if self.refuse_steps:
-                    raise self.refuse_steps.pop(0)
-                rows = torch.split(tensors[0], list(message.counts))
-                output = torch.cat([expected(row, BlockSpan(*message.blocks)) for row in rows])
-                return wire.ForwardResult(0.0, 0.0), self._sent(output)
+            case Forward():
+                return self._forward(message, tensors)
+            case Backward():
+                return self._backward(message, tensors)
+            case PutAdapter():
+                self.num_given += 1
+                parts = {
+                    (part.block, part.module): ToyPart(part.rank, part.scaling)
+                    for part in message.parts
+                }
+                self.given[message.adapter] = ToyAdapter(parts, tuple(tensors))
+                return AdapterKept(message.adapter, 60.0), ()
+
+    def _forward(self, message: Forward, tensors: list[Tensor]):
+        self.forwards.append(message)
+        if self.refuse_steps:
+            raise self.refuse_steps.pop(0)
+        traced = self._trace(message, tensors)
+        is_kept = message.pass_id is not None and self.has_room
+        if is_kept:
+            self.kept[message.pass_id] = traced
+        outputs = [self._sent(output.detach()) for output in traced.outputs]
+        result = ForwardResult(0.0, 0.0, kept=is_kept, lease_seconds=60.0 * is_kept)
+        return result, [tensor for sent in outputs for tensor in sent]
+
+    def _backward(self, message: Backward, tensors: list[Tensor]):
+        self.backwards.append(message)
+        if self.refuse_backwards:
+            raise self.refuse_backwards.pop(0)
+        num_grads = 1 + len(message.forward.taps)
+        if message.kept:
+            if message.forward.pass_id not in self.kept:
+                raise PassExpired("Gone.")
+            traced = self.kept.pop(message.forward.pass_id)
+            assert len(tensors) == num_grads
+        else:
+            traced = self._trace(message.forward, tensors[num_grads:])
+        inputs = traced.inputs if message.wants_adapter else traced.inputs[: traced.num_given]
+        grads = torch.autograd.grad(traced.outputs, inputs, tensors[:num_grads])
+        sent = [tensor for grad in grads for tensor in self._sent(grad)]
+        return BackwardResult(0.0, 0.0, recomputed=not message.kept), sent
+
+    def _trace(self, message: Forward, tensors: list[Tensor]) -> "Traced":
+        blocks, given = BlockSpan(*message.blocks), [t.requires_grad_() for t in tensors]
+        assert self.blocks.covers(blocks), (self.blocks, blocks)
+        prompts = given[1] if message.num_prompt_tokens else None
+        assert prompts is None or prompts.shape[2] == message.num_prompt_tokens
+        adapter = None
+        if message.adapter is not None:
+            adapter = self.given.get(message.adapter)
+            if adapter is None:
+                raise UnknownAdapter("No such adapter.")
+            matrices = tuple(t.detach().requires_grad_() for t in adapter.tensors)
+            adapter = ToyAdapter(adapter.parts, matrices)
+            given = [*given, *matrices]
+        made = run_call(tensors[0], blocks, PassCall(message.counts, prompts, adapter))
+        outputs = [made[blocks.end - 1], *(made[block] for block in message.taps)]
+        return Traced(given, outputs, len(tensors))
 
     async def _notify(self) -> None:
         async with self._heard:
@@ -175,15 +322,18 @@ class ToyServer:
             step_seconds=0.0,
         )
 
-    async def _open(self, message: wire.OpenSession, mine) -> wire.SessionOpened:
+    async def _open(self, message: wire.OpenSession, tensors, mine) -> wire.SessionOpened:
         self.opened.append(message)
         await self._notify()
         if self.refuse_opens:
             raise self.refuse_opens.pop(0)
         if not self.blocks.covers(BlockSpan(*message.blocks)):
             raise BlocksNotServed("Not here.")
-        if message.adapter is not None and message.adapter not in self.adapters:
+        if message.adapter is not None and message.adapter not in (*self.adapters, *self.given):
             raise UnknownAdapter("No such adapter.")
+        prompts = tensors[0][:, None] if message.num_prompt_tokens else None
+        adapter = self.given.get(message.adapter)
+        self.calls[message.session_id] = PassCall((), prompts, adapter)
         try:
             async with asyncio.timeout(message.alloc_timeout_seconds), self._freed:
                 while len(self.sessions) >= self.max_sessions:
@@ -206,7 +356,9 @@ class ToyServer:
             if start > len(rows[number]):
                 raise SessionGap("A gap.")
             rows[number] = torch.cat([rows[number][:start], new])
-            outputs.append(expected(rows[number], blocks)[start:])
+            call = replace(self.calls[message.session_id], counts=(len(rows[number]),))
+            made = run_call(rows[number], blocks, call)
+            outputs.append(made[blocks.end - 1][start:])
         self.sessions[message.session_id] = rows
         return torch.cat(outputs).to(hidden.dtype)
 

@@ -21,7 +21,9 @@ _HOMES: dict[str, str] = {
     "ClientConfig": "petals.client.config",
     "DistributedLlamaForSpeculativeGeneration": "petals.client.legacy",
     "InferenceSession": "petals.client.inference_session",
+    "LoraConfig": "petals.models.lora_config",
     "PetalsError": "petals.errors",
+    "RemoteLora": "petals.client.adapters",
     "RemoteSequenceManager": "petals.client.sequence_manager",
     "RemoteSequential": "petals.client.remote_sequential",
     **{

@@ -8,8 +8,9 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 
+from petals.client.autograd import run_whole
+from petals.client.block_runner import PassCall
 from petals.client.bridge import bridge
-from petals.client.forward import run_whole
 from petals.client.inference_session import InferenceSession
 from petals.client.sequence_manager import RemoteSequenceManager
 from petals.errors import (
@@ -23,7 +24,17 @@ from petals.errors import (
     SwarmError,
 )
 from petals.types import BlockSpan
-from toy_blocks import HIDDEN, MODEL, ToySwarm, config, expected, states, toy_swarm
+from toy_blocks import (
+    HIDDEN,
+    MODEL,
+    ToyAdapter,
+    ToySwarm,
+    config,
+    expected,
+    run_call,
+    states,
+    toy_swarm,
+)
 
 ALL = BlockSpan(0, 4)
 
@@ -163,11 +174,53 @@ def test_routes_can_be_looked_at(swarm: ToySwarm, manager: RemoteSequenceManager
 def test_whole_sequences(manager: RemoteSequenceManager) -> None:
     rows = torch.cat([states(3, seed=1), states(2, seed=2)])
     wanted = torch.cat([expected(row, ALL) for row in torch.split(rows, [3, 2])])
-    torch.testing.assert_close(run_whole(manager.access, ALL, rows, (3, 2)), wanted)
-    with pytest.raises(BadInput):
-        run_whole(manager.access, ALL, rows, (3, 3))
-    with pytest.raises(BadInput):
-        run_whole(manager.access, ALL, rows.long(), (3, 2))
+    output = run_whole(manager.access, ALL, rows, PassCall((3, 2), taps=(1,)))
+    torch.testing.assert_close(output.hidden, wanted)
+    first = torch.cat([expected(row, BlockSpan(0, 2)) for row in torch.split(rows, [3, 2])])
+    torch.testing.assert_close(output.tapped[1], first)
+    wide = torch.zeros(2, 1, 1, HIDDEN + 1)
+    for wrong, call in (
+        (rows, PassCall((3, 3))),
+        (rows.long(), PassCall((3, 2))),
+        (rows, PassCall((3, 2), taps=(4,))),
+        (rows, PassCall((3, 2), prompts=wide)),
+        (rows, PassCall((3, 2), prompts=wide[..., :-1] * torch.nan)),
+    ):
+        with pytest.raises(BadInput):
+            run_whole(manager.access, ALL, wrong, call)
+
+
+def test_whole_sequences_are_differentiable(manager: RemoteSequenceManager) -> None:
+    call = PassCall((3, 2), torch.zeros(4, 1, 2, HIDDEN), ToyAdapter.random((1, 2)), (1,))
+    call.prompts.requires_grad_()
+    rows = states(5).requires_grad_()
+    inputs = [rows, call.prompts, *call.adapter.tensors]
+    output = run_whole(manager.access, ALL, rows, call)
+    loss = output.hidden.square().sum() + output.tapped[1].sum()
+    made = run_call(rows, ALL, call)
+    wanted = torch.autograd.grad(made[3].square().sum() + made[1].sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs, retain_graph=True), wanted)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs, retain_graph=True), wanted)
+    with pytest.raises(BadInput, match="gradient"):
+        torch.autograd.grad(loss * torch.nan, inputs, retain_graph=True)
+    with torch.no_grad():
+        rows.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, inputs)
+
+
+def test_only_prompts_are_trained(manager: RemoteSequenceManager) -> None:
+    rows, prompts = states(5), torch.zeros(4, 2, 2, HIDDEN, requires_grad=True)
+    call = PassCall((3, 2), prompts)
+    run_whole(manager.access, ALL, rows, call).hidden.square().sum().backward()
+    (wanted,) = torch.autograd.grad(run_call(rows, ALL, call)[3].square().sum(), [prompts])
+    torch.testing.assert_close(prompts.grad, wanted)
+
+
+def test_nothing_runs_through_no_blocks(manager: RemoteSequenceManager) -> None:
+    rows = states(5).requires_grad_()
+    output = run_whole(manager.access, BlockSpan(2, 2), rows, PassCall((3, 2)))
+    assert output.hidden is rows
 
 
 def test_sessions_in_many_threads(manager: RemoteSequenceManager) -> None:

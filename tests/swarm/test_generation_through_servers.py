@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals.client.auto import AutoDistributedModelForCausalLM
-from petals.client.block_runner import SwarmRunner
 from petals.client.bridge import bridge
 from petals.client.sequence_manager import RemoteSequenceManager
+from petals.client.swarm_runner import SwarmRunner
 from petals.errors import LengthExceeded, MissingBlocksError
 from petals.server.config import ComputeConfig, LimitsConfig, MemoryConfig, ServerConfig
 from petals.server.config import SourceConfig as Source

@@ -11,7 +11,7 @@ from petals.cli import options
 from petals.cli.console import run_as_command, say
 from petals.cli.server_flags import DROPPED, read_flags
 from petals.cli.serving import run_server
-from petals.errors import ConfigError, NotSupported
+from petals.errors import ConfigError
 from petals.types import BlockSpan, ModelId
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ def translate(flags: Flags) -> "ServerConfig":
     model = flags.get("converted_model_name_or_path") or flags.get("model")
     if model is None:
         raise ConfigError("No model is named.", hint="run_server MODEL --initial_peers ADDR")
-    if flags.get("adapters"):
-        raise NotSupported(
-            "This version serves no adapters yet.", hint="Leave --adapters out for now."
-        )
     prefix, blocks = flags.get("dht_prefix"), flags.get("block_indices")
     return ServerConfig(
         source=SourceConfig(
@@ -53,6 +49,7 @@ def translate(flags: Flags) -> "ServerConfig":
             revision=flags.get("revision"),
             token=flags.get("token") or flags.get("use_auth_token"),
             cache_dir=flags.get("cache_dir"),
+            adapters=tuple(flags.get("adapters", ())),
         ),
         blocks=None if blocks is None else BlockSpan.parse(blocks),
         num_blocks=flags.get("num_blocks"),

@@ -45,6 +45,14 @@ Lease = Annotated[
 Name = Annotated[
     str | None, typer.Option("--name", help="Name of the model in the directory, if another.")
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapters",
+        metavar="LORA",
+        help="A LoRA adapter (repository or folder) that clients may ask for; may be repeated.",
+    ),
+]
 
 
 def serve(
@@ -63,6 +71,7 @@ def serve(
     lease: Lease = 60.0,
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     name: Name = None,
+    adapters: Adapters = None,
     public_name: Annotated[str | None, typer.Option(help="Shown by petals status.")] = None,
     host: options.Host = "0.0.0.0",
     port: options.Port = 0,
@@ -91,7 +100,10 @@ def serve(
         stop_when_stdin_closes()
     config = ServerConfig(
         source=SourceConfig(
-            model=model, name=None if name is None else ModelId(name), revision=revision
+            model=model,
+            name=None if name is None else ModelId(name),
+            revision=revision,
+            adapters=tuple(adapters or ()),
         ),
         blocks=None if blocks is None else BlockSpan.parse(blocks),
         num_blocks=num_blocks,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petals.client.model import LoadRequest, attach, load_distributed, open_model
+from petals.client.model import LoadRequest, attach, load_pretrained, open_model
 from petals.client.speculative import draft_with
 from petals.errors import ConfigError
 from petals.models.head import EndsKind
@@ -22,8 +22,9 @@ class AutoDistributedConfig:
 
         Raises ModelNotFound, ModelNotSupported, ConfigError.
         """
-        checkpoint, client = open_model(str(model_name_or_path), LoadRequest.read(options))
-        attach(checkpoint.config, client)
+        request = LoadRequest.read(options)
+        checkpoint, client = open_model(str(model_name_or_path), request)
+        attach(checkpoint.config, client, request.tuning)
         return checkpoint.config
 
 
@@ -42,14 +43,15 @@ class AutoDistributedModel:
     def from_pretrained(cls, model_name_or_path: str, **options: Any) -> PreTrainedModel:
         """Load embeddings and head of a hub repository or local folder; the blocks stay away.
 
-        ``options``: any field of ClientConfig (``initial_peers``, ``swarm_key``, ...), ``dtype``
+        ``options``: any field of ClientConfig (``initial_peers``, ``swarm_key``, ...) and of
+        TuningConfig (``tuning_mode``, ``pre_seq_len``: prompts to train), ``dtype``
         (or ``torch_dtype``; default: the checkpoint's), ``revision``, ``token``, ``cache_dir``,
         ``use_chunked_forward``, ``chunked_forward_step``, ``config`` (an AutoDistributedConfig's,
         for its client settings), and fields of the model's config. Does not wait for servers.
         Raises ModelNotFound, ModelNotSupported, PickleCheckpointRefused, ModelFilesBroken,
         NotEnoughDisk, ConfigError.
         """
-        return load_distributed(str(model_name_or_path), cls._kind, LoadRequest.read(options))
+        return load_pretrained(str(model_name_or_path), cls._kind, options)
 
 
 class AutoDistributedModelForCausalLM(AutoDistributedModel):

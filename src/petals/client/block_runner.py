@@ -1,18 +1,39 @@
 """How a client's modules reach blocks: sessions that continue, whole sequences that do not.
 
 The seam between what looks like a model and what looks like a network; tests put blocks of this
-process behind it. Must not know models.
+process behind it. Must not know models, servers or routes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from petals.client.forward import run_whole
-from petals.client.inference_session import InferenceSession
-from petals.client.sequence_manager import RemoteSequenceManager
+from petals.models.adapters import Adapter
 from petals.types import BlockSpan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassCall:
+    """What whole sequences are run with, beside their hidden states.
+
+    counts: tokens of each row. prompts: [blocks run, 1 or rows, P, H], added to the first P tokens
+    of every row on entering each block. taps: blocks (absolute) whose outputs are wanted, too.
+    """
+
+    counts: tuple[int, ...]
+    prompts: Tensor | None = None
+    adapter: Adapter | None = None
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassOutput:
+    """hidden, and what each tapped block put out: all [sum(counts), H]."""
+
+    hidden: Tensor
+    tapped: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Session(Protocol):
@@ -41,46 +62,33 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SessionCall:
+    """What a session is opened with.
+
+    Room for ``max_length`` tokens in each of ``num_rows`` rows; None: as they come. prompts:
+    [blocks run, P, H], added to positions 0 to P-1 of every row on entering each block.
+    """
+
+    max_length: int | None = None
+    num_rows: int | None = None
+    prompts: Tensor | None = None
+    adapter: Adapter | None = None
+
+
 class BlockRunner(Protocol):
     """Runs consecutive blocks of one model."""
 
     @property
     def num_blocks(self) -> int: ...
 
-    def open_session(
-        self, blocks: BlockSpan, *, max_length: int | None, num_rows: int | None
-    ) -> Session: ...
+    def open_session(self, blocks: BlockSpan, call: SessionCall) -> Session: ...
 
-    def run_whole(self, blocks: BlockSpan, hidden: Tensor, counts: Sequence[int]) -> Tensor:
-        """Packed whole sequences [sum(counts), H] -> the same shape; nothing is kept."""
+    def run_whole(self, blocks: BlockSpan, hidden: Tensor, call: PassCall) -> PassOutput:
+        """Packed whole sequences [sum(counts), H] once; nothing is kept for later calls.
+
+        Differentiable with respect to hidden, prompts and the adapter's tensors.
+        """
         ...
 
     def sequence_manager(self, blocks: BlockSpan) -> Any: ...
-
-
-class SwarmRunner:
-    """Blocks of one model on the servers of a swarm, which is joined at the first use."""
-
-    def __init__(self, manager: RemoteSequenceManager) -> None:
-        self.manager = manager
-
-    @classmethod
-    def of(cls, config: Any, manager: RemoteSequenceManager | None = None) -> "SwarmRunner":
-        """From a model's config that carries the client's settings, or from a manager at hand."""
-        blocks = BlockSpan(0, config.get_text_config(decoder=True).num_hidden_layers)
-        return cls(manager or RemoteSequenceManager(config, blocks))
-
-    @property
-    def num_blocks(self) -> int:
-        return self.manager.num_blocks
-
-    def open_session(
-        self, blocks: BlockSpan, *, max_length: int | None, num_rows: int | None
-    ) -> InferenceSession:
-        return InferenceSession(self.manager, blocks, max_length=max_length, num_rows=num_rows)
-
-    def run_whole(self, blocks: BlockSpan, hidden: Tensor, counts: Sequence[int]) -> Tensor:
-        return run_whole(self.manager.access, blocks, hidden, counts)
-
-    def sequence_manager(self, blocks: BlockSpan) -> RemoteSequenceManager:
-        return self.manager[blocks.start : blocks.end]

@@ -4,7 +4,10 @@ Knows peers and services; knows no messages.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+from petals.errors import RequestError, SessionError
 from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
 from petals.types import PeerId
@@ -30,6 +33,20 @@ class ChannelPool:
             if not channel.is_closed:
                 return channel
         return await self._node.open_channel(peer, service, timeout)
+
+    @asynccontextmanager
+    async def lent(self, peer: PeerId, service: str, timeout: float) -> AsyncIterator[Channel]:
+        """A channel for whole exchanges; a refusal is an answer, too. Raises like ``take``."""
+        channel = await self.take(peer, service, timeout)
+        try:
+            yield channel
+        except (RequestError, SessionError):
+            await self.give(channel)
+            raise
+        except BaseException:
+            await channel.close()  # its answer may still come, and would be taken for another's
+            raise
+        await self.give(channel)
 
     async def give(self, channel: Channel) -> None:
         """Take back a channel on which nothing is under way."""

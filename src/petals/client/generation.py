@@ -103,7 +103,7 @@ class RemoteGeneration:
             _check_can_start(options, kwargs)
         if options.get("use_cache") is False:
             return self._run(prompt, args, kwargs)
-        with self.remote_blocks.new_cache() as cache:
+        with self.new_cache() as cache:
             try:
                 return self._run(prompt, args, kwargs | {"past_key_values": cache})
             except RouteError as error:
@@ -131,7 +131,7 @@ class RemoteGeneration:
     def _continue(
         self: Any, session: Any, prompt: Prompt | None, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        cache = RemoteCache.of(session)
+        cache = self.cache_of(session)
         if kwargs.get("inputs_embeds") is not None:
             raise NotSupported(
                 "A session continues token ids, not embeddings.",
@@ -201,7 +201,7 @@ class RemoteGeneration:
         """Let the session reserve what this generation needs; a draft's grows with its rounds."""
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = self.remote_blocks.new_cache()
+            cache = model_kwargs["past_key_values"] = self.new_cache()
         if isinstance(cache, RemoteCache) and not generation_config.is_assistant:
             cache.reserve(max_cache_length)
 

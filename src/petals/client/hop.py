@@ -250,6 +250,7 @@ class HopSession:
 
     async def _reserve(self, sources: Sequence[PeerId]) -> None:
         terms, patience = self.terms, self._patience
+        prompts = terms.tuning.prompts_of(self.blocks)
         await self._channel.send(GetInfo())
         await self._channel.send(
             OpenSession(
@@ -260,10 +261,12 @@ class HopSession:
                 num_rows=terms.num_rows,
                 max_length=terms.max_length or 0,
                 dtype=str(terms.dtype).removeprefix("torch."),
-                adapter=terms.adapter,
+                adapter=terms.adapter_name(self.blocks),
                 alloc_timeout_seconds=patience.alloc_seconds,
                 sources=tuple(sources),
-            )
+                num_prompt_tokens=prompts[0].shape[1] if prompts else 0,
+            ),
+            prompts,
         )
         opened: SessionOpened | None = None
         info: Info | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from petals.client.bridge import bridge
 from petals.client.sequence_manager import RemoteSequenceManager
 from petals.client.session_rows import SessionRows
+from petals.client.terms import Tuning
 from petals.client.trace import SessionTrace
 from petals.errors import BadInput, NotSupported
 from petals.types import BlockSpan
@@ -22,7 +23,8 @@ class InferenceSession:
 
     Room for ``max_length`` tokens in each of ``num_rows`` rows (default: as many as the first step
     brings) is reserved at the first step; with None it is taken as the rows grow, and a step may
-    meet CacheFull. Use the session as a context manager, or ``close`` it.
+    meet CacheFull. ``tuning`` is what blocks add for this client alone. Use the session as a
+    context manager, or ``close`` it.
 
     ``output_ids`` ([rows, tokens] int64) and ``past_key_values`` belong to whoever generates.
     """
@@ -34,13 +36,18 @@ class InferenceSession:
         *,
         max_length: int | None,
         num_rows: int | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.manager = manager
         self.blocks = blocks or manager.blocks
         self.output_ids: Tensor | None = None
         self.past_key_values: object | None = None
         self._rows = SessionRows(
-            manager.access, self.blocks, max_length=max_length, num_rows=num_rows
+            manager.access,
+            self.blocks,
+            max_length=max_length,
+            num_rows=num_rows,
+            tuning=tuning,
         )
         self._dropped = weakref.finalize(self, _close_soon, self._rows)
         self._dropped.atexit = False
@@ -109,12 +116,12 @@ class InferenceSession:
         inputs: [batch, tokens, hidden] floating; tokens may be 0. hypo_ids: [batch] int64, the row
         each row continues. Returns [batch, tokens, hidden], same dtype and device.
         Raises BadInput, LengthExceeded, BatchTooLarge, RouteError, CacheFull, PeerError,
-        SessionClosed, and NotSupported for deep prompts.
+        SessionClosed, and NotSupported for prompts: a session is opened with them.
         """
         if prompts is not None and prompts.numel():
             raise NotSupported(
-                "Sessions do not take deep prompts in this version.",
-                hint="Put prompts before the input embeddings instead.",
+                "A session's deep prompts cannot change from step to step.",
+                hint="Open it with them: model.inference_session(..., prompts=prompts).",
             )
         if inputs.dim() != 3:
             raise BadInput(

@@ -8,6 +8,7 @@ architecture by name.
 import contextlib
 import copy
 import functools
+import os
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from petals.client.block_runner import SwarmRunner
 from petals.client.config import ClientConfig
 from petals.client.generation import RemoteGeneration
+from petals.client.ptune import TuningConfig, add_prompts
 from petals.client.remote_forward import DistributedModel, RemoteForward, check_token_ids
 from petals.client.remote_sequential import RemoteSequential
 from petals.client.sequence_manager import RemoteSequenceManager
+from petals.client.swarm_runner import SwarmRunner
+from petals.client.tuned import find_tuned, save_tuned
 from petals.errors import ConfigError, ModelNotSupported, NotSupported
 from petals.models.arch import ModelArch, build_on_meta
 from petals.models.head import EndsKind, EndsOptions, base_within, load_ends
@@ -35,15 +38,13 @@ _WITHOUT_MEANING = frozenset(
 )
 """Accepted and not needed: weights are always read lazily, from safetensors, the ends only."""
 
-_TRAINING = {"pre_seq_len": 0, "tuning_mode": None}
-"""Options of prompt tuning -> the values that ask for none."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
     """Keyword arguments of ``from_pretrained``, sorted. ``config`` are the model's own settings."""
 
     client: ClientConfig
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     ends: EndsOptions = field(default_factory=EndsOptions)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -52,9 +53,8 @@ class LoadRequest:
         """Raises ConfigError and NotSupported for options that cannot be honoured."""
         options = dict(options)
         given = options.pop("config", None)
-        own = {entry.name for entry in fields(ClientConfig)}
-        from_config = {name: getattr(given, name) for name in own if hasattr(given, name)}
-        client = ClientConfig.of(from_config | {k: options.pop(k) for k in own & options.keys()})
+        client = ClientConfig.of(_own(ClientConfig, given, options))
+        tuning = TuningConfig(**_own(TuningConfig, given, options))
         token = options.pop("use_auth_token", None)
         access = HubAccess(
             revision=options.pop("revision", None),
@@ -69,7 +69,18 @@ class LoadRequest:
             chunk_rows=options.pop("chunked_forward_step", EndsOptions().chunk_rows),
         )
         _refuse(options)
-        return cls(client=client, ends=ends, config=options)
+        return cls(client=client, tuning=tuning, ends=ends, config=options)
+
+
+def load_pretrained(source: str, kind: EndsKind, options: dict[str, Any]) -> PreTrainedModel:
+    """A hub repository, a local folder, or a folder of ``save_pretrained``: then the model it was
+    trained on, with what was trained. Raises what ``load_distributed`` and `tuned` do."""
+    saved = find_tuned(source)
+    if saved is None:
+        return load_distributed(source, kind, LoadRequest.read(options))
+    model = load_distributed(saved.base, kind, LoadRequest.read(saved.options | options))
+    saved.restore(model)
+    return model
 
 
 def load_distributed(source: str, kind: EndsKind, request: LoadRequest) -> PreTrainedModel:
@@ -82,15 +93,16 @@ def load_distributed(source: str, kind: EndsKind, request: LoadRequest) -> PreTr
     archs: list[ModelArch] = []
 
     def make_remote(arch: ModelArch, config: PretrainedConfig) -> nn.Module:
-        attach(config, client)
+        attach(config, client, request.tuning)
         archs.append(arch)
         runner = SwarmRunner(RemoteSequenceManager(client, BlockSpan(0, arch.num_blocks)))
         blocks = RemoteSequential(config, runner=runner)
         blocks.returns_tuple = layers_return_tuple(arch, checkpoint.config)
         return blocks
 
-    model = load_ends(checkpoint, kind, make_remote, request.ends)
-    return distribute(model, archs[0])
+    model: Any = distribute(load_ends(checkpoint, kind, make_remote, request.ends), archs[0])
+    add_prompts(model.blocks_host, request.tuning, archs[0].num_blocks)
+    return model
 
 
 def open_model(source: str, request: LoadRequest) -> tuple[Checkpoint, ClientConfig]:
@@ -110,17 +122,16 @@ def open_model(source: str, request: LoadRequest) -> tuple[Checkpoint, ClientCon
     return replace(checkpoint, config=config), client
 
 
-def attach(config: PretrainedConfig, client: ClientConfig) -> None:
+def attach(config: PretrainedConfig, *settings: Any) -> None:
     """Show the client's settings as attributes of a model's config, in values JSON can hold."""
-    for entry in fields(client):
-        value = getattr(client, entry.name)
+    for name, value in ((e.name, getattr(one, e.name)) for one in settings for e in fields(one)):
         if isinstance(value, (tuple, frozenset)):
             value = sorted(value) if isinstance(value, frozenset) else list(value)
-        setattr(config, entry.name, str(value) if isinstance(value, Path) else value)
+        setattr(config, name, str(value) if isinstance(value, Path) else value)
 
 
 class Loadable:
-    """Mixin: a distributed class loads itself."""
+    """Mixin: a distributed class loads itself, and saves what was trained."""
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str, **options: Any) -> Self:
@@ -128,13 +139,32 @@ class Loadable:
 
         Raises ModelNotSupported if the model is of another family than this class.
         """
-        model = load_distributed(str(model_name_or_path), cls._kind(), LoadRequest.read(options))
+        model = load_pretrained(str(model_name_or_path), cls._kind(), options)
         if not isinstance(model, cls):
             raise ModelNotSupported(
                 f"{model_name_or_path} is a {type(model).__name__}, not a {cls.__name__}.",
                 hint="AutoDistributedModelForCausalLM finds the class by itself.",
             )
         return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write what was trained here, and that alone; ``from_pretrained`` of the folder goes on.
+
+        The other arguments of transformers are accepted and mean nothing for so small a file.
+        Raises ConfigError if nothing requires gradients, or for ``push_to_hub``.
+        """
+        if options.get("push_to_hub"):
+            raise ConfigError(
+                "save_pretrained does not upload.", hint=f"hf upload REPOSITORY {save_directory}"
+            )
+        if is_main_process:
+            save_tuned(self, Path(save_directory), state_dict)
 
     @classmethod
     def _kind(cls) -> EndsKind:
@@ -166,6 +196,7 @@ def distribute(model: PreTrainedModel, arch: ModelArch) -> PreTrainedModel:
         is_head = module is model and module is not base
         module.__class__ = distributed_class(_original(type(module)), catches=not is_head)
         module.blocks_path = blocks_path[len(path) :].lstrip(".")
+        module.host_path = _joined(base_path, arch.host_path)[len(path) :].lstrip(".")
     # Some configs (MPT's) switch the cache off; without it every token would cost a whole prompt.
     for config in (model.config, model.config.get_text_config(decoder=True)):
         config.use_cache = True
@@ -228,6 +259,13 @@ def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
     return answers[0]
 
 
+def _own(kind: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``kind``: from ``options``, which lose them, else from a config at hand."""
+    names = {entry.name for entry in fields(kind)}
+    from_config = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return from_config | {name: options.pop(name) for name in names & options.keys()}
+
+
 def _joined(*paths: str) -> str:
     return ".".join(path for path in paths if path)
 
@@ -261,9 +299,3 @@ def _refuse(options: dict[str, Any]) -> None:
             "trust_remote_code would run a repository's Python code here.",
             hint="Use a model whose code ships with transformers.",
         )
-    for name, none in _TRAINING.items():
-        if options.pop(name, none) != none:
-            raise NotSupported(
-                f"{name} belongs to prompt tuning, which this version does not have.",
-                hint="Leave it out; inference works.",
-            )

@@ -23,6 +23,7 @@ from petals.errors import (
     PeerError,
     PetalsError,
     RequestError,
+    UnknownAdapter,
 )
 from petals.logs import get_logger
 from petals.types import BlockSpan, Hop, PeerId, Route
@@ -162,7 +163,16 @@ class _Opening:
         if index:
             before = route[index - 1].peer_id
         sources = () if before is None else (before,)
-        return await HopSession.open(self._swarm.node, hop, self._terms, patience, sources)
+        node, terms = self._swarm.node, self._terms
+        adapter = None if terms.tuning.adapter is None else terms.tuning.adapter.within(hop.blocks)
+        if adapter is None:
+            return await HopSession.open(node, hop, terms, patience, sources)
+        await self._swarm.adapters.deliver(hop.peer_id, adapter)
+        try:
+            return await HopSession.open(node, hop, terms, patience, sources)
+        except UnknownAdapter:
+            await self._swarm.adapters.deliver(hop.peer_id, adapter, again=True)
+            return await HopSession.open(node, hop, terms, patience, sources)
 
     async def _learn(self, hop: Hop, error: PetalsError) -> None:
         """Remember why a server is no choice now. Raises the error if no other can help."""

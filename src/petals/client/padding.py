@@ -31,6 +31,12 @@ class Rows:
         real = torch.ones(num_rows, 0, dtype=torch.bool)
         return cls(real, torch.full((num_rows,), UNKNOWN))
 
+    @classmethod
+    def full(cls, num_rows: int, num_columns: int) -> "Rows":
+        """Rows without padding, from position 0."""
+        real = torch.ones(num_rows, num_columns, dtype=torch.bool)
+        return cls(real, torch.zeros(num_rows, dtype=torch.int64))
+
     @property
     def num_rows(self) -> int:
         return self.real.shape[0]
@@ -50,6 +56,10 @@ class Rows:
     def cut(self, num_columns: int) -> "Rows":
         """The first ``num_columns`` columns."""
         return Rows(self.real[:, :num_columns], self.first)
+
+    def behind(self, num_columns: int) -> "Rows":
+        """The columns after the first ``num_columns``."""
+        return Rows(self.real[:, num_columns:], self.first) if num_columns else self
 
     def joined(self, new: "Rows") -> "Rows":
         """These columns and, after them, those of ``new``, which was read as their continuation."""
@@ -97,8 +107,7 @@ def unpack(packed: Tensor, real: Tensor) -> Tensor:
     if bool(real.all()):
         return packed.view(*real.shape, packed.shape[-1])
     hidden = packed.new_zeros(*real.shape, packed.shape[-1])
-    hidden[real.to(packed.device)] = packed
-    return hidden
+    return hidden.index_put((real.to(packed.device),), packed)
 
 
 def to_left_padding(mask: Tensor) -> Tensor | None:

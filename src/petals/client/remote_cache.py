@@ -6,7 +6,8 @@ Knows sessions by three methods and the network not at all.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -50,11 +51,20 @@ class RemoteCache(Cache):
     Opened at the first step, when the number of rows is known. ``max_length`` (tokens per row) is
     reserved on the servers at that moment; None lets the session grow. Usable as a context manager,
     which closes the session.
+
+    A tuned model's sequences begin with ``num_prompt_tokens`` prompts, which only its own forward
+    sees (`shown_whole`): to all others the first column is the first token behind them.
     """
 
-    def __init__(self, open_session: OpenSession, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        open_session: OpenSession,
+        max_length: int | None = None,
+        num_prompt_tokens: int = 0,
+    ) -> None:
         super().__init__(layers=[_RemoteLayer(self)])
         self.max_length = max_length
+        self._num_prompt_tokens = self._num_hidden = num_prompt_tokens
         self.is_of_same_ids = False
         """Whether the ids in generation begin with this cache's, or only continue them."""
         self.seen_ids: Tensor | None = None
@@ -67,7 +77,7 @@ class RemoteCache(Cache):
         self._seen_position = 0
 
     @classmethod
-    def of(cls, session: Any) -> "RemoteCache":
+    def of(cls, session: Any, num_prompt_tokens: int = 0) -> "RemoteCache":
         """The cache of a session that somebody else opened and will close.
 
         It follows what happened to the session without it: steps of others, and a position set
@@ -75,7 +85,7 @@ class RemoteCache(Cache):
         """
         cache: RemoteCache | None = getattr(session, "past_key_values", None)
         if cache is None:
-            cache = cls(lambda num_rows, max_length: session)
+            cache = cls(lambda num_rows, max_length: session, None, num_prompt_tokens)
             cache._session = session
             session.past_key_values = cache
         cache._follow(session)
@@ -99,7 +109,21 @@ class RemoteCache(Cache):
     @property
     def rows(self) -> Rows | None:
         """Rows and columns kept so far; None before the first step."""
-        return self._rows
+        return self._rows and self._rows.behind(self._num_hidden)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns kept so far, prompts included."""
+        return self._rows.num_columns if self._rows is not None else 0
+
+    @contextmanager
+    def shown_whole(self) -> Iterator[None]:
+        """While the model's own forward runs, count the prompts as columns, too."""
+        self._num_hidden = 0
+        try:
+            yield
+        finally:
+            self._num_hidden = self._num_prompt_tokens
 
     def read(self, num_rows: int, layout: Layout) -> Rows:
         """Check new columns against the kept ones. Raises BadInput, NotSupported, SessionClosed."""
@@ -120,7 +144,8 @@ class RemoteCache(Cache):
         """Run the new columns [rows, columns, H] behind the kept ones. An error changes nothing."""
         past = self._rows or Rows.empty(new.num_rows)
         if self._session is None:
-            self._session = self._open_session(new.num_rows, self.max_length)
+            room = None if self.max_length is None else self.max_length + self._num_prompt_tokens
+            self._session = self._open_session(new.num_rows, room)
         try:
             packed = self._session.step_rows(
                 pack(hidden, new.real),
@@ -156,7 +181,8 @@ class RemoteCache(Cache):
         longest = rows.real.cumsum(1).amax(0)
         kept = rows.cut(int((longest <= position).sum()))
         if position < self._seen_position and session.output_ids is not None:
-            session.output_ids = session.output_ids[:, : kept.num_columns]
+            num_kept = max(0, kept.num_columns - self._num_prompt_tokens)
+            session.output_ids = session.output_ids[:, :num_kept]
         num_new = position - max(kept.lengths)
         first = kept.first.clamp(min=0)
         added = Rows(torch.ones(kept.num_rows, num_new, dtype=torch.bool), first)
@@ -166,7 +192,7 @@ class RemoteCache(Cache):
     # What transformers asks
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._rows.num_columns if self._rows is not None else 0
+        return self._rows.behind(self._num_hidden).num_columns if self._rows is not None else 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length()

@@ -4,6 +4,7 @@ The original forward of transformers then runs with `RemoteSequential` as its on
 know routes, servers, files or decoding.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,14 +14,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from petals.client.adapters import AdaptedModel
 from petals.client.block_runner import Session
+from petals.client.hidden_states import HiddenStates
 from petals.client.padding import Layout, Rows, read_columns
+from petals.client.ptune import (
+    DEEP_PROMPTS,
+    PROMPTS,
+    deep_prompts,
+    num_prompt_tokens,
+    with_prompts,
+    without_prompts,
+)
 from petals.client.remote_cache import RemoteCache
-from petals.client.remote_sequential import RemoteSequential
+from petals.client.remote_sequential import ModelPass, RemoteSequential
 from petals.errors import BadInput, NotSupported
+from petals.logs import get_logger
+
+logger = get_logger(__name__)
 
 _NEEDS_WHOLE_MODEL = {
-    "output_hidden_states": "call slices of the blocks: model.remote_blocks[:5](hidden)",
     "output_attentions": "attention maps do not leave the servers; load the model locally",
     "output_router_logits": "router logits do not leave the servers; load the model locally",
 }
@@ -33,14 +46,17 @@ _OLD_NAMES: dict[str, Callable[[Any], Any]] = {
     "word_embeddings": lambda model: model.get_input_embeddings(),
     "word_embeddings_layernorm": lambda model: nn.Identity(),
     "ln_f": lambda model: _last_norm(model.get_decoder()),
+    PROMPTS: lambda model: _own_module(model.blocks_host, PROMPTS),
+    DEEP_PROMPTS: lambda model: _own_module(model.blocks_host, DEEP_PROMPTS),
 }
 """BLOOM's names, by which the original Petals' other families could be addressed too."""
 
 
-class DistributedModel:
+class DistributedModel(AdaptedModel):
     """What every model with remote blocks can do, whatever its head."""
 
     blocks_path: str
+    host_path: str
 
     def __getattr__(self, name: str) -> Any:
         module: Any = super()
@@ -58,6 +74,16 @@ class DistributedModel:
         return blocks
 
     @property
+    def blocks_host(self: Any) -> Any:
+        """The innermost model around the blocks; a tuned model's prompts are its parameters."""
+        return self.get_submodule(self.host_path)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Trained prompts before each sequence; 0 unless loaded with a ``tuning_mode``."""
+        return num_prompt_tokens(self.blocks_host)
+
+    @property
     def active_session(self) -> Session | None:
         """The session opened by ``inference_session`` or ``use_session`` around this call."""
         return self.remote_blocks.active_session
@@ -71,10 +97,50 @@ class DistributedModel:
         return self.remote_blocks.use_session(session)
 
     def inference_session(
-        self, *, max_length: int | None = None, num_rows: int | None = None
+        self,
+        *,
+        max_length: int | None = None,
+        num_rows: int | None = None,
     ) -> AbstractContextManager[Session]:
-        """A session of at most ``max_length`` tokens per row; calls inside continue it."""
-        return self.remote_blocks.inference_session(max_length=max_length, num_rows=num_rows)
+        """A session of at most ``max_length`` tokens per row; calls inside continue it.
+
+        A tuned model's prompts, as they are now, come on top of that length; ``position`` counts
+        them.
+        """
+        if max_length is not None:
+            max_length += self.num_prompt_tokens
+        return self.remote_blocks.inference_session(
+            max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
+        )
+
+    def new_cache(self) -> RemoteCache:
+        """``past_key_values`` for a batch to come, with a session of its own."""
+
+        def open_session(num_rows: int, max_length: int | None) -> Session:
+            return self.remote_blocks.open_session(
+                max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
+            )
+
+        return RemoteCache(open_session, num_prompt_tokens=self.num_prompt_tokens)
+
+    def cache_of(self, session: Session) -> RemoteCache:
+        """``past_key_values`` that continue ``session``."""
+        return RemoteCache.of(session, self.num_prompt_tokens)
+
+    supports_gradient_checkpointing = True
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Accepted, and needs nothing: no activation of a block is kept in this process."""
+        logger.info("gradient checkpointing changes nothing here: the servers see to it themselves")
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The other half of ``gradient_checkpointing_enable``."""
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def _deep_prompts(self) -> Tensor | None:
+        return deep_prompts(self.blocks_host, len(self.remote_blocks))
 
 
 class RemoteForward(DistributedModel):
@@ -100,22 +166,52 @@ class RemoteForward(DistributedModel):
             check_token_ids(ids, self.get_input_embeddings())
         if (ids is None) == (embeds is None):
             raise BadInput("Give either input_ids or inputs_embeds.", hint="Exactly one of them.")
-        given: Any = ids if ids is not None else embeds
+        cache = self._cache_for(call)
+        num_past = 0 if cache is None else cache.num_columns
+        call, num_new = with_prompts(self.blocks_host, call, num_past)
+        rows = self._read(call, cache)
+        call["past_key_values"], call["use_cache"] = cache, cache is not None
+        deep = None if cache is not None else self._deep_prompts()
+        prompts = None if deep is None else deep[:, None]
+        shown = contextlib.nullcontext() if cache is None else cache.shown_whole()
+        states = self._asked_states(call, cache)
+        current = ModelPass(rows, cache, prompts, dict.fromkeys(states.taps if states else ()))
+        is_tuple = call.get("return_dict", self.config.return_dict) is False
+        if states is not None:
+            call |= {"output_hidden_states": False, "return_dict": True}
+        with self.remote_blocks.model_pass(current), shown:
+            output = original.forward(**call)
+        if states is not None:
+            output = states.joined_to(output, current.tapped)
+            output = output.to_tuple() if is_tuple else output
+        return without_prompts(output, num_new, rows.num_columns)
+
+    def _asked_states(
+        self: Any, call: dict[str, Any], cache: RemoteCache | None
+    ) -> HiddenStates | None:
+        states = HiddenStates.asked_by(call, self.config, len(self.remote_blocks))
+        if states is not None and cache is not None:
+            raise NotSupported(
+                "output_hidden_states: a session's servers give only what the last block puts out.",
+                hint="Run whole sequences, outside a session and without use_cache=True; of a text "
+                "that was generated, run model(ids, output_hidden_states=True) afterwards.",
+            )
+        return states
+
+    def _read(self, call: dict[str, Any], cache: RemoteCache | None) -> Rows:
+        """Where the new tokens of a checked call are."""
+        ids = call.get("input_ids")
+        given: Any = ids if ids is not None else call["inputs_embeds"]
         num_rows, num_columns = given.shape[:2]
         layout = Layout(
             num_columns=num_columns,
             attention_mask=call.get("attention_mask"),
             position_ids=call.get("position_ids"),
-            follows_mask=_positions_follow_mask(self.config),
+            follows_mask=self.num_prompt_tokens > 0 or _positions_follow_mask(self.config),
         )
-        cache = self._cache_for(call)
         if cache is None:
-            rows = read_columns(Rows.empty(num_rows), layout)
-        else:
-            rows = cache.read(num_rows, layout)
-        call["past_key_values"], call["use_cache"] = cache, cache is not None
-        with self.remote_blocks.model_pass(rows, cache):
-            return original.forward(**call)
+            return read_columns(Rows.empty(num_rows), layout)
+        return cache.read(num_rows, layout)
 
     def _cache_for(self, call: dict[str, Any]) -> RemoteCache | None:
         given = call.get("past_key_values")
@@ -130,8 +226,8 @@ class RemoteForward(DistributedModel):
             )
         session = self.active_session
         if session is not None:
-            return RemoteCache.of(session)
-        return self.remote_blocks.new_cache() if call.get("use_cache") else None
+            return self.cache_of(session)
+        return self.new_cache() if call.get("use_cache") else None
 
     def _refuse(self, call: dict[str, Any]) -> None:
         for name, instead in _NEEDS_WHOLE_MODEL.items():
@@ -165,6 +261,13 @@ def check_token_ids(ids: Tensor, embeddings: nn.Module) -> None:
             f"Token id {wrong} is outside the vocabulary of {vocabulary} tokens.",
             hint="Use the tokenizer of this very model.",
         )
+
+
+def _own_module(module: nn.Module, name: str) -> nn.Module:
+    found = module._modules.get(name)
+    if found is None:
+        raise AttributeError(f"This model is not tuned; it has no {name}")
+    return found
 
 
 def _last_norm(decoder: nn.Module) -> nn.Module:

@@ -10,29 +10,46 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from petals.client.block_runner import BlockRunner, Session, SwarmRunner
+from petals.client.adapters import RemoteLora
+from petals.client.block_runner import (
+    BlockRunner,
+    PassCall,
+    PassOutput,
+    Session,
+    SessionCall,
+)
+from petals.client.hidden_states import ENTRY
 from petals.client.padding import Rows, pack, unpack
 from petals.client.remote_cache import RemoteCache
+from petals.client.swarm_runner import SwarmRunner
 from petals.errors import BadInput, NotSupported
 from petals.types import BlockSpan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ModelPass:
-    """One forward of a whole model: where its tokens are, and the cache it continues, if any."""
+    """One forward of a whole model: where its tokens are, and the cache it continues, if any.
 
-    blocks: "RemoteSequential"
+    Without a cache whole sequences run, with ``prompts`` [blocks, 1 or rows, P, H]; ``tapped``
+    then takes up what the blocks named in it put out, [rows, columns, H], and what enters the
+    first one under ENTRY.
+    """
+
     rows: Rows
-    cache: RemoteCache | None
+    cache: RemoteCache | None = None
+    prompts: Tensor | None = None
+    tapped: dict[int, Tensor | None] = field(default_factory=dict)
 
 
-_pass: ContextVar[ModelPass | None] = ContextVar("model_pass", default=None)
+_pass: ContextVar[tuple["RemoteSequential", ModelPass] | None] = ContextVar(
+    "model_pass", default=None
+)
 _sessions: ContextVar[tuple[tuple["RemoteSequential", Session], ...]] = ContextVar(
     "active_sessions", default=()
 )
@@ -70,6 +87,8 @@ class RemoteSequential(nn.Module):
             0 if start_block is None else start_block,
             self.runner.num_blocks if end_block is None else end_block,
         )
+        self.lora: RemoteLora | None = None
+        """Applied inside these blocks, in sessions opened and sequences run from now on."""
         self.returns_tuple = False
         """How the model's own layers answer: (hidden, ...) in BLOOM's generation, else hidden."""
 
@@ -117,7 +136,7 @@ class RemoteSequential(nn.Module):
             end_block=offset + end,
             runner=self.runner,
         )
-        part.returns_tuple = self.returns_tuple
+        part.returns_tuple, part.lora = self.returns_tuple, self.lora
         return part
 
     # Sessions
@@ -150,13 +169,18 @@ class RemoteSequential(nn.Module):
 
     @contextmanager
     def inference_session(
-        self, *, max_length: int | None = None, num_rows: int | None = None
+        self,
+        *,
+        max_length: int | None = None,
+        num_rows: int | None = None,
+        prompts: Tensor | None = None,
     ) -> Iterator[Session]:
         """Open a session of at most ``max_length`` tokens per row and send calls inside to it.
 
         Without a length it grows as it goes, and a full server may refuse it in the middle.
+        prompts: see ``open_session``.
         """
-        session = self.open_session(max_length=max_length, num_rows=num_rows)
+        session = self.open_session(max_length=max_length, num_rows=num_rows, prompts=prompts)
         try:
             with self.use_session(session):
                 yield session
@@ -164,15 +188,24 @@ class RemoteSequential(nn.Module):
             session.close()
 
     def open_session(
-        self, *, max_length: int | None = None, num_rows: int | None = None
+        self,
+        *,
+        max_length: int | None = None,
+        num_rows: int | None = None,
+        prompts: Tensor | None = None,
     ) -> Session:
-        """A session of these blocks; close it after use."""
-        return self.runner.open_session(self.blocks, max_length=max_length, num_rows=num_rows)
+        """A session of these blocks; close it after use.
 
-    def new_cache(self, max_length: int | None = None) -> RemoteCache:
-        """``past_key_values`` for a batch to come, with a session of its own."""
-        return RemoteCache(
-            lambda rows, length: self.open_session(max_length=length, num_rows=rows), max_length
+        prompts: [blocks, P, H], added to positions 0 to P-1 of every row on entering each block.
+        Raises BadInput for prompts of another shape.
+        """
+        if prompts is not None:
+            self._check_prompts(prompts, (len(self), *prompts.shape[1:2]))
+            prompts = prompts.detach() if prompts.numel() else None
+        adapter = None if self.lora is None else self.lora.snapshot().within(self.blocks)
+        return self.runner.open_session(
+            self.blocks,
+            SessionCall(max_length=max_length, num_rows=num_rows, prompts=prompts, adapter=adapter),
         )
 
     # Running
@@ -182,8 +215,11 @@ class RemoteSequential(nn.Module):
     ) -> Tensor | tuple[Tensor]:
         """Hidden states [batch, tokens, H] -> the same shape, after these blocks.
 
-        In a session they continue it, outside they are whole sequences. Raises BadInput for other
-        shapes, NotSupported for gradients, and what the swarm raises.
+        In a session they continue it, without gradients; outside they are whole sequences, and the
+        result is differentiable with respect to inputs and prompts. prompts: [blocks, 1 or batch,
+        P, H], added to the first P tokens on entering each block; those of a session are given when
+        it opens. Raises BadInput for other shapes, NotSupported for gradients of a session, and
+        what the swarm raises.
         """
         if inputs.ndim != 3 or not inputs.is_floating_point():
             raise BadInput(
@@ -191,28 +227,21 @@ class RemoteSequential(nn.Module):
                 f"not {inputs.dtype} {tuple(inputs.shape)}.",
                 hint="Embed token ids first: model.get_input_embeddings()(input_ids).",
             )
-        if torch.is_grad_enabled() and inputs.requires_grad:
-            raise NotSupported(
-                "Gradients do not travel through the servers in this version.",
-                hint="Call it under torch.no_grad(), or detach the inputs.",
-            )
         current = self._current_pass()
         if current is not None:
             outputs = self._run_pass(inputs, current)
             return (outputs,) if self.returns_tuple else outputs
         session = self.active_session
         if session is not None:
+            _refuse_gradients(inputs)
             return session.step(inputs, prompts=prompts, hypo_ids=kwargs.get("hypo_ids"))
-        if prompts is not None:
-            raise NotSupported(
-                "Deep prompts are not part of this version.", hint="Leave prompts=None."
-            )
-        return self._run_whole(inputs, torch.ones(inputs.shape[:2], dtype=torch.bool))
+        everything = Rows.full(*inputs.shape[:2])
+        return self._run_whole(inputs, ModelPass(everything, prompts=prompts))
 
     @contextmanager
-    def model_pass(self, rows: Rows, cache: RemoteCache | None) -> Iterator[None]:
+    def model_pass(self, call: ModelPass) -> Iterator[None]:
         """While the model's forward runs, be its only layer for these rows."""
-        token = _pass.set(ModelPass(self, rows, cache))
+        token = _pass.set((self, call))
         try:
             yield
         finally:
@@ -225,14 +254,47 @@ class RemoteSequential(nn.Module):
 
     def _current_pass(self) -> ModelPass | None:
         current = _pass.get()
-        return current if current is not None and current.blocks is self else None
+        return current[1] if current is not None and current[0] is self else None
 
     def _run_pass(self, hidden: Tensor, current: ModelPass) -> Tensor:
         if current.cache is None:
-            return self._run_whole(hidden, current.rows.real)
+            return self._run_whole(hidden, current)
+        _refuse_gradients(hidden)
         return current.cache.step(hidden, current.rows).to(hidden)
 
-    def _run_whole(self, hidden: Tensor, real: Tensor) -> Tensor:
-        counts = real.sum(1).tolist()
-        packed = self.runner.run_whole(self.blocks, pack(hidden, real), counts)
-        return unpack(packed, real).to(hidden)
+    def _run_whole(self, hidden: Tensor, current: ModelPass) -> Tensor:
+        real, prompts = current.rows.real, current.prompts
+        if prompts is not None:
+            rows = 1 if prompts.ndim == 4 and prompts.shape[1] == 1 else len(real)
+            self._check_prompts(prompts, (len(self), rows, *prompts.shape[2:3]))
+            prompts = prompts if prompts.numel() else None
+        call = PassCall(
+            counts=tuple(real.sum(1).tolist()),
+            prompts=prompts,
+            adapter=None if self.lora is None else self.lora.live().within(self.blocks),
+            taps=tuple(block for block in current.tapped if block != ENTRY),
+        )
+        if ENTRY in current.tapped:
+            current.tapped[ENTRY] = hidden
+        output: PassOutput = self.runner.run_whole(self.blocks, pack(hidden, real), call)
+        for block, tapped in output.tapped.items():
+            current.tapped[block] = unpack(tapped, real).to(hidden)
+        return unpack(output.hidden, real).to(hidden)
+
+    def _check_prompts(self, prompts: Tensor, shape: tuple[int, ...]) -> None:
+        """Raises BadInput unless the leading dimensions are ``shape``, with one more behind."""
+        if prompts.shape[:-1] != shape or not prompts.is_floating_point():
+            raise BadInput(
+                f"Prompts for blocks {self.blocks} have {prompts.dtype} {tuple(prompts.shape)}.",
+                hint="Whole sequences take [blocks, 1 or batch, length, hidden], "
+                "sessions [blocks, length, hidden].",
+            )
+
+
+def _refuse_gradients(inputs: Tensor) -> None:
+    if torch.is_grad_enabled() and inputs.requires_grad:
+        raise NotSupported(
+            "Gradients do not flow through a session.",
+            hint="Train on whole sequences, outside a session and with use_cache=False; "
+            "generate under torch.no_grad().",
+        )

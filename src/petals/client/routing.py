@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from petals.errors import MissingBlocksError, NoCapacity, RouteError
+from petals.errors import MissingBlocksError, NoCapacity, RouteError, TrainingRefused
 from petals.types import BlockSpan, Hop, PeerId, Route
 
 KEPT_PER_BLOCK = 8
@@ -37,7 +37,8 @@ class Candidate:
     """A server as the search sees it.
 
     ``seconds_per_block`` is for one token. ``tokens_free`` counts KV room in tokens of one block.
-    ``round_trip_seconds`` (from here) and ``tokens_free`` are None where unmeasured.
+    ``round_trip_seconds`` (from here) and ``tokens_free`` are None where unmeasured. ``trains``: it
+    gives gradients.
     """
 
     peer_id: PeerId
@@ -46,6 +47,7 @@ class Candidate:
     queue_seconds: float = 0.0
     round_trip_seconds: float | None = None
     tokens_free: int | None = None
+    trains: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +56,13 @@ class Needs:
 
     ``cache_tokens`` is the KV room per block it will ask for. ``avoid`` are servers that failed
     lately: used only where nobody else holds a block. ``exclude`` have refused this very request
-    and are never used.
+    and are never used. ``is_training``: only servers that give gradients will do.
     """
 
     blocks: BlockSpan
     model: str = ""
     cache_tokens: int = 0
+    is_training: bool = False
     avoid: frozenset[PeerId] = frozenset()
     exclude: frozenset[PeerId] = frozenset()
 
@@ -89,8 +92,8 @@ class _Label:
 def find_route(candidates: Sequence[Candidate], needs: Needs, links: Links | None = None) -> Route:
     """The route of least latency through ``needs.blocks``.
 
-    Raises MissingBlocksError naming the blocks nobody holds, and NoCapacity where their only
-    holders are excluded.
+    Raises MissingBlocksError naming the blocks nobody holds, NoCapacity where their only holders
+    are excluded, and TrainingRefused where none of them gives the gradients that are needed.
     """
     servers = _choose(candidates, needs)
     holders: dict[int, list[_Server]] = {
@@ -145,6 +148,8 @@ def _choose(candidates: Sequence[Candidate], needs: Needs) -> list[_Server]:
     start, end = needs.blocks.start, needs.blocks.end
     held = [c for c in candidates if c.blocks.start < end and c.blocks.end > start]
     willing = [c for c in held if c.peer_id not in needs.exclude] if needs.exclude else held
+    if needs.is_training:
+        willing = [c for c in willing if c.trains]
     usable = [c for c in willing if c.peer_id not in needs.avoid] if needs.avoid else willing
     measured = [c.round_trip_seconds for c in held if c.round_trip_seconds is not None]
     unmeasured = median(measured) if measured else UNMEASURED_ROUND_TRIP_SECONDS
@@ -201,18 +206,26 @@ def _server(candidate: Candidate, needs: Needs, unmeasured: float) -> _Server:
     return _Server(candidate.peer_id, start, end, half_trip, entry, candidate.seconds_per_block)
 
 
-def _no_route(gaps: tuple[BlockSpan, ...], held: Sequence[Candidate], needs: Needs) -> RouteError:
+def _no_route(
+    gaps: tuple[BlockSpan, ...], held: Sequence[Candidate], needs: Needs
+) -> RouteError | TrainingRefused:
     named = ", ".join(str(gap) for gap in gaps)
     of_model = f" of {needs.model}" if needs.model else ""
-    if not missing_blocks((c.blocks for c in held), needs.blocks):
-        return NoCapacity(
-            f"All servers that hold blocks {named}{of_model} have refused this request.",
-            hint="Wait until other sessions end, ask for less, or start another server.",
+    if missing_blocks((c.blocks for c in held), needs.blocks):
+        return MissingBlocksError(
+            f"Nobody serves blocks {named}{of_model}.",
+            hint=f"Start one: petals serve {needs.model or 'MODEL'} --blocks {gaps[0]} --join "
+            "ADDR. `petals status --join ADDR` shows who serves what.",
         )
-    return MissingBlocksError(
-        f"Nobody serves blocks {named}{of_model}.",
-        hint=f"Start one: petals serve {needs.model or 'MODEL'} --blocks {gaps[0]} --join ADDR. "
-        "`petals status --join ADDR` shows who serves what.",
+    if needs.is_training and missing_blocks((c.blocks for c in held if c.trains), needs.blocks):
+        return TrainingRefused(
+            f"All servers that hold blocks {named}{of_model} give no gradients.",
+            hint=f"Start one that does: petals serve {needs.model or 'MODEL'} --blocks {gaps[0]} "
+            "--join ADDR, without --no-training and in a precision that trains.",
+        )
+    return NoCapacity(
+        f"All servers that hold blocks {named}{of_model} have refused this request.",
+        hint="Wait until other sessions end, ask for less, or start another server.",
     )
 
 

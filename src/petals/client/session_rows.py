@@ -20,7 +20,7 @@ from petals.client.recovery import Recovery
 from petals.client.sequence_manager import SwarmAccess
 from petals.client.states import check_states, check_width
 from petals.client.swarm_view import show
-from petals.client.terms import Terms
+from petals.client.terms import Terms, Tuning
 from petals.client.trace import SessionTrace
 from petals.errors import (
     BadInput,
@@ -50,6 +50,7 @@ class SessionRows:
         *,
         max_length: int | None,
         num_rows: int | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise BadInput("A session's max_length is at least 1.", hint="Pass max_length=2048.")
@@ -59,6 +60,7 @@ class SessionRows:
         """Tokens in every row; servers may hold more of a row that was rolled back."""
         self._access = access
         self._num_reserved = num_rows
+        self._tuning = tuning or Tuning()
         self._dtype: torch.dtype | None = None
         self._recovery: Recovery | None = None
         self._inputs = KeptInputs(num_rows or 0)
@@ -144,6 +146,8 @@ class SessionRows:
         if self._recovery is not None:
             return self._recovery
         self._dtype = hidden.dtype if hidden.dtype in _TRAVELLING else torch.float32
+        if self._tuning.prompts is not None:
+            check_width(self._tuning.prompts, hidden.shape[-1])
         view = await self._access.view()
         terms = Terms(
             session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
@@ -151,7 +155,8 @@ class SessionRows:
             num_rows=self._num_reserved or num_rows,
             max_length=self.max_length,
             dtype=self._dtype,
-            adapter=view.config.active_adapter,
+            active_adapter=view.config.active_adapter,
+            tuning=self._tuning,
         )
         recovery = Recovery(view, self.blocks, terms)
         path = await recovery.open()

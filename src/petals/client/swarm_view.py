@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from petals.client.adapter_delivery import AdapterDelivery
 from petals.client.arcs import Edges
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
@@ -98,6 +99,7 @@ class SwarmView:
         self.bans = Bans(config.ban_timeout)
         self.edges = Edges()
         self.channels = ChannelPool(node)
+        self.adapters = AdapterDelivery(model, self.channels, config)
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
         self._clock = node.clock
@@ -141,7 +143,7 @@ class SwarmView:
         """A route for ``needs`` now; ``throughput`` draws one of many instead of the fastest.
 
         Banned servers are used where nobody else holds a block; with ``avoid_strictly`` not even
-        there. Raises MissingBlocksError, NoCapacity, UnknownAdapter.
+        there. Raises MissingBlocksError, NoCapacity, TrainingRefused, UnknownAdapter.
         """
         await self.records()
         try:
@@ -260,6 +262,7 @@ class SwarmView:
             queue_seconds=0.0 if info is None else _queue_seconds(info),
             round_trip_seconds=self._round_trips.get(peer),
             tokens_free=None if info is None else info.tokens_free * len(span),
+            trains=record.trains,
         )
 
     def _worth_measuring(self) -> list[PeerId]:

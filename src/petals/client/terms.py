@@ -9,8 +9,27 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from petals.types import SessionId
+from petals.client.block_runner import Adapter
+from petals.types import BlockSpan, SessionId
 from petals.wire.messages import StepResult
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tuning:
+    """What a client's training adds to blocks that begin at ``first``.
+
+    prompts: [blocks, P, H], for positions 0 to P-1 of every row, on entering each block.
+    """
+
+    first: int = 0
+    prompts: Tensor | None = None
+    adapter: Adapter | None = None
+
+    def prompts_of(self, blocks: BlockSpan) -> tuple[Tensor, ...]:
+        """The prompts that a server of ``blocks`` is given, if there are any."""
+        if self.prompts is None:
+            return ()
+        return (self.prompts[blocks.start - self.first : blocks.end - self.first],)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +42,17 @@ class Terms:
     max_length: int | None
     """None: whatever the server allows, room taken as the rows grow."""
     dtype: torch.dtype = torch.float32
-    adapter: str | None = None
+    active_adapter: str | None = None
+    """One of the servers' own, used where ``tuning`` brings none."""
+    tuning: Tuning = Tuning()
     epoch: int = 0
+
+    def adapter_name(self, blocks: BlockSpan) -> str | None:
+        """The adapter that a server of ``blocks`` is to apply."""
+        if self.tuning.adapter is None:
+            return self.active_adapter
+        own = self.tuning.adapter.within(blocks)
+        return None if own is None else own.digest
 
 
 class Refill(Enum):

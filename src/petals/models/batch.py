@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from petals.models.adapters import Adapter
 from petals.models.kv_layout import KVRow
 from petals.types import BlockSpan
 
@@ -23,6 +24,7 @@ class Segment:
 
     hidden: [n, H] states entering ``blocks.start``; ``start`` is the position of the first token.
     row: where keys and values live; None for a pass without memory (``start`` is then 0).
+    adapter: added to the matrices of these blocks, for this segment alone.
     prompts: for each block [P, H], added to positions 0..P-1 on entering it.
     taps: absolute blocks whose outputs, [n, H], are wanted in ``tapped`` after the run.
     """
@@ -31,7 +33,7 @@ class Segment:
     blocks: BlockSpan
     row: KVRow | None = None
     start: int = 0
-    adapter: Any = None
+    adapter: Adapter | None = None
     prompts: Sequence[torch.Tensor] | torch.Tensor | None = None
     taps: tuple[int, ...] = ()
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class BatchContext:
     ) -> None:
         self.segments = segments
         self.packed = packed
+        self.has_adapters = any(segment.adapter is not None for segment in segments)
         self.borders = borders
         self.first_block = span.start
         self.parts: list[Part] = []

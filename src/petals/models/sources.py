@@ -72,14 +72,48 @@ class HubAccess:
     cache_dir: str | None = None
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One model's files. ``folder`` is set for a local model, otherwise ``name`` is a hub id."""
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """A hub repository or a local folder. ``folder`` is set if it is local, otherwise ``name`` is a
+    hub id.
+    """
 
     name: str
-    config: PretrainedConfig
     folder: Path | None = None
     access: HubAccess = field(default_factory=HubAccess)
+
+    def find(self, file_name: str) -> Path | None:
+        """Local path of one file, downloaded first if need be; None if there is no such file.
+
+        Raises ModelNotFound (no such repository), NotEnoughDisk.
+        """
+        if self.folder is not None:
+            path = self.folder / file_name
+            return path if path.is_file() else None
+        return _download(self.name, file_name, self.access)
+
+    def has(self, file_name: str) -> bool:
+        """Whether the file exists, without downloading it: a pickle may be large."""
+        if self.folder is not None:
+            return (self.folder / file_name).is_file()
+        revision, token = self.access.revision, self.access.token
+        cached = try_to_load_from_cache(self.name, file_name, self.access.cache_dir, revision)
+        if isinstance(cached, str) or _is_offline():
+            return isinstance(cached, str)
+        with _hub_errors(self.name, self.access):
+            return file_exists(self.name, file_name, revision=revision, token=token)
+
+    @property
+    def public_name(self) -> str:
+        """The repository; of a folder only its own name, since paths are nobody's business."""
+        return self.name if self.folder is None else self.folder.resolve().name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Files):
+    """One model's files."""
+
+    config: PretrainedConfig
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -97,7 +131,7 @@ class Checkpoint:
             found = _map_loose_files(self.folder)
             if found:
                 return found
-        if any(self._has(name) for name in PICKLE_FILES):
+        if any(self.has(name) for name in PICKLE_FILES):
             raise _pickle_refused(self.name)
         raise ModelFilesBroken(
             f"{self.name} has a config but no safetensors weights.",
@@ -131,23 +165,15 @@ class Checkpoint:
             )
         return found
 
-    def _has(self, file_name: str) -> bool:
-        """Whether the file exists, without downloading it: a pickle may be large."""
-        if self.folder is not None:
-            return (self.folder / file_name).is_file()
-        revision, token = self.access.revision, self.access.token
-        cached = try_to_load_from_cache(self.name, file_name, self.access.cache_dir, revision)
-        if isinstance(cached, str) or _is_offline():
-            return isinstance(cached, str)
-        with _hub_errors(self.name, self.access):
-            return file_exists(self.name, file_name, revision=revision, token=token)
 
-    def find(self, file_name: str) -> Path | None:
-        """Like ``path``, but None for a file that the model does not have."""
-        if self.folder is not None:
-            path = self.folder / file_name
-            return path if path.is_file() else None
-        return _download(self.name, file_name, self.access)
+def find_files(source: str, access: HubAccess | None = None) -> Files:
+    """The folder or hub repository named ``source``. Raises ModelNotFound for a path to nothing."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Files(name=source, folder=folder)
+    if folder.is_file() or source.startswith(("/", ".", "~")):
+        raise _no_folder(source, folder.is_file())
+    return Files(name=_follow_alias(source), access=access or HubAccess())
 
 
 def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
@@ -156,26 +182,20 @@ def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
     Raises ModelNotFound for an unknown name, ModelNotSupported for a model that would need its
     repository's own code, ModelFilesBroken for an unreadable config.
     """
-    access = access or HubAccess()
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        config_path = folder / CONFIG_FILE
-        if not config_path.is_file():
-            raise ModelNotFound(
-                f"The folder {source} has no {CONFIG_FILE}.",
-                hint="Give the folder that save_pretrained() or a hub download filled.",
-            )
-        return Checkpoint(name=source, config=_read_config(config_path, source), folder=folder)
-    if folder.is_file() or source.startswith(("/", ".", "~")):
-        raise _no_folder(source, folder.is_file())
-    name = _follow_alias(source)
-    downloaded = _download(name, CONFIG_FILE, access)
-    if downloaded is None:
+    files = find_files(source, access)
+    found = files.find(CONFIG_FILE)
+    if found is None and files.folder is not None:
         raise ModelNotFound(
-            f"The repository {name} has no {CONFIG_FILE}.",
+            f"The folder {source} has no {CONFIG_FILE}.",
+            hint="Give the folder that save_pretrained() or a hub download filled.",
+        )
+    if found is None:
+        raise ModelNotFound(
+            f"The repository {files.name} has no {CONFIG_FILE}.",
             hint="Is it a model of transformers, and not an adapter, a GGUF file or a data set?",
         )
-    return Checkpoint(name=name, config=_read_config(downloaded, name), access=access)
+    config = _read_config(found, files.name)
+    return Checkpoint(name=files.name, folder=files.folder, access=files.access, config=config)
 
 
 def _no_folder(source: str, is_file: bool) -> ModelNotFound:

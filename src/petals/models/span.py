@@ -21,6 +21,7 @@ from petals.models.attention import PACKED, register
 from petals.models.attention_replacements import replace_attention
 from petals.models.batch import BatchContext, Segment, activate, current
 from petals.models.kv_layout import KVLayout
+from petals.models.lora import LoraHooks, slots_of
 from petals.models.probe import BlockTraits, ProbeCache
 from petals.models.quantize import QuantKind
 from petals.models.recurrent import RecurrentRow
@@ -72,9 +73,10 @@ class Blocks(Protocol):
 class Span:
     """Loaded blocks, ready to run. One instance belongs to one thread at a time.
 
-    ``mode`` says how; ``layout`` what a token costs; ``exact`` whether sums in another order may
-    change its outputs only in the last bits. Call ``self_test.run_self_test(span)`` before
-    serving: it compares with the model's own path and may change both.
+    ``mode`` says how; ``layout`` what a token costs; ``slots`` which matrices can take an adapter;
+    ``exact`` whether sums in another order may change its outputs only in the last bits. Call
+    ``self_test.run_self_test(span)`` before serving: it compares with the model's own path and may
+    change both.
     """
 
     def __init__(self, loaded: Blocks) -> None:
@@ -93,6 +95,8 @@ class Span:
         self.quant = loaded.quant
         self.exact = loaded.dtype is torch.float32 and loaded.quant is QuantKind.NONE
         self.max_positions = _learned_positions(loaded.layers)
+        self.slots = slots_of(loaded.layers, loaded.blocks.start)
+        self._lora = LoraHooks(loaded.layers, loaded.blocks.start)
         self.weights = frozenset(
             tensor.untyped_storage().data_ptr()
             for tensor in (*loaded.base.parameters(), *loaded.base.buffers())
@@ -236,6 +240,9 @@ class Span:
     def _forward(
         self, segments: Sequence[Segment], borders: list[torch.Tensor] | None = None
     ) -> list[torch.Tensor]:
+        for segment in segments:
+            if segment.adapter is not None:
+                self._lora.watch(segment.adapter)
         packed = self.mode is Mode.PACKED
         context = BatchContext(segments, self.blocks, packed, borders)
         cache = None

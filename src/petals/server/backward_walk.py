@@ -4,11 +4,12 @@ once more.
 Knows no peers, no messages and no clock.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from petals.models.adapters import LowRank, Slot
 from petals.server import cutting
 from petals.server.cutting import BACKWARD_WORTH, FORWARD_WORTH, Strip
 from petals.server.walk import PassInputs, Place, Stage, Trail, Units, Walk, place_states
@@ -19,7 +20,7 @@ class BackwardWalk(Walk):
     """Back through the blocks, along a trail or, without one, after going there once more.
 
     gradients: of the output and of each tap, [sum(counts), H]. hidden_gradient, prompts_gradient
-    and adapter_gradients (block -> tensors) are what comes out.
+    and adapter_gradients (of a and b of each slot) are what comes out.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class BackwardWalk(Walk):
         self.prompts_gradient: Tensor | None = None
         if inputs.prompts is not None:
             self.prompts_gradient = output.new_zeros(inputs.prompts.shape)
-        self.adapter_gradients: dict[int, list[Tensor]] = {}
+        self.adapter_gradients: dict[Slot, list[Tensor]] = {}
 
     def results(self, with_adapter: bool) -> Iterator[Tensor]:
         """The gradients of hidden, prompts and, if asked for, the adapter, on the CPU, in the
@@ -46,9 +47,11 @@ class BackwardWalk(Walk):
         yield self.hidden_gradient.to("cpu", inputs.hidden.dtype)
         if inputs.prompts is not None and self.prompts_gradient is not None:
             yield self.prompts_gradient.to("cpu", inputs.prompts.dtype)
-        if with_adapter:
-            for block in sorted(self.adapter_gradients):
-                yield from (gradient.cpu() for gradient in self.adapter_gradients[block])
+        if with_adapter and inputs.adapter is not None:
+            for slot, part in inputs.adapter.parts.items():
+                found = self.adapter_gradients.get(slot)
+                of_part = found or [torch.zeros_like(tensor) for tensor in (part.a, part.b)]
+                yield from (gradient.cpu() for gradient in of_part)
 
     def give_up(self) -> None:
         """Let the trail go."""
@@ -133,17 +136,15 @@ class BackwardWalk(Walk):
                 gradients.append(of_tap[None, strip.first : strip.last])
         begin = stage.outputs[first - 1] if first else stage.entry
         prompts = [] if stage.prompts is None else stage.prompts[first:last]
-        adapted = [
-            (block, tensor)
-            for block in range(blocks.start, blocks.end)
-            for tensor in (stage.adapter.tensors(block) if stage.adapter is not None else ())
-        ]
-        leaves = [begin, *prompts, *(tensor for _, tensor in adapted)]
+        adapted = {} if stage.adapter is None else stage.adapter.parts
+        adapted = {slot: part for slot, part in adapted.items() if slot[0] in blocks}
+        leaves = [begin, *prompts]
+        leaves += (tensor for part in adapted.values() for tensor in (part.a, part.b))
         found = torch.autograd.grad(ends, leaves, gradients, allow_unused=True)
         del stage.outputs[first:]
         for index, part in enumerate(found[1 : 1 + len(prompts)], blocks.start):
             self._add_prompts(strip, index, part)
-        self._add_adapter(adapted, found[1 + len(prompts) :])
+        self._add_adapter(adapted, iter(found[1 + len(prompts) :]))
         result = found[0]
         return result[0] if result.dim() == 3 else result
 
@@ -155,16 +156,13 @@ class BackwardWalk(Walk):
                 total = total[strip.rows.start : strip.rows.stop]
             total += gradient
 
-    def _add_adapter(
-        self, adapted: Sequence[tuple[int, Tensor]], found: Sequence[Tensor | None]
-    ) -> None:
-        """Sum over strips; every strip has the same tensors in the same order."""
-        of_block: dict[int, list[Tensor]] = {}
-        for (block, tensor), gradient in zip(adapted, found):
-            given = torch.zeros_like(tensor) if gradient is None else gradient
-            of_block.setdefault(block, []).append(given)
-        for block, gradients in of_block.items():
-            totals = self.adapter_gradients.setdefault(block, gradients)
-            if totals is not gradients:
-                for total, gradient in zip(totals, gradients):
+    def _add_adapter(self, adapted: Mapping[Slot, LowRank], found: Iterator[Tensor | None]) -> None:
+        """Add what one strip has found to the sums over all of them."""
+        for slot, part in adapted.items():
+            totals = self.adapter_gradients.setdefault(
+                slot, [torch.zeros_like(tensor) for tensor in (part.a, part.b)]
+            )
+            for total in totals:
+                gradient = next(found)
+                if gradient is not None:
                     total += gradient

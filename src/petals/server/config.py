@@ -17,13 +17,17 @@ DEVICE_NAMES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """Where the model is from. ``name`` replaces its own name in the directory."""
+    """Where the model is from. ``name`` replaces its own name in the directory.
+
+    ``adapters`` are folders or repositories of LoRA adapters that every client may ask for.
+    """
 
     model: str
     name: ModelId | None = None
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +100,8 @@ class DoorConfig:
     """How much one client may take, and how long we wait for it.
 
     ``max_alloc_seconds`` caps what a client may wait for cache. ``lease_seconds``: how long a
-    session outlives its client's last sign of life, and what is kept of a pass its forward half.
+    session outlives its client's last sign of life, an adapter its last use, and what is kept of a
+    pass its forward half. ``max_adapter_bytes`` is what clients' adapters may take in all.
     ``replay_chunk_tokens``: the most that is replayed to a successor at once.
     """
 
@@ -104,6 +109,8 @@ class DoorConfig:
     max_alloc_seconds: float = 600.0
     max_sessions_per_peer: int = 64
     max_bytes_per_peer: int = 512 * MIB
+    max_adapter_bytes_per_peer: int = 256 * MIB
+    max_adapter_bytes: int = 1024 * MIB
     replay_chunk_tokens: int = 256
 
 

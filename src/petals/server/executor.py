@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
-
 from petals.errors import PeerFailed, PetalsError, SessionClosed
 from petals.logs import get_logger
 from petals.models.batch import Segment
@@ -101,15 +99,15 @@ class Executor:
             self._inbox.put(lambda: self._give_up_pass(running))
             raise
 
-    async def place(self, states: torch.Tensor) -> torch.Tensor:
-        """Bring prompts to where the blocks are. Raises BadInput if they are not finite."""
-        return await self.call(lambda: place_states(self._place_or_fail(), states))
-
     async def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` between batches; return what it returns, raise what it raises."""
         future: asyncio.Future[T] = self._new_future()
         self._inbox.put(lambda: self._answers.append((future, *_attempt(function))))
         return await future
+
+    async def at_place(self, function: Callable[[Place], T]) -> T:
+        """``call`` with the place where the blocks are."""
+        return await self.call(lambda: function(self._place_or_fail()))
 
     def post(self, function: Callable[[], object]) -> None:
         """Like ``call`` for those who do not wait."""
@@ -255,6 +253,7 @@ class Executor:
                 blocks=work.blocks,
                 row=work.kv.rows[piece.row],
                 start=piece.start,
+                adapter=work.adapter,
                 prompts=work.prompts,
             )
             for piece in work.plan.pieces(running.done, portion.num_tokens)

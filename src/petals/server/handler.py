@@ -8,6 +8,7 @@ other hops and no blocks' insides.
 import asyncio
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from petals.errors import (
 )
 from petals.logs import get_logger
 from petals.server import intake
+from petals.server.adapter_store import AdapterStore
 from petals.server.config import DoorConfig
 from petals.server.executor import Executor
 from petals.server.intake import ByteAllowance, Offer
@@ -33,6 +35,7 @@ from petals.server.session import Session, SessionKey
 from petals.server.session_table import SessionTable
 from petals.server.sinks import ClientSink
 from petals.server.steps import StepLimits
+from petals.server.walk import place_adapter, place_states
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
@@ -53,7 +56,7 @@ from petals.wire.messages import (
     SetRoute,
     Step,
 )
-from petals.wire.passes import Backward, Forward
+from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
 
 logger = get_logger(__name__)
 
@@ -84,6 +87,7 @@ class BlocksService:
         self.tasks = BackgroundTasks()
         self.reservations = Reservations(pool, executor, self.clock)
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
+        self.adapters = AdapterStore(config, self.clock)
         self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
         self.ring = Ring(
             RingParts(
@@ -95,7 +99,9 @@ class BlocksService:
                 chunk_tokens=min(config.replay_chunk_tokens, offer.max_step_tokens),
             )
         )
-        self.passes = Passes(offer, executor, self.bytes, config.lease_seconds, self.clock)
+        self.passes = Passes(
+            offer, executor, self.bytes, self.adapters, config.lease_seconds, self.clock
+        )
         self._pool = pool
         self._outboxes = outboxes
 
@@ -174,16 +180,18 @@ class BlocksService:
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
         room = Room(message.num_rows, message.max_length, blocks)
         with self.sessions.seat(peer), ExitStack() as held:
+            adapter = held.enter_context(self.adapters.using(peer, message.adapter))
             prompts = None
             if given is not None:
                 held.enter_context(self.bytes.hold(peer, given.nbytes))
-                prompts = await self.executor.place(given)
+                prompts = await self.executor.at_place(partial(place_states, states=given))
             kv = await self.reservations.reserve(room, timeout)
             held.callback(self.reservations.release, kv)
             # The same request may have come twice, and both have waited.
             if self.sessions.get(key) is None:
                 session = self._new_session(key, kv, message)
-                session.prompts, session.held = prompts, held.pop_all()
+                session.prompts, session.adapter = prompts, adapter
+                session.held = held.pop_all()
                 self.sessions.add(session)
         return self.sessions[key]
 
@@ -199,6 +207,17 @@ class BlocksService:
         session.epoch, session.sources = message.epoch, frozenset(message.sources)
         return session
 
+    async def put_adapter(
+        self, peer: PeerId, message: PutAdapter, tensors: Sequence[Tensor]
+    ) -> AdapterKept:
+        """Keep an adapter for a client. Raises what the checks and ``AdapterStore.put`` raise."""
+        if not self.adapters.has(peer, message.adapter):
+            adapter = intake.adapter_of(self.offer, message, tensors)
+            self.adapters.check_size(adapter)
+            placed = await self.executor.at_place(partial(place_adapter, adapter=adapter))
+            self.adapters.put(peer, message.adapter, placed)
+        return AdapterKept(message.adapter, self.config.lease_seconds)
+
     async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
         session = self.sessions.get(key)
         if session is None:
@@ -213,6 +232,7 @@ class BlocksService:
     async def _reap(self) -> None:
         while True:
             await self.clock.sleep(self.config.lease_seconds / _REAPS_PER_LEASE)
+            self.adapters.drop_unused()
             self.passes.expire()
             for session in self.sessions.silent():
                 logger.info("session %s is freed: its client fell silent", session.key)
@@ -253,6 +273,8 @@ class _Conversation:
                 await self._close(message.session_id)
             case Forward() | Backward():
                 self._start(self._pass(message, tensors))
+            case PutAdapter():
+                self._start(self._put_adapter(message, tensors))
             case GetInfo():
                 await self._sink.answer(self._service.info())
             case _:
@@ -342,6 +364,16 @@ class _Conversation:
             await self._service.passes.serve(self._channel.peer_id, message, tensors, answer)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
+
+    async def _put_adapter(self, message: PutAdapter, tensors: Sequence[Tensor]) -> None:
+        peer = self._channel.peer_id
+        try:
+            with self._service.bytes.hold(peer, sum(tensor.nbytes for tensor in tensors)):
+                kept = await self._service.put_adapter(peer, message, tensors)
+        except PetalsError as error:
+            await self._sink.answer(Refusal.of(error))
+        else:
+            await self._sink.answer(kept)
 
     async def _close(self, session_id: bytes) -> None:
         try:

@@ -7,23 +7,24 @@ waiting.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from petals.errors import (
+    AdapterRefused,
     BadInput,
     BatchTooLarge,
     BlocksNotServed,
     LengthExceeded,
     PeerBusy,
-    UnknownAdapter,
     UnknownModel,
 )
+from petals.models.adapters import Adapter, LowRank, Slot, Slots, check_fits
 from petals.types import BlockSpan, ModelId, PeerId
 from petals.wire import messages
 from petals.wire.messages import OpenSession
-from petals.wire.passes import Forward
+from petals.wire.passes import Forward, PutAdapter
 from petals.wire.tensors import DTYPES
 
 
@@ -32,7 +33,8 @@ class Offer:
     """What this server serves, and the most it takes at once.
 
     max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: sequences of
-    one session. no_training: why it gives no gradients; empty if it does.
+    one session. no_training: why it gives no gradients; empty if it does. slots: the matrices that
+    adapters may be for.
     """
 
     model: ModelId
@@ -43,30 +45,57 @@ class Offer:
     max_step_tokens: int
     max_rows: int
     no_training: str = ""
+    slots: Slots = field(default_factory=dict)
 
 
 def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
     """Do we serve these blocks of this model? Returns them as a span.
 
-    Raises UnknownModel, BlocksNotServed, UnknownAdapter, ProtocolError.
+    Raises UnknownModel, BlocksNotServed, ProtocolError.
     """
-    if request.model != offer.model:
-        raise UnknownModel(
-            f"This server runs {offer.model}, not {request.model}.",
-            hint="Compare the names in petals status: a repository, or a folder and its config.",
-        )
+    check_model(offer, request.model)
     blocks = messages.span(request.blocks)
     if not offer.blocks.covers(blocks):
         raise BlocksNotServed(
             f"This server has blocks {offer.blocks}, not {blocks}.",
             hint="Its record was read before it moved; look again.",
         )
-    if request.adapter is not None:
-        raise UnknownAdapter(
-            f"This server has no adapter {request.adapter!r}.",
-            hint="It was started without adapters.",
-        )
     return blocks
+
+
+def check_model(offer: Offer, model: str) -> None:
+    """Raises UnknownModel."""
+    if model != offer.model:
+        raise UnknownModel(
+            f"This server runs {offer.model}, not {model}.",
+            hint="Compare the names in petals status: a repository, or a folder and its config.",
+        )
+
+
+def adapter_of(offer: Offer, message: PutAdapter, tensors: Sequence[torch.Tensor]) -> Adapter:
+    """The adapter that came with a message, its names and shapes checked against our blocks.
+
+    Its values are looked at on the compute thread. Raises UnknownModel, AdapterRefused.
+    """
+    check_model(offer, message.model)
+    parts = message.parts
+    if len(tensors) != 2 * len(parts) or not parts:
+        raise AdapterRefused(
+            f"{len(tensors)} tensors came for {len(parts)} matrices.",
+            hint="Send A [rank, in] and B [out, rank] of each.",
+        )
+    found: dict[Slot, LowRank] = {}
+    for part, a, b in zip(parts, tensors[::2], tensors[1::2]):
+        if (part.block, part.module) in found or a.shape[:1] != (part.rank,):
+            raise AdapterRefused(
+                f"The matrices for {part.module[:80]!r} of block {part.block} came twice, or not "
+                f"with the rank {part.rank} they were announced with.",
+                hint="Send A [rank, in] and B [out, rank] of each, once.",
+            )
+        found[part.block, part.module] = LowRank(a, b, part.scaling)
+    adapter = Adapter(found)
+    check_fits(adapter, offer.slots)
+    return adapter
 
 
 def check_size(offer: Offer, num_rows: int, max_length: int) -> None:

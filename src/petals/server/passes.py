@@ -10,7 +10,9 @@ from torch import Tensor
 
 from petals.clock import Clock
 from petals.errors import TrainingRefused
+from petals.models.adapters import Adapter
 from petals.server import intake
+from petals.server.adapter_store import AdapterStore
 from petals.server.backward_walk import BackwardWalk
 from petals.server.cutting import BACKWARD_WORTH, FORWARD_WORTH, worth_of
 from petals.server.executor import Executor
@@ -34,12 +36,14 @@ class Passes:
         offer: Offer,
         executor: Executor,
         bytes_: ByteAllowance,
+        adapters: AdapterStore,
         lease_seconds: float,
         clock: Clock,
     ) -> None:
         self._offer = offer
         self._executor = executor
         self._bytes = bytes_
+        self._adapters = adapters
         self._lease_seconds = lease_seconds
         self.kept = KeptPasses(lease_seconds, clock)
 
@@ -57,23 +61,28 @@ class Passes:
         """Run a pass and ``answer`` it; its bytes count until the answer is on its way.
 
         Raises TrainingRefused (a way back is asked for, or to be expected), PassExpired (``kept``,
-        but it is not), PeerBusy, and what the checks and ``Executor.run_pass`` raise.
+        but it is not), UnknownAdapter, PeerBusy, and what the checks and ``Executor.run_pass``
+        raise.
         """
         request = message if isinstance(message, Forward) else message.forward
         intake.check_pass(self._offer, request)
         if self._offer.no_training and (message is not request or request.pass_id is not None):
             raise TrainingRefused(f"This server gives no gradients: {self._offer.no_training}.")
-        with self._bytes.hold(peer, self._bytes_of(request, tensors)):
-            if isinstance(message, Forward):
-                await answer(*await self._forward(peer, message, tensors))
-            else:
-                await answer(*await self._backward(peer, message, tensors))
+        with self._adapters.using(peer, request.adapter) as adapter:
+            num_bytes = self._bytes_of(request, tensors)
+            if isinstance(message, Backward) and message.wants_adapter and adapter is not None:
+                num_bytes += adapter.num_bytes
+            with self._bytes.hold(peer, num_bytes):
+                if isinstance(message, Forward):
+                    await answer(*await self._forward(peer, message, tensors, adapter))
+                else:
+                    await answer(*await self._backward(peer, message, tensors, adapter))
 
     async def _forward(
-        self, peer: PeerId, message: Forward, tensors: Sequence[Tensor]
+        self, peer: PeerId, message: Forward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[ForwardResult, list[Tensor]]:
         """Hidden [sum(counts), H] in the dtype it came in, then the same of each tap."""
-        inputs = self._inputs(message, tensors)
+        inputs = self._inputs(message, tensors, adapter)
         keep = message.pass_id is not None
         outputs: list[Tensor] = []
         was_kept = False
@@ -96,7 +105,7 @@ class Passes:
         return ForwardResult(times.queue_seconds, times.compute_seconds, was_kept, lease), outputs
 
     async def _backward(
-        self, peer: PeerId, message: Backward, tensors: Sequence[Tensor]
+        self, peer: PeerId, message: Backward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[BackwardResult, list[Tensor]]:
         """The gradients of hidden, prompts and adapter, each in the dtype of what it belongs to."""
         request = message.forward
@@ -106,7 +115,7 @@ class Passes:
         if message.kept:
             intake.check_nothing_more(rest)
         else:
-            given = self._inputs(request, rest)
+            given = self._inputs(request, rest, adapter)
         intake.check_gradients(self._offer, request, gradients)
         found: list[Tensor] = []
 
@@ -136,13 +145,17 @@ class Passes:
         outputs = sum(request.counts) * self._offer.hidden_size * item * (1 + len(request.taps))
         return sum(tensor.nbytes for tensor in tensors) + outputs
 
-    def _inputs(self, request: Forward, tensors: Sequence[Tensor]) -> PassInputs:
+    def _inputs(
+        self, request: Forward, tensors: Sequence[Tensor], adapter: Adapter | None
+    ) -> PassInputs:
+        blocks = messages.span(request.blocks)
         hidden, prompts = intake.pass_tensors(self._offer, request, tensors)
         return PassInputs(
-            blocks=messages.span(request.blocks),
+            blocks=blocks,
             counts=request.counts,
             hidden=hidden,
             prompts=prompts,
+            adapter=None if adapter is None else adapter.within(blocks),
             taps=request.taps,
         )
 

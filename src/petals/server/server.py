@@ -20,6 +20,7 @@ from petals.clock import Clock, SystemClock
 from petals.errors import BlocksNotServed, SessionClosed
 from petals.logs import get_logger
 from petals.models import cost
+from petals.models.adapters import Adapter
 from petals.models.kv_layout import KVLayout
 from petals.models.orientation import orient_linears
 from petals.models.quantize import QuantKind
@@ -37,6 +38,7 @@ from petals.server.intake import Offer
 from petals.server.kv_pages import KVPool
 from petals.server.links import RING_SERVICE
 from petals.server.outbox import Outboxes
+from petals.server.preload import read_preloaded
 from petals.server.scheduler import Scheduler
 from petals.server.throughput import Precision, Speed
 from petals.server.walk import Place
@@ -97,7 +99,7 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """Blocks that have passed their test, and how fast they are.
+    """Blocks that have passed their test, how fast they are, and what may be added to them.
 
     why_no_gradients: empty if they have passed that test, too.
     """
@@ -106,6 +108,7 @@ class _Loaded:
     test: SelfTest
     speed: Speed
     why_no_gradients: str
+    adapters: dict[str, Adapter]
 
 
 class Server:
@@ -195,6 +198,8 @@ class Server:
         offer = self._make_offer(model, blocks, loaded, pool)
         outboxes = self._make_outboxes(offer, pool)
         service = BlocksService(offer, executor, pool, outboxes, node, config.door)
+        for name, adapter in loaded.adapters.items():
+            service.adapters.preload(name, adapter)
         await stack.enter_async_context(service)
         node.serve(BLOCKS_SERVICE, service.serve)
         node.serve(RING_SERVICE, service.ring.serve)
@@ -237,7 +242,7 @@ class Server:
         announcer = Announcer(
             node.directory,
             self._first_record(node, model, blocks),
-            _public_name(model.checkpoint),
+            model.checkpoint.public_name,
             self.config.announce,
             self._clock,
         )
@@ -296,7 +301,8 @@ class Server:
         training = self.config.limits.allow_training
         why_no_gradients = gradient_test(span) if training else ""
         self._go_on()
-        return _Loaded(span, test, throughput.measure(span), why_no_gradients)
+        adapters = read_preloaded(self.config.source.adapters, model.checkpoint, span)
+        return _Loaded(span, test, throughput.measure(span), why_no_gradients, adapters)
 
     def _on_loading(self, done: int, total: int) -> None:
         self._go_on()
@@ -337,6 +343,7 @@ class Server:
             max_length=limits.max_length or min(known, max(1, pool.tokens_total)),
             max_step_tokens=limits.max_step_tokens,
             max_rows=limits.max_rows,
+            slots=loaded.span.slots,
             no_training=self._why_no_training(loaded),
         )
 
@@ -364,6 +371,7 @@ class Server:
             "forward_rps": bulk if told is None else told,
             "max_length": offer.max_length,
             "cache_tokens": pool.tokens_total,
+            "adapters": tuple(loaded.adapters),
             "trains": not offer.no_training,
         }
 
@@ -402,11 +410,6 @@ async def _warn_if_unreachable(node: SwarmNode) -> None:
     found = await node.check_reachability()
     if found.reached is False:
         logger.warning("Other peers cannot reach this server. %s", found.advice)
-
-
-def _public_name(checkpoint: Checkpoint) -> str:
-    """The repository; of a local folder only its own name, since paths are nobody's business."""
-    return checkpoint.name if checkpoint.folder is None else checkpoint.folder.resolve().name
 
 
 def _positions(checkpoint: Checkpoint) -> int | None:

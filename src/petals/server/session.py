@@ -17,6 +17,7 @@ import torch
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
+from petals.models.adapters import Adapter
 from petals.server.executor import Executor
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
@@ -70,8 +71,8 @@ class Session:
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
     steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
-    [len(blocks), P, H] what is added on entering blocks, ``held`` what is given back once nothing
-    runs in it any more.
+    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added in them, and
+    ``held`` what is given back once nothing runs any more.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Session:
         self.kv, self.outbox = memory
         self.limits = limits
         self.out_dtype = out_dtype
+        self.adapter: Adapter | None = None
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
         self.prompts: torch.Tensor | None = None
@@ -234,6 +236,7 @@ class Session:
             owner=key.peer_id,
             kind=plan.kind,
             prompts=self.prompts,
+            adapter=self.adapter,
         )
         try:
             outcome = await executor.run(work)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from petals.errors import BadInput
+from petals.models.adapters import Adapter, check_finite
 from petals.models.batch import Segment
 from petals.models.span import Mode
 from petals.server import cutting
@@ -38,18 +39,6 @@ class Runner(Protocol):
 
     def run(self, segments: Sequence[Segment]) -> list[Tensor]: ...
     def trace(self, segments: Sequence[Segment]) -> list[Tensor]: ...
-
-
-class Adapter(Protocol):
-    """Low-rank matrices beside those of some blocks."""
-
-    def leaves(self, blocks: BlockSpan) -> "Adapter":
-        """The part of it in ``blocks``, with tensors that collect gradients."""
-        ...
-
-    def tensors(self, block: int) -> Sequence[Tensor]:
-        """A and B of each of its modules in one block, in order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,3 +260,9 @@ def place_states(place: Place, states: Tensor) -> Tensor:
                 hint="Look at the inputs, at the loss, or at the blocks that ran before these.",
             )
     return states.to(place.device, place.dtype)
+
+
+def place_adapter(place: Place, adapter: Adapter) -> Adapter:
+    """An adapter as the blocks want it. Raises AdapterRefused if a value is not finite."""
+    check_finite(adapter)
+    return adapter.mapped(lambda tensor: tensor.to(place.device, place.dtype))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from petals.models.adapters import Adapter
 from petals.models.batch import Segment
 from petals.server.kv_pages import SessionKV
 from petals.server.steps import StepPlan, WorkKind
@@ -38,7 +39,7 @@ class PassTimes:
 @dataclass(slots=True, eq=False)
 class Work:
     """A checked step. hidden: [plan.num_tokens, H], floating, on the CPU. prompts: for each block
-    [P, H], on the device.
+    [P, H], on the device; adapter: on the device, too.
 
     ``owner`` shares the device fairly with other owners. The rows of ``kv`` belong to this work
     until it is done; ``begun`` tells whether they have been touched (reordered, cut to where the
@@ -53,6 +54,7 @@ class Work:
     owner: str
     kind: WorkKind
     prompts: torch.Tensor | None = None
+    adapter: Adapter | None = None
     begun: bool = False
 
 

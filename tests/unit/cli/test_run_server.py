@@ -6,7 +6,7 @@ import pytest
 
 from petals.cli.run_server import translate
 from petals.cli.server_flags import read_flags
-from petals.errors import ConfigError, NotSupported
+from petals.errors import ConfigError
 from petals.server.config import DoorConfig, LimitsConfig, ServerConfig
 from petals.types import BlockSpan
 
@@ -93,6 +93,6 @@ def test_no_model_is_refused() -> None:
         translate(read_flags(["--new_swarm"]))
 
 
-def test_adapters_are_refused_for_now() -> None:
-    with pytest.raises(NotSupported, match="adapters"):
-        config_of("--new_swarm", "--adapters", "some/lora")
+def test_adapters_are_preloaded() -> None:
+    config = config_of("--new_swarm", "--adapters", "some/lora", "./poems")
+    assert config.source.adapters == ("some/lora", "./poems")

@@ -132,7 +132,7 @@ def test_what_old_scripts_pass_is_accepted(folder):
         ({"dtype": "int8"}, ConfigError, "floating"),
         ({"torch_dtype": "float31"}, ConfigError, "floating"),
         ({"trust_remote_code": True}, NotSupported, "trust_remote_code"),
-        ({"tuning_mode": "ptune", "pre_seq_len": 8}, NotSupported, "prompt tuning"),
+        ({"tuning_mode": "ptune"}, ConfigError, "no token"),
         ({"request_timeout": -1}, ConfigError, "request_timeout"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

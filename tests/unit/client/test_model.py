@@ -149,19 +149,24 @@ class TestCalls:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+    @pytest.mark.parametrize("name", ["output_router_logits", "output_attentions"])
     def test_what_only_local_blocks_can_show(self, remote, name):
         with pytest.raises(NotSupported, match=name) as refusal:
             remote(IDS, **{name: True})
         assert refusal.value.hint
 
     def test_the_same_asked_by_the_config(self, remote):
-        remote.config.output_hidden_states = True
+        remote.config.output_router_logits = True
         try:
-            with pytest.raises(NotSupported, match="output_hidden_states"):
+            with pytest.raises(NotSupported, match="output_router_logits"):
                 remote(IDS)
         finally:
-            remote.config.output_hidden_states = False
+            del remote.config.output_router_logits
+
+    def test_hidden_states_of_a_session(self, remote):
+        with pytest.raises(NotSupported, match="output_hidden_states") as refusal:
+            remote(IDS, output_hidden_states=True, use_cache=True)
+        assert "whole sequences" in refusal.value.hint
 
     def test_caches_with_tensors(self, remote):
         with pytest.raises(NotSupported, match="DynamicCache") as refusal:
@@ -181,10 +186,10 @@ class TestRefusals:
         with pytest.raises(BadInput, match="either"):
             remote()
 
-    def test_gradients(self, remote):
+    def test_gradients_of_a_session(self, remote):
         embeddings = torch.zeros(1, 2, 32, requires_grad=True)
         with pytest.raises(NotSupported, match="Gradients"):
-            remote(inputs_embeds=embeddings)
+            remote(inputs_embeds=embeddings, use_cache=True)
 
     def test_another_batch_in_the_same_session(self, remote):
         with remote.inference_session(max_length=9):

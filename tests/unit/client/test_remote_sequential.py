@@ -96,13 +96,6 @@ def test_wrong_inputs(blocks, wrong):
         blocks(wrong)
 
 
-def test_gradients_and_prompts_are_refused_and_not_lost(blocks):
-    with pytest.raises(NotSupported, match="Gradients"):
-        blocks(HIDDEN.clone().requires_grad_())
-    with pytest.raises(NotSupported, match="prompts"):
-        blocks(HIDDEN, prompts=torch.zeros(5, 1, 2, 32))
-
-
 def test_the_old_way_to_make_one():
     from petals.client.remote_sequential import RemoteSequential
 

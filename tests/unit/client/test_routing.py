@@ -9,7 +9,7 @@ from petals.client.routing import (
     find_throughput_route,
     missing_blocks,
 )
-from petals.errors import MissingBlocksError, NoCapacity
+from petals.errors import MissingBlocksError, NoCapacity, TrainingRefused
 from petals.types import BlockSpan, Hop, PeerId, Route
 
 
@@ -68,6 +68,16 @@ def test_little_room_is_the_last_resort() -> None:
     assert find_route(table, needs(0, 4, cache_tokens=20))[0].peer_id == "small"
     assert find_route(table, needs(0, 4, cache_tokens=30))[0].peer_id == "slow"
     assert find_route(table[:1], needs(0, 4, cache_tokens=30))[0].peer_id == "small"
+
+
+def test_training_needs_servers_that_train() -> None:
+    table = [server("a", 0, 4, speed=0.5), server("b", 0, 4, trains=False)]
+    assert find_route(table, needs(0, 4))[0].peer_id == "b"
+    assert find_route(table, needs(0, 4, is_training=True))[0].peer_id == "a"
+    with pytest.raises(TrainingRefused, match="0:4"):
+        find_route(table[1:], needs(0, 4, is_training=True))
+    with pytest.raises(MissingBlocksError, match="4:5"):
+        find_route(table, needs(0, 5, is_training=True))
 
 
 def test_a_measured_link_between_servers_counts() -> None:
