@@ -19,7 +19,11 @@ from real_swarm import ALL, HIDDEN, NUM_BLOCKS, RealSwarm, real_swarm
 PATIENT = IMPATIENT | {"silence_timeout": 10.0, "repair_timeout": 20.0}
 EAGER = MovingConfig(
     policy=MovePolicy(
-        look_seconds=0.2, seconds_between_looks=0.0, confirm_seconds=0.1, min_stay_seconds=0.0
+        look_seconds=0.2,
+        seconds_between_looks=0.0,
+        confirm_seconds=0.1,
+        turn_seconds=0.1,
+        min_stay_seconds=0.0,
     ),
     heard_seconds=0.2,
 )
@@ -94,7 +98,8 @@ async def test_one_of_three_moves_and_sessions_go_on(folder: Path) -> None:
         story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
         await story.prefill()
         assert restless.stays[0].peer_id in {hop.peer_id for hop in session.trace.hops}
-        # Only now could anybody take its place: the right end is the weaker one then.
+        # Only now are there two who can take its place: the right end is the weaker one then.
+        await add(swarm, BlockSpan(0, 3), 300.0)
         await add(swarm, BlockSpan(0, 3), 300.0)
         while len(restless.stays) < 2:
             await decode_in_place(story)
@@ -118,15 +123,16 @@ async def test_one_of_three_moves_and_sessions_go_on(folder: Path) -> None:
 
 
 async def test_it_stays_if_nobody_would_hold_its_blocks(folder: Path) -> None:
-    """The one it relied on dies while it waits to be heard."""
+    """Those it relied on die while it waits to be heard."""
     async with real_swarm(folder) as swarm:
         restless = Restless(swarm, replace(EAGER, heard_seconds=1.0))
         await restless.is_online(1)
         peer = restless.stays[0].peer_id
         await add(swarm, BlockSpan(2, 5), 30.0)
-        strong = await add(swarm, BlockSpan(0, 3), 300.0)
+        strong = [await add(swarm, BlockSpan(0, 3), 300.0) for _ in range(2)]
         await becomes(swarm, peer, ServerState.DRAINING)
-        swarm.net.kill(strong)
+        for other in strong:
+            swarm.net.kill(other)
         await becomes(swarm, peer, ServerState.ONLINE)
         assert (await states_of(swarm))[peer] == (ServerState.ONLINE, (BlockSpan(0, 2),))
         assert len(restless.stays) == 1
@@ -138,6 +144,7 @@ async def test_who_may_not_move_stays(folder: Path) -> None:
         restless = Restless(swarm, replace(EAGER, enabled=False))
         await restless.is_online(1)
         await add(swarm, BlockSpan(2, 5), 30.0)
+        await add(swarm, BlockSpan(0, 3), 300.0)
         await add(swarm, BlockSpan(0, 3), 300.0)
         await asyncio.sleep(0.5)
         peer = restless.stays[0].peer_id
