@@ -18,6 +18,8 @@ from petals.types import BlockSpan
 
 NUM_NEW, NUM_MORE = 28, 6
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 
 @pytest.fixture(scope="module")
 def swarm(smollm2_path: Path) -> Iterator[LocalSwarm]:
