@@ -16,7 +16,9 @@ from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalServer, LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan
 
-NUM_NEW, NUM_MORE = 40, 8
+NUM_NEW, NUM_MORE = 28, 6
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ class DrainAfter:
 @pytest.fixture(scope="module")
 def ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """A prompt of more than 600 tokens."""
-    text = "The old lighthouse keeper looked at the sea and wrote down what he saw. " * 40
+    text = "The old lighthouse keeper looked at the sea and wrote down what he saw. " * 38
     return tokenizer(text, return_tensors="pt")["input_ids"]
 
 
@@ -86,8 +88,8 @@ def test_a_long_sentence_outlives_a_drained_server(
         str(smollm2_path), initial_peers=list(swarm.initial_peers), dtype=torch.float32
     )
     with model.inference_session(max_length=len(expected) + 8) as session:
-        drain = DrainAfter(swarm, session, hop, count=6)
-        actual = model.generate(
+        drain = DrainAfter(swarm, session, hop, count=5)
+        first = model.generate(
             ids, session=session, max_new_tokens=NUM_NEW, do_sample=False, streamer=drain
         )
         assert drain.command is not None and drain.victim is not None
@@ -95,10 +97,10 @@ def test_a_long_sentence_outlives_a_drained_server(
         _, told = drain.command.communicate(timeout=55)
         assert f"Server {drain.victim.pid} has left." in told
         assert drain.victim.peer_id not in {h.peer_id for h in session.trace.hops}
-        actual = model.generate(actual, session=session, max_new_tokens=NUM_MORE, do_sample=False)
-        assert_same_tokens(smollm2_local, expected, actual[0])
         (repair,) = session.trace.repairs
-        assert repair.reason == "The server leaves."
         drain.tell(ids.shape[1], repair.stall_seconds)
+        assert repair.reason == "The server leaves."
+        more = model.generate(None, session=session, max_new_tokens=NUM_MORE, do_sample=False)
+        assert_same_tokens(smollm2_local, expected, torch.cat([first[0], more[0]]))
     swarm.servers.remove(drain.victim)
     model.remote_blocks.runner.manager.shutdown()
