@@ -17,6 +17,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("bloom"), "bloom", num_hidden_layers=5)
 
 
+def session_id(session: SessionRows) -> bytes:
+    """What servers know the session by; a path that is built anew has another."""
+    assert session._recovery is not None and session._recovery.path is not None
+    return session._recovery.path.hops[0].terms.session_id
+
+
 async def survives(
     folder: Path, fault: tuple[str, str, int], phase: str, **options: object
 ) -> None:
@@ -27,12 +33,14 @@ async def survives(
         story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
         await session.step(torch.empty(0, HIDDEN), (0, 0), (0, 0))
         victim = session.trace.hops[index].peer_id
+        first_id = session_id(session)
         event = Fault(swarm, victim, kind, when)
         await story.tell(phase, event.arm)
         assert event.happened.is_set()
         trace = session.trace
         assert victim not in {hop.peer_id for hop in trace.hops}
         assert [repair.peer_id for repair in trace.repairs] == [victim]
+        assert session_id(session) == first_id, "more than the failed span was filled anew"
         assert trace.repairs[0].blocks == SPANS[index]
         assert trace.repairs[0].stall_seconds > 0
         await session.close()

@@ -368,7 +368,7 @@ async def test_a_replay_that_reaches_nobody_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "reorder", "hops", "code"),
-    [((9,), None, 0, "bad_input"), ((9, 9), None, 1, "bad_input")],
+    [((9, 9), None, 0, "bad_input"), ((9, 9), None, 1, "bad_input")],
 )
 async def test_replays_that_cannot_be(lengths, reorder, hops, code) -> None:
     async with ring_of_servers(4) as swarm:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from petals.client.pace import redial_seconds
 from petals.client.states import is_finite
 from petals.client.terms import Answer, Held, Patience, Refill, StepCall, Terms
 from petals.client.trace import HopTrace, StepTiming
@@ -52,7 +53,6 @@ from petals.wire.messages import (
 BLOCKS_SERVICE = "blocks"
 
 _CLOSE_SECONDS = 2.0
-_RECONNECT_SECONDS = 1.0
 _KEPT_TIMINGS = 1024
 
 
@@ -65,6 +65,10 @@ class Listener(Protocol):
 
     def on_replayed(self, hop: "HopSession", delivered: bool) -> None:
         """Rows are refilled as far as ``hop``; not ``delivered``: it cannot reach the next one."""
+        ...
+
+    def on_outputs(self, hop: "HopSession", step: Step, tensors: Sequence[Tensor]) -> None:
+        """A part of a replay that we asked for ourselves."""
         ...
 
     def on_lost(self, hop: "HopSession") -> None:
@@ -140,7 +144,8 @@ class HopSession:
 
         If the server has no such session any more, the leg is lost again in a moment.
         """
-        seconds = min(self._patience.connect_seconds, _RECONNECT_SECONDS)
+        seconds = redial_seconds(self.trace.overhead_seconds)
+        seconds = min(self._patience.connect_seconds, seconds)
         channel = await _open_channel(node, self.peer_id, self._patience, seconds)
         await self._channel.close()
         self._channel, self._ended, self.failure = channel, asyncio.Event(), None
@@ -184,7 +189,8 @@ class HopSession:
         reorder: tuple[int, ...] | None = None,
         held: Held | None = None,
     ) -> None:
-        """Have ``next_hops`` refilled from what this hop has put out before step ``step_id``.
+        """Have ``next_hops`` refilled from what this hop has put out before step ``step_id``; if
+        there are none, it comes to us.
 
         lengths: tokens of each row, as the rows are before the ``reorder`` of that step. ``held``
         is what the next hops have already; None: all their rows begin anew.
@@ -319,6 +325,9 @@ class HopSession:
             case Replayed():
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_replayed(not message.undelivered)
+            case Step(replay=True):
+                if message.session_id == self.terms.session_id and message.epoch == self.epoch:
+                    self._tell_outputs(message, tensors)
             case Leaving():
                 self._on_leaving(message)
             case Refusal(step_id=int(step_id)):
@@ -344,6 +353,10 @@ class HopSession:
             self.leaving_seconds = message.seconds
             if self.listener is not None:
                 self.listener.on_leaving(self)
+
+    def _tell_outputs(self, step: Step, tensors: Sequence[Tensor]) -> None:
+        if self.listener is not None:
+            self.listener.on_outputs(self, step, tensors)
 
     def _tell_replayed(self, delivered: bool) -> None:
         if self.listener is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from petals.client.fetched import Fetched, WrongRows
 from petals.client.hop import HopSession
 from petals.client.opening import release
 from petals.client.pace import Pace
@@ -30,6 +31,7 @@ from petals.errors import (
     SessionClosed,
 )
 from petals.types import Route
+from petals.wire.messages import Step
 
 _SIGNS_PER_LEASE = 3
 _MIN_SIGN_SECONDS = 0.05
@@ -42,16 +44,21 @@ Heard = tuple[HopSession, Answer | PetalsError | None]
 """Which hop spoke, and what: a result, a refusal, or None: it is refilled."""
 
 
+class EdgeLost(OutboxLost):
+    """A replay did not get from one hop to another; the edge is closed, there is a way around."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refilling:
     """``num_tokens`` of a session's rows on their way into ``hops``, from the ``source`` that comes
-    before them (None: from us). The hops need not be on the path yet.
+    before them (None: from us). The hops need not be on the path yet. ``fetched``: we get the rows.
     """
 
     step_id: int
     source: HopSession | None
     hops: Sequence[HopSession]
     num_tokens: int
+    fetched: Fetched | None = None
 
     @property
     def next_hops(self) -> Route:
@@ -71,7 +78,7 @@ class _Waiting:
 
     heard: "asyncio.Future[Heard | None]"
     hops: Sequence[HopSession] = ()
-    is_refill: bool = False
+    refilling: Refilling | None = None
 
 
 class SessionPath:
@@ -159,8 +166,8 @@ class SessionPath:
     async def refill(self, refilling: Refilling, send: Callable[[], Awaitable[None]]) -> None:
         """``send`` what sets ``refilling`` off, and wait until the last hop is refilled.
 
-        Raises what a hop refuses with, OutboxLost or PeerTimeout if it does not get through: the
-        edges in question are then closed.
+        Raises what a hop refuses with, EdgeLost if it does not get from hop to hop: the edges in
+        question are then closed; PeerTimeout if a single hop does not take it.
         """
         line = refilling.line
         for hop in line:
@@ -169,12 +176,13 @@ class SessionPath:
         if self._arc_end(line, 0) < len(line):
             raise OutboxLost("The servers cannot hand states to each other.")
         with self._expect(refilling.step_id) as waiting:
-            waiting.hops, waiting.is_refill = line, True
+            waiting.hops, waiting.refilling = line, refilling
             await send()
             heard = await self._hear(waiting, self.patience_seconds(refilling.num_tokens))
         if heard is None:
             self._close_edges(line)
-            raise PeerTimeout("The replay did not arrive.")
+            reason = "The replay did not arrive."
+            raise EdgeLost(reason) if len(line) > 1 else PeerTimeout(reason)
         hop, answer = heard
         if isinstance(answer, RequestError):
             raise OutboxLost(f"A server cannot take the replay: {answer.message}")
@@ -183,7 +191,7 @@ class SessionPath:
         if hop is not line[-1]:
             at = line.index(hop)
             self._close_edges(line[at : at + 2])
-            raise OutboxLost("A server could not pass the replay on.")
+            raise EdgeLost("A server could not pass the replay on.")
 
     def exchange(self, start: int, end: int, hops: Sequence[HopSession]) -> None:
         """Put ``hops`` in the place of hops ``start`` to ``end``, which are let go."""
@@ -204,7 +212,7 @@ class SessionPath:
         refills under way end.
         """
         for waiting in self._waiting.values():
-            if waiting.is_refill and not waiting.heard.done():
+            if waiting.refilling and not waiting.heard.done():
                 waiting.heard.set_result((waiting.hops[0], OutboxLost("The path has changed.")))
         for index, hop in enumerate(self.hops):
             await hop.begin_epoch(epoch, [self.hops[index - 1].peer_id] if index else [])
@@ -255,10 +263,26 @@ class SessionPath:
     def on_replayed(self, hop: HopSession, delivered: bool) -> None:
         """See ``Listener``."""
         for waiting in self._waiting.values():
-            if not waiting.is_refill or waiting.heard.done():
+            if not waiting.refilling or waiting.heard.done():
                 continue
             if waiting.hops[-1] is hop or (hop in waiting.hops and not delivered):
                 waiting.heard.set_result((hop, None))
+
+    def on_outputs(self, hop: HopSession, step: Step, tensors: Sequence[Tensor]) -> None:
+        """See ``Listener``."""
+        waiting = self._waiting.get(step.step_id)
+        if waiting is None or waiting.heard.done() or hop not in waiting.hops:
+            return
+        fetched = None if waiting.refilling is None else waiting.refilling.fetched
+        if fetched is None:
+            return
+        try:
+            fetched.add(step, tensors)
+        except WrongRows as error:
+            waiting.heard.set_result((hop, hop.misbehaved(str(error))))
+            return
+        if step.ends:
+            waiting.heard.set_result((hop, None))
 
     def on_lost(self, hop: HopSession) -> None:
         """See ``Listener``."""

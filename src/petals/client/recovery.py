@@ -20,15 +20,16 @@ from torch import Tensor
 
 from petals.client.attempt import Attempt
 from petals.client.course import Course, in_pieces, refill_from_us
+from petals.client.fetched import Fetched
 from petals.client.handover import HandOver
 from petals.client.hop import HopSession
 from petals.client.kept_inputs import Part
 from petals.client.opening import Repairing, open_hops, release
 from petals.client.pace import Pace
-from petals.client.path import Refilling, SessionPath
+from petals.client.path import EdgeLost, Refilling, SessionPath
 from petals.client.slow import SlowHops
 from petals.client.swarm_view import SwarmView, show
-from petals.client.terms import Piece, StepCall, Terms
+from petals.client.terms import Held, Piece, StepCall, Terms
 from petals.client.trace import Repair
 from petals.errors import (
     CacheFull,
@@ -155,7 +156,7 @@ class Recovery:
             if hop.hop not in self._losses:
                 self._losses[hop.hop] = hop.failure.message
                 self._swarm.note_failure(hop.peer_id, hop.failure)
-        if path is None or self._course.is_stale or not self._can_mend(path):
+        if path is None or self._course.is_stale:
             path = await self._rebuilt(attempt)
         else:
             await self._mend(path, attempt)
@@ -175,15 +176,10 @@ class Recovery:
             self._swarm.bans.lift(hop.peer_id)
         return bool(back)
 
-    def _silent_hops(self) -> list[HopSession]:
-        """All hops, if all fell silent: perhaps it is our own network that is away."""
-        hops = [] if self.path is None else self.path.hops
-        return hops if all(isinstance(hop.failure, PeerTimeout) for hop in hops) else []
-
-    def _can_mend(self, path: SessionPath) -> bool:
-        """True if what is lost can be refilled from before it: by us, or by a server."""
-        is_at_start = path.lost == path.hops[:1] or path.lost == path.hops
-        return self._swarm.config.use_server_to_server or is_at_start
+    def _out_of_reach(self) -> list[HopSession]:
+        """Lost hops that may hold their rows still: perhaps it was only the way to them."""
+        lost = [] if self.path is None else self.path.lost
+        return [hop for hop in lost if isinstance(hop.failure, PeerUnreachable | PeerTimeout)]
 
     async def _mend(self, path: SessionPath, attempt: Attempt) -> None:
         """Replace the hops that are lost, from left to right, each refilled from before it."""
@@ -203,6 +199,7 @@ class Recovery:
             try:
                 hops = await self._open_patiently(blocks, terms, Repairing(before), attempt)
             except _PathIsBack:
+                await path.begin_epoch(self._course.epoch)
                 continue
             path.exchange(start, end, hops)
             await path.begin_epoch(self._course.epoch)
@@ -214,21 +211,44 @@ class Recovery:
             raise OutboxLost("The pieces of this step are too long for its new servers.")
         if not any(attempt.inputs.lengths):
             return
-        step, hops = attempt.pieces[0].call, path.hops[start:end]
-        if not start:
-            refilling = Refilling(step.step_id, None, hops, sum(attempt.inputs.lengths))
-            parts = in_pieces(attempt.inputs.whole(), self._course.piece_tokens(path.hops))
-            reordered = step.reorder is not None
-            await refill_from_us(path, refilling, parts, reordered=reordered)
-            return
-        before, lengths = path.hops[start - 1], attempt.told_lengths
-        refilling = Refilling(step.step_id, before, hops, sum(lengths))
+        while start < end:
+            arc = path.hops[start : min(path.arc_end(start), end)]
+            try:
+                await self._refill_arc(path, start, arc, attempt)
+            except EdgeLost:
+                continue  # it is closed now: the next try goes around it
+            start += len(arc)
 
-        async def ask() -> None:
-            to, reorder = refilling.next_hops, step.reorder
-            await before.replay(step.step_id, lengths, to, reorder=reorder)
-
-        await path.refill(refilling, ask)
+    async def _refill_arc(
+        self, path: SessionPath, start: int, arc: Sequence[HopSession], attempt: Attempt
+    ) -> None:
+        """Refill hops that hand on to each other: from the hop before them, if need be through us,
+        or with the session's own inputs.
+        """
+        step, lengths = attempt.pieces[0].call, attempt.told_lengths
+        source = path.hops[start - 1] if start else None
+        rows, reordered = attempt.inputs, step.reorder is not None
+        if source is not None:
+            is_direct = path.arc_end(start - 1) > start
+            largest = max(sum(lengths), sum(lengths[row] for row in step.reorder or ()))
+            fetched = Fetched(largest, path.hidden_size, self._course.terms.dtype)
+            refilling = Refilling(
+                step_id=step.step_id,
+                source=source,
+                hops=arc if is_direct else (),
+                num_tokens=largest,
+                fetched=None if is_direct else fetched,
+            )
+            to = refilling.next_hops
+            ask = partial(source.replay, step.step_id, lengths, to, reorder=step.reorder)
+            await path.refill(refilling, ask)
+            if is_direct:
+                return
+            rows, reordered = fetched.rows, fetched.reordered
+        parts = in_pieces(rows.whole(), self._course.piece_tokens(path.hops))
+        refilling = Refilling(step.step_id, None, arc, sum(rows.lengths))
+        held = Held.nothing(len(rows.lengths))
+        await refill_from_us(path, refilling, parts, held=held, reordered=reordered)
 
     async def _rebuilt(self, attempt: Attempt) -> SessionPath:
         """A new path, fed with the session's inputs as the attempt finds them."""
@@ -281,8 +301,8 @@ class Recovery:
                 if now >= deadline or self._closed:
                     raise error from cause
                 await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
-                hops = self._silent_hops()
-                if hops and await self._reconnect(hops):
+                # Nobody else serves these blocks: only now are those called that are avoided.
+                if await self._reconnect(self._out_of_reach()):
                     raise _PathIsBack from None
                 with contextlib.suppress(PetalsError):
                     await self._swarm.refresh()

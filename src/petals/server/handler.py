@@ -360,8 +360,6 @@ class _Conversation:
     async def _on_replay(self, message: Replay) -> None:
         try:
             session = self._find(message.session_id)
-            if not message.next_hops:
-                raise BadInput("A replay to nobody.", hint="Name the hops that are to be refilled.")
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error, message.step_id))
             return

@@ -228,6 +228,9 @@ class Ring:
                     return
                 step = msgspec.structs.replace(step, reordered=is_reordered)
                 hidden = torch.cat([empty, *rows.read(pieces)])
+                if not step.next_hops:
+                    await session.tell(step, (hidden,))
+                    continue
                 undelivered = await self._pass_on(session, step, hidden)
                 if undelivered:
                     await session.tell(Replayed(step.session_id, step.epoch, undelivered))

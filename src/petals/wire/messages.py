@@ -10,7 +10,7 @@ row order. Knows no sockets and makes no decisions.
 | 1       | first  |
 | 2       | rings: sources, SetRoute, Push, Replay, Replayed; steps carry timings |
 | 3       | training: Backward, kept passes, taps, deep prompts, PutAdapter        |
-| 4       | Leaving; a Replay may go on where an earlier one ended                 |
+| 4       | Leaving; a Replay may go on where an earlier one ended, or come to us  |
 """
 
 from typing import Annotated
@@ -204,7 +204,8 @@ class Replay(Message):
     ``step_id`` is the step that follows, ``reorder`` is that of this step. A hop that has reordered
     its rows for it already replays them so, and says so; ``lengths`` still counts the rows as they
     were before. The last of ``next_hops`` answers with Replayed; a hop that cannot do its part
-    refuses, with the step id. So does one whose rows a later step has reordered.
+    refuses, with the step id. So does one whose rows a later step has reordered. Without
+    ``next_hops`` the steps of the replay come to the client, which carries them on.
 
     With ``onto`` an earlier replay goes on: row r continues row ``onto[r]`` there, which is cut to
     ``starts[r]``, and only what follows is pushed. Without, all rows begin anew.
