@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -65,9 +66,13 @@ class ToyServer:
     held: asyncio.Event | None = None
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
     steps: list[wire.Step] = field(default_factory=list)
+    replays: list[wire.Step] = field(default_factory=list)
+    tokens_free: int = 10**6
+    replay_answer: str = "right"
     opened: list[wire.OpenSession] = field(default_factory=list)
     forwards: list[wire.Forward] = field(default_factory=list)
     num_kept: int = 0
+    num_asked: int = 0
     max_under_way: int = 0
     _under_way: int = 0
     _freed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -125,6 +130,7 @@ class ToyServer:
     async def _hear(self, message, tensors, mine, turn):
         match message:
             case wire.GetInfo():
+                self.num_asked += 1
                 return self._info(), ()
             case wire.OpenSession():
                 return await self._open(message, mine), ()
@@ -138,6 +144,15 @@ class ToyServer:
                     self._freed.notify_all()
                 await self._notify()
                 return wire.SessionEnded(message.session_id), ()
+            case wire.SetRoute():
+                return None, ()
+            case wire.Replay():
+                return self._replay(message, mine[message.session_id])
+            case wire.Step(replay=True):
+                self.replays.append(message)
+                self._step(message, tensors[0], mine[message.session_id])
+                is_over = wire.Replayed(message.session_id, message.epoch)
+                return (is_over if message.ends else None), ()
             case wire.Step():
                 self.steps.append(message)
                 await self._notify()
@@ -169,10 +184,11 @@ class ToyServer:
             dtype="float32",
             max_length=self.max_length,
             max_batch_tokens=self.max_batch_tokens,
-            tokens_free=10**6,
+            tokens_free=self.tokens_free,
             num_sessions=len(self.sessions),
             queue_tokens=0,
             step_seconds=0.0,
+            outbox_bytes_free=10**9,
         )
 
     async def _open(self, message: wire.OpenSession, mine) -> wire.SessionOpened:
@@ -209,6 +225,34 @@ class ToyServer:
             outputs.append(expected(rows[number], blocks)[start:])
         self.sessions[message.session_id] = rows
         return torch.cat(outputs).to(hidden.dtype)
+
+    def _replay(self, message: wire.Replay, blocks: BlockSpan) -> tuple[wire.Step, tuple[Tensor]]:
+        """What it has put out, to the client; toys know no reorder that came between."""
+        assert not message.next_hops
+        rows = zip(self.sessions[message.session_id], message.lengths, strict=True)
+        output = torch.cat([expected(row[:length], blocks) for row, length in rows])
+        step = wire.Step(
+            session_id=message.session_id,
+            epoch=message.epoch,
+            step_id=message.step_id,
+            starts=(0,) * len(message.lengths),
+            counts=message.lengths,
+            reorder=(0,) * len(message.lengths),
+            replay=True,
+            ends=True,
+        )
+        match self.replay_answer:
+            case "gap":
+                step = msgspec.structs.replace(step, starts=(1,) * len(message.lengths))
+            case "long":
+                longer = (message.lengths[0] + 1, *message.lengths[1:])
+                step = msgspec.structs.replace(step, counts=longer)
+                output = torch.cat([output[:1], output])
+            case "narrow":
+                output = output[:, :-1]
+            case "nan":
+                output = output * torch.nan
+        return step, (output,)
 
     def _sent(self, output: Tensor) -> tuple[Tensor, ...]:
         match self.answer:
