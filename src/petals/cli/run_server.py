@@ -102,6 +102,7 @@ def _network(flags: Flags) -> "NodeConfig":
         announce_maddrs=announced,
         identity_path=flags.get("identity_path"),
         swarm_key=options.read_swarm_key(flags.get("swarm_key")),
+        peer_memory=constants.peers_dir(),
         auto_relay=bool(peers) and not flags.get("no_auto_relay", False),
         agent="petals-server",
     )

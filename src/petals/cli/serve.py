@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from petals import constants
 from petals.cli import options
 from petals.cli.lifetime import stop_when_stdin_closes
 from petals.cli.serving import run_server
@@ -110,6 +111,7 @@ def serve(
             auto_relay=relay,
             identity_path=identity,
             swarm_key=options.read_swarm_key(swarm_key),
+            peer_memory=constants.peers_dir(),
             agent="petals-server",
         ),
         compute=ComputeConfig(device=device, dtype=dtype, quant=quant, num_threads=threads),
