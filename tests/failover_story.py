@@ -61,6 +61,12 @@ def strike(swarm: RealSwarm, victim: PeerId, kind: str) -> None:
                 swarm.net.cut(victim, other, one_way=True)
 
 
+def session_id(session: SessionRows) -> bytes:
+    """What servers know the session by; a path that is built anew has another."""
+    assert session._recovery is not None and session._recovery.path is not None
+    return session._recovery.path.hops[0].terms.session_id
+
+
 @dataclass
 class Story:
     """A session of two rows and what each of them holds."""

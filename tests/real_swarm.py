@@ -80,7 +80,12 @@ def states(num_tokens: int, seed: int = 0) -> torch.Tensor:
 
 @asynccontextmanager
 async def real_swarm(
-    folder: Path, *spans: BlockSpan, cache_tokens: int = 512, drain_seconds: float = 60.0
+    folder: Path,
+    *spans: BlockSpan,
+    cache_tokens: int = 512,
+    outbox_bytes: int | None = None,
+    lease_seconds: float = 60.0,
+    drain_seconds: float = 60.0,
 ) -> AsyncIterator[RealSwarm]:
     net = MemoryNet()
     async with SwarmNode(NodeConfig(), engine=net.engine) as seed:
@@ -88,9 +93,9 @@ async def real_swarm(
         base = ServerConfig(
             source=Source(model=str(folder)),
             compute=ComputeConfig(device="cpu", num_threads=1),
-            memory=MemoryConfig(cache_tokens=cache_tokens),
+            memory=MemoryConfig(cache_tokens=cache_tokens, outbox_bytes=outbox_bytes),
             limits=LimitsConfig(max_length=64, max_step_tokens=16),
-            door=DoorConfig(replay_chunk_tokens=16),
+            door=DoorConfig(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),
             drain_seconds=drain_seconds,
         )

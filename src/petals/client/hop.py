@@ -265,7 +265,8 @@ class HopSession:
         )
 
     async def _say_goodbye(self) -> None:
-        if self._channel.is_closed:
+        # A server that has ended the session may have begun it anew for our successor.
+        if self._channel.is_closed or isinstance(self.failure, SessionClosed):
             return
         is_heard = self._reader is not None and self.failure is None
         await self._channel.send(CloseSession(self.terms.session_id))

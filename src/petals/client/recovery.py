@@ -44,7 +44,7 @@ from petals.errors import (
     SessionError,
 )
 from petals.logs import get_logger
-from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, SessionId
+from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, PeerId, SessionId
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -132,7 +132,10 @@ class Recovery:
         attempt.last_failure = error
         if self._closed or isinstance(error, CacheFull):
             raise error
-        if not isinstance(error, PeerUnreachable | PeerTimeout | OutboxLost):
+        has_forgotten = isinstance(error, SessionClosed) and error.peer_id not in attempt.forgetful
+        if has_forgotten:
+            attempt.forgetful.add(PeerId(error.peer_id))
+        elif not isinstance(error, PeerUnreachable | PeerTimeout | OutboxLost):
             attempt.num_refusals += 1
             if attempt.num_refusals > self._swarm.config.num_retries:
                 raise error
@@ -253,6 +256,7 @@ class Recovery:
     async def _rebuilt(self, attempt: Attempt) -> SessionPath:
         """A new path, fed with the session's inputs as the attempt finds them."""
         self._course.is_stale = True
+        replay = attempt.inputs.whole()
         if self.path is not None:
             await self.path.close()
             self._course.path = None
@@ -264,7 +268,6 @@ class Recovery:
         )
         terms = self._course.terms
         path = self._take(await self._open_patiently(self._blocks, terms, Repairing(), attempt))
-        replay = attempt.inputs.whole()
         if replay is not None:
             await path.run(self._cut(path, replay, None))
         attempt.reorder, attempt.num_rows_told = None, len(attempt.inputs.lengths)
@@ -287,6 +290,7 @@ class Recovery:
         """Try until it works, for ``repair_timeout`` while nobody can serve."""
         clock, seconds = self._swarm.node.clock, self._swarm.config.repair_timeout
         deadline: float | None = None
+        since = ""
         while True:
             try:
                 return await work()
@@ -299,6 +303,7 @@ class Recovery:
                         "waiting up to %g s, since %s: %s", seconds, since, error.message
                     )
                 if now >= deadline or self._closed:
+                    error.message += f" It has been so since {since}."
                     raise error from cause
                 await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
                 # Nobody else serves these blocks: only now are those called that are avoided.

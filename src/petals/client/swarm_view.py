@@ -15,6 +15,7 @@ from typing import Protocol
 from petals.client.arcs import Edges
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
+from petals.client.kept_inputs import KeptBudget
 from petals.client.routing import (
     Candidate,
     Needs,
@@ -99,6 +100,7 @@ class SwarmView:
         self.bans = Bans(config.ban_timeout)
         self.edges = Edges()
         self.channels = ChannelPool(node)
+        self.kept = KeptBudget(config.max_kept_bytes)
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
         self._clock = node.clock
