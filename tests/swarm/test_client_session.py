@@ -16,6 +16,7 @@ from petals.errors import (
     PeerFailed,
     PeerMisbehaved,
     PetalsError,
+    RequestError,
     SessionClosed,
     SessionGap,
 )
@@ -390,6 +391,28 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
         (repair,) = session.trace.repairs
         assert repair.peer_id == slow.peer_id
         assert "slow" in repair.reason
+        await session.close()
+
+
+@pytest.mark.parametrize("fault", RequestError.__subclasses__(), ids=lambda fault: fault.code)
+async def test_a_clients_fault_is_not_retried_and_bans_nobody(fault: type[RequestError]) -> None:
+    async with toy_swarm(*THREE, *THREE) as swarm:
+        access = swarm.access(6, max_retries=5)
+        session = SessionRows(access, ALL, max_length=20)
+        await session.step(states(2), (0,), (2,))
+        first = session.trace.hops[0].peer_id
+        server = next(server for server in swarm.servers if server.peer_id == first)
+        server.refuse_steps = [fault("This cannot be.") for _ in range(9)]
+        opened = sum(len(server.opened) for server in swarm.servers)
+        with pytest.raises(fault, match="This cannot be"):
+            await session.step(states(1), (2,), (1,))
+        assert len(server.refuse_steps) == 8
+        assert sum(len(server.opened) for server in swarm.servers) == opened
+        view = await access.view()
+        assert not view.bans.at(swarm.client.clock.monotonic())
+        server.refuse_steps.clear()
+        await session.step(states(1), (2,), (1,))
+        assert session.trace.hops[0].peer_id == first
         await session.close()
 
 
