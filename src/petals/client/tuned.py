@@ -2,8 +2,8 @@
 
 A folder holds ``model.safetensors`` (every parameter that requires gradients, under its name in
 ``state_dict``), ``config.json`` (of the whole model, with a note of where it came from) and, where
-only prompts before the input were trained, the same once more as an adapter of peft. Must not know
-the network, nor how a model is loaded.
+peft has a word for it, the same once more as an adapter of peft: a LoRA inside the blocks, or
+prompts before the input. Must not know the network, nor how a model is loaded.
 """
 
 import copy
@@ -36,13 +36,15 @@ class Tuned:
     folder: Path
     base: str
     model_class: str
+    has_lora: bool
     options: dict[str, Any]
 
     @torch.no_grad()
     def restore(self, model: Any) -> None:
         """Put what was trained into the model; it is trainable again.
 
-        Raises ModelFilesBroken for a damaged file and for one that belongs to another model.
+        Raises ModelFilesBroken for a damaged file and for one that belongs to another model, and
+        AdapterRefused likewise.
         """
         try:
             tensors = load_file(self.folder / WEIGHTS_FILE)
@@ -50,6 +52,8 @@ class Tuned:
             raise ModelFilesBroken(
                 f"{self.folder / WEIGHTS_FILE} cannot be read: {error}"
             ) from error
+        if self.has_lora:
+            model.load_adapter(self.folder, is_trainable=any(".lora_A" in name for name in tensors))
         parameters = dict(model.named_parameters())
         for name, tensor in tensors.items():
             parameter = parameters.get(name)
@@ -82,7 +86,7 @@ def find_tuned(source: str) -> Tuned | None:
         if "id2label" in options:  # JSON has no keys that are numbers
             options["id2label"] = {int(key): label for key, label in options["id2label"].items()}
         options |= {entry.name: config[entry.name] for entry in fields(TuningConfig)}
-        return Tuned(folder, str(note["base"]), str(note["class"]), options)
+        return Tuned(folder, str(note["base"]), str(note["class"]), bool(note["lora"]), options)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelFilesBroken(
             f"{folder / CONFIG_FILE} was not written by save_pretrained: {_NOTE} or what belongs "
@@ -111,12 +115,13 @@ def save_tuned(model: Any, folder: Path, state: Mapping[str, Tensor] | None = No
     folder.mkdir(parents=True, exist_ok=True)
     save_file(trained, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     _write_json(folder / CONFIG_FILE, _config_of(model))
-    adapter = _as_peft(trained)
-    if adapter is None:
-        for name in (ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
-            (folder / name).unlink(missing_ok=True)  # of an earlier state
-    else:
-        save_file(adapter, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    for name in (ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)  # of an earlier state
+    prompts = _as_peft(trained)
+    if model.remote_blocks.lora is not None:
+        model.save_adapter(folder)
+    elif prompts is not None:
+        save_file(prompts, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
         _write_json(folder / ADAPTER_CONFIG_FILE, _peft_config(model))
 
 
@@ -128,7 +133,11 @@ def _config_of(model: Any) -> dict[str, Any]:
             delattr(config, entry.name)
     original = type(model).__name__.removeprefix("Distributed")
     config.architectures = [original]
-    note = {"base": model.config._name_or_path, "class": type(model).__name__}
+    note = {
+        "base": model.config._name_or_path,
+        "class": type(model).__name__,
+        "lora": model.remote_blocks.lora is not None,
+    }
     return json.loads(config.to_json_string(use_diff=False)) | {_NOTE: note}
 
 

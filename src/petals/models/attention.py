@@ -19,6 +19,8 @@ from transformers.masking_utils import causal_mask_function
 from petals.models.batch import BatchContext, Segment, current
 
 PACKED = "petals_packed"
+LONG_TOKENS = 1024
+"""More new tokens of one row attend piece by piece, so that their masks stay small."""
 
 Bias = Callable[[int], torch.Tensor]
 """Number of keys -> additive bias [query heads, keys] (ALiBi)."""
@@ -71,6 +73,12 @@ class Extras:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     bias: Bias | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but softmax(q k) v of what came before."""
+        changes = (self.softcap, self.sinks, self.bias)
+        return self.rule is causal_mask_function and all(change is None for change in changes)
 
 
 def attend_packed(
@@ -131,6 +139,8 @@ def _attend(
     keys, values = past
     num_heads, num_queries, width = query.shape
     num_kv_heads = keys.shape[0]
+    if num_queries > LONG_TOKENS:
+        return _attend_in_pieces(context, segment, query, past, extras)
     hidden, mask = _visible(context, segment, keys.shape[1], extras, num_heads // num_kv_heads)
     if hidden:
         keys, values = keys[:, hidden:], values[:, hidden:]
@@ -146,6 +156,40 @@ def _attend(
     else:
         output = _attend_by_hand(grouped, (keys, values), mask, extras)
     return output.reshape(num_heads, num_queries, -1).transpose(0, 1)
+
+
+def _attend_in_pieces(
+    context: BatchContext,
+    segment: Segment,
+    query: torch.Tensor,
+    past: tuple[torch.Tensor, torch.Tensor],
+    extras: Extras,
+) -> torch.Tensor:
+    """The same as ``_attend``; a plain causal row that begins here needs no masks at all."""
+    keys, values = past
+    if extras.is_plain and segment.start == 0:
+        output = functional.scaled_dot_product_attention(
+            query[None],
+            keys[None],
+            values[None],
+            is_causal=True,
+            scale=extras.scaling,
+            enable_gqa=query.shape[0] != keys.shape[0],
+        )
+        return output[0].transpose(0, 1)
+    # Kept with the masks, which know them by their identity.
+    memo_key = ("pieces", id(segment))
+    if memo_key not in context.memo:
+        pieces, start = [], segment.start
+        for hidden in segment.hidden.split(LONG_TOKENS):
+            pieces.append(Segment(hidden=hidden, blocks=segment.blocks, start=start))
+            start += len(hidden)
+        context.memo[memo_key] = pieces
+    outputs = [
+        _attend(context, piece, part, (keys[:, : piece.end], values[:, : piece.end]), extras)
+        for piece, part in zip(context.memo[memo_key], query.split(LONG_TOKENS, dim=1))
+    ]
+    return torch.cat(outputs)
 
 
 def _attend_by_hand(

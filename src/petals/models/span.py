@@ -164,6 +164,11 @@ class Span:
         return True
 
     @property
+    def has_narrow_weights(self) -> bool:
+        """Whether any weight takes a byte or less."""
+        return any(parameter.itemsize == 1 for parameter in self._layers.parameters())
+
+    @property
     def recurrent(self) -> bool:
         """Whether any block keeps a state that cannot be cut at a position."""
         return any(traits.recurrent for traits in self._traits)

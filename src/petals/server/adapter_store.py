@@ -22,30 +22,12 @@ Key = tuple[PeerId, str]
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """An adapter, and how many sessions and passes work with it now."""
+    """An adapter, and how many sessions and passes use it now."""
 
     adapter: Adapter
     num_bytes: int = 0
     used_at: float = 0.0
     num_users: int = 0
-
-
-class AdapterUse:
-    """``adapter`` stays here until ``end``."""
-
-    def __init__(self, kept: _Kept, clock: Clock) -> None:
-        self.adapter = kept.adapter
-        self._kept = kept
-        self._clock = clock
-        self._ended = False
-        kept.num_users += 1
-
-    def end(self) -> None:
-        """It is not needed any more. Idempotent."""
-        if not self._ended:
-            self._ended = True
-            self._kept.num_users -= 1
-            self._kept.used_at = self._clock.monotonic()
 
 
 class AdapterStore:
@@ -73,28 +55,24 @@ class AdapterStore:
             kept.used_at = self._clock.monotonic()
         return kept is not None
 
-    def take(self, peer: PeerId, name: str) -> AdapterUse:
-        """The adapter that ``name`` means to this client. Raises UnknownAdapter."""
-        kept = self._kept.get((peer, name)) or self._preloaded.get(name)
-        if kept is not None:
-            return AdapterUse(kept, self._clock)
-        names = ", ".join(self._preloaded)
-        raise UnknownAdapter(
-            f"This server has no adapter {name[:80]!r}.",
-            hint=f"It has {names}." if names else "Send it first: model.load_adapter(FOLDER).",
-        )
-
     @contextmanager
     def using(self, peer: PeerId, name: str | None) -> Iterator[Adapter | None]:
-        """``take`` for the time of the block; None for no name."""
+        """The adapter that ``name`` means to this client; it stays here while the block runs.
+
+        None for no name. Raises UnknownAdapter.
+        """
         if name is None:
             yield None
             return
-        use = self.take(peer, name)
+        kept = self._kept.get((peer, name)) or self._preloaded.get(name)
+        if kept is None:
+            raise self._unknown(name)
+        kept.num_users += 1
         try:
-            yield use.adapter
+            yield kept.adapter
         finally:
-            use.end()
+            kept.num_users -= 1
+            kept.used_at = self._clock.monotonic()
 
     def check_size(self, adapter: Adapter) -> None:
         """Raises AdapterRefused for what no client may keep here."""
@@ -121,6 +99,13 @@ class AdapterStore:
         for key in leaving:
             del self._kept[key]
         self._kept[peer, name] = _Kept(adapter, cost, self._clock.monotonic())
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        names = ", ".join(self._preloaded)
+        return UnknownAdapter(
+            f"This server has no adapter {name[:80]!r}.",
+            hint=f"It has {names}." if names else "Send it first: model.load_adapter(FOLDER).",
+        )
 
     def drop_unused(self) -> None:
         """Forget what nobody has used for longer than the lease."""

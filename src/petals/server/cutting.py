@@ -12,7 +12,7 @@ FORWARD_WORTH = 1
 BACKWARD_WORTH = 2
 """A token on its way back takes about twice as long as on its way there."""
 
-_GOOD_TOKENS = 128
+_GOOD_TOKENS = 512
 """So many tokens make matrices worth multiplying; fewer only where even one block is too long."""
 
 

@@ -7,6 +7,7 @@ other hops and no blocks' insides.
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,7 @@ class BlocksService:
         self.reservations = Reservations(pool, executor, self.clock)
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
         self.adapters = AdapterStore(config, self.clock)
-        self.sessions = SessionTable(self._free, config.lease_seconds, config.max_sessions_per_peer)
+        self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
         self.ring = Ring(
             RingParts(
                 offer=offer,
@@ -177,22 +178,21 @@ class BlocksService:
                 hint="Use another server.",
             )
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        with self.sessions.seat(peer), self.adapters.using(peer, message.adapter):
-            prompts = (
-                None
-                if given is None
-                else await self.executor.at_place(partial(place_states, states=given))
-            )
-            room = Room(message.num_rows, message.max_length, blocks)
+        room = Room(message.num_rows, message.max_length, blocks)
+        with self.sessions.seat(peer), ExitStack() as held:
+            adapter = held.enter_context(self.adapters.using(peer, message.adapter))
+            prompts = None
+            if given is not None:
+                held.enter_context(self.bytes.hold(peer, given.nbytes))
+                place = partial(place_states, states=given)
+                prompts = await self.executor.at_place(place)
             kv = await self.reservations.reserve(room, timeout)
-            if self.sessions.get(key) is not None:
-                # The same request came twice and both waited.
-                self.reservations.release(kv)
-            else:
+            held.callback(self.reservations.release, kv)
+            # The same request may have come twice, and both have waited.
+            if self.sessions.get(key) is None:
                 session = self._new_session(key, kv, message)
-                if prompts is not None:
-                    session.prompts = prompts
-                    self.bytes.reserve(peer, prompts.nbytes)
+                session.prompts, session.adapter = prompts, adapter
+                session.held = held.pop_all()
                 self.sessions.add(session)
         return self.sessions[key]
 
@@ -206,16 +206,7 @@ class BlocksService:
         memory = (kv, self._outboxes.open(message.num_rows))
         session = Session(key, memory, limits, intake.state_dtype(message.dtype), self.clock)
         session.epoch, session.sources = message.epoch, frozenset(message.sources)
-        if message.adapter is not None:
-            session.adapter = self.adapters.take(key.peer_id, message.adapter)
         return session
-
-    def _free(self, session: Session) -> None:
-        self.reservations.release(session.kv)
-        if session.prompts is not None:
-            self.bytes.release(session.key.peer_id, session.prompts.nbytes)
-        if session.adapter is not None:
-            session.adapter.end()
 
     async def put_adapter(
         self, peer: PeerId, message: PutAdapter, tensors: Sequence[Tensor]
@@ -369,15 +360,9 @@ class _Conversation:
             return None
 
     async def _pass(self, message: Forward | Backward, tensors: Sequence[Tensor]) -> None:
-        peer, passes = self._channel.peer_id, self._service.passes
         try:
-            with passes.holding(peer, message, tensors) as adapter:
-                if isinstance(message, Forward):
-                    answer = await passes.forward(peer, message, tensors, adapter)
-                    await self._sink.answer(*answer)
-                else:
-                    back = await passes.backward(peer, message, tensors, adapter)
-                    await self._sink.answer(*back)
+            answer = self._sink.answer
+            await self._service.passes.serve(self._channel.peer_id, message, tensors, answer)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error))
 

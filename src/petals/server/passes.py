@@ -4,8 +4,7 @@ Whole sequences through some blocks and, for training, back. Knows messages and 
 runs is the walks' affair, when it runs the scheduler's.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 
 from torch import Tensor
 
@@ -22,7 +21,11 @@ from petals.server.intake import ByteAllowance, Offer
 from petals.server.kept_passes import KeptPasses
 from petals.server.walk import PassInputs, PassRun, Place
 from petals.types import PeerId
+from petals.wire import messages
+from petals.wire.fields import Message
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
+
+Answer = Callable[[Message, Sequence[Tensor]], Awaitable[None]]
 
 
 class Passes:
@@ -48,37 +51,39 @@ class Passes:
         """Drop, soon, what is kept beyond its lease."""
         self._executor.post(self.kept.expire)
 
-    @contextmanager
-    def holding(
-        self, peer: PeerId, message: Forward | Backward, tensors: Sequence[Tensor]
-    ) -> Iterator[Adapter | None]:
-        """The adapter of a pass, kept here while the pass lasts; bytes count as long: what came and
-        what will be answered.
+    async def serve(
+        self,
+        peer: PeerId,
+        message: Forward | Backward,
+        tensors: Sequence[Tensor],
+        answer: Answer,
+    ) -> None:
+        """Run a pass and ``answer`` it; its bytes count until the answer is on its way.
 
-        Raises UnknownAdapter and PeerBusy.
+        Raises TrainingRefused (a way back is asked for, or to be expected), PassExpired (``kept``,
+        but it is not), UnknownAdapter, PeerBusy, and what the checks and ``Executor.run_pass``
+        raise.
         """
         request = message if isinstance(message, Forward) else message.forward
-        item = max((tensor.itemsize for tensor in tensors), default=1)
-        num_bytes = sum(request.counts) * self._offer.hidden_size * item * (1 + len(request.taps))
-        num_bytes += sum(tensor.nbytes for tensor in tensors)
+        intake.check_pass(self._offer, request)
+        if self._offer.no_training and (message is not request or request.pass_id is not None):
+            raise TrainingRefused(f"This server gives no gradients: {self._offer.no_training}.")
         with self._adapters.using(peer, request.adapter) as adapter:
+            num_bytes = self._bytes_of(request, tensors)
             if isinstance(message, Backward) and message.wants_adapter and adapter is not None:
                 num_bytes += adapter.num_bytes
             with self._bytes.hold(peer, num_bytes):
-                yield adapter
+                if isinstance(message, Forward):
+                    await answer(*await self._forward(peer, message, tensors, adapter))
+                else:
+                    await answer(*await self._backward(peer, message, tensors, adapter))
 
-    async def forward(
+    async def _forward(
         self, peer: PeerId, message: Forward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[ForwardResult, list[Tensor]]:
-        """Run whole sequences: hidden [sum(counts), H] in the dtype it came in, then the taps'.
-
-        Raises TrainingRefused for a pass that is to be followed by its way back, and what the
-        checks and ``Executor.run_pass`` raise.
-        """
+        """Hidden [sum(counts), H] in the dtype it came in, then the same of each tap."""
         inputs = self._inputs(message, tensors, adapter)
         keep = message.pass_id is not None
-        if keep:
-            self._check_training()
         outputs: list[Tensor] = []
         was_kept = False
 
@@ -99,22 +104,18 @@ class Passes:
         lease = self._lease_seconds if was_kept else 0.0
         return ForwardResult(times.queue_seconds, times.compute_seconds, was_kept, lease), outputs
 
-    async def backward(
+    async def _backward(
         self, peer: PeerId, message: Backward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[BackwardResult, list[Tensor]]:
-        """The gradients of hidden, prompts and adapter, each in the dtype of what it belongs to.
-
-        Raises TrainingRefused, PassExpired (``kept``, but it is not), and what the checks and
-        ``Executor.run_pass`` raise.
-        """
-        self._check_training()
+        """The gradients of hidden, prompts and adapter, each in the dtype of what it belongs to."""
         request = message.forward
         num_gradients = 1 + len(request.taps)
         gradients, rest = tensors[:num_gradients], tensors[num_gradients:]
-        given = None if message.kept else self._inputs(request, rest, adapter)
+        given = None
         if message.kept:
-            intake.check_pass(self._offer, request)
             intake.check_nothing_more(rest)
+        else:
+            given = self._inputs(request, rest, adapter)
         intake.check_gradients(self._offer, request, gradients)
         found: list[Tensor] = []
 
@@ -138,10 +139,16 @@ class Passes:
         result = BackwardResult(times.queue_seconds, times.compute_seconds, given is not None)
         return result, found
 
+    def _bytes_of(self, request: Forward, tensors: Sequence[Tensor]) -> int:
+        """Bytes a pass needs here while it lasts: what came and what will be answered."""
+        item = max((tensor.itemsize for tensor in tensors), default=1)
+        outputs = sum(request.counts) * self._offer.hidden_size * item * (1 + len(request.taps))
+        return sum(tensor.nbytes for tensor in tensors) + outputs
+
     def _inputs(
         self, request: Forward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> PassInputs:
-        blocks = intake.check_pass(self._offer, request)
+        blocks = messages.span(request.blocks)
         hidden, prompts = intake.pass_tensors(self._offer, request, tensors)
         return PassInputs(
             blocks=blocks,
@@ -151,10 +158,6 @@ class Passes:
             adapter=None if adapter is None else adapter.within(blocks),
             taps=request.taps,
         )
-
-    def _check_training(self) -> None:
-        if self._offer.no_training:
-            raise TrainingRefused(f"This server gives no gradients: {self._offer.no_training}.")
 
     def _worth(self, request: Forward, worth: int) -> int:
         start, end = request.blocks

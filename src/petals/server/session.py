@@ -8,6 +8,7 @@ hops and no blocks' insides.
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
@@ -16,7 +17,7 @@ import torch
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
 from petals.logs import get_logger
-from petals.server.adapter_store import AdapterUse
+from petals.models.adapters import Adapter
 from petals.server.executor import Executor
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
@@ -70,7 +71,8 @@ class Session:
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
     steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
-    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added to them.
+    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added to their
+    matrices, ``held`` what is given back once nothing runs in it any more.
     """
 
     def __init__(
@@ -85,10 +87,11 @@ class Session:
         self.kv, self.outbox = memory
         self.limits = limits
         self.out_dtype = out_dtype
-        self.adapter: AdapterUse | None = None
+        self.adapter: Adapter | None = None
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
         self.prompts: torch.Tensor | None = None
+        self.held = ExitStack()
         self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
         self.closed = False
         self._clock = clock
@@ -233,7 +236,7 @@ class Session:
             owner=key.peer_id,
             kind=plan.kind,
             prompts=self.prompts,
-            adapter=None if self.adapter is None else self.adapter.adapter,
+            adapter=self.adapter,
         )
         try:
             outcome = await executor.run(work)

@@ -4,7 +4,7 @@ Knows no streams, no steps and no blocks' insides.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from petals.errors import PeerBusy
@@ -13,15 +13,9 @@ from petals.types import PeerId
 
 
 class SessionTable:
-    """All sessions of a server.
+    """All sessions of a server."""
 
-    ``release`` gives back what a session holds once nothing runs in it.
-    """
-
-    def __init__(
-        self, release: Callable[[Session], None], lease_seconds: float, max_per_peer: int
-    ) -> None:
-        self._release = release
+    def __init__(self, lease_seconds: float, max_per_peer: int) -> None:
         self._lease_seconds = lease_seconds
         self._max_per_peer = max_per_peer
         self._sessions: dict[SessionKey, Session] = {}
@@ -75,7 +69,7 @@ class SessionTable:
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
             await session.close()
-            self._release(session)
+            session.held.close()
 
     def silent(self) -> list[Session]:
         """Sessions whose client has not been heard for longer than the lease."""

@@ -16,6 +16,7 @@ from petals.client.auto import (
 )
 from petals.errors import ConfigError, ModelFilesBroken
 from petals.models.arch import describe
+from petals.models.lora_config import LoraConfig
 from petals.testing.tiny_models import write_tiny_model
 
 PEERS = ["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"]
@@ -108,6 +109,24 @@ def test_transformers_reads_a_head(llama, tmp_path):
     stock.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [None, "deep_ptune"])
+def test_a_lora_goes_on_and_peft_reads_it(llama, tmp_path, mode):
+    options = {"tuning_mode": mode, "pre_seq_len": 2}
+    model = load(CAUSAL, llama, llama, **options)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    train(model, IDS).save_pretrained(tmp_path / "tuned")
+    again = load(CAUSAL, tmp_path / "tuned", llama)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    stock = PeftModel.from_pretrained(base, str(tmp_path / "tuned"))
+    if mode is None:
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_deep_prompts_are_no_adapter_of_peft(llama, tmp_path):

@@ -11,6 +11,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from petals.models import attention
 from petals.models.attention import Extras, MaskNotUnderstood, attend_packed, packed_attention
 from petals.models.batch import BatchContext, Segment, activate
 from petals.types import BlockSpan
@@ -86,8 +87,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("long_tokens", [attention.LONG_TOKENS, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_every_segment_is_attended_as_if_alone(name: str) -> None:
+def test_every_segment_is_attended_as_if_alone(
+    name: str, long_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LONG_TOKENS", long_tokens)
     context, parts = batch()
     for output, part, (start, _) in zip(run(context, parts, CASES[name]), parts, LENGTHS):
         expected = plainly(part, start, CASES[name])

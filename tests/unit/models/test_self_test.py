@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from petals.errors import ModelNotSupported
-from petals.models.self_test import relative_error, run_self_test
+from petals.models.quantize import QuantKind, quantize_linears
+from petals.models.self_test import gradient_test, relative_error, run_self_test
 from petals.models.span import Mode, Span
 from tiny_spans import whole_model
 
@@ -39,6 +40,43 @@ def test_a_recurrence_that_takes_one_token_at_a_time_gets_them_so(
     outcome = run_self_test(span)
     assert outcome.mode is Mode.TOKEN_BY_TOKEN
     assert outcome.error < 1e-4
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom", "mixtral", "deepseek_v3", "qwen3_next"])
+def test_gradients_are_the_models_own(model: str) -> None:
+    assert gradient_test(whole_model(model)) == ""
+
+
+def test_wrong_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    span = whole_model("llama")
+    trace = span.trace
+
+    def spoilt(segments: list) -> list[torch.Tensor]:
+        *inner, last = trace(segments)
+        return [*inner, last + 0.01 * inner[-1]]
+
+    monkeypatch.setattr(span, "trace", spoilt)
+    assert "differ" in gradient_test(span)
+
+
+def test_blocks_that_cannot_go_back_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    span = whole_model("llama")
+    monkeypatch.setattr(span, "trace", lambda segments: [segments[0].hidden.detach()[None]])
+    assert "backward" in gradient_test(span)
+
+
+def test_int8_gives_no_gradients() -> None:
+    span = whole_model("llama")
+    quantize_linears(span._layers)
+    span.quant = QuantKind.INT8
+    assert "int8" in gradient_test(span)
+
+
+def test_a_checkpoints_own_narrow_weights_give_none() -> None:
+    span = whole_model("llama")
+    projection = span._layers[0].mlp.up_proj
+    projection.weight.data = projection.weight.data.to(torch.float8_e4m3fn)
+    assert "quantization" in gradient_test(span)
 
 
 def test_one_token_that_differs_counts_only_in_exact_arithmetic() -> None:

@@ -31,9 +31,10 @@ def test_what_a_client_has_put_is_for_that_client_alone() -> None:
     adapters = store()
     mine = adapter()
     adapters.put(ANNA, "x", mine)
-    assert adapters.take(ANNA, "x").adapter is mine
-    with pytest.raises(UnknownAdapter):
-        adapters.take(BEN, "x")
+    with adapters.using(ANNA, "x") as found:
+        assert found is mine
+    with pytest.raises(UnknownAdapter), adapters.using(BEN, "x"):
+        pass
 
 
 def test_what_the_operator_preloads_is_for_everybody() -> None:
@@ -43,8 +44,8 @@ def test_what_the_operator_preloads_is_for_everybody() -> None:
     for peer in (ANNA, BEN):
         with adapters.using(peer, "poems") as found:
             assert found is poems
-    with pytest.raises(UnknownAdapter) as caught:
-        adapters.take(ANNA, "prose")
+    with pytest.raises(UnknownAdapter) as caught, adapters.using(ANNA, "prose"):
+        pass
     assert "poems" in caught.value.hint
     with adapters.using(ANNA, None) as nothing:
         assert nothing is None
@@ -54,12 +55,10 @@ async def test_the_lease_begins_after_the_last_use() -> None:
     clock = ManualClock()
     adapters = store(clock)
     adapters.put(ANNA, "x", adapter())
-    use = adapters.take(ANNA, "x")
-    await clock.advance(1000)
-    adapters.drop_unused()
-    assert adapters.num_bytes
-    use.end()
-    use.end()
+    with adapters.using(ANNA, "x"):
+        await clock.advance(1000)
+        adapters.drop_unused()
+        assert adapters.num_bytes
     await clock.advance(50)
     adapters.drop_unused()
     assert adapters.has(ANNA, "x")
@@ -83,15 +82,13 @@ async def test_the_longest_unused_makes_room() -> None:
 
 def test_nothing_in_use_is_dropped() -> None:
     adapters = store()
-    uses = []
     for name in ("x", "y"):
         adapters.put(ANNA, name, adapter())
-        uses.append(adapters.take(ANNA, name))
-    with pytest.raises(PeerBusy):
+    with adapters.using(ANNA, "y"):
+        with adapters.using(ANNA, "x"), pytest.raises(PeerBusy):
+            adapters.put(ANNA, "z", adapter())
+        assert [adapters.has(ANNA, name) for name in "xyz"] == [True, True, False]
         adapters.put(ANNA, "z", adapter())
-    assert [adapters.has(ANNA, name) for name in "xyz"] == [True, True, False]
-    uses[0].end()
-    adapters.put(ANNA, "z", adapter())
     assert [adapters.has(ANNA, name) for name in "xyz"] == [False, True, True]
 
 
@@ -99,13 +96,12 @@ def test_clients_share_the_room_in_all() -> None:
     adapters = store(in_all=256)
     adapters.put(ANNA, "x", adapter())
     adapters.put(BEN, "x", adapter())
-    use = adapters.take(BEN, "x")
-    adapters.put(BEN, "y", adapter(60))
-    assert not adapters.has(ANNA, "x")
-    with pytest.raises(PeerBusy):
-        adapters.put(ANNA, "z", adapter(180))
-    assert adapters.has(BEN, "y")
-    use.end()
+    with adapters.using(BEN, "x"):
+        adapters.put(BEN, "y", adapter(60))
+        assert not adapters.has(ANNA, "x")
+        with pytest.raises(PeerBusy):
+            adapters.put(ANNA, "z", adapter(180))
+        assert adapters.has(BEN, "y")
 
 
 def test_what_never_fits_is_refused() -> None:

@@ -1,0 +1,167 @@
+"""A tuned model over real servers: gradients, words and classes as by hand, also as they die."""
+
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
+
+from petals.client.auto import (
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+)
+from petals.client.bridge import bridge
+from petals.client.sequence_manager import RemoteSequenceManager
+from petals.client.swarm_runner import SwarmRunner
+from petals.testing.tiny_models import write_tiny_model
+from petals.types import BlockSpan
+from real_swarm import ALL, RealSwarm, real_swarm
+from toy_blocks import config
+from tuned_reference import TunedReference
+
+IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
+NUM_PROMPTS = 4
+CUTS = (BlockSpan(0, 2), BlockSpan(1, 4), BlockSpan(3, 5), BlockSpan(0, 3), BlockSpan(2, 5))
+"""Every block is served twice, so that one server can go."""
+
+
+@dataclass
+class World:
+    swarm: RealSwarm
+    folder: Path
+    manager: RemoteSequenceManager
+
+    def tuned(self, mode: str, kind: type = AutoDistributedModelForCausalLM) -> PreTrainedModel:
+        torch.manual_seed(5)
+        remote = kind.from_pretrained(
+            str(self.folder), tuning_mode=mode, pre_seq_len=NUM_PROMPTS, num_labels=3
+        )
+        if mode == "deep_ptune":
+            with torch.no_grad():
+                remote.intermediate_prompt_embeddings.weight.normal_(std=0.3)
+        remote.remote_blocks.runner = SwarmRunner(self.manager)
+        return remote
+
+    def reference(self, remote: PreTrainedModel) -> TunedReference:
+        return TunedReference.of(AutoModelForCausalLM.from_pretrained(self.folder), remote)
+
+
+@pytest.fixture(params=["llama", "bloom"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    folder = write_tiny_model(tmp_path / request.param, request.param)
+    stack = AsyncExitStack()
+    try:
+        swarm = bridge.run(stack.enter_async_context(real_swarm(folder, *CUTS, max_step_tokens=64)))
+        settings = config(dht_prefix=swarm.model, prefill_chunk_tokens=3, repair_timeout=30.0)
+        with RemoteSequenceManager(settings, ALL, node=swarm.client) as manager:
+            yield World(swarm, folder, manager)
+    finally:
+        bridge.run(stack.aclose())
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = expected.abs().max()
+    assert scale > 0
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+def prompts_of(remote: PreTrainedModel) -> list[torch.Tensor]:
+    return [p for name, p in remote.named_parameters() if "prompt_embeddings" in name]
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_training_and_generation(world: World, mode: str) -> None:
+    remote = world.tuned(mode)
+    reference = world.reference(remote)
+    loss = remote(IDS, labels=IDS).loss
+    loss.backward()
+    expected = reference.logits(IDS)
+    wanted = cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
+    for parameter, gradient in zip(prompts_of(remote), reference.gradients(), strict=True):
+        assert_close(parameter.grad, gradient)
+    for more in ({}, {"num_beams": 3}):
+        options = {"max_new_tokens": 6} | more
+        assert torch.equal(
+            remote.generate(IDS[:1], **options), reference.generate(IDS[:1], **options)
+        )
+    mask = torch.tensor([[0] * 4 + [1] * 5, [0] + [1] * 8, [1] * 9])
+    words = remote.generate(IDS * mask, attention_mask=mask, max_new_tokens=5)
+    for row, real in enumerate(mask.bool()):
+        alone = reference.generate(IDS[row : row + 1, real], max_new_tokens=5)
+        assert torch.equal(words[row, -5:], alone[0, -5:])
+
+
+class KillAt(StoppingCriteria):
+    """Ends a server of the running session when a sequence has so many tokens."""
+
+    def __init__(self, world: World, remote: PreTrainedModel, length: int) -> None:
+        self.world, self.remote, self.length = world, remote, length
+        self.num_killed = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        if input_ids.shape[1] == self.length and not self.num_killed:
+            victim = self.remote.active_session.trace.hops[-1].peer_id
+
+            async def kill() -> None:
+                self.world.swarm.net.kill(victim)
+
+            bridge.run(kill())
+            self.num_killed = 1
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_a_server_dies_while_a_tuned_model_speaks(world: World) -> None:
+    remote = world.tuned("deep_ptune")
+    reference = world.reference(remote)
+    expected = reference.generate(IDS[:1], max_new_tokens=8)
+    with remote.inference_session(max_length=30) as session:
+        remote.generate(IDS[:1], max_new_tokens=1)
+        session.position = 0
+        killer = KillAt(world, remote, IDS.shape[1] + 3)
+        actual = remote.generate(IDS[:1], max_new_tokens=8, stopping_criteria=[killer])
+        assert killer.num_killed == 1
+        assert session.trace.repairs
+    assert torch.equal(actual, expected)
+
+
+def test_a_server_dies_while_a_model_is_tuned(world: World) -> None:
+    remote = world.tuned("deep_ptune")
+    reference = world.reference(remote)
+    ours = torch.optim.Adam(prompts_of(remote), lr=0.05)
+    theirs = torch.optim.Adam(reference.leaves, lr=0.05)
+    for step in range(4):
+        loss = remote(IDS, labels=IDS).loss
+        if step == 1:
+
+            async def kill() -> None:
+                world.swarm.net.kill(world.swarm.peers[1])
+
+            bridge.run(kill())
+        expected = reference.logits(IDS)
+        wanted = cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-4)
+        for optimizer, value in ((ours, loss), (theirs, wanted)):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+
+
+def test_a_classifier(world: World) -> None:
+    remote = world.tuned("deep_ptune", AutoDistributedModelForSequenceClassification)
+    reference = world.reference(remote)
+    labels = torch.tensor([2, 0, 1])
+    output = remote(IDS, labels=labels)
+    output.loss.backward()
+    head = remote.score.weight.detach().clone().requires_grad_()
+    logits = reference.states(IDS)[:, -1] @ head.T
+    assert_close(output.logits, logits)
+    cross_entropy(logits, labels).backward()
+    assert_close(remote.score.weight.grad, head.grad)
+    for parameter, gradient in zip(prompts_of(remote), reference.gradients(), strict=True):
+        assert_close(parameter.grad, gradient)
