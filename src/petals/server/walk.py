@@ -241,6 +241,9 @@ class PassRun(Generic[W]):
             self.is_done = True
             self._finish(walk)
             self._walk = None
+        if walk.place.device.type == "cuda":
+            # The next batch waits for it in any case, and who plans must know how long it takes.
+            torch.cuda.synchronize(walk.place.device)
         return walk.worth - before
 
     def give_up(self) -> None:
