@@ -97,6 +97,9 @@ def _adapted(
             ranges.append(slice(first, last))
     if not adapted:
         return output
+    if torch.is_grad_enabled():
+        # Quantized matrices have a backward of their own, and forbid to write into their output.
+        output = output.clone()
     rows, sums = inputs.flatten(0, -2), output.flatten(0, -2)
     if rows.shape[0] != context.total:
         raise AdapterRefused(

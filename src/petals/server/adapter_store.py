@@ -22,7 +22,7 @@ Key = tuple[PeerId, str]
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """An adapter, and how many sessions and passes work with it now."""
+    """An adapter, and how many sessions and passes use it now."""
 
     adapter: Adapter
     num_bytes: int = 0
@@ -57,29 +57,22 @@ class AdapterStore:
 
     @contextmanager
     def using(self, peer: PeerId, name: str | None) -> Iterator[Adapter | None]:
-        """The adapter that ``name`` means to this client stays here while the block runs; None for
-        no name. Raises UnknownAdapter.
+        """The adapter that ``name`` means to this client; it stays here while the block runs.
+
+        None for no name. Raises UnknownAdapter.
         """
         if name is None:
             yield None
             return
-        kept = self._find(peer, name)
+        kept = self._kept.get((peer, name)) or self._preloaded.get(name)
+        if kept is None:
+            raise self._unknown(name)
         kept.num_users += 1
         try:
             yield kept.adapter
         finally:
             kept.num_users -= 1
             kept.used_at = self._clock.monotonic()
-
-    def _find(self, peer: PeerId, name: str) -> _Kept:
-        kept = self._kept.get((peer, name)) or self._preloaded.get(name)
-        if kept is not None:
-            return kept
-        names = ", ".join(self._preloaded)
-        raise UnknownAdapter(
-            f"This server has no adapter {name[:80]!r}.",
-            hint=f"It has {names}." if names else "Send it first: model.load_adapter(FOLDER).",
-        )
 
     def check_size(self, adapter: Adapter) -> None:
         """Raises AdapterRefused for what no client may keep here."""
@@ -106,6 +99,13 @@ class AdapterStore:
         for key in leaving:
             del self._kept[key]
         self._kept[peer, name] = _Kept(adapter, cost, self._clock.monotonic())
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        names = ", ".join(self._preloaded)
+        return UnknownAdapter(
+            f"This server has no adapter {name[:80]!r}.",
+            hint=f"It has {names}." if names else "Send it first: model.load_adapter(FOLDER).",
+        )
 
     def drop_unused(self) -> None:
         """Forget what nobody has used for longer than the lease."""

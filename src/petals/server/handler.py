@@ -184,7 +184,8 @@ class BlocksService:
             prompts = None
             if given is not None:
                 held.enter_context(self.bytes.hold(peer, given.nbytes))
-                prompts = await self.executor.at_place(partial(place_states, states=given))
+                place = partial(place_states, states=given)
+                prompts = await self.executor.at_place(place)
             kv = await self.reservations.reserve(room, timeout)
             held.callback(self.reservations.release, kv)
             # The same request may have come twice, and both have waited.

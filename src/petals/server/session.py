@@ -71,8 +71,8 @@ class Session:
 
     Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
     steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
-    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added in them, and
-    ``held`` what is given back once nothing runs any more.
+    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added to their
+    matrices, ``held`` what is given back once nothing runs in it any more.
     """
 
     def __init__(

@@ -82,14 +82,14 @@ async def test_the_longest_unused_makes_room() -> None:
 
 def test_nothing_in_use_is_dropped() -> None:
     adapters = store()
-    adapters.put(ANNA, "x", adapter())
-    adapters.put(ANNA, "y", adapter())
+    for name in ("x", "y"):
+        adapters.put(ANNA, name, adapter())
     with adapters.using(ANNA, "y"):
         with adapters.using(ANNA, "x"), pytest.raises(PeerBusy):
             adapters.put(ANNA, "z", adapter())
         assert [adapters.has(ANNA, name) for name in "xyz"] == [True, True, False]
         adapters.put(ANNA, "z", adapter())
-        assert [adapters.has(ANNA, name) for name in "xyz"] == [False, True, True]
+    assert [adapters.has(ANNA, name) for name in "xyz"] == [False, True, True]
 
 
 def test_clients_share_the_room_in_all() -> None:
