@@ -125,7 +125,7 @@ def _moving(flags: Flags) -> "MovingConfig":
     quality = flags.get("balance_quality")
     if quality:
         # Worse than this share of what it could be: then it can gain so much.
-        eagerness["margin"] = max(0.0, 1 / quality - 1)
+        eagerness["enough"] = quality
     return MovingConfig(enabled=quality != 0, policy=MovePolicy(**eagerness))
 
 

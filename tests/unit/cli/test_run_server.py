@@ -57,21 +57,21 @@ def test_flags_find_their_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "enabled", "margin", "look_seconds"),
+    ("flags", "enabled", "enough", "look_seconds"),
     [
-        ((), True, 0.15, 60.0),
-        (("--balance_quality", "0"), False, 0.15, 60.0),
-        (("--balance_quality", "0.8"), True, 0.25, 60.0),
-        (("--balance_quality", "1.5"), True, 0.0, 60.0),
-        (("--mean_balance_check_period", "240"), True, 0.15, 240.0),
+        ((), True, 0.9, 60.0),
+        (("--balance_quality", "0"), False, 0.9, 60.0),
+        (("--balance_quality", "0.8"), True, 0.8, 60.0),
+        (("--balance_quality", "1.5"), True, 1.5, 60.0),
+        (("--mean_balance_check_period", "240"), True, 0.9, 240.0),
     ],
 )
 def test_how_eager_a_server_is_to_move(
-    flags: tuple[str, ...], enabled: bool, margin: float, look_seconds: float
+    flags: tuple[str, ...], enabled: bool, enough: float, look_seconds: float
 ) -> None:
     moving = config_of("--new_swarm", *flags).moving
     assert moving.enabled is enabled
-    assert moving.policy.margin == pytest.approx(margin)
+    assert moving.policy.enough == enough
     assert moving.policy.look_seconds == look_seconds
 
 
