@@ -124,7 +124,6 @@ def _moving(flags: Flags) -> "MovingConfig":
     eagerness: dict[str, Any] = _given(flags, look_seconds="mean_balance_check_period")
     quality = flags.get("balance_quality")
     if quality:
-        # Worse than this share of what it could be: then it can gain so much.
         eagerness["enough"] = quality
     return MovingConfig(enabled=quality != 0, policy=MovePolicy(**eagerness))
 
