@@ -264,13 +264,13 @@ class Span:
                 **extra,
             )
 
-    def reference(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> [n, H] through all blocks by the model's own path, without any cache; with
-        autograd if ``hidden`` asks for it.
+    def reference(self, hidden: torch.Tensor, blocks: BlockSpan | None = None) -> torch.Tensor:
+        """[n, H] -> [n, H] through ``blocks``, all by default, by the model's own path, without any
+        cache; with autograd if ``hidden`` asks for it.
         """
         self._use_attention(packed=False)
         try:
-            segment = Segment(hidden=hidden, blocks=self.blocks)
+            segment = Segment(hidden=hidden, blocks=blocks or self.blocks)
             context = BatchContext([segment], self.blocks, packed=False)
             with torch.inference_mode(not hidden.requires_grad):
                 self._call_base(context, None)

@@ -17,7 +17,7 @@ def test_a_right_span_keeps_its_mode() -> None:
 
 def test_a_span_that_is_wrong_in_every_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = Span.reference
-    monkeypatch.setattr(Span, "reference", lambda self, hidden: reference(self, hidden) * 1.01)
+    monkeypatch.setattr(Span, "reference", lambda self, *states: reference(self, *states) * 1.01)
     span = whole_model("llama")
     with pytest.raises(ModelNotSupported, match="differ") as refused:
         run_self_test(span)
