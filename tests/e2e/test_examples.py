@@ -21,8 +21,7 @@ def run(name: str, swarm: LocalSwarm, folder: Path, *more: str) -> str:
         command,
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
