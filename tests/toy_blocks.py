@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 import torch
@@ -380,17 +381,20 @@ class ToyServer:
             if start > len(rows[number]):
                 raise SessionGap("A gap.")
             rows[number] = torch.cat([rows[number][:start], new])
-            call = replace(self.calls[message.session_id], counts=(len(rows[number]),))
-            made = run_call(rows[number], blocks, call)
-            outputs.append(made[blocks.end - 1][start:])
+            outputs.append(self._run_row(message.session_id, rows[number], blocks)[start:])
         self.sessions[message.session_id] = rows
         return torch.cat(outputs).to(hidden.dtype)
+
+    def _run_row(self, session_id: bytes, row: Tensor, blocks: BlockSpan) -> Tensor:
+        call = replace(self.calls[session_id], counts=(len(row),))
+        return run_call(row, blocks, call)[blocks.end - 1]
 
     def _replay(self, message: wire.Replay, blocks: BlockSpan) -> tuple[wire.Step, tuple[Tensor]]:
         """What it has put out, to the client; toys know no reorder that came between."""
         assert not message.next_hops
         rows = zip(self.sessions[message.session_id], message.lengths, strict=True)
-        output = torch.cat([expected(row[:length], blocks) for row, length in rows])
+        rerun = partial(self._run_row, message.session_id, blocks=blocks)
+        output = torch.cat([rerun(row[:length]) for row, length in rows])
         step = wire.Step(
             session_id=message.session_id,
             epoch=message.epoch,
