@@ -155,6 +155,7 @@ class ToyServer:
     opened: list[wire.OpenSession] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
     backwards: list[Backward] = field(default_factory=list)
+    on_forward: Callable[[], None] = lambda: None
     refuse_backwards: list[PetalsError] = field(default_factory=list)
     trains: bool = True
     has_room: bool = True
@@ -259,6 +260,7 @@ class ToyServer:
 
     def _forward(self, message: Forward, tensors: list[Tensor]):
         self.forwards.append(message)
+        self.on_forward()
         if self.refuse_steps:
             raise self.refuse_steps.pop(0)
         traced = self._trace(message, tensors)

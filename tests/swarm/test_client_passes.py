@@ -218,6 +218,34 @@ async def test_a_failure_on_the_way_back_repeats_that_range_only() -> None:
         assert [message.kept for message in spare.backwards] == [False]
 
 
+async def test_a_death_on_the_way_there_repeats_that_range_only() -> None:
+    async with toy_swarm((0, 1), (1, 3), (3, 4)) as swarm:
+        first, middle, last = swarm.servers
+        lesson, access = Lesson((5, 3)), swarm.access(4, repair_timeout=20.0)
+        await (await access.view()).records()
+        near, far = await swarm.add(1, 2), await swarm.add(2, 3)
+        middle.on_forward = lambda: swarm.net.kill(middle.peer_id)
+        await lesson.end(await lesson.begin(access))
+        assert [len(server.forwards) for server in swarm.servers] == [1, 1, 1, 1, 1]
+        assert [len(server.backwards) for server in swarm.servers] == [1, 0, 1, 1, 1]
+        assert all(
+            message.kept for server in (first, near, far, last) for message in server.backwards
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+async def test_states_travel_in_their_dtype(dtype: torch.dtype) -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        call = PassCall((5, 3), torch.randn(4, 1, 2, HIDDEN))
+        lesson = Pass(swarm.access(4), ALL, call, is_training=True)
+        output = await lesson.forward(states(8).to(dtype))
+        grads = await lesson.backward(PassOutput(torch.ones_like(output.hidden)))
+        assert (output.hidden.dtype, grads.hidden.dtype) == (dtype, dtype)
+        assert grads.prompts is not None and grads.prompts.dtype == torch.float32
+        wanted = run_call(states(8), ALL, call)[3]
+        torch.testing.assert_close(output.hidden.float(), wanted, rtol=0.05, atol=0.05)
+
+
 async def test_two_servers_take_the_place_of_one_on_the_way_back() -> None:
     async with toy_swarm((0, 1), (1, 4)) as swarm:
         lesson = Lesson((5, 3))

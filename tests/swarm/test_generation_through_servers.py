@@ -1,31 +1,18 @@
 """Stock `generate` on a model whose blocks real servers run, over a network in memory."""
 
-import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from petals.client.auto import AutoDistributedModelForCausalLM
-from petals.client.bridge import bridge
-from petals.client.sequence_manager import RemoteSequenceManager
-from petals.client.swarm_runner import SwarmRunner
+from model_swarm import ModelSwarm, model_swarm
 from petals.errors import LengthExceeded, MissingBlocksError
-from petals.server.config import ComputeConfig, LimitsConfig, MemoryConfig, ServerConfig
-from petals.server.config import SourceConfig as Source
-from petals.server.server import OnlineInfo, Server, Watchers
-from petals.swarm.config import NodeConfig
-from petals.swarm.node import SwarmNode
-from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
-from toy_blocks import config
 
 PROMPT = torch.tensor([[11, 54, 7, 11, 54, 23, 90]])
 FAMILIES = ("llama", "bloom", "mixtral", "gemma3_text")
@@ -33,41 +20,12 @@ FAMILIES = ("llama", "bloom", "mixtral", "gemma3_text")
 
 @dataclass
 class Pair:
-    local: PreTrainedModel
+    swarm: ModelSwarm
     remote: PreTrainedModel
-    node: SwarmNode
 
-
-async def serve(stack: AsyncExitStack, folder: Path, *cuts: int) -> SwarmNode:
-    """One server for each two neighbours of ``cuts``; returns the node of a client beside them."""
-    net = MemoryNet()
-    seed = await stack.enter_async_context(SwarmNode(NodeConfig(), engine=net.engine))
-    peers = await seed.addresses()
-    for start, end in zip(cuts, cuts[1:]):
-        came: asyncio.Future[OnlineInfo] = asyncio.get_running_loop().create_future()
-        server = Server(
-            ServerConfig(
-                source=Source(model=str(folder)),
-                blocks=BlockSpan(start, end),
-                compute=ComputeConfig(device="cpu", num_threads=1),
-                memory=MemoryConfig(cache_tokens=1024),
-                limits=LimitsConfig(max_length=64),
-                network=NodeConfig(initial_peers=peers),
-            ),
-            Watchers(on_online=came.set_result),
-            engine=net.engine,
-        )
-        task = asyncio.create_task(server.run())
-        await asyncio.wait({task, came}, return_when=asyncio.FIRST_COMPLETED)
-        assert came.done(), task.exception()
-
-        async def end_it(server: Server = server, task: asyncio.Task[None] = task) -> None:
-            server.stop()
-            await task
-
-        stack.push_async_callback(end_it)
-    network = NodeConfig(initial_peers=peers, client_mode=True)
-    return await stack.enter_async_context(SwarmNode(network, engine=net.engine))
+    @property
+    def local(self) -> PreTrainedModel:
+        return self.swarm.local
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -75,18 +33,8 @@ def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / request.param, request.param)
-    stack = AsyncExitStack()
-    try:
-        client = bridge.run(serve(stack, folder, 0, 2, 5))
-        remote = AutoDistributedModelForCausalLM.from_pretrained(str(folder))
-        name = remote.remote_blocks.sequence_manager.model
-        with RemoteSequenceManager(
-            config(dht_prefix=name), BlockSpan(0, 5), node=client
-        ) as manager:
-            remote.remote_blocks.runner = SwarmRunner(manager)
-            yield Pair(AutoModelForCausalLM.from_pretrained(folder), remote, client)
-    finally:
-        bridge.run(stack.aclose())
+    with model_swarm(folder, BlockSpan(0, 2), BlockSpan(2, 5)) as swarm:
+        yield Pair(swarm, swarm.client())
 
 
 def test_every_mode_gives_the_local_tokens(pair: Pair) -> None:
@@ -173,13 +121,6 @@ def test_too_long_for_the_servers(pair: Pair) -> None:
 
 
 def test_a_model_nobody_serves_says_so(pair: Pair) -> None:
-    runner = pair.remote.remote_blocks.runner
-    with RemoteSequenceManager(
-        config(dht_prefix="nobody-serves-this"), BlockSpan(0, 5), node=pair.node
-    ) as manager:
-        pair.remote.remote_blocks.runner = SwarmRunner(manager)
-        try:
-            with pytest.raises(MissingBlocksError, match="0:5"):
-                pair.remote.generate(PROMPT, max_new_tokens=4)
-        finally:
-            pair.remote.remote_blocks.runner = runner
+    remote = pair.swarm.client(dht_prefix="nobody-serves-this")
+    with pytest.raises(MissingBlocksError, match="0:5"):
+        remote.generate(PROMPT, max_new_tokens=4)

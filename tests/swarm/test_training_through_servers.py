@@ -1,12 +1,16 @@
 """Gradients through real servers, over a network in memory, are those of the whole local model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from model_swarm import ModelSwarm, model_swarm
+from petals.client.bridge import bridge
+from petals.errors import TrainingRefused
+from petals.server.config import LimitsConfig
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
 from tuned_reference import TunedReference
@@ -85,3 +89,56 @@ def test_gradients_of_prompts(swarm: ModelSwarm) -> None:
     trained = (host.prompt_embeddings.weight, host.intermediate_prompt_embeddings.weight)
     for parameter, expected in zip(trained, reference.gradients(), strict=True):
         assert_close(parameter.grad, expected)
+
+
+def gradient(model: torch.nn.Module, before_backward: Callable[[], None]) -> Tensor:
+    embeds = embedded(model)
+    loss = model(inputs_embeds=embeds, attention_mask=LEFT).logits[LEFT.bool()].square().mean()
+    before_backward()
+    loss.backward()
+    return embeds.grad
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "llama", "llama")
+
+
+@pytest.mark.parametrize("when", ["there", "back"])
+def test_a_death_changes_no_gradient(llama: Path, when: str) -> None:
+    with model_swarm(llama, BlockSpan(0, 1), BlockSpan(1, 4), BlockSpan(4, 5)) as swarm:
+        remote = swarm.client(repair_timeout=30.0)
+        expected = gradient(swarm.local, lambda: None)
+        assert_close(gradient(remote, lambda: None), expected)
+        swarm.add(BlockSpan(0, 3))
+        swarm.add(BlockSpan(2, 5))
+
+        def kill() -> None:
+            bridge.loop.call_soon_threadsafe(swarm.net.kill, swarm.peers[1])
+
+        if when == "there":
+            kill()
+        assert_close(gradient(remote, kill if when == "back" else lambda: None), expected)
+
+
+def test_bf16(llama: Path) -> None:
+    with model_swarm(llama, *SPANS, dtype="bfloat16") as swarm:
+        found = gradient(swarm.client(), lambda: None)
+        assert found.dtype == torch.bfloat16
+        assert_close(found.float(), gradient(swarm.local, lambda: None).float(), tolerance=0.05)
+
+
+def test_servers_that_do_not_train(llama: Path) -> None:
+    forbidden = LimitsConfig(max_length=64, allow_training=False)
+    with model_swarm(llama, BlockSpan(0, 5)) as swarm:
+        swarm.add(BlockSpan(0, 5), limits=forbidden)
+        remote = swarm.client()
+        for _ in range(4):
+            gradient(remote, lambda: None)
+    with model_swarm(llama) as swarm:
+        swarm.add(BlockSpan(0, 5), limits=forbidden)
+        remote = swarm.client()
+        with torch.no_grad():
+            remote(IDS)
+        with pytest.raises(TrainingRefused, match="0:5"):
+            gradient(remote, lambda: None)
