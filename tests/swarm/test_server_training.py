@@ -103,3 +103,29 @@ async def test_sessions_go_on_between_the_units_of_passes() -> None:
 
         await asyncio.gather(*(train(n) for n in range(3)), *(write(n) for n in range(3)))
         await swarm.at_rest()
+
+
+async def test_readers_who_never_rest_do_not_starve_a_pass() -> None:
+    scheduling = SchedulerConfig(max_batch_tokens=16, min_chunk_tokens=1, forward_every=2)
+    async with served(scheduling=scheduling) as swarm:
+        trained = asyncio.Event()
+
+        async def read(number: int) -> None:
+            talk = await swarm.talk()
+            talk.session_id = bytes([number]) * 16
+            await talk.open(max_length=200)
+            step = 0
+            while not trained.is_set():
+                await talk.step(step, [0], [states(100, seed=number)])
+                step += 1
+
+        async def train() -> None:
+            try:
+                talk, task = await swarm.talk(), lesson()
+                answer, _ = await task.forward(talk)
+                _, found = await task.backward(talk, kept=answer.kept)
+                assert_equal(found, task.expected(swarm.reference)[1], 1e-5)
+            finally:
+                trained.set()
+
+        await asyncio.gather(train(), read(1), read(2))

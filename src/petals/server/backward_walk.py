@@ -43,6 +43,7 @@ class BackwardWalk(Walk):
         """The gradients of hidden, prompts and, if asked for, the adapter, on the CPU, in the
         dtypes of what they belong to.
         """
+        self.trail.drop()
         inputs = self.inputs
         yield self.hidden_gradient.to("cpu", inputs.hidden.dtype)
         if inputs.prompts is not None and self.prompts_gradient is not None:

@@ -22,8 +22,11 @@ class ForwardWalk(Walk):
         self.place_inputs()
         self.output = torch.empty_like(self.hidden)
         self.tapped = {block: torch.empty_like(self.hidden) for block in inputs.taps}
-        keep = keep and place.allowance.has_room(self.num_tokens, len(inputs.blocks))
-        self.trail = Trail(inputs, place.allowance) if keep else None
+        self.trail: Trail | None = None
+        if keep and place.allowance.free_bytes >= inputs.num_bytes:
+            self.trail = Trail(inputs, place.allowance)
+            if not place.allowance.has_room(self.num_tokens, len(inputs.blocks)):
+                self.give_up()
 
     def _units(self) -> Units:
         strip = None

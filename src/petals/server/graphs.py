@@ -21,16 +21,24 @@ class Allowance:
 
     def tokens_within(self) -> int:
         """How many tokens may still pass one block, as far as is known."""
-        free = self.cap_bytes - self.used_bytes
-        return int(free / self._bytes_per_token) if self._bytes_per_token else max(free, 0)
+        free = max(0, self.free_bytes)
+        return int(free / self._bytes_per_token) if self._bytes_per_token else free
 
     def has_room(self, num_tokens: int, num_blocks: int) -> bool:
         """Would the graph of so many tokens through so many blocks fit?"""
         return num_tokens * num_blocks <= self.tokens_within()
 
-    def take(self, num_bytes: int, num_tokens: int, num_blocks: int) -> None:
-        """A graph has been made."""
+    @property
+    def free_bytes(self) -> int:
+        return self.cap_bytes - self.used_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """So much is held beside graphs."""
         self.used_bytes += num_bytes
+
+    def take_graph(self, num_bytes: int, num_tokens: int, num_blocks: int) -> None:
+        """A graph has been made."""
+        self.take(num_bytes)
         self._bytes_per_token = num_bytes / (num_tokens * num_blocks)
 
     def give_back(self, num_bytes: int) -> None:

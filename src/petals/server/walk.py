@@ -62,6 +62,10 @@ class PassInputs:
     adapter: Adapter | None = None
     taps: tuple[int, ...] = ()
 
+    @property
+    def num_bytes(self) -> int:
+        return self.hidden.nbytes + (0 if self.prompts is None else self.prompts.nbytes)
+
 
 @dataclass(slots=True, eq=False)
 class Stage:
@@ -86,12 +90,17 @@ class Trail:
     inputs: PassInputs
     allowance: Allowance
     strips: list[tuple[Strip, list[Stage]]] = field(default_factory=list)
+    is_dropped: bool = False
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(stage.num_bytes for _, stages in self.strips for stage in stages)
+    def __post_init__(self) -> None:
+        self.allowance.take(self.inputs.num_bytes)
 
     def drop(self) -> None:
+        """Let everything go. Idempotent."""
+        if self.is_dropped:
+            return
+        self.is_dropped = True
+        self.allowance.give_back(self.inputs.num_bytes)
         for _, stages in self.strips:
             for stage in stages:
                 self.forget(stage)
@@ -178,7 +187,7 @@ class Walk(ABC):
         for states in (stage.entry, *stage.outputs):
             meter.note(states)
         stage.num_bytes = meter.num_bytes
-        self.place.allowance.take(meter.num_bytes, strip.num_tokens, len(stage.blocks))
+        self.place.allowance.take_graph(meter.num_bytes, strip.num_tokens, len(stage.blocks))
         return stage.outputs[-1].detach()[0]
 
     def _segments(
@@ -241,6 +250,9 @@ class PassRun(Generic[W]):
             self.is_done = True
             self._finish(walk)
             self._walk = None
+        if walk.place.device.type == "cuda":
+            # The next batch waits for it in any case, and who plans must know how long it takes.
+            torch.cuda.synchronize(walk.place.device)
         return walk.worth - before
 
     def give_up(self) -> None:

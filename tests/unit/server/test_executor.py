@@ -29,12 +29,14 @@ class Doubler:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.threads: set[str] = set()
+        self.log: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
 
     def run(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
         self.gate.wait(10)
         self.threads.add(threading.current_thread().name)
+        self.log.append("step")
         self.batches.append([len(segment.hidden) for segment in segments])
         for segment in segments:
             if (segment.hidden < 0).any():
@@ -107,6 +109,71 @@ async def test_one_failure_is_one_failure(rig: Rig) -> None:
     assert [isinstance(result, PeerFailed) for result in results] == [False, False, True, False]
     assert [work.kv.rows[0].length for work in works] == [1, 0, 1]
     rig.pool.check_integrity()
+
+
+class Units:
+    """A pass of ``left`` units; it notes in ``log`` when they run. The unit ``breaks`` fails."""
+
+    owner, worth = "trainer", 1000
+
+    def __init__(self, rig: Rig, left: int, breaks: int = -1) -> None:
+        self.rig, self.left, self.breaks = rig, left, breaks
+        self.log: list[str] = rig.runner.log
+        self.is_done = self.is_given_up = False
+
+    def begin(self, place: Place) -> None:
+        self.log.append("begin")
+
+    def unit(self, room: int) -> int:
+        self.rig.runner.gate.wait(10)
+        self.log.append("unit")
+        self.left -= 1
+        if self.left == self.breaks:
+            raise ZeroDivisionError("a unit")
+        self.is_done = self.left == 0
+        return room
+
+    def give_up(self) -> None:
+        self.is_given_up = True
+
+
+async def test_a_step_waits_for_one_unit_of_a_pass(rig: Rig) -> None:
+    rig.runner.gate.clear()
+    passing = asyncio.create_task(rig.executor.run_pass(Units(rig, 4)))
+    await asyncio.sleep(0)
+    step = asyncio.create_task(rig.executor.run(rig.work(torch.ones(1, 2))))
+    await asyncio.sleep(0)
+    rig.runner.gate.set()
+    times, outcome = await asyncio.gather(passing, step)
+    assert torch.equal(outcome.hidden, torch.full((1, 2), 2.0))
+    log = rig.runner.log
+    # The step may have come before the first unit, never behind the second.
+    assert log.index("step") <= 2 and log.count("unit") == 4
+    assert times.queue_seconds >= 0 and times.compute_seconds > 0
+    assert rig.executor.waiting_tokens == 0
+
+
+async def test_a_pass_that_fails_is_given_up_and_takes_nobody_with_it(rig: Rig) -> None:
+    broken, other = Units(rig, 4, breaks=2), Units(rig, 3)
+    results = await asyncio.gather(
+        rig.executor.run_pass(broken), rig.executor.run_pass(other), return_exceptions=True
+    )
+    assert isinstance(results[0], PeerFailed) and broken.is_given_up
+    assert other.is_done and not other.is_given_up
+
+
+async def test_a_pass_whose_caller_has_gone_is_given_up(rig: Rig) -> None:
+    rig.runner.gate.clear()
+    work = Units(rig, 100)
+    task = asyncio.create_task(rig.executor.run_pass(work))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    rig.runner.gate.set()
+    await rig.executor.call(lambda: None)
+    assert work.is_given_up and work.left >= 99
+    assert rig.executor.waiting_tokens == 0
 
 
 async def test_states_must_be_finite_and_nothing_is_touched(rig: Rig) -> None:

@@ -20,7 +20,7 @@ def test_saved_storages_count_once_and_weights_not_at_all() -> None:
 def test_an_allowance_learns_what_a_token_costs() -> None:
     allowance = Allowance(1000)
     assert allowance.has_room(10, 10)
-    allowance.take(400, num_tokens=10, num_blocks=2)
+    allowance.take_graph(400, num_tokens=10, num_blocks=2)
     assert allowance.tokens_within() == 30
     assert allowance.has_room(15, 2) and not allowance.has_room(16, 2)
     allowance.give_back(400)
