@@ -49,6 +49,8 @@ def strike(swarm: RealSwarm, victim: PeerId, kind: str) -> None:
     match kind:
         case "kill":
             swarm.net.kill(victim)
+        case "drain":
+            swarm.stop(victim)
         case "pause":
             swarm.net.pause(victim)
         case "cut":
@@ -57,6 +59,12 @@ def strike(swarm: RealSwarm, victim: PeerId, kind: str) -> None:
         case "mute":
             for other in list(swarm.net.transports):
                 swarm.net.cut(victim, other, one_way=True)
+
+
+def session_id(session: SessionRows) -> bytes:
+    """What servers know the session by; a path that is built anew has another."""
+    assert session._recovery is not None and session._recovery.path is not None
+    return session._recovery.path.hops[0].terms.session_id
 
 
 @dataclass

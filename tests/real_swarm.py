@@ -49,6 +49,15 @@ class RealSwarm:
     def expected(self, row: torch.Tensor) -> torch.Tensor:
         return self.local.reference(row)
 
+    def stop(self, peer: PeerId) -> "asyncio.Task[None]":
+        """Ask a server to leave; what is returned ends when it has left."""
+        self.running[self.peers.index(peer)][0].stop()
+        return self.stopped(peer)
+
+    def stopped(self, peer: PeerId) -> "asyncio.Task[None]":
+        """The life of a server."""
+        return self.running[self.peers.index(peer)][1]
+
     async def add(self, span: BlockSpan) -> PeerId:
         """Start one more server and return when it is online."""
         came: asyncio.Future[OnlineInfo] = asyncio.get_running_loop().create_future()
@@ -74,6 +83,9 @@ async def real_swarm(
     folder: Path,
     *spans: BlockSpan,
     cache_tokens: int = 512,
+    outbox_bytes: int | None = None,
+    lease_seconds: float = 60.0,
+    drain_seconds: float = 60.0,
     max_step_tokens: int = 16,
     adapters: tuple[str, ...] = (),
 ) -> AsyncIterator[RealSwarm]:
@@ -83,10 +95,11 @@ async def real_swarm(
         base = ServerConfig(
             source=Source(model=str(folder), adapters=adapters),
             compute=ComputeConfig(device="cpu", num_threads=1),
-            memory=MemoryConfig(cache_tokens=cache_tokens),
+            memory=MemoryConfig(cache_tokens=cache_tokens, outbox_bytes=outbox_bytes),
             limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
-            door=DoorConfig(replay_chunk_tokens=16),
+            door=DoorConfig(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),
+            drain_seconds=drain_seconds,
         )
         swarm = RealSwarm(net, base, Span(load_blocks(str(folder), ALL)))
         for span in spans:
@@ -95,5 +108,6 @@ async def real_swarm(
         async with SwarmNode(network, engine=net.engine) as swarm.client:
             yield swarm
         for server, _ in swarm.running:
+            server.stop()
             server.stop()
         await asyncio.gather(*(task for _, task in swarm.running))

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import torch
 import torch.distributed.tensor  # noqa: F401  assert_close imports it late and stops a loop
 from torch import Tensor
@@ -45,6 +46,12 @@ from petals.wire.passes import (
 HIDDEN = 6
 MODEL = "toy"
 PATH = "mix"
+
+# Its first call imports for seconds: in the middle of a test, peers would take that for a death.
+torch.testing.assert_close(torch.ones(1), torch.ones(1))
+
+# Its first call imports for seconds: in the middle of a test, peers would take that for a death.
+torch.testing.assert_close(torch.ones(1), torch.ones(1))
 
 
 def run_block(block: int, row: Tensor) -> Tensor:
@@ -152,6 +159,9 @@ class ToyServer:
     calls: dict[bytes, PassCall] = field(default_factory=dict)
     """What each session was opened with."""
     steps: list[wire.Step] = field(default_factory=list)
+    replays: list[wire.Step] = field(default_factory=list)
+    tokens_free: int = 10**6
+    replay_answer: str = "right"
     opened: list[wire.OpenSession] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
     backwards: list[Backward] = field(default_factory=list)
@@ -164,6 +174,7 @@ class ToyServer:
     given: dict[str, ToyAdapter] = field(default_factory=dict)
     num_given: int = 0
     num_kept: int = 0
+    num_asked: int = 0
     max_under_way: int = 0
     _under_way: int = 0
     _freed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -222,6 +233,7 @@ class ToyServer:
     async def _hear(self, message, tensors, mine, turn):
         match message:
             case wire.GetInfo():
+                self.num_asked += 1
                 return self._info(), ()
             case wire.OpenSession():
                 return await self._open(message, tensors, mine), ()
@@ -235,6 +247,15 @@ class ToyServer:
                     self._freed.notify_all()
                 await self._notify()
                 return wire.SessionEnded(message.session_id), ()
+            case wire.SetRoute():
+                return None, ()
+            case wire.Replay():
+                return self._replay(message, mine[message.session_id])
+            case wire.Step(replay=True):
+                self.replays.append(message)
+                self._step(message, tensors[0], mine[message.session_id])
+                is_over = wire.Replayed(message.session_id, message.epoch)
+                return (is_over if message.ends else None), ()
             case wire.Step():
                 self.steps.append(message)
                 await self._notify()
@@ -318,10 +339,11 @@ class ToyServer:
             dtype="float32",
             max_length=self.max_length,
             max_batch_tokens=self.max_batch_tokens,
-            tokens_free=10**6,
+            tokens_free=self.tokens_free,
             num_sessions=len(self.sessions),
             queue_tokens=0,
             step_seconds=0.0,
+            outbox_bytes_free=10**9,
         )
 
     async def _open(self, message: wire.OpenSession, tensors, mine) -> wire.SessionOpened:
@@ -363,6 +385,34 @@ class ToyServer:
             outputs.append(made[blocks.end - 1][start:])
         self.sessions[message.session_id] = rows
         return torch.cat(outputs).to(hidden.dtype)
+
+    def _replay(self, message: wire.Replay, blocks: BlockSpan) -> tuple[wire.Step, tuple[Tensor]]:
+        """What it has put out, to the client; toys know no reorder that came between."""
+        assert not message.next_hops
+        rows = zip(self.sessions[message.session_id], message.lengths, strict=True)
+        output = torch.cat([expected(row[:length], blocks) for row, length in rows])
+        step = wire.Step(
+            session_id=message.session_id,
+            epoch=message.epoch,
+            step_id=message.step_id,
+            starts=(0,) * len(message.lengths),
+            counts=message.lengths,
+            reorder=(0,) * len(message.lengths),
+            replay=True,
+            ends=True,
+        )
+        match self.replay_answer:
+            case "gap":
+                step = msgspec.structs.replace(step, starts=(1,) * len(message.lengths))
+            case "long":
+                longer = (message.lengths[0] + 1, *message.lengths[1:])
+                step = msgspec.structs.replace(step, counts=longer)
+                output = torch.cat([output[:1], output])
+            case "narrow":
+                output = output[:, :-1]
+            case "nan":
+                output = output * torch.nan
+        return step, (output,)
 
     def _sent(self, output: Tensor) -> tuple[Tensor, ...]:
         match self.answer:

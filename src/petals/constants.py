@@ -26,6 +26,11 @@ def cache_dir() -> Path:
     return Path(moved).expanduser() if moved else Path(platformdirs.user_cache_dir("petals"))
 
 
+def peers_dir() -> Path:
+    """The folder where members of swarms are remembered, for when no initial peer answers."""
+    return cache_dir() / "peers"
+
+
 def initial_peers() -> tuple[str, ...]:
     """Addresses from PETALS_INITIAL_PEERS, separated by commas or white space."""
     return tuple(os.environ.get(ENV_INITIAL_PEERS, "").replace(",", " ").split())

@@ -29,6 +29,9 @@ from petals.testing.local_swarm import LocalServer
 SCENE_SECONDS = 120.0
 """A generation that has not ended by then hangs."""
 
+_BETWEEN_SIGNALS_SECONDS = 0.3
+"""Two signals that come together may count as one."""
+
 _VIEW_SECONDS = 45.0
 _WAKE_SECONDS = 30.0
 
@@ -73,8 +76,13 @@ class Injector:
                 arena.kill_daemon(os.getpid())
             case Fault.KILL:
                 arena.signal(self._victim(strike), signal.SIGKILL)
-            case Fault.LEAVE:
+            case Fault.DRAIN:
                 arena.ask_to_leave(self._victim(strike))
+            case Fault.LEAVE:
+                victim = self._victim(strike)
+                arena.ask_to_leave(victim)
+                time.sleep(_BETWEEN_SIGNALS_SECONDS)
+                arena.signal(victim, signal.SIGTERM, alone=True)
             case Fault.SERVER_DAEMON:
                 victim = self._victim(strike)
                 self._watch.excuse(victim)

@@ -21,7 +21,8 @@ from petals.errors import (
     RequestTooLarge,
     UnknownAdapter,
 )
-from petals.types import BlockSpan, PeerId, ServerState
+from petals.swarm.transport import Stream
+from petals.types import BlockSpan, Hop, PeerId, ServerState
 from toy_blocks import expected, states, toy_swarm
 
 ALL = BlockSpan(0, 4)
@@ -167,6 +168,39 @@ async def test_a_server_that_failed_is_avoided() -> None:
             session = await open_one(access)
             assert session.trace.hops[0].peer_id == alive.peer_id
             await session.close()
+
+
+async def test_the_dead_are_not_dialled_while_their_ban_lasts_whatever_their_record_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        access = swarm.access(4)
+        session = await open_one(access)
+        spare = await swarm.add(2, 4)
+        view = await access.view()
+        await view.refresh()
+        dead = swarm.servers[1]
+        swarm.net.kill(dead.peer_id)
+        await session.step(states(1), (0,), (1,))
+        dialled, dial = [], swarm.client.transport.open_stream
+
+        async def dials(peer: PeerId, protocol: str, timeout: float) -> Stream:
+            dialled.append(peer)
+            return await dial(peer, protocol, timeout)
+
+        monkeypatch.setattr(swarm.client.transport, "open_stream", dials)
+        await view.refresh()
+        assert dead.peer_id in (await view.records()).records
+        await view.measure(view._worth_measuring())
+        await view.meet_spares((Hop(spare.peer_id, BlockSpan(2, 4)),))
+        swarm.net.kill(spare.peer_id)
+        with pytest.raises(MissingBlocksError):
+            await session.step(states(1), (1,), (1,))
+        again = await swarm.add(2, 4)
+        await session.step(states(1), (1,), (1,))
+        assert again.peer_id in dialled
+        assert dead.peer_id not in dialled
+        await session.close()
 
 
 @pytest.mark.parametrize(("max_retries", "attempts"), [(0, 1), (2, 3)])

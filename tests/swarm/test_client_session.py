@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from petals.client.routing import Needs
 from petals.client.session_rows import SessionRows
 from petals.errors import (
     BadInput,
@@ -15,10 +16,11 @@ from petals.errors import (
     PeerFailed,
     PeerMisbehaved,
     PetalsError,
+    RequestError,
     SessionClosed,
     SessionGap,
 )
-from petals.types import BlockSpan
+from petals.types import BlockSpan, Hop
 from toy_blocks import HIDDEN, expected, open_one, states, toy_swarm
 
 ALL = BlockSpan(0, 6)
@@ -384,11 +386,87 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
             output = await session.step(text[at : at + 1], (at,), (1,))
             torch.testing.assert_close(output, expected(text, ALL)[at : at + 1])
         assert [hop.peer_id for hop in session.trace.hops][1] == spare.peer_id
-        assert [len(server.steps) for server in (slow, spare)] == [3, 1 + 3]
+        assert [len(server.steps) for server in (slow, spare)] == [3, 3]
+        assert [len(server.replays) for server in swarm.servers] == [0, 0, 0, 1]
         (repair,) = session.trace.repairs
         assert repair.peer_id == slow.peer_id
         assert "slow" in repair.reason
         await session.close()
+
+
+@pytest.mark.parametrize("fault", RequestError.__subclasses__(), ids=lambda fault: fault.code)
+async def test_a_clients_fault_is_not_retried_and_bans_nobody(fault: type[RequestError]) -> None:
+    async with toy_swarm(*THREE, *THREE) as swarm:
+        access = swarm.access(6, max_retries=5)
+        session = SessionRows(access, ALL, max_length=20)
+        await session.step(states(2), (0,), (2,))
+        first = session.trace.hops[0].peer_id
+        server = next(server for server in swarm.servers if server.peer_id == first)
+        server.refuse_steps = [fault("This cannot be.") for _ in range(9)]
+        opened = sum(len(server.opened) for server in swarm.servers)
+        with pytest.raises(fault, match="This cannot be"):
+            await session.step(states(1), (2,), (1,))
+        assert len(server.refuse_steps) == 8
+        assert sum(len(server.opened) for server in swarm.servers) == opened
+        view = await access.view()
+        assert not view.bans.at(swarm.client.clock.monotonic())
+        server.refuse_steps.clear()
+        await session.step(states(1), (2,), (1,))
+        assert session.trace.hops[0].peer_id == first
+        await session.close()
+
+
+async def test_a_slow_server_is_kept_while_the_faster_one_is_full() -> None:
+    async with toy_swarm(*THREE) as swarm:
+        access = swarm.access(6, max_pinged=3)
+        session = SessionRows(access, ALL, max_length=20)
+        text = states(8)
+        swarm.servers[1].compute_seconds = 5.0
+        await session.step(text[:3], (0,), (3,))
+        spare = await swarm.add(2, 4, tokens_free=19)
+        view = await access.view()
+        await view.refresh()
+        await view.measure([spare.peer_id])
+        for at in range(3, 8):
+            await session.step(text[at : at + 1], (at,), (1,))
+        assert not session.trace.repairs
+        await session.close()
+
+
+@pytest.mark.parametrize("replay_answer", ["gap", "long", "narrow", "nan"])
+async def test_rows_that_cannot_be_refill_nobody(replay_answer: str) -> None:
+    """The predecessor of a lost hop sends nonsense: it is banned, and the session goes on."""
+    async with toy_swarm(*THREE, *THREE[:2]) as swarm:
+        access = swarm.access(6)
+        session = SessionRows(access, ALL, max_length=20)
+        text = states(6)
+        await session.step(text[:4], (0,), (4,))
+        first, lost, _ = (hop.peer_id for hop in session.trace.hops)
+        liar = next(server for server in swarm.servers if server.peer_id == first)
+        liar.replay_answer = replay_answer
+        swarm.net.kill(lost)
+        for at in range(4, 6):
+            output = await session.step(text[at : at + 1], (at,), (1,))
+            torch.testing.assert_close(output, expected(text, ALL)[at : at + 1])
+        assert {repair.peer_id for repair in session.trace.repairs} == {first, lost}
+        assert first in (await access.view()).bans.at(swarm.client.clock.monotonic())
+        await session.close()
+
+
+async def test_spares_are_asked_until_one_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with toy_swarm(*THREE) as swarm:
+        view = await swarm.access(6).view()
+        monkeypatch.setattr(view, "_worth_measuring", list)
+        spares = [await swarm.add(2, 4, tokens_free=room) for room in (9, 9, 10, 10)]
+        for spare, rate in zip(spares, (4000, 3000, 2000, 1000)):
+            await spare.announce(inference_rps=rate)
+        await view.refresh()
+        peer = swarm.servers[1].peer_id
+        await view.meet_spares((Hop(peer, BlockSpan(2, 4)),), cache_tokens=10)
+        assert [spare.num_asked for spare in spares] == [1, 1, 1, 0]
+        needs = Needs(blocks=BlockSpan(2, 4), cache_tokens=10, exclude=frozenset({peer}))
+        assert (await view.route(needs))[0].peer_id == spares[2].peer_id
+        await view.close()
 
 
 async def test_a_repair_is_one_line_for_the_user(

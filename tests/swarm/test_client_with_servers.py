@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.client.forward import run_rows
+from petals.client.block_runner import PassCall
+from petals.client.passes import Pass
 from petals.client.session_rows import SessionRows
 from petals.errors import CacheFull, LengthExceeded, RequestTooLarge, UnknownAdapter
 from petals.testing.tiny_models import write_tiny_model
@@ -44,7 +45,8 @@ async def test_the_whole_model_by_three_overlapping_servers(folder: Path) -> Non
         assert len(session.trace.hops) >= 3
         await session.close()
         rows = torch.cat([one[:9], two[:7]])
-        output = await run_rows(access, ALL, rows, (9, 7))
+        whole_rows = Pass(access, ALL, PassCall((9, 7)), is_training=False)
+        output = (await whole_rows.forward(rows)).hidden
         assert_close(output[:9], swarm.expected(one[:9]))
         assert_close(output[9:], swarm.expected(two[:7]))
         await access.close()

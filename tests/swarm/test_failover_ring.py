@@ -40,6 +40,28 @@ class Traffic:
         return set(self.num_bytes)
 
 
+class Heard(logging.Handler):
+    """Set once somebody has logged what begins with ``words``."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words, self.event = words, asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(self.words):
+            self.event.set()
+
+
+async def logged(words: str) -> None:
+    """Return once a repair has said what begins with ``words``."""
+    heard, logger = Heard(words), logging.getLogger("petals.client.recovery")
+    logger.addHandler(heard)
+    try:
+        await heard.event.wait()
+    finally:
+        logger.removeHandler(heard)
+
+
 def ring_of(session: SessionRows, client: PeerId) -> set[tuple[PeerId, PeerId]]:
     stops = [client, *(hop.peer_id for hop in session.trace.hops), client]
     return set(zip(stops, stops[1:]))
@@ -143,6 +165,52 @@ async def test_a_broken_stream_is_no_death(folder: Path) -> None:
         await access.close()
 
 
+@pytest.mark.parametrize("kind", ["cut", "mute"])
+async def test_rows_pass_through_the_client_where_servers_cannot_reach_each_other(
+    folder: Path, kind: str
+) -> None:
+    """The spare cannot be reached from the server before it, in one way or both: only the rows of
+    the failed span come to the client and go on from there.
+    """
+    async with real_swarm(folder, *SPANS, SPANS[1]) as swarm:
+        access = swarm.access(**IMPATIENT, step_timeout=0.3, repair_timeout=20.0)
+        session = SessionRows(access, ALL, max_length=60)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        first, victim, last = (hop.peer_id for hop in session.trace.hops)
+        (spare,) = set(swarm.peers) - {first, victim, last}
+        swarm.net.cut(first, spare, one_way=kind == "mute")
+        swarm.net.kill(victim)
+        traffic, client = Traffic(swarm), swarm.client.peer_id
+        await story.decode()
+        assert [hop.peer_id for hop in session.trace.hops] == [first, spare, last]
+        assert traffic.edges - {(first, spare)} == {(first, client), (client, spare)}
+        assert {edge.way for edge in session.trace.edges} == {Way.VIA_CLIENT, Way.DIRECT}
+        await story.reorder()
+        await session.close()
+        await access.close()
+
+
+async def test_a_lone_server_that_comes_back_still_has_its_rows(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS) as swarm:
+        access = swarm.access(**IMPATIENT, repair_timeout=20.0)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        before = [hop.peer_id for hop in session.trace.hops]
+        swarm.net.transports[before[1]].break_streams()
+        swarm.net.pause(before[1])
+        step = asyncio.create_task(story.reorder())
+        await logged("waiting up to")
+        swarm.net.resume(before[1])
+        await step
+        assert [hop.peer_id for hop in session.trace.hops] == before
+        assert not session.trace.repairs
+        await story.decode()
+        await session.close()
+        await access.close()
+
+
 async def test_one_span_is_replaced_by_two_hops(folder: Path) -> None:
     async with real_swarm(folder, ALL, *SPANS) as swarm:
         access = swarm.access(**IMPATIENT, repair_timeout=20.0, allowed_servers=None)
@@ -192,18 +260,6 @@ async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
         await access.close()
 
 
-class Heard(logging.Handler):
-    """Set once somebody has logged what begins with ``words``."""
-
-    def __init__(self, words: str) -> None:
-        super().__init__()
-        self.words, self.event = words, asyncio.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith(self.words):
-            self.event.set()
-
-
 async def test_the_clients_own_network_was_away(folder: Path) -> None:
     async with real_swarm(folder, *SPANS, SPANS[0]) as swarm:
         access = swarm.access(**IMPATIENT, repair_timeout=20.0)
@@ -214,12 +270,7 @@ async def test_the_clients_own_network_was_away(folder: Path) -> None:
         for peer in swarm.peers:
             swarm.net.cut(swarm.client.peer_id, peer)
         step = asyncio.create_task(story.reorder())
-        waiting = Heard("waiting up to")
-        logging.getLogger("petals.client.recovery").addHandler(waiting)
-        try:
-            await waiting.event.wait()
-        finally:
-            logging.getLogger("petals.client.recovery").removeHandler(waiting)
+        await logged("waiting up to")
         for peer in swarm.peers:
             swarm.net.heal(swarm.client.peer_id, peer)
         await step

@@ -411,3 +411,47 @@ async def test_leaving_ends_calls_to_the_directory():
             await asked.wait()
         assert call.done()
         assert not other.transport.records._calls
+
+
+@pytest.mark.slow
+async def test_the_swarm_is_joined_without_its_bootstrap_peer(tmp_path):
+    """Who was there before carries on; a new one finds the members that were remembered."""
+    async with SwarmNode(config()) as bootstrap:
+        join = await bootstrap.addresses()
+        server = await SwarmNode(config(initial_peers=join)).__aenter__()
+        remembering = config(initial_peers=join, client_mode=True, peer_memory=tmp_path)
+        old = await SwarmNode(remembering).__aenter__()
+        server.serve("echo", answering({Forward: echo}))
+        await server.directory.announce(record(), "repo/m")
+        await old.directory.view("m")
+        async with SwarmNode(remembering) as first:
+            await first.directory.view("m")
+    try:
+        with pytest.raises(BootstrapFailed):
+            async with SwarmNode(config(initial_peers=join)):
+                pass
+        async with SwarmNode(remembering) as new:
+            for client in (old, new):
+                assert set((await client.directory.view("m")).records) == {server.peer_id}
+                async with await client.open_channel(server.peer_id, "echo") as channel:
+                    await channel.request(FORWARD, [torch.ones(1)], expect=ForwardResult)
+            assert await server.directory.announce(record())
+    finally:
+        await old.close()
+        await server.close()
+
+
+@pytest.mark.slow
+async def test_a_dead_peer_refuses_a_redial_and_says_so():
+    """Its system answers for it, so nobody waits until a redial has taken too long."""
+    async with SwarmNode(config()) as one, SwarmNode(config()) as other:
+        (address,) = await one.addresses()
+        await other.transport.connect(address)
+        channel = await other.open_channel(one.peer_id, "node")
+        os.kill(one.transport._daemon.process_id, signal.SIGSTOP)
+        one.transport._up.clear()  # it is not to start again
+        os.kill(one.transport._daemon.process_id, signal.SIGKILL)
+        with pytest.raises(PeerUnreachable):
+            await channel.receive(30.0)
+        with pytest.raises(PeerUnreachable):
+            await other.open_channel(one.peer_id, "node", 30.0)

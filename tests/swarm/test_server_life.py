@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.errors import BlocksNotServed, ConfigError, ModelNotFound
+from petals.errors import BlocksNotServed, ConfigError, ModelNotFound, PeerUnreachable
 from petals.models.span import Span
 from petals.models.split import load_blocks
 from petals.server.config import (
@@ -27,7 +27,7 @@ from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, ServerState
-from petals.wire.messages import SessionEnded
+from petals.wire.messages import Leaving, SessionEnded
 from served_span import Talk, assert_close
 
 NUM_BLOCKS = 5
@@ -96,6 +96,7 @@ async def test_a_server_comes_serves_and_goes(folder: Path, seed: SwarmNode) -> 
         (output,) = await talk.step(0, [0], [text])
         local = Span(load_blocks(str(folder), BlockSpan(1, 4)))
         assert_close(output, local.reference(text))
+        await talk.close()
     assert [stage.split()[0] for stage in stages] == [
         *("Looking", "Joining", "Loading", "Online:", "Leaving")
     ]
@@ -111,22 +112,60 @@ async def test_the_directory_names_no_folder_of_ours(folder: Path, seed: SwarmNo
 
 
 async def test_clients_are_told_when_a_server_leaves(folder: Path, seed: SwarmNode) -> None:
-    async with online(seed, config_of(folder, blocks=BlockSpan(0, 2))) as info:
+    config = config_of(folder, blocks=BlockSpan(0, 2), drain_seconds=0.1)
+    async with online(seed, config) as info:
         talk = Talk(await seed.open_channel(info.peer_id, BLOCKS_SERVICE), info.blocks)
         await talk.open(model=info.model)
+    word, _ = await talk.channel.receive(5.0)
+    assert isinstance(word, Leaving)
     message, _ = await talk.channel.receive(5.0)
     assert isinstance(message, SessionEnded)
     assert "stopped" in message.reason
 
 
-async def test_a_leaving_server_takes_no_new_sessions(folder: Path, seed: SwarmNode) -> None:
+async def test_a_leaving_server_serves_the_sessions_it_has_and_no_others(
+    folder: Path, seed: SwarmNode
+) -> None:
+    async with await server_in(seed, config_of(folder, blocks=BlockSpan(0, 2))) as server:
+        info = server.info
+        assert info is not None
+        talk = Talk(await seed.open_channel(info.peer_id, BLOCKS_SERVICE), info.blocks)
+        await talk.open(model=info.model)
+        server.stop()
+        word, _ = await talk.channel.receive(5.0)
+        assert isinstance(word, Leaving)
+        assert 50 < word.seconds <= 60
+        assert await states_seen(seed, info.model) == [ServerState.DRAINING]
+        other = Talk(await seed.open_channel(info.peer_id, BLOCKS_SERVICE), info.blocks, b"o" * 16)
+        refusal = await other.refused(other.opening(model=info.model))
+        assert refusal.code == "peer_busy"
+        await talk.step(0, [0], [torch.zeros(3, 32)])
+        await talk.close()
+        # Its last session has gone: it does not stay for those who only look on.
+        assert server._task is not None
+        await server._task
+        with pytest.raises(PeerUnreachable):
+            await other.channel.receive(5.0)
+
+
+async def test_who_asks_twice_does_not_wait_for_sessions(folder: Path, seed: SwarmNode) -> None:
     async with await server_in(seed, config_of(folder, blocks=BlockSpan(0, 2))) as server:
         assert server.info is not None
         channel = await seed.open_channel(server.info.peer_id, BLOCKS_SERVICE)
         talk = Talk(channel, server.info.blocks)
+        await talk.open(model=server.info.model)
         server.stop()
-        refusal = await talk.refused(talk.opening(model=server.info.model))
-        assert refusal.code == "peer_busy"
+        assert isinstance((await channel.receive(5.0))[0], Leaving)
+        server.stop()
+        assert isinstance((await channel.receive(5.0))[0], SessionEnded)
+
+
+async def test_nobody_stays_for_clients_that_have_hung_up(folder: Path, seed: SwarmNode) -> None:
+    async with await server_in(seed, config_of(folder, blocks=BlockSpan(0, 2))) as server:
+        assert server.info is not None
+        channel = await seed.open_channel(server.info.peer_id, BLOCKS_SERVICE)
+        await Talk(channel, server.info.blocks).open(model=server.info.model)
+        await channel.close()
 
 
 async def test_servers_fill_the_gaps(folder: Path, seed: SwarmNode) -> None:

@@ -146,6 +146,44 @@ async def test_a_dead_tail_and_two_neighbours_at_once_are_replaced() -> None:
         await told.step([1])
 
 
+async def test_a_replay_goes_on_where_one_ended() -> None:
+    """Steps go on through the old hop meanwhile: one token, a reorder, a rollback."""
+    async with ring_of_servers(4) as swarm:
+        told = await ring_for(swarm, rows=2)
+        await told.step([9, 12])
+        ring, head = told.ring, told.ring.legs[0]
+        new = await ring.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
+        copy = Replay(ring.session_id, 0, 10, told.lengths, (new.next_hop,))
+        await head.channel.send(copy)
+        await ring.replayed(new)
+        told.step_id = 10
+        await told.step([1, 1], [12, 9], (1, 0))
+        await told.step([2, 1], [11, 10])
+        held = {"onto": (1, 0), "starts": (11, 9)}
+        rest = Replay(ring.session_id, 0, 20, told.lengths, (new.next_hop,), **held)
+        await head.channel.send(rest)
+        await ring.replayed(new)
+        assert new.worker.session.lengths == told.lengths
+        ring.legs[1], ring.epoch, told.step_id = new, 1, 20
+        await ring.announce(*ring.legs)
+        await told.step([1, 1])
+
+
+async def test_rows_that_were_reordered_since_are_not_replayed() -> None:
+    async with ring_of_servers(4) as swarm:
+        told = await ring_for(swarm, rows=2)
+        await told.step([9, 12])
+        ring, head = told.ring, told.ring.legs[0]
+        new = await ring.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
+        told.step_id = 10
+        await told.step([1, 1], [12, 9], (1, 0))
+        late = Replay(ring.session_id, 0, 10, (9, 12), (new.next_hop,))
+        await head.channel.send(late)
+        answer, _ = await head.hear()
+        assert isinstance(answer, Refusal)
+        assert (answer.code, answer.step_id) == ("session_gap", 10)
+
+
 async def test_nothing_to_replay_is_soon_done() -> None:
     async with ring_of_servers(4) as swarm:
         told = await ring_for(swarm, rows=2)
@@ -330,7 +368,7 @@ async def test_a_replay_that_reaches_nobody_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "reorder", "hops", "code"),
-    [((9,), None, 0, "bad_input"), ((9, 9), None, 1, "bad_input")],
+    [((9, 9), None, 0, "bad_input"), ((9, 9), None, 1, "bad_input")],
 )
 async def test_replays_that_cannot_be(lengths, reorder, hops, code) -> None:
     async with ring_of_servers(4) as swarm:

@@ -123,5 +123,14 @@ def describe(answer: Answer) -> str:
     return (
         f"{answer.num_new_tokens} tokens through {answer.trace}; "
         f"first token after {answer.first_token_seconds:.2f} s, "
-        f"then {answer.tokens_per_second:.1f} tokens/s"
+        f"then {answer.tokens_per_second:.1f} tokens/s{_mended(answer.trace)}"
     )
+
+
+def _mended(trace: SessionTrace) -> str:
+    """What was lost on the way and how long it held up the words; nothing if nothing was."""
+    if not trace.repairs:
+        return ""
+    longest = max(repair.stall_seconds for repair in trace.repairs)
+    lost = ", ".join(f"{repair.blocks} of …{repair.peer_id[-6:]}" for repair in trace.repairs)
+    return f"; mended {lost} in {longest:.2f} s at most"

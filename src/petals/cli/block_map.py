@@ -60,6 +60,7 @@ def draw_map(found: dict[str, Any]) -> list[str]:
         bar = "".join(_cell(server, start, end) for start, end in columns)
         spans = " ".join(f"{start}:{end}" for start, end in server["spans"])
         rest = f"{spans}  {server['state']}  {server['dtype']}  {server['throughput']:.0f} blocks/s"
+        rest += "  through a relay" if server["relayed"] else ""
         lines.append(f"  {_name(server):<{name_width}}  {bar}  {rest}")
     coverage, thin = found["coverage"], found["thinnest"]
     counts = [min(coverage[start:end]) for start, end in columns]

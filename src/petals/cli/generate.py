@@ -85,4 +85,17 @@ def _as_json(model: str, prompt: str, answer: Answer) -> dict[str, object]:
             }
             for hop in answer.trace.hops
         ],
+        "edges": [
+            {"near": edge.near, "far": edge.far, "way": str(edge.way)}
+            for edge in answer.trace.edges
+        ],
+        "repairs": [
+            {
+                "peer_id": repair.peer_id,
+                "blocks": [repair.blocks.start, repair.blocks.end],
+                "reason": repair.reason,
+                "stall_seconds": round(repair.stall_seconds, 3),
+            }
+            for repair in answer.trace.repairs
+        ],
     }

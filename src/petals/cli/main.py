@@ -6,7 +6,7 @@ Must not import torch, transformers or hivemind: `petals --help` answers at once
 import typer
 
 import petals
-from petals.cli import bootstrap, chat, demo, generate, models, serve, status, swarm
+from petals.cli import bootstrap, chat, demo, drain, generate, models, serve, status, swarm
 from petals.cli.console import print_data, run_as_command
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("serve")(serve.serve)
+app.command("drain")(drain.drain)
 app.command("bootstrap")(bootstrap.bootstrap)
 app.add_typer(swarm.app, name="swarm")
 app.command("generate")(generate.generate)

@@ -15,7 +15,7 @@ from petals.errors import ConfigError
 from petals.types import BlockSpan, ModelId
 
 if TYPE_CHECKING:
-    from petals.server.config import AnnounceConfig, ServerConfig
+    from petals.server.config import AnnounceConfig, MovingConfig, ServerConfig
     from petals.swarm.config import NodeConfig
 
 Flags = dict[str, Any]
@@ -68,6 +68,7 @@ def translate(flags: Flags) -> "ServerConfig":
             **_given(flags, lease_seconds="step_timeout", max_alloc_seconds="max_alloc_timeout")
         ),
         announce=_announcement(flags),
+        moving=_moving(flags),
     )
 
 
@@ -98,6 +99,7 @@ def _network(flags: Flags) -> "NodeConfig":
         announce_maddrs=announced,
         identity_path=flags.get("identity_path"),
         swarm_key=options.read_swarm_key(flags.get("swarm_key")),
+        peer_memory=constants.peers_dir(),
         auto_relay=bool(peers) and not flags.get("no_auto_relay", False),
         agent="petals-server",
     )
@@ -113,6 +115,17 @@ def _announcement(flags: Flags) -> "AnnounceConfig":
     return AnnounceConfig(
         public_name=flags.get("public_name"), throughput=_throughput(flags), **timing
     )
+
+
+def _moving(flags: Flags) -> "MovingConfig":
+    from petals.server.config import MovingConfig
+    from petals.server.rebalancing import MovePolicy
+
+    eagerness: dict[str, Any] = _given(flags, look_seconds="mean_balance_check_period")
+    quality = flags.get("balance_quality")
+    if quality:
+        eagerness["enough"] = quality
+    return MovingConfig(enabled=quality != 0, policy=MovePolicy(**eagerness))
 
 
 def _throughput(flags: Flags) -> float | None:

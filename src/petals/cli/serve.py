@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from petals import constants
 from petals.cli import options
 from petals.cli.lifetime import stop_when_stdin_closes
 from petals.cli.serving import run_server
@@ -42,6 +43,17 @@ Lease = Annotated[
         min=0.1, metavar="SECONDS", help="How long a session outlives its client's last sign."
     ),
 ]
+DrainSeconds = Annotated[
+    float,
+    typer.Option(min=0, metavar="SECONDS", help="How long sessions may take to go elsewhere."),
+]
+Rebalance = Annotated[
+    bool,
+    typer.Option("--rebalance/--no-rebalance", help="Move to blocks that need it more."),
+]
+RebalanceEvery = Annotated[
+    float, typer.Option(min=1, metavar="SECONDS", help="How often to look for such blocks.")
+]
 Name = Annotated[
     str | None, typer.Option("--name", help="Name of the model in the directory, if another.")
 ]
@@ -69,6 +81,9 @@ def serve(
     training_cache: TrainingCache = None,
     no_training: NoTraining = False,
     lease: Lease = 60.0,
+    drain_seconds: DrainSeconds = 60.0,
+    rebalance: Rebalance = True,
+    rebalance_every: RebalanceEvery = 60.0,
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     name: Name = None,
     adapters: Adapters = None,
@@ -91,9 +106,11 @@ def serve(
         DoorConfig,
         LimitsConfig,
         MemoryConfig,
+        MovingConfig,
         ServerConfig,
         SourceConfig,
     )
+    from petals.server.rebalancing import MovePolicy
     from petals.swarm.config import MIB, NodeConfig
 
     if until_stdin_closes:
@@ -115,6 +132,7 @@ def serve(
             auto_relay=relay,
             identity_path=identity,
             swarm_key=options.read_swarm_key(swarm_key),
+            peer_memory=constants.peers_dir(),
             agent="petals-server",
         ),
         compute=ComputeConfig(device=device, dtype=dtype, quant=quant, num_threads=threads),
@@ -125,5 +143,7 @@ def serve(
         limits=LimitsConfig(max_length=max_length, allow_training=not no_training),
         door=DoorConfig(lease_seconds=lease),
         announce=AnnounceConfig(public_name=public_name),
+        moving=MovingConfig(enabled=rebalance, policy=MovePolicy(look_seconds=rebalance_every)),
+        drain_seconds=drain_seconds,
     )
     run_server(config, ready_file)

@@ -41,8 +41,6 @@ DROPPED = (
     Dropped("tensor_parallel_devices", "run one server per GPU"),
     Dropped("increase_file_limit", "one process needs few files; use ulimit -n if you must"),
     Dropped("request_timeout", "clients set their own (ClientConfig.request_timeout)"),
-    Dropped("balance_quality", "a server keeps its blocks until it is started again"),
-    Dropped("mean_balance_check_period", "a server keeps its blocks until it is started again"),
     Dropped("skip_reachability_check", "not being reachable is only a warning", takes_value=False),
     Dropped("compression", "states travel in the precision of the server (--torch_dtype)"),
 )
@@ -107,6 +105,8 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
     add("--throughput", help="a number, auto, eval or dry_run")
     add("--update_period", type=float, help="seconds between announcements")
     add("--expiration", type=float, help="seconds until an announcement expires")
+    add("--balance_quality", type=float, help="move if the swarm is worse than this; 0: never")
+    add("--mean_balance_check_period", type=float, help="seconds between looks at the swarm")
     add("--step_timeout", type=float, help="seconds a silent client's session is kept")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from petals import constants
 from petals.cli import options
 from petals.cli.block_map import block_map, draw_map
 from petals.cli.console import print_data, print_json, stage
@@ -33,6 +34,7 @@ def status(
     config = NodeConfig(
         initial_peers=options.peers_to_join(join),
         swarm_key=options.read_swarm_key(swarm_key),
+        peer_memory=constants.peers_dir(),
         client_mode=True,
         agent="petals-status",
     )

@@ -32,6 +32,8 @@ class Attempt:
     outputs: list[Tensor] = field(default_factory=list)
     num_refusals: int = 0
     reconnected: set[PeerId] = field(default_factory=set)
+    forgetful: set[PeerId] = field(default_factory=set)
+    """Servers whose lease of the session ran out; each may say so once."""
     last_failure: PetalsError | None = None
 
     @property

@@ -31,6 +31,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "alloc_timeout",
     "repair_timeout",
+    "max_kept_bytes",
     "min_backoff",
     "max_backoff",
     "max_pinged",
@@ -60,6 +61,8 @@ class ClientConfig:
     ``step_timeout``: after so long at least (four times what such a step took, if that is more)
     a step that nobody answers is repeated through the client, hop by hop.
     ``repair_timeout``: how long a session waits for somebody to serve what it has lost.
+    ``max_kept_bytes``: memory for what sessions have sent to their first hops, from which these are
+    replaced; a session that does not fit survives the loss of other hops only.
     Raises ConfigError for values that make no sense.
     """
 
@@ -76,6 +79,7 @@ class ClientConfig:
     silence_timeout: float = 3.0
     step_timeout: float = 1.0
     repair_timeout: float = 60.0
+    max_kept_bytes: int = 2 * 1024**3
     update_period: float = 60.0
     max_retries: int | None = field(default_factory=constants.max_retries)
     min_backoff: float = 1.0

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from petals.client.pace import redial_seconds
 from petals.client.states import is_finite
-from petals.client.terms import Answer, Patience, Refill, StepCall, Terms
+from petals.client.terms import Answer, Held, Patience, Refill, StepCall, Terms
 from petals.client.trace import HopTrace, StepTiming
 from petals.errors import (
     PeerError,
@@ -36,6 +37,7 @@ from petals.wire.messages import (
     GetInfo,
     Info,
     KeepSession,
+    Leaving,
     NextHop,
     OpenSession,
     Refusal,
@@ -51,7 +53,6 @@ from petals.wire.messages import (
 BLOCKS_SERVICE = "blocks"
 
 _CLOSE_SECONDS = 2.0
-_RECONNECT_SECONDS = 1.0
 _KEPT_TIMINGS = 1024
 
 
@@ -66,8 +67,16 @@ class Listener(Protocol):
         """Rows are refilled as far as ``hop``; not ``delivered``: it cannot reach the next one."""
         ...
 
+    def on_outputs(self, hop: "HopSession", step: Step, tensors: Sequence[Tensor]) -> None:
+        """A part of a replay that we asked for ourselves."""
+        ...
+
     def on_lost(self, hop: "HopSession") -> None:
         """``hop.failure`` says why nothing more will come."""
+        ...
+
+    def on_leaving(self, hop: "HopSession") -> None:
+        """The server goes in ``hop.leaving_seconds``; until then it serves."""
         ...
 
 
@@ -83,6 +92,8 @@ class HopSession:
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self.failure: PetalsError | None = None
         """Why this leg is lost; None while it stands."""
+        self.leaving_seconds: float | None = None
+        """How long the server stays, if it has said that it leaves."""
         self.listener: Listener | None = None
         self._channel = channel
         self._patience = patience
@@ -133,7 +144,8 @@ class HopSession:
 
         If the server has no such session any more, the leg is lost again in a moment.
         """
-        seconds = min(self._patience.connect_seconds, _RECONNECT_SECONDS)
+        seconds = redial_seconds(self.trace.overhead_seconds)
+        seconds = min(self._patience.connect_seconds, seconds)
         channel = await _open_channel(node, self.peer_id, self._patience, seconds)
         await self._channel.close()
         self._channel, self._ended, self.failure = channel, asyncio.Event(), None
@@ -168,19 +180,31 @@ class HopSession:
         self.epoch = epoch
         await self._say(SetRoute(self.terms.session_id, epoch, tuple(sources)))
 
-    async def replay(self, before: StepCall, lengths: Sequence[int], next_hops: Route) -> None:
-        """Have ``next_hops`` refilled from what this hop has put out ``before`` a step.
+    async def replay(
+        self,
+        step_id: int,
+        lengths: Sequence[int],
+        next_hops: Route,
+        *,
+        reorder: tuple[int, ...] | None = None,
+        held: Held | None = None,
+    ) -> None:
+        """Have ``next_hops`` refilled from what this hop has put out before step ``step_id``; if
+        there are none, it comes to us.
 
-        lengths: tokens of each row, as the rows are before that step's reorder.
+        lengths: tokens of each row, as the rows are before the ``reorder`` of that step. ``held``
+        is what the next hops have already; None: all their rows begin anew.
         """
         await self._say(
             Replay(
                 session_id=self.terms.session_id,
                 epoch=self.epoch,
-                step_id=before.step_id,
+                step_id=step_id,
                 lengths=tuple(lengths),
                 next_hops=on_the_wire(next_hops),
-                reorder=before.reorder,
+                reorder=reorder,
+                starts=() if held is None else held.lengths,
+                onto=None if held is None else held.rows,
             )
         )
 
@@ -241,7 +265,8 @@ class HopSession:
         )
 
     async def _say_goodbye(self) -> None:
-        if self._channel.is_closed:
+        # A server that has ended the session may have begun it anew for our successor.
+        if self._channel.is_closed or isinstance(self.failure, SessionClosed):
             return
         is_heard = self._reader is not None and self.failure is None
         await self._channel.send(CloseSession(self.terms.session_id))
@@ -278,6 +303,8 @@ class HopSession:
                     info = answer
                 case SessionOpened(session_id=terms.session_id):
                     opened = answer
+                case Leaving():
+                    self._on_leaving(answer)
                 case Refusal():
                     raise answer.to_error(self.peer_id)
                 case _:
@@ -302,6 +329,11 @@ class HopSession:
             case Replayed():
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_replayed(not message.undelivered)
+            case Step(replay=True):
+                if message.session_id == self.terms.session_id and message.epoch == self.epoch:
+                    self._tell_outputs(message, tensors)
+            case Leaving():
+                self._on_leaving(message)
             case Refusal(step_id=int(step_id)):
                 self._tell(step_id, message.to_error(self.peer_id))
             case Refusal():
@@ -319,6 +351,16 @@ class HopSession:
     def _tell(self, step_id: int, answer: Answer | PetalsError) -> None:
         if self.listener is not None:
             self.listener.on_answer(self, step_id, answer)
+
+    def _on_leaving(self, message: Leaving) -> None:
+        if message.session_id == self.terms.session_id:
+            self.leaving_seconds = message.seconds
+            if self.listener is not None:
+                self.listener.on_leaving(self)
+
+    def _tell_outputs(self, step: Step, tensors: Sequence[Tensor]) -> None:
+        if self.listener is not None:
+            self.listener.on_outputs(self, step, tensors)
 
     def _tell_replayed(self, delivered: bool) -> None:
         if self.listener is not None:

@@ -6,6 +6,7 @@ Lives in an event loop. Knows addresses and keys; knows no models and no routes.
 import asyncio
 from dataclasses import dataclass
 
+from petals import constants
 from petals.client.config import ClientConfig
 from petals.errors import ConfigError
 from petals.swarm.config import NodeConfig
@@ -80,7 +81,12 @@ def _result(task: "asyncio.Task[SwarmNode]") -> SwarmNode | None:
 async def _start(config: ClientConfig) -> SwarmNode:
     key = None if config.swarm_key is None else load_swarm_key(config.swarm_key)
     node = SwarmNode(
-        NodeConfig(initial_peers=config.initial_peers, swarm_key=key, client_mode=True)
+        NodeConfig(
+            initial_peers=config.initial_peers,
+            swarm_key=key,
+            client_mode=True,
+            peer_memory=constants.peers_dir(),
+        )
     )
     return await node.__aenter__()
 

@@ -41,9 +41,13 @@ async def release(hops: Sequence[HopSession]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Repairing:
-    """What is opened takes the place of hops that were lost, behind ``before``."""
+    """What is opened takes the place of hops that are lost or will be, behind ``before``.
+
+    ``unfit`` are servers that cannot take it.
+    """
 
     before: PeerId | None = None
+    unfit: frozenset[PeerId] = frozenset()
 
 
 async def open_hops(
@@ -107,6 +111,8 @@ class _Opening:
 
     async def _route(self, *, exclude_full: bool) -> Route:
         exclude = {*self._unfit, *self._full} if exclude_full else {*self._unfit}
+        if self._repair is not None:
+            exclude |= self._repair.unfit
         try:
             needs = replace(self._needs, exclude=frozenset(exclude))
             return await self._swarm.route(needs, avoid_strictly=self._repair is not None)

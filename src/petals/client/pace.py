@@ -9,6 +9,18 @@ from statistics import median
 _REMEMBERED = 32
 _PATIENCE = 4.0
 
+_TRIPS_PER_REDIAL = 10.0
+"""A connection, its encryption, a stream and a greeting, and some to spare."""
+_REDIAL_SECONDS = (0.3, 1.0)
+
+
+def redial_seconds(link_seconds: float) -> float:
+    """How long a peer whose stream broke may take to be there again, when a trip to it takes
+    ``link_seconds``. One that died refuses at once, or else says nothing: others wait for us then.
+    """
+    shortest, longest = _REDIAL_SECONDS
+    return min(longest, max(shortest, _TRIPS_PER_REDIAL * link_seconds))
+
 
 class Pace:
     """The latest steps: (tokens, seconds)."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from petals.client.fetched import Fetched, WrongRows
 from petals.client.hop import HopSession
 from petals.client.opening import release
 from petals.client.pace import Pace
@@ -30,6 +31,7 @@ from petals.errors import (
     SessionClosed,
 )
 from petals.types import Route
+from petals.wire.messages import Step
 
 _SIGNS_PER_LEASE = 3
 _MIN_SIGN_SECONDS = 0.05
@@ -38,30 +40,64 @@ _UNMEASURED_TOKENS = 128
 """So often the shortest patience, for every so many tokens, before a route's pace is known."""
 
 
-Heard = tuple[int, Answer | PetalsError | None]
+Heard = tuple[HopSession, Answer | PetalsError | None]
 """Which hop spoke, and what: a result, a refusal, or None: it is refilled."""
+
+
+class EdgeLost(OutboxLost):
+    """A replay did not get from one hop to another; the edge is closed, there is a way around."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refilling:
+    """``num_tokens`` of a session's rows on their way into ``hops``, from the ``source`` that comes
+    before them (None: from us). The hops need not be on the path yet. ``fetched``: we get the rows.
+    """
+
+    step_id: int
+    source: HopSession | None
+    hops: Sequence[HopSession]
+    num_tokens: int
+    fetched: Fetched | None = None
+
+    @property
+    def next_hops(self) -> Route:
+        """Where the source hands on to."""
+        hops = self.hops if self.source is not None else self.hops[1:]
+        return tuple(hop.hop for hop in hops)
+
+    @property
+    def line(self) -> list[HopSession]:
+        """Everybody whom the rows pass."""
+        return [*(() if self.source is None else (self.source,)), *self.hops]
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A step whose answer may come from hop ``first`` or any hop after it."""
+    """A step, or the end of a refill, whose answer may come from any of ``hops``."""
 
     heard: "asyncio.Future[Heard | None]"
-    first: int = 0
-    refills: HopSession | None = None
+    hops: Sequence[HopSession] = ()
+    refilling: Refilling | None = None
 
 
 class SessionPath:
     """Reservations that lead through all blocks of a session; it owns them."""
 
-    def __init__(self, hops: Sequence[HopSession], swarm: SwarmView, pace: Pace) -> None:
+    def __init__(
+        self,
+        hops: Sequence[HopSession],
+        swarm: SwarmView,
+        pace: Pace,
+        tell_leaving: Callable[[], None],
+    ) -> None:
         self.hops = list(hops)
         self.pace = pace
+        self._tell_leaving = tell_leaving
         self._swarm = swarm
         self._waiting: dict[int, _Waiting] = {}
         self._tokens_under_way = 0
-        for hop in self.hops:
-            hop.listener = self
+        self.listen_to(self.hops)
         self._keeper = asyncio.create_task(self._keep_alive(), name="signs of life")
         self._closed = False
         swarm.paths.add(self)
@@ -82,6 +118,14 @@ class SessionPath:
     def lost(self) -> list[HopSession]:
         """Hops that nothing more will come from."""
         return [hop for hop in self.hops if hop.failure is not None]
+
+    @property
+    def leaving(self) -> list[HopSession]:
+        """The first of the hops that will go soon, and those behind it that will, too."""
+        is_leaving = [hop.leaving_seconds is not None for hop in self.hops]
+        start = (*is_leaving, True).index(True)
+        end = (*is_leaving, False).index(False, start) if any(is_leaving) else start
+        return self.hops[start:end]
 
     @property
     def max_length(self) -> int:
@@ -119,53 +163,68 @@ class SessionPath:
             await _all(run(piece) for piece in pieces)
         self.pace.note(self._tokens_under_way, self._now() - began)
 
-    async def refill(
-        self, step_id: int, first: int, last: int, send: Callable[[], Awaitable[None]]
-    ) -> None:
-        """``send`` what makes hop ``first`` refill the hops behind it, and wait for ``last``.
+    async def refill(self, refilling: Refilling, send: Callable[[], Awaitable[None]]) -> None:
+        """``send`` what sets ``refilling`` off, and wait until the last hop is refilled.
 
-        Raises what a hop refuses with, OutboxLost or PeerTimeout if it does not get through: the
-        edges in question are then closed.
+        Raises what a hop refuses with, EdgeLost if it does not get from hop to hop: the edges in
+        question are then closed; PeerTimeout if a single hop does not take it.
         """
-        for hop in self.hops[first : last + 1]:
+        line = refilling.line
+        for hop in line:
             if hop.failure is not None:
                 raise hop.failure
-        with self._expect(step_id) as waiting:
-            waiting.first, waiting.refills = first, self.hops[last]
+        if self._arc_end(line, 0) < len(line):
+            raise OutboxLost("The servers cannot hand states to each other.")
+        with self._expect(refilling.step_id) as waiting:
+            waiting.hops, waiting.refilling = line, refilling
             await send()
-            heard = await self._hear(waiting, self.patience_seconds())
+            heard = await self._hear(waiting, self.patience_seconds(refilling.num_tokens))
         if heard is None:
-            self._close_edges(first, last + 1)
-            raise PeerTimeout("The replay did not arrive.")
-        index, answer = heard
+            self._close_edges(line)
+            reason = "The replay did not arrive."
+            raise EdgeLost(reason) if len(line) > 1 else PeerTimeout(reason)
+        hop, answer = heard
         if isinstance(answer, RequestError):
             raise OutboxLost(f"A server cannot take the replay: {answer.message}")
         if isinstance(answer, PetalsError):
-            raise self._judged(index, index, answer)
-        if index != last:
-            self._close_edges(index, index + 2)
-            raise OutboxLost("A server could not pass the replay on.")
+            raise self._judged(hop, answer)
+        if hop is not line[-1]:
+            at = line.index(hop)
+            self._close_edges(line[at : at + 2])
+            raise EdgeLost("A server could not pass the replay on.")
 
     def exchange(self, start: int, end: int, hops: Sequence[HopSession]) -> None:
         """Put ``hops`` in the place of hops ``start`` to ``end``, which are let go."""
         old = self.hops[start:end]
         self.hops[start:end] = hops
-        for hop in hops:
-            hop.listener = self
+        self.listen_to(hops)
         for hop in old:
             hop.listener = None
             self._swarm.node.background.start(hop.close(), "letting a lost hop go")
 
+    def listen_to(self, hops: Sequence[HopSession]) -> None:
+        """Hear what hops say that are on the path, or are to be."""
+        for hop in hops:
+            hop.listener = self
+
     async def begin_epoch(self, epoch: int) -> None:
-        """Tell every hop from whom states come now; older frames are dropped from here on."""
+        """Tell every hop from whom states come now; older frames are dropped from here on, and
+        refills under way end.
+        """
+        for waiting in self._waiting.values():
+            if waiting.refilling and not waiting.heard.done():
+                waiting.heard.set_result((waiting.hops[0], OutboxLost("The path has changed.")))
         for index, hop in enumerate(self.hops):
             await hop.begin_epoch(epoch, [self.hops[index - 1].peer_id] if index else [])
 
     def arc_end(self, start: int) -> int:
         """The first hop after ``start`` that its neighbour does not hand states to."""
+        return self._arc_end(self.hops, start)
+
+    def _arc_end(self, hops: Sequence[HopSession], start: int) -> int:
         if not self._swarm.config.use_server_to_server:
             return start + 1
-        peers = [hop.peer_id for hop in self.hops]
+        peers = [hop.peer_id for hop in hops]
         return self._swarm.edges.arc_end(peers, start, self._now())
 
     def _way(self, index: int, far: HopSession) -> Way:
@@ -198,23 +257,43 @@ class SessionPath:
         waiting = self._waiting.get(step_id)
         if waiting is None or waiting.heard.done():
             return
-        index = self.hops.index(hop)
-        if index >= waiting.first:
-            waiting.heard.set_result((index, answer))
+        if hop in waiting.hops:
+            waiting.heard.set_result((hop, answer))
 
     def on_replayed(self, hop: HopSession, delivered: bool) -> None:
         """See ``Listener``."""
         for waiting in self._waiting.values():
-            is_over = waiting.refills is hop or (waiting.refills and not delivered)
-            if is_over and not waiting.heard.done():
-                waiting.heard.set_result((self.hops.index(hop), None))
+            if not waiting.refilling or waiting.heard.done():
+                continue
+            if waiting.hops[-1] is hop or (hop in waiting.hops and not delivered):
+                waiting.heard.set_result((hop, None))
+
+    def on_outputs(self, hop: HopSession, step: Step, tensors: Sequence[Tensor]) -> None:
+        """See ``Listener``."""
+        waiting = self._waiting.get(step.step_id)
+        if waiting is None or waiting.heard.done() or hop not in waiting.hops:
+            return
+        fetched = None if waiting.refilling is None else waiting.refilling.fetched
+        if fetched is None:
+            return
+        try:
+            fetched.add(step, tensors)
+        except WrongRows as error:
+            waiting.heard.set_result((hop, hop.misbehaved(str(error))))
+            return
+        if step.ends:
+            waiting.heard.set_result((hop, None))
 
     def on_lost(self, hop: HopSession) -> None:
         """See ``Listener``."""
-        index = self.hops.index(hop)
         for waiting in self._waiting.values():
-            if index >= waiting.first and not waiting.heard.done():
-                waiting.heard.set_result((index, hop.failure))
+            if hop in waiting.hops and not waiting.heard.done():
+                waiting.heard.set_result((hop, hop.failure))
+
+    def on_leaving(self, hop: HopSession) -> None:
+        """See ``Listener``."""
+        self._swarm.note_leaving(hop.peer_id, hop.leaving_seconds or 0.0)
+        self._tell_leaving()
 
     # One step
 
@@ -223,35 +302,40 @@ class SessionPath:
         with self._expect(piece.call.step_id) as waiting:
             while at < len(self.hops):
                 began, end = self._now(), self.arc_end(at)
-                waiting.first = at
-                heard = await self._ask(waiting, piece.call, hidden, end)
+                waiting.hops = self.hops[at:]
+                heard = await self._ask(waiting, piece.call, hidden, self.hops[at:end])
                 if heard is None:
                     # All of them live: between two of them something does not pass.
-                    self._close_edges(at, end)
+                    self._close_edges(self.hops[at:end])
                     continue
-                index, answer = heard
+                hop, answer = heard
+                index = self.hops.index(hop)
                 if not isinstance(answer, Answer):
-                    raise self._judged(index, at, answer)
-                hidden = self._checked(index, answer, hidden)
+                    if isinstance(answer, BadInput) and index > at:
+                        # We checked what went in, so it was spoilt by the hop that handed it on.
+                        hop = self.hops[index - 1]
+                        answer = hop.misbehaved(f"states that its neighbour refused: {answer}")
+                    raise self._judged(hop, answer)
+                hidden = self._checked(hop, answer, hidden)
                 self._note_timings(at, index, piece.call, answer, self._now() - began)
                 if answer.result.undelivered:
-                    self._close_edges(index, index + 2)
+                    self._close_edges(self.hops[index : index + 2])
                 at = index + 1
         piece.output = hidden
 
     async def _ask(
-        self, waiting: _Waiting, call: StepCall, hidden: Tensor, end: int
+        self, waiting: _Waiting, call: StepCall, hidden: Tensor, arc: Sequence[HopSession]
     ) -> Heard | None:
-        """Send a step along the arc to ``end``. None if nobody answers an arc of several hops.
+        """Send a step along an arc. None if nobody answers an arc of several hops.
 
         Raises PeerTimeout if a single one does not answer.
         """
-        hop = self.hops[waiting.first]
+        hop = arc[0]
         if hop.failure is not None:
             raise hop.failure
         waiting.heard = asyncio.get_running_loop().create_future()
-        await hop.send(call, hidden, self.route[waiting.first + 1 : end])
-        if end - waiting.first > 1:
+        await hop.send(call, hidden, tuple(later.hop for later in arc[1:]))
+        if len(arc) > 1:
             return await self._hear(waiting, self.patience_seconds())
         seconds = self._swarm.config.request_timeout
         heard = await self._hear(waiting, seconds)
@@ -268,27 +352,23 @@ class SessionPath:
         finally:
             timer.cancel()
 
-    def _checked(self, index: int, answer: Answer, hidden: Tensor) -> Tensor:
+    def _checked(self, hop: HopSession, answer: Answer, hidden: Tensor) -> Tensor:
         try:
-            return self.hops[index].checked(answer, hidden)
+            return hop.checked(answer, hidden)
         except PeerError as error:
-            self.hops[index].fail(error)
+            hop.fail(error)
             raise
 
-    def _close_edges(self, start: int, end: int) -> None:
-        """Hops ``start`` to ``end`` hand nothing to each other for a while."""
-        for near, far in zip(self.hops[start:end], self.hops[start + 1 : end]):
+    def _close_edges(self, hops: Sequence[HopSession]) -> None:
+        """These neighbours hand nothing to each other for a while."""
+        for near, far in zip(hops, hops[1:]):
             self._swarm.edges.close(near.peer_id, far.peer_id, self._now())
 
-    def _judged(self, index: int, first: int, error: PetalsError | None) -> PetalsError:
-        """A refusal or a loss, laid at the right door."""
+    def _judged(self, hop: HopSession, error: PetalsError | None) -> PetalsError:
+        """A refusal, or a loss of ``hop``."""
         assert error is not None
-        if isinstance(error, BadInput) and index > first:
-            # We checked what went in, so it was spoilt by the hop that handed it on.
-            index -= 1
-            error = self.hops[index].misbehaved(f"states that its neighbour refused: {error}")
         if isinstance(error, PeerError | SessionClosed):
-            self.hops[index].fail(error)
+            hop.fail(error)
         return error
 
     def _note_timings(

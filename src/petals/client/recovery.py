@@ -13,21 +13,23 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from petals.client.attempt import Attempt
+from petals.client.course import Course, in_pieces, refill_from_us
+from petals.client.fetched import Fetched
+from petals.client.handover import HandOver
 from petals.client.hop import HopSession
-from petals.client.kept_inputs import Part, cut
+from petals.client.kept_inputs import Part
 from petals.client.opening import Repairing, open_hops, release
 from petals.client.pace import Pace
-from petals.client.path import SessionPath
+from petals.client.path import EdgeLost, Refilling, SessionPath
 from petals.client.slow import SlowHops
 from petals.client.swarm_view import SwarmView, show
-from petals.client.terms import Piece, Refill, StepCall, Terms
+from petals.client.terms import Held, Piece, StepCall, Terms
 from petals.client.trace import Repair
 from petals.errors import (
     CacheFull,
@@ -42,15 +44,13 @@ from petals.errors import (
     SessionError,
 )
 from petals.logs import get_logger
-from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, Route, SessionId
+from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, PeerId, SessionId
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 
 _LOOK_AGAIN_SECONDS = 0.5
 _KEPT_REPAIRS = 256
-_SENT_AHEAD = 8
-"""Parts of a replay that a server may have waiting."""
 
 
 class _PathIsBack(Exception):
@@ -61,31 +61,37 @@ class Recovery:
     """The path of one session; ``run`` steps through it. Await its methods one at a time."""
 
     def __init__(self, swarm: SwarmView, blocks: BlockSpan, terms: Terms) -> None:
-        self.path: SessionPath | None = None
         self.repairs: deque[Repair] = deque(maxlen=_KEPT_REPAIRS)
         self._swarm = swarm
         self._blocks = blocks
-        self._terms = terms
-        self._step_ids = count(1)
+        self._course = Course(swarm, terms)
+        self._handover = HandOver(self._course, self.repairs.append)
         self._pace = Pace()
         self._losses: dict[Hop, str] = {}
         """Hops that are gone and not replaced yet, and why."""
         self._slow = SlowHops()
         self._meet_again_at = 0.0
-        self._epoch = 0
-        self._is_stale = False
         self._closed = False
+
+    @property
+    def path(self) -> SessionPath | None:
+        """The hops of now; None between a path that was given up and the next."""
+        return self._course.path
 
     async def open(self) -> SessionPath:
         """Reserve the first path. Raises what ``open_hops`` raises."""
-        hops = await open_hops(self._swarm, self._blocks, self._terms)
-        self.path = SessionPath(hops, self._swarm, self._pace)
-        self._meet_spares(self.path)
-        return self.path
+        path = self._take(await open_hops(self._swarm, self._blocks, self._course.terms))
+        self._meet_spares(path)
+        return path
+
+    def _take(self, hops: Sequence[HopSession]) -> SessionPath:
+        self._course.path = path = SessionPath(hops, self._swarm, self._pace, self._handover.look)
+        return path
 
     async def close(self) -> None:
         """Free what the servers hold. Idempotent."""
         self._closed = True
+        await self._handover.close()
         if self.path is not None:
             await self.path.close()
 
@@ -95,11 +101,17 @@ class Recovery:
         Raises RequestError, CacheFull, MissingBlocksError or NoCapacity after ``repair_timeout``,
         and a PeerError or SessionError once servers have refused more than ``max_retries`` times.
         """
-        try:
-            return await self._run(attempt)
-        except BaseException:
-            self._is_stale = self._is_stale or attempt.cuts_rows
-            raise
+        course = self._course
+        async with course.turn:
+            self._handover.follow(attempt.reorder, attempt.rest.starts)
+            try:
+                output = await self._run(attempt)
+            except BaseException:
+                course.is_stale = course.is_stale or attempt.cuts_rows
+                raise
+            course.told = attempt.inputs
+        self._handover.look()
+        return output
 
     async def _run(self, attempt: Attempt) -> Tensor:
         progress_at = self._now()
@@ -120,19 +132,22 @@ class Recovery:
         attempt.last_failure = error
         if self._closed or isinstance(error, CacheFull):
             raise error
-        if not isinstance(error, PeerUnreachable | PeerTimeout | OutboxLost):
+        has_forgotten = isinstance(error, SessionClosed) and error.peer_id not in attempt.forgetful
+        if has_forgotten:
+            attempt.forgetful.add(PeerId(error.peer_id))
+        elif not isinstance(error, PeerUnreachable | PeerTimeout | OutboxLost):
             attempt.num_refusals += 1
             if attempt.num_refusals > self._swarm.config.num_retries:
                 raise error
         if self.path is not None and not self.path.lost:
-            self._is_stale = True
+            self._course.is_stale = True
 
     async def _made_whole(self, attempt: Attempt, progress_at: float) -> SessionPath:
         """A path on which the attempt can go on."""
         path = self.path
         if path is not None and not attempt.pieces:
             attempt.pieces = self._cut(path, attempt.rest, attempt.reorder)
-        if path is not None and not self._is_stale:
+        if path is not None and not self._course.is_stale:
             # A stream may break although both ends live: each peer is called once.
             broken = [hop for hop in path.lost if isinstance(hop.failure, PeerUnreachable)]
             await self._reconnect([h for h in broken if h.peer_id not in attempt.reconnected])
@@ -144,7 +159,7 @@ class Recovery:
             if hop.hop not in self._losses:
                 self._losses[hop.hop] = hop.failure.message
                 self._swarm.note_failure(hop.peer_id, hop.failure)
-        if path is None or self._is_stale or not self._can_mend(path):
+        if path is None or self._course.is_stale:
             path = await self._rebuilt(attempt)
         else:
             await self._mend(path, attempt)
@@ -164,15 +179,10 @@ class Recovery:
             self._swarm.bans.lift(hop.peer_id)
         return bool(back)
 
-    def _silent_hops(self) -> list[HopSession]:
-        """All hops, if all fell silent: perhaps it is our own network that is away."""
-        hops = [] if self.path is None else self.path.hops
-        return hops if all(isinstance(hop.failure, PeerTimeout) for hop in hops) else []
-
-    def _can_mend(self, path: SessionPath) -> bool:
-        """True if what is lost can be refilled from before it: by us, or by a server."""
-        is_at_start = path.lost == path.hops[:1] or path.lost == path.hops
-        return self._swarm.config.use_server_to_server or is_at_start
+    def _out_of_reach(self) -> list[HopSession]:
+        """Lost hops that may hold their rows still: perhaps it was only the way to them."""
+        lost = [] if self.path is None else self.path.lost
+        return [hop for hop in lost if isinstance(hop.failure, PeerUnreachable | PeerTimeout)]
 
     async def _mend(self, path: SessionPath, attempt: Attempt) -> None:
         """Replace the hops that are lost, from left to right, each refilled from before it."""
@@ -183,18 +193,19 @@ class Recovery:
                 end += 1
             blocks = BlockSpan(path.hops[start].blocks.start, path.hops[end - 1].blocks.end)
             before = path.hops[start - 1].peer_id if start else None
-            self._epoch += 1
+            self._course.epoch += 1
             terms = replace(
-                self._terms,
-                epoch=self._epoch,
+                self._course.terms,
+                epoch=self._course.epoch,
                 num_rows=attempt.num_rows_told if start else len(attempt.inputs.lengths),
             )
             try:
                 hops = await self._open_patiently(blocks, terms, Repairing(before), attempt)
             except _PathIsBack:
+                await path.begin_epoch(self._course.epoch)
                 continue
             path.exchange(start, end, hops)
-            await path.begin_epoch(self._epoch)
+            await path.begin_epoch(self._course.epoch)
             await self._refill(path, start, start + len(hops), attempt)
 
     async def _refill(self, path: SessionPath, start: int, end: int, attempt: Attempt) -> None:
@@ -203,55 +214,65 @@ class Recovery:
             raise OutboxLost("The pieces of this step are too long for its new servers.")
         if not any(attempt.inputs.lengths):
             return
-        first = max(0, start - 1)
-        if path.arc_end(first) < end:
-            raise OutboxLost("The servers cannot hand states to each other.")
-        call, hops = attempt.pieces[0].call, path.route[first + 1 : end]
-        if start:
-            lengths = attempt.told_lengths
-            await path.refill(
-                call.step_id, first, end - 1, lambda: path.hops[first].replay(call, lengths, hops)
+        while start < end:
+            arc = path.hops[start : min(path.arc_end(start), end)]
+            try:
+                await self._refill_arc(path, start, arc, attempt)
+            except EdgeLost:
+                continue  # it is closed now: the next try goes around it
+            start += len(arc)
+
+    async def _refill_arc(
+        self, path: SessionPath, start: int, arc: Sequence[HopSession], attempt: Attempt
+    ) -> None:
+        """Refill hops that hand on to each other: from the hop before them, if need be through us,
+        or with the session's own inputs.
+        """
+        step, lengths = attempt.pieces[0].call, attempt.told_lengths
+        source = path.hops[start - 1] if start else None
+        rows, reordered = attempt.inputs, step.reorder is not None
+        if source is not None:
+            is_direct = path.arc_end(start - 1) > start
+            largest = max(sum(lengths), sum(lengths[row] for row in step.reorder or ()))
+            fetched = Fetched(largest, path.hidden_size, self._course.terms.dtype)
+            refilling = Refilling(
+                step_id=step.step_id,
+                source=source,
+                hops=arc if is_direct else (),
+                num_tokens=largest,
+                fetched=None if is_direct else fetched,
             )
-        else:
-            await self._refill_first(path, attempt, hops)
-
-    async def _refill_first(self, path: SessionPath, attempt: Attempt, rest: Route) -> None:
-        """The first hop, and the ``rest`` of the new ones, get the session's own inputs."""
-        step = attempt.pieces[0].call
-        whole = attempt.inputs.whole()
-        parts = [] if whole is None else list(cut(whole, self._limit(path)))
-
-        async def send(some: Sequence[Part]) -> None:
-            for part in some:
-                refill = Refill.LAST if part is some[-1] else Refill.YES
-                call = replace(step, starts=part.starts, counts=part.counts, reorder=None)
-                call = replace(call, refill=refill, reordered=step.reorder is not None)
-                await path.hops[0].send(call, part.hidden, rest)
-
-        for at in range(0, len(parts), _SENT_AHEAD):
-            some = parts[at : at + _SENT_AHEAD]
-            await path.refill(step.step_id, 0, len(rest), partial(send, some))
+            to = refilling.next_hops
+            ask = partial(source.replay, step.step_id, lengths, to, reorder=step.reorder)
+            await path.refill(refilling, ask)
+            if is_direct:
+                return
+            rows, reordered = fetched.rows, fetched.reordered
+        parts = in_pieces(rows.whole(), self._course.piece_tokens(path.hops))
+        refilling = Refilling(step.step_id, None, arc, sum(rows.lengths))
+        held = Held.nothing(len(rows.lengths))
+        await refill_from_us(path, refilling, parts, held=held, reordered=reordered)
 
     async def _rebuilt(self, attempt: Attempt) -> SessionPath:
         """A new path, fed with the session's inputs as the attempt finds them."""
-        self._is_stale = True
+        self._course.is_stale = True
+        replay = attempt.inputs.whole()
         if self.path is not None:
             await self.path.close()
-            self.path = None
-        self._epoch = 0
-        self._terms = replace(
-            self._terms,
+            self._course.path = None
+        self._course.epoch = 0
+        self._course.terms = replace(
+            self._course.terms,
             session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
             num_rows=len(attempt.inputs.lengths),
         )
-        hops = await self._open_patiently(self._blocks, self._terms, Repairing(), attempt)
-        self.path = path = SessionPath(hops, self._swarm, self._pace)
-        replay = attempt.inputs.whole()
+        terms = self._course.terms
+        path = self._take(await self._open_patiently(self._blocks, terms, Repairing(), attempt))
         if replay is not None:
             await path.run(self._cut(path, replay, None))
         attempt.reorder, attempt.num_rows_told = None, len(attempt.inputs.lengths)
         attempt.pieces = self._cut(path, attempt.rest, None)
-        self._is_stale = False
+        self._course.is_stale = False
         return path
 
     async def _open_patiently(
@@ -269,6 +290,7 @@ class Recovery:
         """Try until it works, for ``repair_timeout`` while nobody can serve."""
         clock, seconds = self._swarm.node.clock, self._swarm.config.repair_timeout
         deadline: float | None = None
+        since = ""
         while True:
             try:
                 return await work()
@@ -281,28 +303,22 @@ class Recovery:
                         "waiting up to %g s, since %s: %s", seconds, since, error.message
                     )
                 if now >= deadline or self._closed:
+                    error.message += f" It has been so since {since}."
                     raise error from cause
                 await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
-                hops = self._silent_hops()
-                if hops and await self._reconnect(hops):
+                # Nobody else serves these blocks: only now are those called that are avoided.
+                if await self._reconnect(self._out_of_reach()):
                     raise _PathIsBack from None
                 with contextlib.suppress(PetalsError):
                     await self._swarm.refresh()
 
     def _cut(self, path: SessionPath, part: Part, reorder: tuple[int, ...] | None) -> list[Piece]:
         pieces = []
-        for piece in cut(part, self._limit(path)):
-            call = StepCall(next(self._step_ids), piece.starts, piece.counts, reorder)
+        for piece in in_pieces(part, self._course.piece_tokens(path.hops)):
+            call = StepCall(next(self._course.step_ids), piece.starts, piece.counts, reorder)
             pieces.append(Piece(call, piece.hidden))
             reorder = None
         return pieces
-
-    def _limit(self, path: SessionPath) -> int:
-        """Tokens of a piece: what servers take, and less where hops can share the work."""
-        limits = [path.max_step_tokens]
-        if len(path.hops) > 1:
-            limits.append(self._swarm.config.prefill_chunk_tokens)
-        return min((limit for limit in limits if limit), default=0)
 
     def _note_repairs(self, path: SessionPath, seconds: float) -> None:
         for lost, reason in self._losses.items():
@@ -327,14 +343,21 @@ class Recovery:
         for hop in path.hops:
             promises = (
                 partial(swarm.promised_seconds, hop.hop),
-                partial(swarm.alternative_seconds, hop.hop),
+                partial(swarm.alternative_seconds, hop.hop, self._cache_tokens),
             )
             if self._slow.should_leave(hop.blocks, hop.timings, promises, now):
                 hop.fail(PeerTimeout("It is slow: others would take less than half the time."))
 
     def _meet_spares(self, path: SessionPath) -> None:
         self._meet_again_at = self._now() + self._swarm.config.update_period
-        self._swarm.node.background.start(self._swarm.meet_spares(path.route), "meeting spares")
+        work = self._swarm.meet_spares(path.route, self._cache_tokens)
+        self._swarm.node.background.start(work, "meeting spares")
+
+    @property
+    def _cache_tokens(self) -> int:
+        """Room that a hop needs for us in each block."""
+        terms = self._course.terms
+        return (terms.max_length or 0) * terms.num_rows
 
     def _now(self) -> float:
         return self._swarm.node.clock.monotonic()

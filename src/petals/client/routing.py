@@ -28,6 +28,11 @@ HOP_OVERHEAD_SECONDS = 0.002
 LITTLE_ROOM_SECONDS = 10.0
 """Added to a server that said it has too little free cache: the last resort, not ruled out."""
 
+LITTLE_OUTBOX_SECONDS = 0.05
+"""Added to a server that cannot keep what it puts out: it serves, but cannot refill the hop behind
+it.
+"""
+
 Links = Mapping[tuple[PeerId, PeerId], float]
 """Measured one-way seconds between two servers; a pair that is missing goes through the client."""
 
@@ -36,9 +41,9 @@ Links = Mapping[tuple[PeerId, PeerId], float]
 class Candidate:
     """A server as the search sees it.
 
-    ``seconds_per_block`` is for one token. ``tokens_free`` counts KV room in tokens of one block.
-    ``round_trip_seconds`` (from here) and ``tokens_free`` are None where unmeasured. ``trains``: it
-    gives gradients.
+    ``seconds_per_block`` is for one token. ``tokens_free`` counts KV room in tokens of one block,
+    ``outbox_tokens_free`` outputs of tokens that it can keep. These and ``round_trip_seconds``
+    (from here) are None where unmeasured. ``trains``: it gives gradients.
     """
 
     peer_id: PeerId
@@ -47,6 +52,7 @@ class Candidate:
     queue_seconds: float = 0.0
     round_trip_seconds: float | None = None
     tokens_free: int | None = None
+    outbox_tokens_free: int | None = None
     trains: bool = True
 
 
@@ -200,9 +206,11 @@ def _server(candidate: Candidate, needs: Needs, unmeasured: float) -> _Server:
     start = max(candidate.blocks.start, needs.blocks.start)
     end = min(candidate.blocks.end, needs.blocks.end)
     entry = HOP_OVERHEAD_SECONDS + candidate.queue_seconds
-    wanted = needs.cache_tokens * (end - start)
+    wanted, kept = needs.cache_tokens * (end - start), candidate.outbox_tokens_free
     if candidate.tokens_free is not None and candidate.tokens_free < wanted:
         entry += LITTLE_ROOM_SECONDS
+    if kept is not None and kept < needs.cache_tokens:
+        entry += LITTLE_OUTBOX_SECONDS
     return _Server(candidate.peer_id, start, end, half_trip, entry, candidate.seconds_per_block)
 
 

@@ -130,6 +130,9 @@ class SessionRows:
                 self._step_seconds.append(perf_counter() - began)
             else:
                 output = hidden
+            if not inputs.is_dropped and not self._kept.book(id(self), inputs.num_bytes):
+                logger.warning("a session is too long to be kept here: it survives fewer failures")
+                inputs.drop()
             self._inputs, self._reorder = inputs, untold
             self.lengths = inputs.lengths
             return output.to(hidden.dtype)
@@ -139,6 +142,7 @@ class SessionRows:
         if self._end is None:
             self._end = SessionClosed("The session was closed.", hint="Open a new one.")
         if self._recovery is not None:
+            self._kept.forget(id(self))
             await self._recovery.close()
 
     async def _ready(self, hidden: Tensor, num_rows: int) -> Recovery:
@@ -164,6 +168,7 @@ class SessionRows:
             await recovery.close()
             raise self._end
         self._recovery, self._hidden_size = recovery, path.hidden_size
+        self._kept = view.kept
         self._inputs, self._num_rows_told = KeptInputs(num_rows), num_rows
         self.max_length = path.max_length
         if view.config.show_route == "inference":

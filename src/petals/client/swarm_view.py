@@ -16,6 +16,7 @@ from petals.client.adapter_delivery import AdapterDelivery
 from petals.client.arcs import Edges
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
+from petals.client.kept_inputs import KeptBudget
 from petals.client.routing import (
     Candidate,
     Needs,
@@ -46,6 +47,7 @@ _FRESH_SECONDS = 1.0
 _MAX_MEASURED = 32
 _MAX_BAN_SECONDS = 3600.0
 _MISBEHAVED_FACTOR = 16.0
+_SPARE_ROUNDS = 3
 
 
 class Closing(Protocol):
@@ -99,6 +101,7 @@ class SwarmView:
         self.bans = Bans(config.ban_timeout)
         self.edges = Edges()
         self.channels = ChannelPool(node)
+        self.kept = KeptBudget(config.max_kept_bytes)
         self.adapters = AdapterDelivery(model, self.channels, config)
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
@@ -108,6 +111,7 @@ class SwarmView:
         self._reading = asyncio.Lock()
         self._round_trips: dict[PeerId, float] = {}
         self._infos: dict[PeerId, tuple[Info, float]] = {}
+        self._leaving_until: dict[PeerId, float] = {}
         self._table: tuple[Candidate, ...] | None = None
 
     async def close(self) -> None:
@@ -163,17 +167,25 @@ class SwarmView:
         """Ask these servers how they are, all at the same time; those that fail are banned."""
         await asyncio.gather(*(self._measure(peer) for peer in peers))
 
-    async def meet_spares(self, route: Route) -> None:
-        """Ask those who could replace each hop how they are; a channel to each stays open."""
-        if not self.config.max_pinged:
-            return
-        spares: set[PeerId] = set()
-        for hop in route:
-            needs = Needs(blocks=hop.blocks, exclude=frozenset({hop.peer_id}))
-            with contextlib.suppress(RouteError):
-                spares.update(spare.peer_id for spare in self._find(needs, False, True))
-        spares -= {hop.peer_id for hop in route}
-        await asyncio.gather(*(self._measure(peer, stay=True) for peer in spares))
+    async def meet_spares(self, route: Route, cache_tokens: int = 0) -> None:
+        """Ask those who could replace each hop how they are; a channel to each stays open.
+
+        Where one has no room for ``cache_tokens`` in each block, the next best is asked, too.
+        """
+        asked = {hop.peer_id for hop in route}
+        for _ in range(_SPARE_ROUNDS if self.config.max_pinged else 0):
+            spares: set[PeerId] = set()
+            for hop in route:
+                needs = Needs(
+                    blocks=hop.blocks, cache_tokens=cache_tokens, exclude=frozenset({hop.peer_id})
+                )
+                with contextlib.suppress(RouteError):
+                    spares.update(spare.peer_id for spare in self._find(needs, False, True))
+            spares -= asked
+            if not spares:
+                return
+            asked |= spares
+            await asyncio.gather(*(self._measure(peer, stay=True) for peer in spares))
 
     def note_failure(self, peer: PeerId, error: PetalsError) -> None:
         """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
@@ -188,6 +200,13 @@ class SwarmView:
         if info is not None:
             self._infos[peer] = (info, self._clock.monotonic())
             self._table = None
+
+    def note_leaving(self, peer: PeerId, seconds: float) -> None:
+        """A server has said that it goes in ``seconds``: no new route leads through it until then,
+        whatever records of before say.
+        """
+        self._leaving_until[peer] = self._clock.monotonic() + seconds
+        self._table = None
 
     def candidates(self) -> tuple[Candidate, ...]:
         """The table that routes are made from: ONLINE servers we may use, and how they are."""
@@ -208,19 +227,25 @@ class SwarmView:
         """What one token costs at ``hop`` by its record and its queue; None if it is unknown."""
         return self._quickest(hop.blocks, lambda peer: peer == hop.peer_id)
 
-    def alternative_seconds(self, hop: Hop) -> float | None:
-        """The same for the best other server that we have measured and do not avoid."""
+    def alternative_seconds(self, hop: Hop, cache_tokens: int = 0) -> float | None:
+        """The same for the best other server that we have measured and do not avoid, and that has
+        room for ``cache_tokens`` in each block.
+        """
         avoided = self.bans.at(self._clock.monotonic()) | {hop.peer_id}
-        return self._quickest(
-            hop.blocks, lambda peer: peer not in avoided and peer in self._round_trips
-        )
+        measured = self._round_trips.keys() - avoided
+        return self._quickest(hop.blocks, measured.__contains__, cache_tokens)
 
-    def _quickest(self, blocks: BlockSpan, admits: Callable[[PeerId], bool]) -> float | None:
+    def _quickest(
+        self, blocks: BlockSpan, admits: Callable[[PeerId], bool], cache_tokens: int = 0
+    ) -> float | None:
+        wanted = cache_tokens * len(blocks)
         return min(
             (
                 candidate.queue_seconds + candidate.seconds_per_block * len(blocks)
                 for candidate in self.candidates()
-                if admits(candidate.peer_id) and candidate.blocks.covers(blocks)
+                if admits(candidate.peer_id)
+                and candidate.blocks.covers(blocks)
+                and (candidate.tokens_free is None or candidate.tokens_free >= wanted)
             ),
             default=None,
         )
@@ -240,12 +265,14 @@ class SwarmView:
         config = self.config
         allowed, blocked = config.allowed_servers, config.blocked_servers or frozenset()
         adapter = None if any_adapter else config.active_adapter
+        now = self._clock.monotonic()
         return [
             record
             for record in (self._records.records.values() if self._records is not None else ())
             if record.state is ServerState.ONLINE
             and (allowed is None or record.peer_id in allowed)
             and record.peer_id not in blocked
+            and now >= self._leaving_until.get(PeerId(record.peer_id), 0.0)
             and (adapter is None or adapter in record.adapters)
         ]
 
@@ -262,6 +289,7 @@ class SwarmView:
             queue_seconds=0.0 if info is None else _queue_seconds(info),
             round_trip_seconds=self._round_trips.get(peer),
             tokens_free=None if info is None else info.tokens_free * len(span),
+            outbox_tokens_free=None if info is None else _outbox_tokens(info),
             trains=record.trains,
         )
 
@@ -314,6 +342,12 @@ class SwarmView:
 def show(route: Route) -> str:
     """A route in one line, for logs."""
     return ", ".join(f"{hop.blocks} at …{hop.peer_id[-6:]}" for hop in route)
+
+
+def _outbox_tokens(info: Info) -> int:
+    """How many tokens' outputs it can keep, in the precision it computes in."""
+    itemsize = 4 if info.dtype == "float32" else 2
+    return info.outbox_bytes_free // max(1, info.hidden_size * itemsize)
 
 
 def _queue_seconds(info: Info) -> float:

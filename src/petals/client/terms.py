@@ -3,6 +3,7 @@
 Plain values; knows no channels and no servers but by name.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -53,6 +54,36 @@ class Terms:
             return self.active_adapter
         own = self.tuning.adapter.within(blocks)
         return None if own is None else own.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a successor has of a session's rows: row r stands, as far as ``lengths[r]`` tokens, in
+    its row ``rows[r]``.
+    """
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def nothing(cls, num_rows: int) -> "Held":
+        return cls((0,) * num_rows, (0,) * num_rows)
+
+    @classmethod
+    def all_of(cls, lengths: tuple[int, ...]) -> "Held":
+        return cls(tuple(range(len(lengths))), lengths)
+
+    def after(self, reorder: tuple[int, ...] | None, starts: Sequence[int]) -> "Held":
+        """The same once a step has reordered the rows and cut them to ``starts``."""
+        order = range(len(self.rows)) if reorder is None else reorder
+        return Held(
+            tuple(self.rows[row] for row in order),
+            tuple(min(self.lengths[row], start) for row, start in zip(order, starts)),
+        )
+
+    def missing(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Tokens of each row that it has not."""
+        return tuple(length - held for length, held in zip(lengths, self.lengths, strict=True))
 
 
 class Refill(Enum):

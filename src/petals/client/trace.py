@@ -6,6 +6,7 @@ Plain values; knows nothing of how they were measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import zip_longest
 from statistics import median
 
 from petals.types import BlockSpan, PeerId, Route
@@ -81,10 +82,14 @@ class SessionTrace:
     repairs: tuple[Repair, ...] = ()
 
     def __str__(self) -> str:
-        return " → ".join(
+        """The route; a way between two servers is named where it is not direct."""
+        arrows = [" → " if edge.way is Way.DIRECT else f" → ({edge.way}) → " for edge in self.edges]
+        words = [
             f"{hop.blocks} at …{hop.peer_id[-6:]} ({hop.median_seconds() * 1e3:.1f} ms)"
             for hop in self.hops
-        )
+        ]
+        pairs = zip_longest(words, arrows[: len(words)], fillvalue="")
+        return "".join(part for pair in pairs for part in pair)
 
 
 def median_of(values: Sequence[float]) -> float:

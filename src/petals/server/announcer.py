@@ -15,12 +15,10 @@ from petals.server.config import AnnounceConfig
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.directory import Directory
 from petals.swarm.records import ServerRecord
-from petals.types import ServerState
+from petals.types import BlockSpan, ServerState
 
 logger = get_logger(__name__)
 _RETRY_SECONDS = 3.0
-_GOODBYE_SECONDS = 2.0
-"""Whoever leaves does not wait for peers that may be leaving too."""
 _GOODBYE_SECONDS = 2.0
 """Peers that left before us must not hold us up; without it the record simply expires."""
 
@@ -66,11 +64,15 @@ class Announcer:
             fresh = msgspec.structs.replace(self.record, expires_at=expires_at)
             return await self._directory.announce(fresh, self._repository)
 
-    async def say_goodbye(self, state: ServerState) -> None:
-        """Announce a state on the way out, without waiting long for anybody."""
+    async def say(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
+        """Announce a state without waiting long for anybody: peers may be leaving, too.
+
+        A server that moves tells where to, so that nobody else goes there for the same reason.
+        """
+        spans = () if moves_to is None else ((moves_to.start, moves_to.end),)
         try:
             async with asyncio.timeout(_GOODBYE_SECONDS):
-                await self.announce(state=state)
+                await self.announce(state=state, next_spans=spans)
         except TimeoutError:
             logger.info("Not every peer has heard that this server is %s.", state)
 

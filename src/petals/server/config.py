@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from petals.constants import DTYPE_NAMES
 from petals.errors import ConfigError
+from petals.server.rebalancing import MovePolicy
 from petals.server.scheduler import SchedulerConfig
 from petals.swarm.config import MIB, NodeConfig
 from petals.types import BlockSpan, ModelId
@@ -132,8 +133,30 @@ class AnnounceConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MovingConfig:
+    """Whether a server that chose its blocks itself may go to others later, and how eagerly.
+
+    ``heard_seconds``: how long DRAINING needs to be read by everybody, records being cached.
+    """
+
+    enabled: bool = True
+    policy: MovePolicy = MovePolicy()
+    heard_seconds: float = 45.0
+
+    def __post_init__(self) -> None:
+        if self.policy.look_seconds <= 0:
+            raise ConfigError(
+                "A server cannot look at the swarm all the time.",
+                hint="Say --rebalance-every 60, or --no-rebalance.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """One server: ``blocks``, or how many (``num_blocks``; None: as many as fit) to choose."""
+    """One server: ``blocks``, or how many (``num_blocks``; None: as many as fit) to choose.
+
+    ``drain_seconds``: how long it stays for the sessions it has when it leaves.
+    """
 
     source: SourceConfig
     blocks: BlockSpan | None = None
@@ -145,7 +168,8 @@ class ServerConfig:
     door: DoorConfig = DoorConfig()
     scheduling: SchedulerConfig = SchedulerConfig()
     announce: AnnounceConfig = AnnounceConfig()
-    drain_seconds: float = 5.0
+    moving: MovingConfig = field(default_factory=MovingConfig)
+    drain_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.blocks is not None and self.num_blocks is not None:

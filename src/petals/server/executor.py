@@ -57,6 +57,10 @@ class Executor:
         """Let the work be done there."""
         self._place = place
 
+    def detach(self) -> None:
+        """The runner is done with; ``run`` fails until another is attached."""
+        self._runner = None
+
     async def __aenter__(self) -> "Executor":
         self._loop = asyncio.get_running_loop()
         self._thread.start()

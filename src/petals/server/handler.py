@@ -48,6 +48,7 @@ from petals.wire.messages import (
     GetInfo,
     Info,
     KeepSession,
+    Leaving,
     OpenSession,
     Refusal,
     Replay,
@@ -62,6 +63,7 @@ logger = get_logger(__name__)
 
 BLOCKS_SERVICE = "blocks"
 _REAPS_PER_LEASE = 4
+_DRAIN_LOOK_SECONDS = 0.1
 
 
 class BlocksService:
@@ -104,22 +106,36 @@ class BlocksService:
         )
         self._pool = pool
         self._outboxes = outboxes
+        self._leaves_at: float | None = None
+        self._channels: set[Channel] = set()
+        self._closed = False
 
     async def __aenter__(self) -> "BlocksService":
         self.tasks.start(self._reap(), "freeing silent sessions")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self._closed = True
         await self.end_sessions("The server has stopped.")
+        await asyncio.gather(*(channel.close() for channel in self._channels))
         await self.ring.close()
         await self.tasks.close()
 
     async def serve(self, channel: Channel) -> None:
-        """Answer one channel until it ends (a ``swarm.rpc.Service``)."""
-        async with _Conversation(self, channel) as conversation:
-            while True:
-                message, tensors = await channel.receive()
-                await conversation.hear(message, tensors)
+        """Answer one channel until it ends (a ``swarm.rpc.Service``).
+
+        Raises PeerBusy once these blocks are served no more.
+        """
+        if self._closed:
+            raise PeerBusy("This server is about to serve other blocks.", hint="Use another one.")
+        self._channels.add(channel)
+        try:
+            async with _Conversation(self, channel) as conversation:
+                while True:
+                    message, tensors = await channel.receive()
+                    await conversation.hear(message, tensors)
+        finally:
+            self._channels.discard(channel)
 
     def info(self) -> Info:
         """How we are right now."""
@@ -139,6 +155,26 @@ class BlocksService:
             outbox_bytes_free=self._outboxes.free_bytes,
             trains=not offer.no_training,
         )
+
+    async def drain(self, seconds: float) -> None:
+        """Tell clients that we leave, and wait until their sessions are gone.
+
+        At most ``seconds``, and not for sessions whose client has hung up.
+        """
+        self._leaves_at = self.clock.monotonic() + seconds
+        for session in self.sessions:
+            self.tell_leaving(session)
+        while self.clock.monotonic() < self._leaves_at and any(
+            session.is_heard for session in self.sessions
+        ):
+            await self.clock.sleep(_DRAIN_LOOK_SECONDS)
+
+    def tell_leaving(self, session: Session) -> None:
+        """Tell the client of a session that we leave, if we do."""
+        if self._leaves_at is not None:
+            seconds = max(0.0, self._leaves_at - self.clock.monotonic())
+            word = Leaving(session.key.session_id, seconds)
+            self.tasks.start(session.tell(word), "saying that we leave")
 
     async def finish_steps(self, timeout_seconds: float) -> None:
         """Let steps that are under way end, for at most ``timeout_seconds``."""
@@ -298,6 +334,7 @@ class _Conversation:
         self._sessions[session.key.session_id] = session
         session.sink = self._sink
         session.touch()
+        self._service.tell_leaving(session)
 
     def _find(self, session_id: bytes, blocks: Blocks | None = None) -> Session:
         """This channel's session of that id, or one of the same client that lost its channel."""
@@ -332,8 +369,6 @@ class _Conversation:
     async def _on_replay(self, message: Replay) -> None:
         try:
             session = self._find(message.session_id)
-            if not message.next_hops:
-                raise BadInput("A replay to nobody.", hint="Name the hops that are to be refilled.")
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error, message.step_id))
             return

@@ -1,9 +1,11 @@
 """When a server should leave its blocks for others, and whose turn it is.
 
 Servers decide alone, from pictures that are a little old, so the danger is not that nobody moves
-but that everybody does. What keeps them calm: a margin the swarm's bottleneck must gain, a stay
-before the next move, a finding that holds twice, and looks spread over time, rarer per server the
-more servers there are. Chance comes from the peer id, time from the caller: values in, values out.
+but that everybody does. What keeps them calm: everybody works out the best move of everybody, and
+whoever's is not the best waits its turn behind those that are better; by then their records say
+where they go, and most reasons are gone. A move must gain much for the size of the server, a reason
+must hold twice, and whoever has just come stays. Chance comes from the peer id, time from the
+caller: values in, values out.
 """
 
 import hashlib
@@ -11,31 +13,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from petals.server.placement import Picture, Rates, choose_span, picture_of
+from petals.server.placement import Picture, length_of, offers_of, picture_of
 from petals.swarm.records import ServerRecord, View
 from petals.types import BlockSpan, PeerId, ServerState
-
-WANTED_FOR_A_GAP = 3.0
-"""How many may set out for blocks that nobody holds: a gap costs more than two spares do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MovePolicy:
     """How eager servers are.
 
-    ``margin``: by which part the weakest block must be able to gain. ``attainable``: how near to
-    the even level a swarm is expected to come at all. Every server looks about once in
+    ``enough``: the share of its even level that a swarm must carry to be left alone. ``margin``: by
+    which part it must gain, for each part of the swarm's throughput that moves: at 1.0 a server
+    that is a tenth of the swarm must lift it by 10 %. Every server looks about once in
     ``look_seconds``, or less often in large swarms: once in ``seconds_between_looks`` somebody
-    does. ``confirm_seconds`` after a finding it looks again, and moves if it still holds.
-    ``min_stay_seconds`` is waived, and what is confirmed is confirmed in a third of the time, while
-    a block is held by nobody.
+    does. ``confirm_seconds`` after a finding it looks again, and moves if it still holds;
+    ``turn_seconds`` later for each server whose move is better, so long as that takes no more than
+    ``patience_seconds``. ``min_stay_seconds`` is waived while a block is held by nobody.
     """
 
-    margin: float = 0.15
-    attainable: float = 0.98
+    enough: float = 0.9
+    margin: float = 1.0
     look_seconds: float = 60.0
-    seconds_between_looks: float = 6.0
-    confirm_seconds: float = 90.0
+    seconds_between_looks: float = 1.0
+    confirm_seconds: float = 60.0
+    turn_seconds: float = 60.0
+    patience_seconds: float = 600.0
     min_stay_seconds: float = 1800.0
 
 
@@ -55,10 +57,13 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A better span, and how many servers like this one should move there now."""
+    """A better span, and how many other servers have a better move than this one.
+
+    Of equals the one with the smallest peer id comes first.
+    """
 
     blocks: BlockSpan
-    num_wanted: float
+    num_better: float
 
 
 def begin(me: PeerId, now: float, num_servers: int, policy: MovePolicy | None = None) -> Standing:
@@ -73,9 +78,10 @@ def should_move(
 ) -> tuple[Standing, BlockSpan | None]:
     """Whether to leave for other blocks now, and the standing to come back with.
 
-    ``view`` must be whole, not a sample. A span means: announce DRAINING, wait until others have
-    heard it, ask ``may_leave`` with a new view, hand over, then join with the span; after a refusal
-    stay. Nothing is decided before ``standing.next_look``, nor for a server that is not ONLINE.
+    ``view`` must be whole, not a sample. A span means: announce DRAINING with the span as
+    ``next_spans``, wait until others have heard it, ask ``may_leave`` with a new view, hand over,
+    then join with the span and without ``next_spans``; after a refusal say ONLINE, without them,
+    too. Nothing is decided before ``standing.next_look``, nor for a server that is not ONLINE.
     """
     record = view.records.get(me)
     if record is None or now < standing.next_look:
@@ -88,56 +94,57 @@ def look(
 ) -> tuple[Standing, BlockSpan | None]:
     """``should_move`` for somebody who has the picture already."""
     me, count = PeerId(record.peer_id), standing.num_looks + 1
-    period = _period(picture.num_servers, policy)
+    period = _period(len(picture.servers), policy)
     later = Standing(
         since=standing.since,
         next_look=now + period * (0.5 + draw(me, count, "pause")),
         num_looks=count,
     )
-    if now - standing.since < policy.min_stay_seconds and picture.weakest > 0:
+    if now - standing.since < policy.min_stay_seconds and picture.served.all():
         return later, None
     move = find_move(picture, record, policy)
     if move is None:
         return later, None
     if standing.is_confirming:
         return later, move.blocks
-    # Those who find the same before our move shows; together they should not move more than wanted.
-    num_rivals = picture.num_servers * min(1.0, 2 * policy.confirm_seconds / period)
-    if draw(me, count, "turn") * num_rivals >= move.num_wanted:
+    # Of those that are better, how many look before our move shows?
+    num_before = move.num_better * min(1.0, policy.confirm_seconds / period)
+    pause = policy.confirm_seconds + policy.turn_seconds * num_before
+    if pause > policy.patience_seconds:
         return later, None
-    pause = policy.confirm_seconds * (0.5 + draw(me, count, "pause"))
-    soon = now + (pause if picture.weakest > 0 else pause / 3)
-    confirming = Standing(since=standing.since, next_look=soon, num_looks=count, is_confirming=True)
+    pause *= 0.9 + 0.2 * draw(me, count, "pause")
+    confirming = Standing(
+        since=standing.since, next_look=now + pause, num_looks=count, is_confirming=True
+    )
     return confirming, None
 
 
 def find_move(picture: Picture, record: ServerRecord, policy: MovePolicy) -> Move | None:
     """The move of this server that would help, if there is one; no chance and no time in it.
 
-    It helps if the bottleneck gains the margin, at once or when as many others as needed do the
-    same, if the blocks left behind stay above the bottleneck by the margin, and if somebody who is
-    online holds each of them.
+    It helps while the swarm carries less than enough, if the weakest worth and what is carried both
+    gain the margin for the part of the swarm that moves; see ``offers_of`` for who must stay.
     """
-    goal = policy.attainable * picture.level
-    raised = (1 + policy.margin) * picture.weakest
-    if record.state is not ServerState.ONLINE or raised > goal or goal <= 0:
+    if record.state is not ServerState.ONLINE or not picture.level:
         return None
-    rest, throughput = picture.without(record), picture.throughput_of(record)
-    length = sum(end - start for start, end in record.spans)
-    blocks = choose_span(rest.worth, length)
-    after = rest.worth_with(blocks, throughput)
-    left = np.zeros(len(after), dtype=bool)
-    for start, end in record.spans:
-        left[start:end] = True
-    left[blocks.start : blocks.end] = False
-    if not left.any() or (rest.num_online[left] < 1).any() or (after[left] < raised).any():
+    if picture.carried >= policy.enough:
         return None
-    if not _is_better(after, picture.worth):
+    others = picture.offers
+    mine = others.of(record) or offers_of(picture, (record,)).of(record)
+    if mine is None:
         return None
-    if after.min() > raised:
-        return Move(blocks, 1.0 if picture.weakest > 0 else WANTED_FOR_A_GAP)
-    missing = float(np.maximum(goal - picture.worth, 0.0).sum())
-    return Move(blocks, max(1.0, missing / throughput))
+    start, gain, part = mine
+    blocks = BlockSpan(start, start + length_of(record.spans))
+    if gain <= policy.margin * part:
+        return None
+    if picture.carried_if(record, blocks) <= picture.carried * (1.0 + policy.margin * part):
+        return None
+    is_equal = np.abs(others.gains - gain) <= 1e-6 * gain
+    is_first = np.array([peer < record.peer_id for peer in others.peers], dtype=bool)
+    is_better = np.where(is_equal, is_first, others.gains > gain)
+    is_better &= others.gains > policy.margin * others.parts
+    num_better = float(is_better.mean()) * len(picture.servers)
+    return Move(blocks, num_better)
 
 
 def may_leave(view: View, me: PeerId) -> bool:
@@ -165,10 +172,3 @@ def draw(me: PeerId, count: int, purpose: str) -> float:
 
 def _period(num_servers: int, policy: MovePolicy) -> float:
     return max(policy.look_seconds, policy.seconds_between_looks * num_servers)
-
-
-def _is_better(after: Rates, before: Rates) -> bool:
-    """By the weakest block, then by the second weakest and so on; rounding does not count."""
-    a, b = np.sort(after), np.sort(before)
-    differs = np.flatnonzero(np.abs(a - b) > 1e-9 * max(1.0, float(b[-1])))
-    return bool(len(differs)) and bool(a[differs[0]] > b[differs[0]])

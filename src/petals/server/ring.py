@@ -228,6 +228,9 @@ class Ring:
                     return
                 step = msgspec.structs.replace(step, reordered=is_reordered)
                 hidden = torch.cat([empty, *rows.read(pieces)])
+                if not step.next_hops:
+                    await session.tell(step, (hidden,))
+                    continue
                 undelivered = await self._pass_on(session, step, hidden)
                 if undelivered:
                     await session.tell(Replayed(step.session_id, step.epoch, undelivered))
@@ -240,7 +243,9 @@ def _replay_steps(
     message: Replay, plan: StepPlan, max_tokens: int
 ) -> Iterator[tuple[Step, list[Piece]]]:
     """The steps of a replay, and what each of them carries. At least one, if only to end it."""
-    starts = [0] * len(plan.counts)
+    starts = list(plan.starts)
+    # As many rows as ours, whatever is there: all of them begin anew, or go on as they are told to.
+    reorder = (0,) * len(starts) if plan.reorder is None else plan.reorder
     for done in range(0, max(plan.num_tokens, 1), max_tokens):
         pieces = list(plan.pieces(done, max_tokens))
         counts = [0] * len(starts)
@@ -252,8 +257,7 @@ def _replay_steps(
             step_id=message.step_id,
             starts=tuple(starts),
             counts=tuple(counts),
-            # As many rows as ours, whatever is there: all of them begin anew.
-            reorder=None if done else (0,) * len(starts),
+            reorder=None if done else reorder,
             next_hops=message.next_hops,
             replay=True,
             ends=done + max_tokens >= plan.num_tokens,

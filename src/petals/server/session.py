@@ -110,6 +110,11 @@ class Session:
         """Time since the client's last sign of life; 0 while a step of its is under way."""
         return 0.0 if self._num_waiting else self._clock.monotonic() - self._last_sign
 
+    @property
+    def is_heard(self) -> bool:
+        """True while the client's stream stands."""
+        return self.sink is not None and self.sink.is_open
+
     def touch(self) -> None:
         """The client lives."""
         self._last_sign = self._clock.monotonic()
@@ -163,24 +168,31 @@ class Session:
         """What a replay is to push: the rows as they are between two steps, and which tokens.
 
         True: the rows stand as the reorder of the step to follow has left them. None: a frame of an
-        older epoch. Raises OutboxLost, BadInput, SessionClosed.
+        older epoch. Raises OutboxLost, BadInput, SessionClosed, and SessionGap if a later step has
+        reordered the rows.
         """
         async with self._turn:
             if self._is_old(message.epoch):
                 return None
+            if self._reordered_by is not None and self._reordered_by > message.step_id:
+                raise SessionGap(
+                    "The rows were reordered since the replay was asked for.", hint="Ask again."
+                )
             rows, lengths = self.outbox.rows(), message.lengths
             is_reordered = self._reordered_by == message.step_id and message.reorder is not None
+            starts = (0,) * len(rows.lengths) if message.onto is None else message.starts
             try:
                 if is_reordered and message.reorder is not None:
                     lengths = tuple(lengths[row] for row in message.reorder)
                 # A step done already may have rolled rows back; it will do so again.
-                counts = tuple(map(min, zip(lengths, rows.lengths, strict=True)))
+                standing = zip(lengths, rows.lengths, starts, strict=True)
+                counts = tuple(max(0, min(asked, have) - start) for asked, have, start in standing)
             except (IndexError, ValueError):
                 raise BadInput(
                     f"A replay of {len(lengths)} rows was asked for, {len(rows.lengths)} are here.",
                     hint="Give a length for every row the session had before the step.",
                 ) from None
-            return rows, StepPlan((0,) * len(counts), counts), is_reordered
+            return rows, StepPlan(starts, counts, message.onto), is_reordered
 
     async def _step(self, message: Step, hidden: torch.Tensor, executor: Executor) -> Answer | None:
         if self._is_old(message.epoch):

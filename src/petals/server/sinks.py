@@ -24,6 +24,10 @@ class ClientSink:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
+    @property
+    def is_open(self) -> bool:
+        return not self._channel.is_closed
+
     async def answer(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
         """Send, unless the client has gone. Raises RequestTooLarge."""
         try:

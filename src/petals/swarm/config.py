@@ -45,7 +45,9 @@ class NodeConfig:
     None makes an identity for this run only. ``client_mode`` keeps the node out of other peers'
     tables: it asks but is never asked. ``auto_relay`` makes a peer behind a NAT reachable through
     ``trusted_relays``, or else through the initial peers. Every ``rejoin_seconds`` the initial
-    peers are told of us again, in case they were restarted. ``agent`` is what others see.
+    peers are told of us again, in case they were restarted. ``peer_memory`` is a folder where
+    members are remembered; they are tried when no initial peer answers. ``agent`` is what others
+    see.
     """
 
     initial_peers: tuple[str, ...] = ()
@@ -63,6 +65,7 @@ class NodeConfig:
     force_private: bool = False
     nat_port_map: bool = False
     rejoin_seconds: float = 30.0
+    peer_memory: Path | None = None
     agent: str = ""
     limits: ChannelLimits = ChannelLimits()
 

@@ -6,6 +6,7 @@ placement.
 """
 
 import asyncio
+import math
 import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import islice
@@ -18,6 +19,7 @@ from petals.errors import RecordInvalid
 from petals.logs import get_logger
 from petals.swarm import records
 from petals.swarm.identity import Identity
+from petals.swarm.reading import SAMPLE_SECONDS, Reading
 from petals.swarm.records import ModelRecord, ModelSummary, R, ServerRecord, View
 from petals.swarm.transport import StoredValue, Transport
 from petals.types import ModelId, PeerId, ServerState
@@ -27,7 +29,10 @@ logger = get_logger(__name__)
 MAX_SKEW_SECONDS = 3.0
 """Clocks that differ more shorten or prolong records noticeably: warn."""
 
-_SHARDS_READ = 4
+MORE_SHARDS = 4
+"""Read at most beside the one of a view, where a block has few holders."""
+
+_STAYING = (ServerState.JOINING, ServerState.ONLINE)
 _MAX_ADDRESSES = 8
 _MAX_RECORDS_PER_KEY = 2000
 _RECORDS_AT_ONCE = 32
@@ -43,7 +48,8 @@ class Directory:
         self._identity = identity
         self._clock = clock
         self._own: dict[str, tuple[ServerRecord, str]] = {}
-        self._population: dict[str, int] = {}
+        self._readings: dict[str, Reading] = {}
+        self._population: dict[str, tuple[float, int]] = {}
         self._skews: dict[PeerId, float] = {}
 
     async def announce(self, record: ServerRecord, repository: str = "") -> bool:
@@ -52,10 +58,14 @@ class Directory:
 
         ``peer_id``, ``addresses`` and ``shard_bits`` are filled in. A record that should replace an
         earlier one (OFFLINE, too) is made to expire later than it: the later expiry wins. Spans
-        that were announced before and are no longer ours are withdrawn in the same call.
+        that were announced before and are no longer ours are withdrawn in the same call. In a swarm
+        of many shards a record lives at least as long as readers keep it.
         """
         previous = self._own.get(record.model)
+        shard_bits = records.shard_bits_for(await self._population_of(record))
         expires_at = record.expires_at
+        if shard_bits and record.state in _STAYING:
+            expires_at = max(expires_at, self._clock.now() + records.KEPT_SECONDS)
         if previous is not None:
             expires_at = max(expires_at, previous[0].expires_at + 0.01)
         addresses = record.addresses or (await self._transport.addresses())[:_MAX_ADDRESSES]
@@ -65,7 +75,7 @@ class Directory:
             addresses=addresses,
             relayed=bool(addresses) and all("/p2p-circuit" in address for address in addresses),
             expires_at=expires_at,
-            shard_bits=records.shard_bits_for(self._population.get(record.model, 0)),
+            shard_bits=shard_bits,
         )
         keys = set(records.keys_to_store(record))
         if previous is not None:
@@ -89,32 +99,27 @@ class Directory:
         """A picture of the model's servers now.
 
         ``num_blocks`` None asks the models list (0 blocks if nobody serves the model). In large
-        swarms a sample of the servers is read, unless ``whole``.
+        swarms a part of the servers is read, another one each time, unless ``whole``; what was read
+        in the last five minutes is in the view, too. See ``reading``.
         """
         if num_blocks is None:
             found = [m for m in await self.models() if m.model == model]
             num_blocks = found[0].num_blocks if found else 0
         num_blocks = max(0, min(num_blocks, 4096))
+        reading = self._reading(model)
         buckets = range(-(-num_blocks // records.BLOCKS_PER_BUCKET))
-        sample_keys = {records.block_key(model, bucket, 0, 0): bucket for bucket in buckets}
-        sampled = await self._fetch(list(sample_keys))
-        found_records = [record for part in sampled.values() for record in part]
-        max_shards = 1 << records.MAX_SHARD_BITS if whole else _SHARDS_READ
-        seed = zlib.crc32(self._identity.peer_id.encode())
-        further = [
-            key
-            for sample_key, part in sampled.items()
-            for key in records.shards_to_read(
-                model, sample_keys[sample_key], part, max_shards, seed
-            )
-        ]
-        if further:
-            for part in (await self._fetch(further)).values():
-                found_records += part
-        populations = [records.population_of(part) for part in sampled.values()]
-        self._population[model] = max(populations, default=0)
         now = self._clock.now()
-        merged = records.merge(found_records, model, now)
+        reading.keep(await self._fetch(reading.samples_due(buckets, now)), now)
+        further = reading.all_shards(buckets) if whole else reading.next_shards(buckets)
+        reading.keep(await self._fetch(further), now)
+        for _ in range(0 if whole else MORE_SHARDS):
+            more = reading.more(num_blocks, now)
+            if not more:
+                break
+            reading.keep(await self._fetch(more), now)
+        self._population[model] = (now, reading.population())
+        now = self._clock.now()
+        merged = records.merge(reading.known(now), model, now)
         for peer, record in merged.items():
             self._transport.learn(peer, record.addresses)
         return View(ModelId(model), num_blocks, MappingProxyType(merged), now)
@@ -144,6 +149,18 @@ class Directory:
                 peer,
                 skew_seconds,
             )
+
+    def _reading(self, model: str) -> Reading:
+        seed = zlib.crc32(self._identity.peer_id.encode())
+        return self._readings.setdefault(model, Reading(model, seed))
+
+    async def _population_of(self, record: ServerRecord) -> int:
+        """How many servers a bucket of the model has, asked now and then while we stay."""
+        read_at, population = self._population.get(record.model, (-math.inf, 0))
+        if record.state in _STAYING and self._clock.now() - read_at > SAMPLE_SECONDS:
+            await self.view(record.model, record.num_blocks)
+            _, population = self._population[record.model]
+        return population
 
     async def _announce_model(self, record: ServerRecord, repository: str) -> None:
         entry = ModelRecord(

@@ -59,13 +59,22 @@ class Libp2pTransport:
     def records(self) -> DhtRecords:
         return self._dht
 
-    async def start(self) -> tuple[PeerId, ...]:
+    async def start(self, others: Sequence[str] = ()) -> tuple[PeerId, ...]:
         initial = [(address, _peer_of(address)) for address in self._parts.config.initial_peers]
+        more = [(other, _peer_of(other)) for other in others if _PEER_PART.search(other)]
         await self._daemon.start(self._listen)
         await self._dht.start(self._daemon.p2p)
         self._listen = await self._fixed_ports()
         self._up.set()
-        return await self._connect_first(initial)
+        try:
+            return await self._connect_first(initial)
+        except BootstrapFailed:
+            if not more:
+                raise
+        logger.warning(
+            "no initial peer answers; trying %d addresses of members met before", len(more)
+        )
+        return await self._connect_first([*initial, *more])
 
     async def join(self, peers: Sequence[PeerId]) -> None:
         await self._dht.join(peers)
@@ -89,7 +98,15 @@ class Libp2pTransport:
         if usable:
             while len(self._known) >= _MAX_KNOWN_PEERS:
                 self._known.pop(next(iter(self._known)))
+            self._known.pop(peer, None)  # the latest are at the end
             self._known[peer] = usable
+
+    def known(self) -> tuple[str, ...]:
+        return tuple(
+            address if _PEER_PART.search(address) else f"{address}/p2p/{peer}"
+            for peer, addresses in reversed(self._known.items())
+            for address in addresses
+        )
 
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> DaemonStream:
         try:

@@ -15,6 +15,7 @@ from petals.swarm.config import Engine, EngineParts, NodeConfig
 from petals.swarm.directory import Directory
 from petals.swarm.identity import Identity, load_or_create_identity
 from petals.swarm.inflight import Budget
+from petals.swarm.peer_memory import PeerMemory
 from petals.swarm.reachability import NODE_SERVICE, Reachability, check_reachability, node_service
 from petals.swarm.rpc import STREAM_PROTOCOL, RpcParts, RpcServer, Service, open_channel
 from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Transport
@@ -22,6 +23,8 @@ from petals.types import PeerId
 from petals.wire.messages import DialBack, DialedBack
 
 logger = get_logger(__name__)
+
+_REMEMBER_SECONDS = 60.0
 
 
 class SwarmNode:
@@ -58,14 +61,18 @@ class SwarmNode:
         )
         self._server = RpcServer(self._parts)
         self.directory = Directory(self.transport, self.identity, self.clock)
+        self._memory: PeerMemory | None = None
+        if config.peer_memory is not None and config.initial_peers:
+            self._memory = PeerMemory(config.peer_memory, config.initial_peers, config.swarm_key)
 
     async def __aenter__(self) -> "SwarmNode":
         self.serve(NODE_SERVICE, node_service(self.transport, self.clock))
         self.transport.on_restart(self._after_restart)
         try:
-            initial = await self.transport.start()
+            initial = await self.transport.start(self._memory.read() if self._memory else ())
             await self.transport.serve(STREAM_PROTOCOL, self._server.handle)
             await self.transport.join(await self._greet(initial))
+            self.background.start(self._remember_peers(), "remembering peers")
         except BaseException:
             await self.close()
             raise
@@ -76,6 +83,7 @@ class SwarmNode:
 
     async def close(self) -> None:
         """End every stream and leave. Safe to call twice."""
+        self._remember()
         await self.background.close()
         await self._server.close()
         await self.transport.close()
@@ -136,6 +144,16 @@ class SwarmNode:
         if refusals and len(refusals) == len(peers):
             raise refusals[0]
         return [peer for peer, result in zip(peers, results) if isinstance(result, float)]
+
+    async def _remember_peers(self) -> None:
+        while self._memory is not None:
+            await self.clock.sleep(_REMEMBER_SECONDS)
+            self._remember()
+
+    def _remember(self) -> None:
+        known = self.transport.known()
+        if self._memory is not None and known:
+            self._memory.add(known)
 
     def _after_restart(self) -> None:
         self.background.start(self.directory.store_again(), "announcing again")

@@ -10,7 +10,7 @@ clock, no socket and no torch.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Annotated, TypeVar
@@ -28,7 +28,10 @@ MAX_LIFETIME_SECONDS = 3600.0
 
 MODELS_KEY = "petals/models"
 BLOCKS_PER_BUCKET = 16
-RECORDS_PER_SHARD = 200
+RECORDS_PER_SHARD = 24
+KEPT_SECONDS = 300.0
+"""How long readers keep a shard of a large swarm, and how long records in it live at least."""
+
 MAX_SHARD_BITS = 10
 _MAX_BLOCKS = 4096
 _LABEL = b"petals record 1\0"
@@ -46,7 +49,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     ``throughput`` is what the server expects to give a client end to end; ``inference_rps``,
     ``forward_rps`` and ``network_rps`` are its parts. ``max_length`` and ``cache_tokens`` count
-    tokens; times are seconds since the epoch. ``trains``: it gives gradients.
+    tokens; times are seconds since the epoch. ``next_spans``: where a DRAINING server that moves
+    will be; empty if it goes for good. ``trains``: it gives gradients.
     """
 
     peer_id: Name
@@ -71,6 +75,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trains: bool = False
     addresses: Annotated[tuple[Name, ...], Meta(max_length=8)] = ()
     shard_bits: Annotated[int, Meta(ge=0, le=MAX_SHARD_BITS)] = 0
+    next_spans: Annotated[tuple[Blocks, ...], Meta(max_length=16)] = ()
 
     @property
     def block_spans(self) -> tuple[BlockSpan, ...]:
@@ -172,7 +177,7 @@ def _check_values(record: AnyRecord) -> None:
         if not text.isprintable():
             raise RecordInvalid("A name in the record has characters that cannot be shown.")
     if isinstance(record, ServerRecord):
-        for start, end in record.spans:
+        for start, end in record.spans + record.next_spans:
             if not start < end <= record.num_blocks:
                 raise RecordInvalid(f"Blocks {start}:{end} are not a span of the model.")
 
@@ -210,6 +215,12 @@ def block_key(model: str, bucket: int, bits: int, shard: int) -> str:
     return f"petals/blocks/{model}/{bucket}/{bits}/{shard}"
 
 
+def bucket_and_level(key: str) -> tuple[int, int]:
+    """Bucket and level of sharding of a key that ``block_key`` made."""
+    _, bucket, bits, _ = key.rsplit("/", 3)
+    return int(bucket), int(bits)
+
+
 def buckets_of(spans: Iterable[BlockSpan]) -> tuple[int, ...]:
     """The buckets that these spans touch."""
     touched: set[int] = set()
@@ -242,20 +253,6 @@ def is_sample(record: ServerRecord) -> bool:
 def population_of(sample: Iterable[ServerRecord]) -> int:
     """Estimate of all records of a bucket from its level-0 sample."""
     return sum(1 << record.shard_bits for record in sample)
-
-
-def shards_to_read(
-    model: str, bucket: int, sample: Sequence[ServerRecord], max_shards: int, seed: int
-) -> tuple[str, ...]:
-    """Further keys to read after the level-0 sample: up to ``max_shards`` per level in use, from a
-    start by ``seed``.
-    """
-    keys = []
-    levels = Counter(record.shard_bits for record in sample if record.shard_bits)
-    for bits, _ in levels.most_common(2):
-        count = min(1 << bits, max_shards)
-        keys += [block_key(model, bucket, bits, (seed + i) % (1 << bits)) for i in range(count)]
-    return tuple(keys)
 
 
 # -- views -----------------------------------------------------------------------------------------

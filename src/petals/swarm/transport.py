@@ -86,10 +86,11 @@ class Transport(Protocol):
     @property
     def records(self) -> RecordStore: ...
 
-    async def start(self) -> tuple[PeerId, ...]:
-        """Listen and dial the initial peers; returns those that answered.
+    async def start(self, others: Sequence[str] = ()) -> tuple[PeerId, ...]:
+        """Listen and dial the initial peers, and ``others`` if none of them answers; returns those
+        that did.
 
-        Raises BootstrapFailed within about five seconds if none does.
+        Raises BootstrapFailed within about five seconds (ten with others) if nobody does.
         """
         ...
 
@@ -99,6 +100,10 @@ class Transport(Protocol):
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Remember where a peer says it can be dialled."""
+        ...
+
+    def known(self) -> tuple[str, ...]:
+        """Multiaddresses of members that were learned, each ending in ``/p2p/<id>``."""
         ...
 
     async def addresses(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ COMMAND = (sys.executable, "-m", "petals.cli")
 """What a child runs, before the arguments."""
 
 _POLL_SECONDS = 0.05
+_POLITE_SECONDS = 1.0
 _LOG_TAIL_LINES = 15
 
 
@@ -165,6 +166,10 @@ class LocalSwarm:
             # Only to the process: its network daemon must live until it has said goodbye.
             child.process.terminate()
         deadline = time.monotonic() + self.config.stop_timeout_seconds
+        _await_all(children, _POLITE_SECONDS)
+        for child in children:
+            # Asked twice, a server does not wait for sessions that nobody here could take over.
+            child.process.terminate()
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -244,6 +249,14 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
         os.killpg(process.pid, signum)
     except (ProcessLookupError, PermissionError):
         return
+
+
+def _await_all(children: list[_Child], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(child.process.poll() is None for child in children):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def _tail(log: Path) -> str:

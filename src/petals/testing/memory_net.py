@@ -218,22 +218,30 @@ class MemoryTransport:
         self._net = net
         self._initial_peers = parts.config.initial_peers
         self._handlers: dict[str, StreamHandler] = {}
+        self._known: dict[PeerId, tuple[str, ...]] = {}
         self._streams: list[MemoryStream] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> tuple[PeerId, ...]:
+    async def start(self, others: Sequence[str] = ()) -> tuple[PeerId, ...]:
         self._net.transports[self.peer_id] = self
-        known = [_peer_of(a) for a in self._initial_peers if _peer_of(a) in self._net.transports]
+        known = self._present(self._initial_peers) or self._present(others)
         if self._initial_peers and not known:
             self._net.transports.pop(self.peer_id)
             raise BootstrapFailed("None of the initial peers answers.", hint="Check the address.")
         return tuple(known)
 
+    def _present(self, addresses: Sequence[str]) -> list[PeerId]:
+        return [_peer_of(a) for a in addresses if _peer_of(a) in self._net.transports]
+
     async def join(self, peers: Sequence[PeerId]) -> None:
         """The records are there already."""
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Every peer knows every address here."""
+        """Every peer knows every address here; these can be remembered."""
+        self._known[peer] = tuple(addresses)
+
+    def known(self) -> tuple[str, ...]:
+        return tuple(address for known in self._known.values() for address in known)
 
     async def addresses(self) -> tuple[str, ...]:
         return (_address(self.peer_id),)

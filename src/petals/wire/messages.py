@@ -10,6 +10,7 @@ row order. Knows no sockets and makes no decisions.
 | 1       | first  |
 | 2       | rings: sources, SetRoute, Push, Replay, Replayed; steps carry timings |
 | 3       | training: Backward, kept passes, taps, deep prompts, PutAdapter        |
+| 4       | Leaving; a Replay may go on where an earlier one ended, or come to us  |
 """
 
 from typing import Annotated
@@ -197,13 +198,17 @@ class SetRoute(Message):
 
 
 class Replay(Message):
-    """From the client: push what this hop has put out, ``lengths[r]`` tokens of row r, to
+    """From the client: push what this hop has put out, row r as far as ``lengths[r]`` tokens, to
     ``next_hops``.
 
     ``step_id`` is the step that follows, ``reorder`` is that of this step. A hop that has reordered
     its rows for it already replays them so, and says so; ``lengths`` still counts the rows as they
     were before. The last of ``next_hops`` answers with Replayed; a hop that cannot do its part
-    refuses, with the step id.
+    refuses, with the step id. So does one whose rows a later step has reordered. Without
+    ``next_hops`` the steps of the replay come to the client, which carries them on.
+
+    With ``onto`` an earlier replay goes on: row r continues row ``onto[r]`` there, which is cut to
+    ``starts[r]``, and only what follows is pushed. Without, all rows begin anew.
     """
 
     session_id: Session
@@ -212,6 +217,8 @@ class Replay(Message):
     lengths: PerRow
     next_hops: Route
     reorder: PerRow | None = None
+    starts: PerRow = ()
+    onto: PerRow | None = None
 
 
 class Replayed(Message):
@@ -234,6 +241,13 @@ class KeepSession(Message):
 
     session_id: Session
     blocks: Blocks | None = None
+
+
+class Leaving(Message):
+    """From the server, unasked: it is going away, and serves the session for ``seconds`` more."""
+
+    session_id: Session
+    seconds: Seconds
 
 
 class CloseSession(Message):
@@ -299,6 +313,7 @@ AnyMessage = (
     | Replay
     | Replayed
     | KeepSession
+    | Leaving
     | CloseSession
     | SessionEnded
     | Forward

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from petals.cli.answer import Answer, WordStream, describe
-from petals.client.trace import HopTrace, SessionTrace
+from petals.client.trace import EdgeTrace, HopTrace, Repair, SessionTrace, Way
 from petals.types import BlockSpan, PeerId
 
 
@@ -44,7 +44,12 @@ def test_a_character_cut_off_at_the_end_is_still_shown() -> None:
     assert shown == ["a", "\ufffd"]
 
 
-def answer(num_new_tokens: int, total_seconds: float) -> Answer:
+def answer(
+    num_new_tokens: int,
+    total_seconds: float,
+    way: Way = Way.DIRECT,
+    repairs: tuple[Repair, ...] = (),
+) -> Answer:
     hops = (
         HopTrace(PeerId("12D3KooWalpha1"), BlockSpan(0, 10), ()),
         HopTrace(PeerId("12D3KooWbravo2"), BlockSpan(10, 30), ()),
@@ -55,7 +60,7 @@ def answer(num_new_tokens: int, total_seconds: float) -> Answer:
         num_new_tokens=num_new_tokens,
         first_token_seconds=0.5,
         total_seconds=total_seconds,
-        trace=SessionTrace(hops, ()),
+        trace=SessionTrace(hops, (), (EdgeTrace(hops[0].peer_id, hops[1].peer_id, way),), repairs),
     )
 
 
@@ -72,3 +77,19 @@ def test_the_line_names_servers_blocks_and_speed() -> None:
         "21 tokens through 0:10 at …alpha1 (0.0 ms) → 10:30 at …bravo2 (0.0 ms); "
         "first token after 0.50 s, then 10.0 tokens/s"
     )
+
+
+def test_a_way_that_is_not_direct_is_named() -> None:
+    assert "alpha1 (0.0 ms) → 10:30" in describe(answer(2, 1.0))
+    assert "alpha1 (0.0 ms) → (relayed) → 10:30" in describe(answer(2, 1.0, Way.RELAYED))
+    assert "(via the client)" in describe(answer(2, 1.0, Way.VIA_CLIENT))
+
+
+def test_what_was_mended_is_said_with_the_longest_stall() -> None:
+    repairs = tuple(
+        Repair(PeerId(f"12D3KooW{name}"), BlockSpan(0, 10), "gone", (), seconds)
+        for name, seconds in (("alpha1", 0.25), ("bravo2", 0.75))
+    )
+    assert "mended" not in describe(answer(2, 1.0))
+    line = describe(answer(2, 1.0, repairs=repairs))
+    assert line.endswith("; mended 0:10 of …alpha1, 0:10 of …bravo2 in 0.75 s at most")

@@ -73,3 +73,8 @@ def test_no_server_at_all() -> None:
     lines = draw_map(block_map(view()))
     assert "0 servers, INCOMPLETE" in lines[0]
     assert "nobody: 10 blocks, first 0" in lines[-1]
+
+
+def test_a_server_behind_a_relay_is_marked() -> None:
+    lines = draw_map(block_map(view(record("alpha", (0, 10), relayed=True), record("b", (0, 10)))))
+    assert [line.endswith("through a relay") for line in lines[1:3]] == [True, False]

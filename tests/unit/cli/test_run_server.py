@@ -56,6 +56,30 @@ def test_flags_find_their_fields() -> None:
     assert (config.source.name, config.source.revision) == ("my-bloom", "main")
 
 
+@pytest.mark.parametrize(
+    ("flags", "enabled", "enough", "look_seconds"),
+    [
+        ((), True, 0.9, 60.0),
+        (("--balance_quality", "0"), False, 0.9, 60.0),
+        (("--balance_quality", "0.8"), True, 0.8, 60.0),
+        (("--balance_quality", "1.5"), True, 1.5, 60.0),
+        (("--mean_balance_check_period", "240"), True, 0.9, 240.0),
+    ],
+)
+def test_how_eager_a_server_is_to_move(
+    flags: tuple[str, ...], enabled: bool, enough: float, look_seconds: float
+) -> None:
+    moving = config_of("--new_swarm", *flags).moving
+    assert moving.enabled is enabled
+    assert moving.policy.enough == enough
+    assert moving.policy.look_seconds == look_seconds
+
+
+def test_a_server_cannot_look_all_the_time() -> None:
+    with pytest.raises(ConfigError, match="all the time"):
+        config_of("--new_swarm", "--mean_balance_check_period", "0")
+
+
 def test_each_dropped_flag_warns_once(capsys: pytest.CaptureFixture[str]) -> None:
     config_of("--new_swarm", "--num_handlers", "8", "--tensor_parallel_devices", "cuda:0", "cuda:1")
     told = capsys.readouterr().err.splitlines()

@@ -36,6 +36,15 @@ def test_nothing_is_nothing() -> None:
     assert KeptInputs(3).whole() is None
 
 
+def test_what_came_since() -> None:
+    inputs = two_rows()
+    since = inputs.since((2, 2))
+    assert since is not None
+    assert (since.starts, since.counts) == ((2, 2), (2, 0))
+    assert since.hidden.flatten().tolist() == [3.0, 4.0]
+    assert inputs.since(inputs.lengths) is None
+
+
 def test_a_branch_rolls_back_and_leaves_its_origin() -> None:
     inputs = two_rows()
     branch = inputs.branch((2, 0))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from petals.client.pace import Pace
+from petals.client.pace import Pace, redial_seconds
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -29,3 +29,10 @@ def test_old_steps_are_forgotten() -> None:
     for _ in range(40):
         pace.note(1, 1.0)
     assert pace.patience_seconds(1) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("link_seconds", "seconds"), [(0.0, 0.3), (0.005, 0.3), (0.06, 0.6), (0.5, 1.0)]
+)
+def test_a_redial_may_take_some_trips(link_seconds: float, seconds: float) -> None:
+    assert redial_seconds(link_seconds) == pytest.approx(seconds)

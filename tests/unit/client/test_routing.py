@@ -70,6 +70,14 @@ def test_little_room_is_the_last_resort() -> None:
     assert find_route(table[:1], needs(0, 4, cache_tokens=30))[0].peer_id == "small"
 
 
+def test_one_that_keeps_outputs_rather_than_one_that_cannot() -> None:
+    full = server("full", 0, 4, outbox_tokens_free=99)
+    roomy = server("roomy", 0, 4, speed=0.015, outbox_tokens_free=100)
+    slow = server("slow", 0, 4, speed=0.1, outbox_tokens_free=100)
+    assert find_route([full, roomy], needs(0, 4, cache_tokens=100))[0].peer_id == "roomy"
+    assert find_route([full, slow], needs(0, 4, cache_tokens=100))[0].peer_id == "full"
+
+
 def test_training_needs_servers_that_train() -> None:
     table = [server("a", 0, 4, speed=0.5), server("b", 0, 4, trains=False)]
     assert find_route(table, needs(0, 4))[0].peer_id == "b"

@@ -8,7 +8,7 @@ from petals.server.announcer import Announcer
 from petals.server.config import AnnounceConfig
 from petals.swarm.records import ServerRecord
 from petals.testing.manual_clock import ManualClock
-from petals.types import ServerState
+from petals.types import BlockSpan, ServerState
 
 RECORD = ServerRecord(
     peer_id="p",
@@ -60,11 +60,21 @@ async def test_a_life_is_told_from_joining_to_offline(
         await speaker.announce(state=ServerState.ONLINE, throughput=3.0)
         assert speaker.record.throughput == 3.0
         await clock.advance(40)
-        await speaker.say_goodbye(ServerState.DRAINING)
+        await speaker.say(ServerState.DRAINING)
     states = [state for _, state, _ in notebook.told]
     assert states == ["joining", "online", "online", "online", "draining", "offline"]
     assert [when for when, _, _ in notebook.told] == [0, 5, 20, 40, 45, 45]
     assert all(left == pytest.approx(60.0) for _, _, left in notebook.told)
+
+
+async def test_who_moves_tells_where_to_until_it_is_there(
+    notebook: Notebook, clock: ManualClock
+) -> None:
+    async with announcer(notebook, clock) as speaker:
+        await speaker.say(ServerState.DRAINING, BlockSpan(3, 5))
+        assert speaker.record.next_spans == ((3, 5),)
+        await speaker.say(ServerState.ONLINE)
+        assert speaker.record.next_spans == ()
 
 
 async def test_a_record_nobody_took_is_tried_again_soon(

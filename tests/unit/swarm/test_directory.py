@@ -74,11 +74,12 @@ async def test_what_others_put_in_is_checked_again(server, client, clock):
     assert view.records == {}
 
 
-async def test_a_large_swarm_is_sampled_and_can_be_read_whole(client, clock):
-    store, expiry = client.transport.records, clock.now() + 60
-    bits = records.shard_bits_for(600)
+async def store_crowd(node: SwarmNode, clock: ManualClock, size: int, lifetime: float) -> set[str]:
+    """Records of many servers of blocks 0:4, put where they belong; their peer ids."""
+    store, expiry = node.transport.records, clock.now() + lifetime
+    bits = records.shard_bits_for(size)
     peers = set()
-    for _ in range(600):
+    for _ in range(size):
         identity = Identity.generate()
         entry = ServerRecord(
             peer_id=identity.peer_id,
@@ -92,11 +93,45 @@ async def test_a_large_swarm_is_sampled_and_can_be_read_whole(client, clock):
         for key in records.keys_to_store(entry):
             await store.store(key, identity.peer_id, records.seal(entry, identity), expiry)
         peers.add(identity.peer_id)
+    return peers
+
+
+async def test_a_large_swarm_is_read_in_parts_or_whole(client, clock):
+    peers = await store_crowd(client, clock, 300, lifetime=400.0)
+    seen = set((await client.directory.view("m", 4)).records)
+    assert 15 < len(seen) < 100
+    await clock.advance(60.0)
+    later = set((await client.directory.view("m", 4)).records)
+    assert seen < later < peers
     whole = await client.directory.view("m", 4, whole=True)
     assert set(whole.records) == peers
-    await client.directory.announce(record(clock, spans=((0, 4),), num_blocks=4))
-    own = (await client.directory.view("m", 4, whole=True)).records[client.peer_id]
-    assert own.shard_bits == bits
+
+
+async def test_what_was_read_is_kept_until_it_expires(client, clock):
+    await store_crowd(client, clock, 300, lifetime=100.0)
+    assert (await client.directory.view("m", 4)).records
+    await clock.advance(101.0)
+    assert not (await client.directory.view("m", 4)).records
+
+
+async def test_a_server_of_a_large_swarm_announces_where_readers_look(server, client, clock):
+    """Its first announcement asks how large the swarm is, and lives as long as it is kept."""
+    await store_crowd(client, clock, 300, lifetime=400.0)
+    await server.directory.announce(record(clock, spans=((0, 4),), num_blocks=4))
+    own = (await client.directory.view("m", 4, whole=True)).records[server.peer_id]
+    assert own.shard_bits == records.shard_bits_for(300)
+    assert own.expires_at == clock.now() + records.KEPT_SECONDS
+    await server.directory.announce(
+        record(clock, spans=((0, 4),), num_blocks=4, state=ServerState.OFFLINE)
+    )
+    assert server.peer_id not in (await client.directory.view("m", 4, whole=True)).records
+
+
+async def test_in_a_small_swarm_nothing_is_kept(server, client, clock, net):
+    await server.directory.announce(record(clock))
+    assert server.peer_id in (await client.directory.view("m", 30)).records
+    net.records_of(b"").clear()
+    assert not (await client.directory.view("m", 30)).records
 
 
 async def test_watch(server, client, clock):

@@ -1,0 +1,173 @@
+"""A session leaves servers that are about to go, while these still serve.
+
+Successors are opened beside the old hops and get a copy of the rows while steps go on; between two
+steps they get what has come since and take the old hops' place. Where that fails the old hops
+serve on, it is tried again, and their end is a death like any other: `recovery` mends it. Knows
+rows and reservations; knows no text and no sampling.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from petals.client.course import Course, in_pieces, refill_from_us
+from petals.client.hop import HopSession
+from petals.client.opening import Repairing, open_hops, release
+from petals.client.path import Refilling, SessionPath
+from petals.client.terms import Held
+from petals.client.trace import Repair
+from petals.errors import OutboxLost, PetalsError
+from petals.logs import get_logger
+from petals.types import BlockSpan, PeerId
+
+logger = get_logger(__name__)
+
+_LITTLE_TOKENS = 2
+"""Tokens of a row that a successor can get between two steps without anybody noticing."""
+_MAX_COPIES = 8
+"""A successor that never catches up gets the rest between two steps all the same."""
+_FIRST_PAUSE_SECONDS = 0.5
+_MAX_PAUSE_SECONDS = 8.0
+
+
+@dataclass(slots=True, eq=False)
+class _Succession:
+    """``hops`` are to take the place of those that are ``leaving``, behind ``before``."""
+
+    path: SessionPath
+    epoch: int
+    before: HopSession | None
+    leaving: Sequence[HopSession]
+    hops: Sequence[HopSession]
+
+
+class HandOver:
+    """Hands one session over, whenever hops of it say that they leave. ``close`` it."""
+
+    def __init__(self, course: Course, note: Callable[[Repair], None]) -> None:
+        self._course = course
+        self._note = note
+        self._held: Held | None = None
+        """What the successors have or will have of the rows as they are now."""
+        self._task: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Stop; what successors have reserved is freed."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def look(self) -> None:
+        """Begin, if a hop of the path leaves and nothing has begun yet."""
+        path = self._course.path
+        is_busy = self._task is not None and not self._task.done()
+        if path is not None and path.leaving and not is_busy:
+            background = self._course.swarm.node.background
+            self._task = background.start(self._run(), "handing a session over")
+
+    def follow(self, reorder: tuple[int, ...] | None, starts: Sequence[int]) -> None:
+        """A step begins, which first brings the rows to this."""
+        if self._held is not None:
+            self._held = self._held.after(reorder, starts)
+
+    async def _run(self) -> None:
+        pause, clock = _FIRST_PAUSE_SECONDS, self._course.swarm.node.clock
+        while (path := self._course.path) is not None and path.leaving:
+            try:
+                await self._hand_over(path)
+                pause = _FIRST_PAUSE_SECONDS
+            except PetalsError as error:
+                logger.info("handing over has to wait: %s", error.message)
+                await clock.sleep(pause)
+                pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+
+    async def _hand_over(self, path: SessionPath) -> None:
+        course, leaving = self._course, path.leaving
+        start = path.hops.index(leaving[0])
+        before = path.hops[start - 1] if start else None
+        blocks = BlockSpan(leaving[0].blocks.start, leaving[-1].blocks.end)
+        num_rows = len(course.told.lengths) or course.terms.num_rows
+        terms = replace(course.terms, epoch=course.epoch, num_rows=num_rows)
+        repair = Repairing(before.peer_id if before else None, self._unfit(path, before))
+        hops = await open_hops(course.swarm, blocks, terms, repair)
+        succession = _Succession(path, terms.epoch, before, leaving, hops)
+        try:
+            path.listen_to(hops)
+            await self._copy(succession)
+        except BaseException:
+            for hop in hops:
+                if hop.failure is not None:
+                    course.swarm.note_failure(hop.peer_id, hop.failure)
+            await release(hops)
+            raise
+        finally:
+            self._held = None
+
+    def _unfit(self, path: SessionPath, before: HopSession | None) -> frozenset[PeerId]:
+        """Servers that cannot be the successor: they leave, or cannot be handed to."""
+        unfit = {hop.peer_id for hop in path.hops if hop.leaving_seconds is not None}
+        if before is not None:
+            now, edges = self._course.swarm.node.clock.monotonic(), self._course.swarm.edges
+            peers = {candidate.peer_id for candidate in self._course.swarm.candidates()}
+            unfit |= {peer for peer in peers if not edges.is_direct(before.peer_id, peer, now)}
+        return frozenset(unfit)
+
+    async def _copy(self, succession: _Succession) -> None:
+        """Copy what is missing, then what has come meanwhile, until it is little; then change."""
+        course, clock = self._course, self._course.swarm.node.clock
+        for num_left in reversed(range(_MAX_COPIES)):
+            async with course.turn:
+                began, lengths = clock.monotonic(), course.told.lengths
+                self._check(succession)
+                held = self._held or Held.nothing(len(lengths))
+                is_little = max(held.missing(lengths), default=0) <= _LITTLE_TOKENS
+                copy = self._send(succession, held)
+                if is_little or not num_left:
+                    await copy
+                    await self._change(succession)
+                    self._tell(succession, clock.monotonic() - began)
+                    return
+                self._held = Held.all_of(lengths)
+            await copy
+
+    def _check(self, succession: _Succession) -> None:
+        """Raises OutboxLost if a repair came between."""
+        course = self._course
+        is_same = succession.path is course.path and succession.epoch == course.epoch
+        is_whole = not any(hop.failure for hop in (*succession.path.hops, *succession.hops))
+        if not is_same or not is_whole or course.is_stale:
+            raise OutboxLost("A repair comes first.")
+
+    def _send(self, succession: _Succession, held: Held) -> Coroutine[Any, Any, None]:
+        """Work that brings the successors from what they have to where the rows stand now."""
+        course, before = self._course, succession.before
+        told, lengths = course.told, course.told.lengths
+        refilling = Refilling(
+            step_id=next(course.step_ids),
+            source=before,
+            hops=succession.hops,
+            num_tokens=sum(held.missing(lengths)),
+        )
+        if before is None or not refilling.num_tokens:
+            parts = in_pieces(told.since(held.lengths), course.piece_tokens(succession.hops))
+            return refill_from_us(succession.path, refilling, parts, held=held)
+
+        async def ask() -> None:
+            step_id, hops = refilling.step_id, refilling.next_hops
+            await before.replay(step_id, lengths, hops, held=held)
+
+        return succession.path.refill(refilling, ask)
+
+    async def _change(self, succession: _Succession) -> None:
+        """The successors take the old hops' place."""
+        course, path = self._course, succession.path
+        start = path.hops.index(succession.leaving[0])
+        path.exchange(start, start + len(succession.leaving), succession.hops)
+        course.epoch += 1
+        await path.begin_epoch(course.epoch)
+
+    def _tell(self, succession: _Succession, seconds: float) -> None:
+        for old in succession.leaving:
+            by = tuple(hop.hop for hop in succession.hops if hop.blocks.overlaps(old.blocks))
+            self._note(Repair(old.peer_id, old.blocks, "The server leaves.", by, seconds))
