@@ -27,7 +27,8 @@ from toy_blocks import config
 
 IDS = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(1))
 PROMPT = IDS[:1, :7]
-IMPATIENT = {"min_backoff": 0.01, "repair_timeout": 20.0, "silence_timeout": 1.0}
+SETTINGS = {"min_backoff": 0.01, "repair_timeout": 60.0, "silence_timeout": 30.0}
+"""A killed server is noticed at once; one that is only slow, on a busy machine, is not given up."""
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -58,7 +59,7 @@ class Users:
         node = SwarmNode(network, engine=self.swarm.net.engine)
         bridge.run(node.__aenter__())
         self.stack.callback(lambda: bridge.run(node.__aexit__(None, None, None)))
-        settings = config(**({"dht_prefix": self.swarm.model} | IMPATIENT | options))
+        settings = config(**({"dht_prefix": self.swarm.model} | SETTINGS | options))
         manager = self.stack.enter_context(RemoteSequenceManager(settings, ALL, node=node))
         model = AutoDistributedModelForCausalLM.from_pretrained(str(self.folder))
         model.remote_blocks.runner = SwarmRunner(manager)
@@ -174,10 +175,12 @@ def test_a_session_keeps_its_adapter_when_a_server_dies(
     whole = spares.local(poems).generate(input_ids=PROMPT, max_new_tokens=12)
     with model.inference_session(max_length=32) as session:
         model.generate(PROMPT, max_new_tokens=4)
+        victims = []
         for index in (1, 0):
-            spares.kill(session.trace.hops[index].peer_id)
+            victims.append(session.trace.hops[index].peer_id)
+            spares.kill(victims[-1])
             found = model.generate(None, max_new_tokens=4)
-        assert len(session.trace.repairs) == 2
+        assert set(victims) <= {repair.peer_id for repair in session.trace.repairs}
     assert torch.equal(found, whole[:, -found.shape[1] :])
 
 
