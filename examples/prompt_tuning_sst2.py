@@ -35,7 +35,7 @@ from petals import (
 options = read_options("Sentiment of film reviews: prompts trained through a swarm")
 record = Record("Sentiment of film reviews, deep prompt tuning through a swarm")
 NUM_STEPS, BATCH, NUM_TEST = (2, 2, 4) if options.short else (80, 8, 300)
-NUM_PROMPTS, MAX_TOKENS, RATE = 8, 40, 5e-3
+NUM_PROMPTS, MAX_TOKENS, RATE, HEAD_RATE = 8, 40, 5e-3, 3e-4
 
 # %% [markdown]
 # ## Reviews
@@ -122,6 +122,7 @@ model = AutoDistributedModelForSequenceClassification.from_pretrained(
     dtype=torch.float32,
 )
 model.config.pad_token_id = tokenizer.pad_token_id
+model.score.weight.data.zero_()  # no opinion to begin with
 trained = [p for p in model.parameters() if p.requires_grad]
 record.keep(f"{sum(p.numel() for p in trained):,} parameters are trained, all of them here")
 
@@ -145,8 +146,9 @@ def home_logits(encoded: dict[str, torch.Tensor]) -> torch.Tensor:
     return whole.score(states[torch.arange(len(last)), last])
 
 
-def fit(logits_of: Callable, parameters: list, name: str) -> list[float]:
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+def fit(logits_of: Callable, prompts: list, head: torch.nn.Parameter, name: str) -> list[float]:
+    groups = [{"params": prompts, "lr": RATE}, {"params": [head], "lr": HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     losses = []
     for step, (encoded, labels) in enumerate(batches(train[: NUM_STEPS * BATCH], BATCH), start=1):
         loss = torch.nn.functional.cross_entropy(logits_of(encoded), labels)
@@ -166,7 +168,8 @@ def accuracy(logits_of: Callable) -> float:
     return right / len(test)
 
 
-losses = fit(swarm_logits, trained, "swarm")
+prompts = [model.prompt_embeddings.weight, model.intermediate_prompt_embeddings.weight]
+losses = fit(swarm_logits, prompts, model.score.weight, "swarm")
 record.block(chart(losses))
 
 # %%
@@ -177,8 +180,7 @@ record.keep(f"accuracy tuned through the swarm: {found:.3f}")
 # ## The same at home
 
 # %%
-parameters = [p for p in home.parameters() if p.requires_grad]
-home_losses = fit(home_logits, parameters, "home")
+home_losses = fit(home_logits, [home.prompts, home.deep], whole.score.weight, "home")
 at_home = accuracy(home_logits)
 apart = max(abs(one - other) for one, other in zip(losses, home_losses))
 record.keep(f"accuracy tuned on the local model: {at_home:.3f}")
