@@ -19,12 +19,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nemesis.arena import CLIENT_HOST, Arena, wait_until
 from nemesis.schedule import Fault, Phase, Scene, Strike
 from nemesis.vitals import OwnHoldings, Watch, own_leaks
-from nemesis.workload import PREFILL_CHUNK_TOKENS, Performance, Workload, make_workload
+from nemesis.workload import (
+    PREFILL_CHUNK_TOKENS,
+    Lesson,
+    Performance,
+    Workload,
+    make_workload,
+)
 from petals import AutoDistributedModelForCausalLM
 from petals.client.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalServer
+from petals.types import PeerId
 
 SCENE_SECONDS = 120.0
 """A generation that has not ended by then hangs."""
@@ -32,6 +39,7 @@ SCENE_SECONDS = 120.0
 _BETWEEN_SIGNALS_SECONDS = 0.3
 """Two signals that come together may count as one."""
 
+_GRADIENT_TOLERANCE = 1e-5
 _VIEW_SECONDS = 45.0
 _WAKE_SECONDS = 30.0
 
@@ -99,9 +107,17 @@ class Injector:
 
     def _victim(self, strike: Strike) -> LocalServer:
         """The server of that hop in the session under way."""
-        assert wait_until(lambda: self._performance.session.trace.hops, 10.0, pause=0.001)
-        hops = self._performance.session.trace.hops
-        return self._arena.of(hops[strike.hop % len(hops)].peer_id)
+        hops = self._hops()
+        return self._arena.of(hops[strike.hop % len(hops)])
+
+    def _hops(self) -> list[PeerId]:
+        """The session's; in training, whose routes change all the time, one holder of each span."""
+        session = self._performance.session
+        if session is None:
+            holders = {server.blocks: server.peer_id for server in self._arena.alive()}
+            return [holders[span] for span in sorted(holders, key=lambda span: span.start)]
+        assert wait_until(lambda: session.trace.hops, 10.0, pause=0.001)
+        return [hop.peer_id for hop in session.trace.hops]
 
     def _stop(self, victim: LocalServer, *, alone: bool) -> None:
         self._watch.excuse(victim)
@@ -121,7 +137,7 @@ class Injector:
             case Fault.ONE_WAY_CUT:
                 lab.set_link(host, CLIENT_HOST, one_way=True, down=True)
             case Fault.CUT_LINK:
-                hops = [hop.peer_id for hop in self._performance.session.trace.hops]
+                hops = self._hops()
                 edge = strike.hop % max(1, len(hops) - 1)
                 near, far = (self._arena.hosts[peer] for peer in hops[edge : edge + 2])
                 lab.set_link(near, far, down=True)
@@ -247,10 +263,11 @@ class Director:
         outcome.landed = _landed(scene, injector, first)
         for performance in performances:
             outcome.stalls.append(self._stall(scene.phase, performance))
-        outcome.notes += [
-            f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason}"
-            for repair in first.session.trace.repairs
-        ]
+        if first.session is not None:
+            outcome.notes += [
+                f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason}"
+                for repair in first.session.trace.repairs
+            ]
         self._await_survivors(manager_of(model))
 
     def _stall(self, phase: Phase, performance: Performance) -> float:
@@ -291,6 +308,11 @@ class Director:
         assert output is not None
         if output.shape != answer.shape:
             yield f"tokens lost or doubled: {list(output.shape)} for {list(answer.shape)}"
+            return
+        if isinstance(performance.call, Lesson):
+            error = float((output - answer).norm() / answer.norm())
+            if not error <= _GRADIENT_TOLERANCE:
+                yield f"gradients differ by {error:.1e}"
             return
         if performance.call.is_streamable and streamed != output[0].tolist():
             yield f"streamed {streamed}, returned {output[0].tolist()}"

@@ -19,6 +19,7 @@ class Phase(StrEnum):
     BEAMS = "beams"
     BATCH = "batch"
     CROWD = "crowd"
+    TRAINING = "training"
 
 
 class Fault(StrEnum):

@@ -19,6 +19,7 @@ SCENES = (
     (Phase.BEAMS, (Strike(Fault.KILL, 1, 0.5, delay=0.4),)),
     (Phase.BATCH, (Strike(Fault.SERVER_DAEMON, 0, 0.4),)),
     (Phase.CROWD, (Strike(Fault.KILL, 0, 0.3), Strike(Fault.KILL, 2, 0.3))),
+    (Phase.TRAINING, (Strike(Fault.KILL, 1, 0.3, delay=0.5),)),
     (Phase.DECODE, (Strike(Fault.DRAIN, 2, 0.3),)),
     (Phase.ROLLBACK, (Strike(Fault.LEAVE, 1, 0.3),)),
     (Phase.BEAMS, (Strike(Fault.CLIENT_DAEMON, 0, 0.4),)),

@@ -1,7 +1,8 @@
 """What clients do while things go wrong: a call of `generate` for each phase, and its answer.
 
-A metronome rides on the call: it notes when each step ended and rings before the next begins. The
-answers are those of the local model. Knows models and tokens; knows no faults.
+A metronome rides on the call: it notes when each step ended and rings before the next begins. In
+training a step is a pass forward or back, and the answer is the gradients. The answers are those of
+the local model. Knows models and tokens; knows no faults.
 """
 
 import threading
@@ -40,11 +41,31 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Lesson:
+    """Batches that are learned from: ids [batches, rows, columns]."""
+
+    ids: Tensor
+
+    def run(self, model: PreTrainedModel, on_step: Callable[[], None] = lambda: None) -> Tensor:
+        """The gradients of the embedded inputs, [batches, rows, columns, H]."""
+        found = []
+        for ids in self.ids:
+            embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+            loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
+            on_step()
+            loss.backward()
+            on_step()
+            assert embeds.grad is not None
+            found.append(embeds.grad)
+        return torch.stack(found)
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """What all clients of a phase do at the same time, and what they have to hear."""
 
     phase: Phase
-    calls: tuple[Call, ...]
+    calls: tuple[Call | Lesson, ...]
     answers: tuple[Tensor, ...]
 
 
@@ -54,7 +75,7 @@ def make_workload(local: PreTrainedModel, phase: Phase, scale: int = 2) -> Workl
     return Workload(phase, calls, tuple(call.run(local) for call in calls))
 
 
-def _calls(phase: Phase, vocab_size: int, scale: int) -> tuple[Call, ...]:
+def _calls(phase: Phase, vocab_size: int, scale: int) -> tuple[Call | Lesson, ...]:
     random = torch.Generator().manual_seed(len(phase))
     first, end = min(5, vocab_size // 2), min(20_000, vocab_size)
 
@@ -82,6 +103,8 @@ def _calls(phase: Phase, vocab_size: int, scale: int) -> tuple[Call, ...]:
                 batch.mask[row, :padding] = 0
                 batch.ids[row, :padding] = 0
             return (batch,)
+        case Phase.TRAINING:
+            return (Lesson(ids(8 * scale * 4, 12).view(8 * scale, 4, 12)),)
         case Phase.CROWD:
             return tuple(call(ids(1, 6 + number), 8) for number in range(NUM_CLIENTS))
 
@@ -117,11 +140,15 @@ class Metronome(StoppingCriteria):
         self._tape = tape
         self._on_step = on_step
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def ring(self) -> None:
+        """A step has ended."""
         now = time.monotonic()
         self._tape.ended.append(now)
         self._on_step(len(self._tape.ended))
         self._tape.held.append(time.monotonic() - now)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.ring()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
@@ -140,9 +167,9 @@ class Collector(BaseStreamer):
 
 @dataclass(slots=True)
 class Performance:
-    """One call under way in a thread of its own."""
+    """One call under way in a thread of its own; a lesson has no session."""
 
-    call: Call
+    call: Call | Lesson
     tape: Tape = field(default_factory=Tape)
     session: Any = None
     output: Tensor | None = None
@@ -151,14 +178,18 @@ class Performance:
 
     def start(self, model: PreTrainedModel, on_step: Callable[[int], None]) -> None:
         """Begin; ``on_step`` is rung in the call's own thread."""
-        options: dict[str, Any] = {
-            "stopping_criteria": StoppingCriteriaList([Metronome(self.tape, on_step)])
-        }
-        if self.call.is_streamable:
-            options["streamer"] = Collector(self.tape)
-        rows = self.call.ids.shape[0] * self.call.options.get("num_beams", 1)
-        length = self.call.ids.shape[1] + self.call.options["max_new_tokens"]
-        self.session = model.remote_blocks.open_session(max_length=length, num_rows=rows)
+        metronome = Metronome(self.tape, on_step)
+        options: dict[str, Any] = {}
+        if isinstance(self.call, Lesson):
+            options["on_step"] = metronome.ring
+        else:
+            options["stopping_criteria"] = StoppingCriteriaList([metronome])
+            if self.call.is_streamable:
+                options["streamer"] = Collector(self.tape)
+            rows = self.call.ids.shape[0] * self.call.options.get("num_beams", 1)
+            length = self.call.ids.shape[1] + self.call.options["max_new_tokens"]
+            self.session = model.remote_blocks.open_session(max_length=length, num_rows=rows)
+            options["session"] = self.session
         self._thread = threading.Thread(target=self._run, args=(model, options), daemon=True)
         self.tape.began = time.monotonic()
         self._thread.start()
@@ -181,6 +212,6 @@ class Performance:
 
     def _run(self, model: PreTrainedModel, options: dict[str, Any]) -> None:
         try:
-            self.output = self.call.run(model, session=self.session, **options)
+            self.output = self.call.run(model, **options)
         except BaseException as error:  # told to whoever joins
             self.error = error
