@@ -455,3 +455,29 @@ async def test_a_dead_peer_refuses_a_redial_and_says_so():
             await channel.receive(30.0)
         with pytest.raises(PeerUnreachable):
             await other.open_channel(one.peer_id, "node", 30.0)
+
+
+@pytest.mark.slow
+async def test_turning_to_relays_keeps_id_and_port(tmp_path):
+    """The daemon starts anew; streams are opened and records stored as before. (Between peers of
+    one machine there is always a direct way; benchmarks/real_world.py goes through relays.)
+    """
+    async with SwarmNode(config()) as relay:
+        join = await relay.addresses()
+        hiding = config(initial_peers=join, relay=True, identity_path=tmp_path / "id")
+        async with SwarmNode(hiding) as hidden:
+            hidden.serve("echo", answering({Forward: echo}))
+            assert await hidden.directory.announce(record())
+            addresses, first = await hidden.addresses(), hidden.transport._daemon.process_id
+            assert await hidden.become_reachable()
+            assert hidden.transport._daemon.process_id != first
+            assert set(addresses) <= set(await hidden.addresses())
+            # The relay remembers us as one who keeps records and names us to ourselves.
+            assert await hidden.directory.announce(record(spans=((10, 20),)))
+            async with SwarmNode(config(initial_peers=join, client_mode=True)) as client:
+                (found,) = (await client.directory.view("m", 30)).records.values()
+                assert found.peer_id == hidden.peer_id and found.spans == ((10, 20),)
+                async with await client.open_channel(hidden.peer_id, "echo") as channel:
+                    tensor = torch.randn(1000)
+                    _, (received,) = await channel.request(FORWARD, [tensor], expect=ForwardResult)
+                    assert torch.equal(tensor, received)

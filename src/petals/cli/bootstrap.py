@@ -55,6 +55,7 @@ async def run_bootstrap(config: "NodeConfig", ready_file: Path | None = None) ->
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stopped.set)
     async with SwarmNode(config) as node:
+        await node.become_reachable()
         addresses = await node.addresses()
         say("The swarm can be joined at:")
         for address in addresses:

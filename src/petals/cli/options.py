@@ -48,6 +48,13 @@ Announce = Annotated[
         help="Multiaddress at which others reach us, if it differs; may be repeated.",
     ),
 ]
+Relay = Annotated[
+    bool | None,
+    typer.Option(
+        "--relay/--no-relay",
+        help="Be reached through other members, always or never; by default if others cannot dial.",
+    ),
+]
 IdentityFile = Annotated[
     Path | None,
     typer.Option("--identity", metavar="FILE", help="Private key that keeps the peer id the same."),

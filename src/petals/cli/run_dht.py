@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> None:
         identity_path=options.identity_path,
         swarm_key=read_swarm_key(options.swarm_key),
         use_relay=not options.no_relay,
-        auto_relay=options.use_auto_relay,
+        relay=None if options.use_auto_relay else False,
         agent="petals-bootstrap",
     )
     asyncio.run(run_bootstrap(config))

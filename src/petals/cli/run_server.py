@@ -100,7 +100,7 @@ def _network(flags: Flags) -> "NodeConfig":
         identity_path=flags.get("identity_path"),
         swarm_key=options.read_swarm_key(flags.get("swarm_key")),
         peer_memory=constants.peers_dir(),
-        auto_relay=bool(peers) and not flags.get("no_auto_relay", False),
+        relay=False if flags.get("no_auto_relay") else None,
         agent="petals-server",
     )
 

@@ -91,9 +91,7 @@ def serve(
     host: options.Host = "0.0.0.0",
     port: options.Port = 0,
     announce: options.Announce = None,
-    relay: Annotated[
-        bool, typer.Option("--relay", help="Behind a NAT: be reached through other members.")
-    ] = False,
+    relay: options.Relay = None,
     identity: options.IdentityFile = None,
     swarm_key: options.SwarmKeyFile = None,
     ready_file: options.ReadyFile = None,
@@ -129,7 +127,7 @@ def serve(
             host=host,
             port=port,
             announce_maddrs=tuple(announce or ()),
-            auto_relay=relay,
+            relay=relay,
             identity_path=identity,
             swarm_key=options.read_swarm_key(swarm_key),
             peer_memory=constants.peers_dir(),

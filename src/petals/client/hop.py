@@ -16,7 +16,7 @@ from torch import Tensor
 
 from petals.client.pace import redial_seconds
 from petals.client.states import is_finite
-from petals.client.terms import Answer, Held, Patience, Refill, StepCall, Terms
+from petals.client.terms import Answer, Held, Neighbours, Patience, Refill, StepCall, Terms
 from petals.client.trace import HopTrace, StepTiming
 from petals.errors import (
     PeerError,
@@ -111,7 +111,8 @@ class HopSession:
     @property
     def trace(self) -> HopTrace:
         """The timings kept so far."""
-        return HopTrace(self.peer_id, self.blocks, tuple(self.timings))
+        timings, is_relayed = tuple(self.timings), self._channel.is_relayed
+        return HopTrace(self.peer_id, self.blocks, timings, is_relayed)
 
     @classmethod
     async def open(
@@ -120,16 +121,16 @@ class HopSession:
         hop: Hop,
         terms: Terms,
         patience: Patience,
-        sources: Sequence[PeerId] = (),
+        neighbours: Neighbours,
     ) -> "HopSession":
-        """Reserve room at ``hop``, which will take states from us and from ``sources``.
+        """Reserve room at ``hop``, which will hand on states between us and its ``neighbours``.
 
         Raises the server's refusal or a PeerError, nothing held.
         """
         channel = await _open_channel(node, hop.peer_id, patience, patience.connect_seconds)
         session = cls(channel, hop, terms, patience)
         try:
-            await session._reserve(sources)
+            await session._reserve(neighbours)
         except (RequestError, SessionError):
             await channel.close()
             raise
@@ -273,7 +274,7 @@ class HopSession:
         if is_heard:
             await self._ended.wait()
 
-    async def _reserve(self, sources: Sequence[PeerId]) -> None:
+    async def _reserve(self, neighbours: Neighbours) -> None:
         terms, patience = self.terms, self._patience
         prompts = terms.tuning.prompts_of(self.blocks)
         await self._channel.send(GetInfo())
@@ -288,8 +289,9 @@ class HopSession:
                 dtype=str(terms.dtype).removeprefix("torch."),
                 adapter=terms.adapter_name(self.blocks),
                 alloc_timeout_seconds=patience.alloc_seconds,
-                sources=tuple(sources),
+                sources=() if neighbours.before is None else (neighbours.before,),
                 num_prompt_tokens=prompts[0].shape[1] if prompts else 0,
+                onward=neighbours.after,
             ),
             prompts,
         )

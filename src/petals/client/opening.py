@@ -14,7 +14,7 @@ from time import monotonic
 from petals.client.hop import HopSession
 from petals.client.routing import Needs
 from petals.client.swarm_view import SwarmView
-from petals.client.terms import Patience, Terms
+from petals.client.terms import Neighbours, Patience, Terms
 from petals.errors import (
     BadInput,
     BlocksNotServed,
@@ -166,19 +166,22 @@ class _Opening:
     async def _open(self, hop: Hop, route: Route, patience: Patience) -> HopSession:
         index = route.index(hop)
         before = self._repair.before if self._repair is not None else None
+        after = None
         if index:
             before = route[index - 1].peer_id
-        sources = () if before is None else (before,)
+        if self._swarm.config.use_server_to_server and hop is not route[-1]:
+            after = route[index + 1].peer_id
+        neighbours = Neighbours(before, after)
         node, terms = self._swarm.node, self._terms
         adapter = None if terms.tuning.adapter is None else terms.tuning.adapter.within(hop.blocks)
         if adapter is None:
-            return await HopSession.open(node, hop, terms, patience, sources)
+            return await HopSession.open(node, hop, terms, patience, neighbours)
         await self._swarm.adapters.deliver(hop.peer_id, adapter)
         try:
-            return await HopSession.open(node, hop, terms, patience, sources)
+            return await HopSession.open(node, hop, terms, patience, neighbours)
         except UnknownAdapter:
             await self._swarm.adapters.deliver(hop.peer_id, adapter, again=True)
-            return await HopSession.open(node, hop, terms, patience, sources)
+            return await HopSession.open(node, hop, terms, patience, neighbours)
 
     async def _learn(self, hop: Hop, error: PetalsError) -> None:
         """Remember why a server is no choice now. Raises the error if no other can help."""

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -230,7 +231,8 @@ class SessionPath:
     def _way(self, index: int, far: HopSession) -> Way:
         if self.arc_end(index) == index + 1:
             return Way.VIA_CLIENT
-        return Way.RELAYED if self._swarm.is_relayed(far.peer_id) else Way.DIRECT
+        is_relayed = self._swarm.edges.is_relayed(self.hops[index].peer_id, far.peer_id)
+        return Way.RELAYED if is_relayed else Way.DIRECT
 
     def patience_seconds(self, num_tokens: int | None = None) -> float:
         """How long silence means nothing while ``num_tokens`` (all under way) are computed."""
@@ -318,6 +320,9 @@ class SessionPath:
                     raise self._judged(hop, answer)
                 hidden = self._checked(hop, answer, hidden)
                 self._note_timings(at, index, piece.call, answer, self._now() - began)
+                passed = zip(pairwise(self.hops[at : index + 1]), answer.result.relayed)
+                for (near, far), is_relayed in passed:
+                    self._swarm.edges.note_way(near.peer_id, far.peer_id, is_relayed)
                 if answer.result.undelivered:
                     self._close_edges(self.hops[index : index + 2])
                 at = index + 1

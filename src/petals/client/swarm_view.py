@@ -218,11 +218,6 @@ class SwarmView:
             )
         return self._table
 
-    def is_relayed(self, peer: PeerId) -> bool:
-        """True if the server says that others reach it only through a relay."""
-        record = None if self._records is None else self._records.records.get(peer)
-        return record is not None and record.relayed
-
     def promised_seconds(self, hop: Hop) -> float | None:
         """What one token costs at ``hop`` by its record and its queue; None if it is unknown."""
         return self._quickest(hop.blocks, lambda peer: peer == hop.peer_id)

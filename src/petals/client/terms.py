@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import Adapter
-from petals.types import BlockSpan, SessionId
+from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.messages import StepResult
 
 
@@ -84,6 +84,14 @@ class Held:
     def missing(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Tokens of each row that it has not."""
         return tuple(length - held for length, held in zip(lengths, self.lengths, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The servers that a hop takes states from and hands them to, where there are any beside us."""
+
+    before: PeerId | None = None
+    after: PeerId | None = None
 
 
 class Refill(Enum):

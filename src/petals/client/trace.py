@@ -26,11 +26,12 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class HopTrace:
-    """The latest steps of one hop."""
+    """The latest steps of one hop, and whether our own stream to it goes through a relay."""
 
     peer_id: PeerId
     blocks: BlockSpan
     steps: tuple[StepTiming, ...]
+    is_relayed: bool = False
 
     def median_seconds(self, part: str = "total") -> float:
         """Median over the steps of ``part``: "total", "queue" or "compute"; 0 before the first."""

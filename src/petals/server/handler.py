@@ -327,6 +327,8 @@ class _Conversation:
             await self._sink.answer(Refusal.of(error))
             return
         self._attach(session)
+        if message.onward is not None:
+            self._service.ring.meet(PeerId(message.onward))
         limits, lease = session.limits, self._service.config.lease_seconds
         await self._sink.answer(SessionOpened(message.session_id, limits.max_length, lease))
 

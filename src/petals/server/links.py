@@ -6,6 +6,7 @@ Knows peers and messages; knows no sessions and no steps.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
 from torch import Tensor
@@ -67,6 +68,13 @@ class Links:
         await self._tasks.close()
         self._lanes.clear()
 
+    def meet(self, peer: PeerId) -> None:
+        """Open the common lane to ``peer`` in good time, if there is none and there may be one."""
+        with contextlib.suppress(PeerBusy):
+            lane = self._lane(peer, b"")
+            if not lane.is_in_use:
+                self._tasks.start(self._open(lane), "meeting a next hop")
+
     async def send(
         self, peer: PeerId, message: Message, tensors: Sequence[Tensor], replay_of: bytes = b""
     ) -> None:
@@ -97,6 +105,12 @@ class Links:
                 raise PeerBusy("This server hands on to too many others.", peer_id=peer)
             self._lanes[key] = _Lane(peer, _IDLE_REPLAY_SECONDS if replay_of else _IDLE_SECONDS)
         return self._lanes[key]
+
+    async def _open(self, lane: _Lane) -> None:
+        async with lane.in_order:
+            with contextlib.suppress(PeerError):
+                if lane.channel is None:
+                    await self._dial(lane)
 
     async def _dial(self, lane: _Lane) -> Channel:
         if self._clock.monotonic() < lane.broken_until:

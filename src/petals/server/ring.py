@@ -50,6 +50,10 @@ class _Arrival:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def is_relayed(self) -> bool:
+        return self.channel is not None and self.channel.is_relayed
+
     async def refuse(self, error: PetalsError) -> None:
         if self.channel is not None:
             await self.channel.send(Refusal.of(error, self.push.step.step_id))
@@ -107,6 +111,11 @@ class Ring:
         session.adopt(task)
         return task
 
+    def meet(self, peer: PeerId) -> None:
+        """States will go on to ``peer``: connect to it now, so that the first step need not."""
+        if peer != self._parts.node.peer_id:
+            self._links.meet(peer)
+
     def replay(self, session: Session, message: Replay) -> None:
         """Push what ``session`` has put out to the hops that are to be refilled."""
         session.adopt(self._tasks.start(self._replay(session, message), "replay"))
@@ -138,7 +147,8 @@ class Ring:
             return None
         if arrival.peer not in session.sources:
             raise _not_here()
-        return self.begin(session, step, arrival.tensors)
+        relayed = (*step.relayed, arrival.is_relayed)
+        return self.begin(session, msgspec.structs.replace(step, relayed=relayed), arrival.tensors)
 
     def _hold(self, key: SessionKey, arrival: _Arrival) -> None:
         if self._num_held[arrival.peer] >= MAX_HELD_PER_PEER:

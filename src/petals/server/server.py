@@ -29,7 +29,6 @@ from petals.server.executor import Executor
 from petals.server.moving import Mover
 from petals.server.scheduler import Scheduler
 from petals.server.stay import Model, Site, Stay, release_memory
-from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import Engine
 from petals.swarm.node import SwarmNode
 from petals.swarm.records import ServerRecord
@@ -152,6 +151,7 @@ class Server:
         say("Joining the swarm")
         node = SwarmNode(config.network, engine=self._engine, clock=self._clock)
         await stack.enter_async_context(node)
+        await self._become_reachable(node, model)
         announcer = await self._join(stack, node, model)
         site = Site(
             config=config,
@@ -163,8 +163,6 @@ class Server:
             go_on=self._go_on,
             on_loading=self._watchers.on_loading,
         )
-        background = await stack.enter_async_context(BackgroundTasks())
-        background.start(_warn_if_unreachable(node), "asking whether others reach us")
         blocks: BlockSpan | None = announcer.record.block_spans[0]
         while blocks is not None:
             blocks = await self._stay(site, blocks)
@@ -227,6 +225,12 @@ class Server:
             )
         name = source.name or checkpoint.model_id
         return Model(checkpoint, name, precision, device, costs)
+
+    async def _become_reachable(self, node: SwarmNode, model: Model) -> None:
+        view = await node.directory.view(model.id, len(model.costs))
+        members = [PeerId(r.peer_id) for r in view.records.values() if not r.relayed]
+        if await node.become_reachable(members):
+            self._watchers.on_stage("Others cannot dial this server: it is reached through relays")
 
     async def _join(self, stack: AsyncExitStack, node: SwarmNode, model: Model) -> Announcer:
         """Choose blocks and announce that they are coming."""
@@ -311,12 +315,6 @@ def run_until_signalled(server_of: Callable[[], Server]) -> None:
         await server.run()
 
     asyncio.run(main())
-
-
-async def _warn_if_unreachable(node: SwarmNode) -> None:
-    found = await node.check_reachability()
-    if found.reached is False:
-        logger.warning("Other peers cannot reach this server. %s", found.advice)
 
 
 def _public_name(checkpoint: Checkpoint) -> str:

@@ -209,8 +209,10 @@ class Session:
             self._last_answer = await self._run(message, hidden, executor)
             self._last_step_id = message.step_id
         result, output = self._kept(message.step_id)
-        replace = msgspec.structs.replace
-        return replace(result, epoch=message.epoch, timings=message.timings), output
+        result = msgspec.structs.replace(
+            result, epoch=message.epoch, timings=message.timings, relayed=message.relayed
+        )
+        return result, output
 
     def _is_old(self, epoch: int) -> bool:
         if self.closed:

@@ -28,7 +28,7 @@ from petals.errors import (
 from petals.logs import get_logger
 from petals.swarm.config import ChannelLimits
 from petals.swarm.inflight import WINDOW_BYTES, Budget, Inbox, message_cost
-from petals.swarm.transport import Stream
+from petals.swarm.transport import CIRCUIT, Stream
 from petals.types import PeerId
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
@@ -87,6 +87,11 @@ class Channel:
     def remote_address(self) -> str:
         """Multiaddress the peer is seen at; empty if unknown."""
         return self._stream.remote_address
+
+    @property
+    def is_relayed(self) -> bool:
+        """True if what we say passes through a third peer's relay."""
+        return CIRCUIT in self._stream.remote_address
 
     @property
     def is_closed(self) -> bool:

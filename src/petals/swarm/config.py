@@ -43,8 +43,9 @@ class NodeConfig:
     QUIC beside TCP unless ``host`` is a loopback or private address: peers prefer QUIC where they
     see it, and there it would only hide a peer's death, which TCP tells at once. ``identity_path``
     None makes an identity for this run only. ``client_mode`` keeps the node out of other peers'
-    tables: it asks but is never asked. ``auto_relay`` makes a peer behind a NAT reachable through
-    ``trusted_relays``, or else through the initial peers. Every ``rejoin_seconds`` the initial
+    tables: it asks but is never asked. ``relay`` says when ``SwarmNode.become_reachable`` turns to
+    relays: True always, False never, None if others cannot dial us and we announce no address of
+    our own choice. ``use_relay``: dial others through relays. Every ``rejoin_seconds`` the initial
     peers are told of us again, in case they were restarted. ``peer_memory`` is a folder where
     members are remembered; they are tried when no initial peer answers. ``agent`` is what others
     see.
@@ -59,10 +60,8 @@ class NodeConfig:
     identity_path: Path | None = None
     swarm_key: SwarmKey | None = field(default=None, repr=False)
     client_mode: bool = False
+    relay: bool | None = None
     use_relay: bool = True
-    auto_relay: bool = False
-    trusted_relays: tuple[str, ...] = ()
-    force_private: bool = False
     nat_port_map: bool = False
     rejoin_seconds: float = 30.0
     peer_memory: Path | None = None

@@ -21,7 +21,7 @@ from petals.swarm import records
 from petals.swarm.identity import Identity
 from petals.swarm.reading import SAMPLE_SECONDS, Reading
 from petals.swarm.records import ModelRecord, ModelSummary, R, ServerRecord, View
-from petals.swarm.transport import StoredValue, Transport
+from petals.swarm.transport import CIRCUIT, StoredValue, Transport
 from petals.types import ModelId, PeerId, ServerState
 
 logger = get_logger(__name__)
@@ -34,6 +34,7 @@ MORE_SHARDS = 4
 
 _STAYING = (ServerState.JOINING, ServerState.ONLINE)
 _MAX_ADDRESSES = 8
+_LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 _MAX_RECORDS_PER_KEY = 2000
 _RECORDS_AT_ONCE = 32
 """Signatures checked before other tasks get their turn."""
@@ -68,12 +69,12 @@ class Directory:
             expires_at = max(expires_at, self._clock.now() + records.KEPT_SECONDS)
         if previous is not None:
             expires_at = max(expires_at, previous[0].expires_at + 0.01)
-        addresses = record.addresses or (await self._transport.addresses())[:_MAX_ADDRESSES]
+        addresses = record.addresses or _to_announce(await self._transport.addresses())
         record = msgspec.structs.replace(
             record,
             peer_id=self._identity.peer_id,
             addresses=addresses,
-            relayed=bool(addresses) and all("/p2p-circuit" in address for address in addresses),
+            relayed=any(CIRCUIT in address for address in addresses),
             expires_at=expires_at,
             shard_bits=shard_bits,
         )
@@ -198,3 +199,10 @@ class Directory:
             except RecordInvalid as error:
                 logger.debug("ignored a record of %s: %s", subkey, error)
         return found
+
+
+def _to_announce(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Relayed addresses first; those of this machine alone only if there are no others."""
+    others = [address for address in addresses if not address.startswith(_LOOPBACK)]
+    ordered = sorted(others or addresses, key=lambda address: CIRCUIT not in address)
+    return tuple(ordered[:_MAX_ADDRESSES])

@@ -18,7 +18,7 @@ from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import EngineParts
 from petals.swarm.libp2p_daemon import Daemon, DaemonError, DaemonStream
 from petals.swarm.libp2p_records import DhtRecords
-from petals.swarm.transport import BOOTSTRAP_TIMEOUT_SECONDS, StreamHandler
+from petals.swarm.transport import BOOTSTRAP_TIMEOUT_SECONDS, CIRCUIT, StreamHandler
 from petals.types import PeerId
 
 logger = get_logger(__name__)
@@ -27,6 +27,12 @@ _LOOKUP_SECONDS = 2.0
 """A peer that nobody seems to know may just not have been heard of yet: ask again for so long."""
 
 _LOOKUP_PAUSE_SECONDS = 0.2
+_PUNCH_SECONDS = 1.5
+"""A direct connection follows a relayed one after 0.3 to 0.8 s, or never."""
+
+_PUNCH_PAUSE_SECONDS = 0.1
+_PUNCH_AGAIN_SECONDS = 60.0
+_CIRCUIT_SECONDS = 5.0
 _STRAGGLER_SECONDS = 0.3
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
@@ -45,12 +51,14 @@ class Libp2pTransport:
     def __init__(self, parts: EngineParts) -> None:
         self.peer_id = parts.identity.peer_id
         self._parts = parts
-        self._dht = DhtRecords(parts.admission, parts.clock, parts.config.client_mode)
+        self._dht = DhtRecords(parts.admission, parts.clock)
+        self._relays: tuple[str, ...] = ()
         self._daemon = self._new_daemon()
         self._up = asyncio.Event()
         self._listen = parts.config.listen_maddrs
         self._handlers: dict[str, StreamHandler] = {}
         self._known: dict[PeerId, tuple[str, ...]] = {}
+        self._relayed_since: dict[PeerId, float] = {}
         self._on_restart: list[Callable[[], None]] = []
         self._background = BackgroundTasks()
         self._closed = False
@@ -62,8 +70,7 @@ class Libp2pTransport:
     async def start(self, others: Sequence[str] = ()) -> tuple[PeerId, ...]:
         initial = [(address, _peer_of(address)) for address in self._parts.config.initial_peers]
         more = [(other, _peer_of(other)) for other in others if _PEER_PART.search(other)]
-        await self._daemon.start(self._listen)
-        await self._dht.start(self._daemon.p2p)
+        await self._start_daemon()
         self._listen = await self._fixed_ports()
         self._up.set()
         try:
@@ -109,10 +116,14 @@ class Libp2pTransport:
         )
 
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> DaemonStream:
+        give_up_at = self._parts.clock.monotonic() + timeout / 2
         try:
             async with asyncio.timeout(timeout):
                 await self._up.wait()
-                return await self._open(peer, protocol)
+                stream = await self._open(peer, protocol)
+                if CIRCUIT in stream.remote_address:
+                    stream = await self._straightened(stream, protocol, give_up_at)
+                return stream
         except TimeoutError:
             raise PeerTimeout(f"No stream within {timeout:g} s.", peer_id=peer) from None
 
@@ -121,7 +132,20 @@ class Libp2pTransport:
         await self._daemon.serve(protocol, self._accept)
 
     async def peers(self) -> frozenset[PeerId]:
-        return await self._daemon.peers()
+        return frozenset(peer for peer, _ in await self._daemon.connections())
+
+    async def use_relays(self, relays: Sequence[str]) -> None:
+        """Starts the daemon anew: it learns only at its start that it is not reachable."""
+        self._relays = tuple(relays)
+        self._up.clear()
+        await self._restart()
+        clock = self._parts.clock
+        give_up_at = clock.monotonic() + _CIRCUIT_SECONDS
+        while not any(CIRCUIT in address for address in await self.addresses()):
+            if clock.monotonic() > give_up_at:
+                logger.warning("no relay has taken us yet")
+                return
+            await clock.sleep(_LOOKUP_PAUSE_SECONDS)
 
     async def probe(self, address: str, timeout: float) -> bool:
         """Connects over TCP, beside the daemon: it would use the connection the asker made."""
@@ -196,6 +220,34 @@ class Libp2pTransport:
                     raise PeerUnreachable("The peer cannot be reached.", peer_id=peer) from error
             await clock.sleep(_LOOKUP_PAUSE_SECONDS)
 
+    async def _straightened(
+        self, stream: DaemonStream, protocol: str, give_up_at: float
+    ) -> DaemonStream:
+        """A direct stream in place of a relayed one, if the two daemons manage to meet: they try
+        as soon as a relay has brought them together, and only new streams profit.
+        """
+        clock, peer = self._parts.clock, stream.remote
+        now = clock.monotonic()
+        since = self._relayed_since.pop(peer, now)
+        if now - since > _PUNCH_AGAIN_SECONDS:
+            since = now
+        while len(self._relayed_since) >= _MAX_KNOWN_PEERS:
+            self._relayed_since.pop(next(iter(self._relayed_since)))
+        self._relayed_since[peer] = since
+        give_up_at = min(since + _PUNCH_SECONDS, give_up_at)
+        try:
+            while clock.monotonic() < give_up_at:
+                await clock.sleep(_PUNCH_PAUSE_SECONDS)
+                ways = [way for other, way in await self._daemon.connections() if other == peer]
+                if any(CIRCUIT not in way for way in ways):
+                    direct = await self._daemon.open_stream(peer, protocol)
+                    stream.reset()
+                    return direct
+        except BaseException:
+            stream.reset()
+            raise
+        return stream
+
     async def _accept(self, protocol: str, stream: DaemonStream) -> None:
         await self._handlers[protocol](stream)
 
@@ -217,7 +269,14 @@ class Libp2pTransport:
     # -- life of the daemon --------------------------------------------------------------------
 
     def _new_daemon(self) -> Daemon:
-        return Daemon(self._parts.config, self._parts.identity, self._on_daemon_exit)
+        parts = self._parts
+        return Daemon(parts.config, parts.identity, self._on_daemon_exit, self._relays)
+
+    async def _start_daemon(self) -> None:
+        await self._daemon.start(self._listen)
+        # Who is behind a relay only asks: the directory must not wait for relayed answers.
+        only_asks = self._parts.config.client_mode or bool(self._relays)
+        await self._dht.start(self._daemon.p2p, only_asks)
 
     def _on_daemon_exit(self) -> None:
         if not self._closed and self._up.is_set():
@@ -243,8 +302,7 @@ class Libp2pTransport:
             callback()
 
     async def _revive(self) -> None:
-        await self._daemon.start(self._listen)
-        await self._dht.start(self._daemon.p2p)
+        await self._start_daemon()
         for protocol in self._handlers:
             await self._daemon.serve(protocol, self._accept)
         if self._daemon.has_ended:

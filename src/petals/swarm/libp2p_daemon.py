@@ -36,7 +36,6 @@ p2pd_logger = get_logger("petals.p2pd")
 _BUFFER_BYTES = 1024 * 1024
 _CLOSE_SECONDS = 1.0
 _LINGER_SECONDS = 0.3
-_MAX_RELAYS = 3
 _PORT = re.compile(r"^/(ip4|ip6)/([^/]+)/(tcp|udp)/(\d+)")
 _MAX_CONTROL_BYTES = 4 * 1024 * 1024
 
@@ -118,9 +117,16 @@ class DaemonStream:
 class Daemon:
     """One running daemon. ``on_exit`` is called if it ends without having been asked to."""
 
-    def __init__(self, config: NodeConfig, identity: Identity, on_exit: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        identity: Identity,
+        on_exit: Callable[[], None],
+        relays: Sequence[str] = (),
+    ) -> None:
         self._config = config
         self._identity = identity
+        self._relays = relays
         self._on_exit = on_exit
         self._home = tempfile.TemporaryDirectory(prefix="petals-")
         self._server: asyncio.Server | None = None
@@ -149,10 +155,7 @@ class Daemon:
         key_file = home / "identity"
         if not key_file.exists():
             write_secret(key_file, self._identity.to_bytes())
-        config = self._config
-        relays = list(config.trusted_relays)
-        if config.auto_relay and not relays:
-            relays = list(config.initial_peers[:_MAX_RELAYS])
+        config, relays = self._config, list(self._relays)
         try:
             self.p2p = await _daemon_class(home, self._ended).create(
                 host_maddrs=list(listen),
@@ -160,10 +163,11 @@ class Daemon:
                 identity_path=str(key_file),
                 check_if_identity_free=False,
                 dht_mode="client" if config.client_mode else "server",
-                force_reachability="private" if config.force_private else None,
+                # Never "public": relays that are told so cut circuits at 128 KiB, at random.
+                force_reachability="private" if relays else None,
                 nat_port_map=config.nat_port_map,
                 use_relay=config.use_relay,
-                use_auto_relay=config.auto_relay,
+                use_auto_relay=bool(relays),
                 trusted_relays=relays or None,
             )
             self._server = await asyncio.start_unix_server(
@@ -210,10 +214,14 @@ class Daemon:
         )
         await self._ask(request)
 
-    async def peers(self) -> frozenset[PeerId]:
-        """Peers the daemon holds a connection to."""
+    async def connections(self) -> list[tuple[PeerId, str]]:
+        """Every connection the daemon holds: to whom, and the address it leads to."""
         response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
-        return frozenset(PeerId(base58.b58encode(info.id).decode()) for info in response.peers)
+        return [
+            (PeerId(base58.b58encode(info.id).decode()), _readable(address))
+            for info in response.peers
+            for address in info.addrs
+        ]
 
     async def serve(self, protocol: str, accept: Accept) -> None:
         """Have streams for ``protocol`` handed to ``accept``."""

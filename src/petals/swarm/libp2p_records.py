@@ -8,6 +8,7 @@ swarm key can neither read nor store; what is stored must be a sound signed reco
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -40,16 +41,18 @@ _MAX_CALL_BYTES = {"rpc_ping": 4096, "rpc_find": 64 * 1024, "rpc_store": 256 * 1
 class DhtRecords:
     """This peer's part of the distributed dictionary."""
 
-    def __init__(self, admission: Admission, clock: Clock, client_mode: bool) -> None:
+    def __init__(self, admission: Admission, clock: Clock) -> None:
         self._admission = admission
         self._clock = clock
-        self._client_mode = client_mode
         self._node: Any = None
         self._calls: set[asyncio.Task[Any]] = set()
         self._id = DHTID.generate()
 
-    async def start(self, p2p: Any) -> None:
-        """Attach to a (re)started daemon. What was kept for others before is kept on."""
+    async def start(self, p2p: Any, only_asks: bool) -> None:
+        """Attach to a (re)started daemon. What was kept for others before is kept on.
+
+        With ``only_asks`` we keep out of other peers' tables.
+        """
         previous = self._node
         node = await DHTNode.create(
             p2p=p2p,
@@ -76,7 +79,8 @@ class DhtRecords:
             return AuthRPCWrapper(open_stub(p2p, peer), AuthRole.CLIENT, tickets)
 
         protocol.get_stub = guarded_stub
-        if not self._client_mode:
+        protocol.call_find = partial(self._find_others, protocol.call_find)
+        if not only_asks:
             protocol.client_mode = False
             protocol.node_info = dht_pb2.NodeInfo(node_id=self._id.to_bytes())
             await protocol.add_p2p_handlers(p2p, _Guard(protocol, self._admission, self._clock))
@@ -105,6 +109,13 @@ class DhtRecords:
             call.cancel()
         if calls:
             await asyncio.wait(calls)
+
+    async def _find_others(self, find: Any, peer: Any, keys: Any) -> Any:
+        """hivemind gives up if a peer names ourselves among the nearest: out with us."""
+        found = await find(peer, keys)
+        for _, nearest in (found or {}).values():
+            nearest.pop(self._id, None)
+        return found
 
     def _note_call(self) -> None:
         task = asyncio.current_task()

@@ -4,9 +4,10 @@ A node with nothing added is a bootstrap peer. Knows no models beyond the record
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from petals.clock import Clock, SystemClock
+from petals.errors import PetalsError
 from petals.logs import get_logger
 from petals.swarm.admission import Admission
 from petals.swarm.background import BackgroundTasks
@@ -16,7 +17,13 @@ from petals.swarm.directory import Directory
 from petals.swarm.identity import Identity, load_or_create_identity
 from petals.swarm.inflight import Budget
 from petals.swarm.peer_memory import PeerMemory
-from petals.swarm.reachability import NODE_SERVICE, Reachability, check_reachability, node_service
+from petals.swarm.reachability import (
+    NODE_SERVICE,
+    Reachability,
+    check_reachability,
+    choose_relays,
+    node_service,
+)
 from petals.swarm.rpc import STREAM_PROTOCOL, RpcParts, RpcServer, Service, open_channel
 from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Transport
 from petals.types import PeerId
@@ -25,6 +32,8 @@ from petals.wire.messages import DialBack, DialedBack
 logger = get_logger(__name__)
 
 _REMEMBER_SECONDS = 60.0
+_MAX_MEASURED = 16
+"""Members that are looked at when relays are chosen."""
 
 
 class SwarmNode:
@@ -136,6 +145,42 @@ class SwarmNode:
         """Ask peers (those we are connected to, if none are named) whether they can reach us."""
         asked = list(peers) or sorted(await self.transport.peers())
         return await check_reachability(self.open_channel, asked, await self.addresses())
+
+    async def become_reachable(self, members: Iterable[PeerId] = ()) -> bool:
+        """Turn to relays if others cannot dial us, as ``config.relay`` says; all streams are lost
+        then. Returns whether we turned.
+
+        The nearest of ``members`` and of those we are connected to become our relays.
+        """
+        relay = self.config.relay
+        if relay is None:
+            found = await self.check_reachability()
+            if found.reached is not False:
+                return False
+            logger.warning(found.advice)
+            relay = not self.config.announce_maddrs
+        if not relay:
+            return False
+        peers = dict.fromkeys([*await self.transport.peers(), *members])
+        peers.pop(self.peer_id, None)
+        ways = await asyncio.gather(*map(self._way_to, list(peers)[:_MAX_MEASURED]))
+        relays = choose_relays(ways)
+        if not relays:
+            logger.warning("There is no member that this peer could be reached through.")
+            return False
+        logger.info("to be reached through %s", ", ".join(relays))
+        await self.transport.use_relays(relays)
+        return True
+
+    async def _way_to(self, peer: PeerId) -> tuple[str, float]:
+        """Where we see a peer, and the round trip in seconds; no address if it does not answer."""
+        try:
+            async with await self.open_channel(peer, NODE_SERVICE) as channel:
+                seconds = await channel.ping(OPEN_TIMEOUT_SECONDS)
+                way = channel.remote_address.removesuffix(f"/p2p/{peer}")
+                return (f"{way}/p2p/{peer}", seconds)
+        except PetalsError:
+            return ("", 0.0)
 
     async def _greet(self, peers: Sequence[PeerId]) -> list[PeerId]:
         """Who of the initial peers admits us. If nobody does, raises the first one's reason."""

@@ -1,18 +1,19 @@
-"""Can others reach us? Ask them to dial back, and say in words what follows.
+"""Can others reach us? Ask them to dial back, say in words what follows, and choose relays.
 
 A peer dials back only to the address it sees the asker at, and not often, so that nobody can make
 it knock at a third party's door. Knows no models.
 """
 
+import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from petals.clock import Clock
 from petals.errors import PeerBusy, PetalsError, ProtocolError
 from petals.swarm.channel import Channel
 from petals.swarm.rpc import Service
-from petals.swarm.transport import Transport
+from petals.swarm.transport import CIRCUIT, Transport
 from petals.types import PeerId
 from petals.wire.messages import DialBack, DialedBack
 
@@ -22,6 +23,7 @@ NODE_SERVICE = "node"
 _PROBE_TIMEOUT_SECONDS = 3.0
 _ASK_TIMEOUT_SECONDS = 10.0
 _MAX_ASKED = 3
+_MAX_RELAYS = 3
 _MAX_DIALLED = 4
 _DIALS_PER_HOST, _DIALS_IN_ALL, _PER_SECONDS = 8, 64, 60.0
 
@@ -81,8 +83,8 @@ async def check_reachability(
     addresses: Sequence[str],
 ) -> Reachability:
     """Ask up to three of ``peers`` to dial ``addresses`` (ours). One success is enough."""
-    num_asked = 0
-    for peer in peers[:_MAX_ASKED]:
+
+    async def ask(peer: PeerId) -> bool | None:
         try:
             async with await open_channel(peer, NODE_SERVICE) as channel:
                 answer, _ = await channel.request(
@@ -90,11 +92,14 @@ async def check_reachability(
                     expect=DialedBack,
                     timeout=_ASK_TIMEOUT_SECONDS,
                 )
+                return answer.reached
         except PetalsError:
-            continue
-        num_asked += 1
-        if answer.reached:
-            return Reachability(True, num_asked, "Other peers can reach this one directly.")
+            return None
+
+    answers = await asyncio.gather(*map(ask, peers[:_MAX_ASKED]))
+    num_asked = sum(answer is not None for answer in answers)
+    if any(answers):
+        return Reachability(True, num_asked, "Other peers can reach this one directly.")
     if num_asked == 0:
         return Reachability(None, 0, "No other peer could be asked; join a swarm to find out.")
     return Reachability(
@@ -106,10 +111,18 @@ async def check_reachability(
     )
 
 
+def choose_relays(ways: Iterable[tuple[str, float]]) -> tuple[str, ...]:
+    """Up to three members to be reached through: (address that leads there, round trip in seconds)
+    of many -> the nearest that are not relayed themselves.
+    """
+    direct = sorted((seconds, way) for way, seconds in ways if way and CIRCUIT not in way)
+    return tuple(way for _, way in direct[:_MAX_RELAYS])
+
+
 def host_of(address: str) -> str:
     """``/ip4/1.2.3.4/tcp/5/p2p/Qm…`` -> ``/ip4/1.2.3.4``; empty for relayed addresses (their host
     is the relay's).
     """
-    if "/p2p-circuit" in address:
+    if CIRCUIT in address:
         return ""
     return "/".join(address.split("/")[:3])

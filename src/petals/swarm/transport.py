@@ -11,6 +11,9 @@ from typing import Protocol
 
 from petals.types import PeerId
 
+CIRCUIT = "/p2p-circuit"
+"""Part of every address that leads through a relay."""
+
 BOOTSTRAP_TIMEOUT_SECONDS = 5.0
 OPEN_TIMEOUT_SECONDS = 5.0
 
@@ -124,6 +127,12 @@ class Transport(Protocol):
 
     async def peers(self) -> frozenset[PeerId]:
         """Peers we hold a connection to."""
+        ...
+
+    async def use_relays(self, relays: Sequence[str]) -> None:
+        """From now on be reached through these members (multiaddresses). Every stream is lost, and
+        the callbacks of ``on_restart`` are called.
+        """
         ...
 
     async def probe(self, address: str, timeout: float) -> bool:

@@ -5,7 +5,8 @@ Streams have backpressure and arrive in order after ``latency_seconds`` of the g
 makes a link swallow bytes, one way or both (the peers notice only by silence), ``pause`` holds what
 a peer sends and is sent until ``resume``, ``kill`` makes a peer vanish (everybody notices at once).
 ``on_write`` sees every write before it passes. Records live in one dictionary per swarm key and
-expire by the clock. Knows no frames and no messages.
+expire by the clock. A peer that is ``hide``-den is reached only through relays, once it uses them.
+Knows no frames and no messages.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from petals.clock import Clock, SystemClock
 from petals.errors import BootstrapFailed, PeerTimeout, PeerUnreachable
 from petals.swarm.config import EngineParts
-from petals.swarm.transport import StoredValue, StreamHandler
+from petals.swarm.transport import CIRCUIT, StoredValue, StreamHandler
 from petals.types import PeerId
 
 _HIGH_WATER_BYTES = 256 * 1024
@@ -31,6 +32,7 @@ class MemoryNet:
         self.on_write: Callable[[PeerId, PeerId, int], None] = lambda source, target, size: None
         """Called with (source, target, bytes) of every write on a stream."""
         self._cut: set[tuple[PeerId, PeerId]] = set()
+        self._hidden: set[PeerId] = set()
         self._paused: dict[PeerId, list[tuple[PeerId, PeerId, Callable[[], None]]]] = {}
         self._records: dict[bytes, dict[str, dict[str, StoredValue]]] = defaultdict(dict)
 
@@ -49,6 +51,14 @@ class MemoryNet:
     def heal(self, one: PeerId, other: PeerId) -> None:
         """New bytes pass again; what was swallowed is lost, so streams cut before stay broken."""
         self._cut -= {(one, other), (other, one)}
+
+    def hide(self, peer: PeerId) -> None:
+        """The peer is behind a NAT: it dials, but is not dialled."""
+        self._hidden.add(peer)
+
+    def is_hidden(self, peer: PeerId) -> bool:
+        """True if nobody can dial the peer directly."""
+        return peer in self._hidden
 
     def pause(self, peer: PeerId) -> None:
         """The peer stands still, as far as others can see."""
@@ -175,15 +185,12 @@ class _Pipe:
 
 
 class MemoryStream:
-    """One end of a stream."""
+    """One end of a stream. ``circuit``: the address it leads through, if it is relayed."""
 
-    def __init__(self, remote: PeerId, inbound: _Pipe, outbound: _Pipe) -> None:
+    def __init__(self, remote: PeerId, inbound: _Pipe, outbound: _Pipe, circuit: str = "") -> None:
         self.remote = remote
+        self.remote_address = circuit or _address(remote)
         self._in, self._out = inbound, outbound
-
-    @property
-    def remote_address(self) -> str:
-        return _address(self.remote)
 
     @property
     def num_unread(self) -> int:
@@ -217,6 +224,8 @@ class MemoryTransport:
         self.records = MemoryRecords(net, b"" if key is None else key.secret)
         self._net = net
         self._initial_peers = parts.config.initial_peers
+        self._relays: tuple[str, ...] = ()
+        self._on_restart: list[Callable[[], None]] = []
         self._handlers: dict[str, StreamHandler] = {}
         self._known: dict[PeerId, tuple[str, ...]] = {}
         self._streams: list[MemoryStream] = []
@@ -244,7 +253,9 @@ class MemoryTransport:
         return tuple(address for known in self._known.values() for address in known)
 
     async def addresses(self) -> tuple[str, ...]:
-        return (_address(self.peer_id),)
+        return tuple(f"{relay}{CIRCUIT}/p2p/{self.peer_id}" for relay in self._relays) or (
+            _address(self.peer_id),
+        )
 
     async def connect(self, address: str) -> PeerId:
         peer = _peer_of(address)
@@ -257,12 +268,14 @@ class MemoryTransport:
         if self._net.is_mute(self.peer_id, peer):
             await self._net.clock.sleep(timeout)
             raise PeerTimeout("The peer does not answer.", peer_id=peer)
-        if target is None or protocol not in target._handlers:
+        is_hidden = self._net.is_hidden(peer)
+        if target is None or protocol not in target._handlers or (is_hidden and not target._relays):
             raise PeerUnreachable("The peer cannot be reached.", peer_id=peer)
+        circuit = f"{target._relays[0]}{CIRCUIT}" if is_hidden else ""
         forth = _Pipe(self._net, self.peer_id, peer)
         back = _Pipe(self._net, peer, self.peer_id)
-        target._accept(protocol, MemoryStream(self.peer_id, forth, back))
-        return self._keep(MemoryStream(peer, back, forth))
+        target._accept(protocol, MemoryStream(self.peer_id, forth, back, circuit))
+        return self._keep(MemoryStream(peer, back, forth, circuit))
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         self._handlers[protocol] = handler
@@ -272,10 +285,17 @@ class MemoryTransport:
 
     async def probe(self, address: str, timeout: float) -> bool:
         peer = _peer_of(address)
-        return peer in self._net.transports and not self._net.is_mute(self.peer_id, peer)
+        is_there = peer in self._net.transports and not self._net.is_mute(self.peer_id, peer)
+        return is_there and not self._net.is_hidden(peer)
+
+    async def use_relays(self, relays: Sequence[str]) -> None:
+        self._relays = tuple(relays)
+        self.break_streams()
+        for callback in self._on_restart:
+            callback()
 
     def on_restart(self, callback: Callable[[], None]) -> None:
-        """This engine never restarts."""
+        self._on_restart.append(callback)
 
     async def close(self) -> None:
         if self._net.transports.get(self.peer_id) is self:

@@ -11,6 +11,7 @@ row order. Knows no sockets and makes no decisions.
 | 2       | rings: sources, SetRoute, Push, Replay, Replayed; steps carry timings |
 | 3       | training: Backward, kept passes, taps, deep prompts, PutAdapter        |
 | 4       | Leaving; a Replay may go on where an earlier one ended, or come to us  |
+| 5       | steps tell which edges are relayed; OpenSession names the next hop     |
 """
 
 from typing import Annotated
@@ -90,6 +91,8 @@ Sources = Annotated[tuple[Name, ...], Meta(max_length=16)]
 Timing = tuple[Seconds, Seconds, Count]
 """What a hop measured of one step: seconds queued, seconds computed, tokens in its batch."""
 Timings = Annotated[tuple[Timing, ...], Meta(max_length=256)]
+Relayed = Annotated[tuple[bool, ...], Meta(max_length=256)]
+"""For every edge of an arc that a step has passed: whether it came through a relay."""
 
 
 class OpenSession(Message):
@@ -97,7 +100,8 @@ class OpenSession(Message):
     ``model``.
 
     ``alloc_timeout_seconds`` 0 asks for an answer at once. ``dtype`` is what the states will travel
-    in. ``sources`` are the peers, beside the client, from whom states of this session are taken.
+    in. ``sources`` are the peers, beside the client, from whom states of this session are taken;
+    ``onward`` is the one they will go on to, to be met in good time.
     ``adapter`` names one of the server's own or one that this client has put there. With
     ``num_prompt_tokens`` P, deep prompts follow. Tensors: prompts ``[len(blocks), P,
     hidden_size]``, added to positions 0..P-1 of every row on entering each block.
@@ -114,6 +118,7 @@ class OpenSession(Message):
     alloc_timeout_seconds: Seconds = 0.0
     sources: Sources = ()
     num_prompt_tokens: Count = 0
+    onward: Name | None = None
 
 
 class SessionOpened(Message):
@@ -136,7 +141,8 @@ class Step(Message):
     is answered again and does no work twice.
 
     ``next_hops`` is the rest of the arc: the output goes to the first of them, and that of the last
-    one to the client on the client's own channel to it. ``timings`` are those of the hops passed.
+    one to the client on the client's own channel to it. ``timings`` are those of the hops passed,
+    ``relayed`` tells of the edges passed.
 
     A ``replay`` refills rows: nobody gets its output but the next hops; the last hop answers the
     replay that ``ends`` with Replayed. Its ``step_id`` is the step that is to follow; if the rows
@@ -155,11 +161,13 @@ class Step(Message):
     replay: bool = False
     ends: bool = False
     reordered: bool = False
+    relayed: Relayed = ()
 
 
 class StepResult(Message):
     """Output of a step. Tensors: hidden ``[sum(counts), hidden_size]``. Seconds are the
-    server's own measurements; ``timings`` are those of the hops before it in the arc.
+    server's own measurements; ``timings`` are those of the hops before it in the arc, ``relayed``
+    tells of the edges between them.
 
     ``undelivered``: the hops that this output was meant for and could not be handed to.
     """
@@ -172,6 +180,7 @@ class StepResult(Message):
     batch_tokens: Count
     timings: Timings = ()
     undelivered: Route = ()
+    relayed: Relayed = ()
 
 
 class Push(Message):

@@ -46,7 +46,7 @@ def test_flags_find_their_fields() -> None:
     assert config.network.initial_peers == (PEER,)
     assert "/ip4/203.0.113.7/tcp/31330" in config.network.announce_maddrs
     assert config.network.identity_path == Path("server.id")
-    assert not config.network.auto_relay
+    assert config.network.relay is False
     assert (config.compute.dtype, config.compute.quant) == ("float32", "int8")
     assert (config.limits.max_length, config.limits.max_step_tokens) == (4096, 2048)
     assert (config.door.lease_seconds, config.door.max_alloc_seconds) == (90.0, 30.0)

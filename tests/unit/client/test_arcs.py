@@ -33,5 +33,14 @@ def test_a_closed_edge_is_tried_again() -> None:
     assert arcs(edges, [A, B], 35.0) == [[A, B]]
 
 
+def test_what_came_last_tells_the_way() -> None:
+    edges = Edges()
+    assert not edges.is_relayed(A, B)
+    edges.note_way(A, B, is_relayed=True)
+    assert edges.is_relayed(A, B) and not edges.is_relayed(B, A)
+    edges.note_way(A, B, is_relayed=False)
+    assert not edges.is_relayed(A, B)
+
+
 def test_nobody_hands_over_to_himself() -> None:
     assert arcs(Edges(), [A, A, B], 0.0) == [[A], [A, B]]

@@ -131,3 +131,23 @@ async def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     await swarm.send(replay_of=b"3")
     assert swarm.links.num_open == 1
     await swarm.links.close()
+
+
+async def test_a_next_hop_is_met_in_good_time() -> None:
+    swarm = Swarm()
+    swarm.links.meet(PEER)
+    swarm.links.meet(PEER)
+    await swarm.send()
+    assert swarm.num_dials == 1 and len(swarm.channels[0].sent) == 1
+    swarm.links.meet(PEER)
+    assert swarm.num_dials == 1
+    await swarm.links.close()
+
+
+async def test_a_next_hop_that_cannot_be_met_harms_nobody() -> None:
+    swarm = Swarm()
+    swarm.is_reachable = False
+    swarm.links.meet(PEER)
+    with pytest.raises(PeerUnreachable):
+        await swarm.send()
+    await swarm.links.close()

@@ -31,6 +31,25 @@ async def test_what_one_announces_others_see(server, client, clock):
     assert (model.model, model.num_blocks, model.repository) == ("m", 30, "repo/m")
 
 
+async def test_addresses_that_help_nobody_are_kept_back(server, client, clock, monkeypatch):
+    lan, circuit = "/ip4/192.168.1.2/tcp/5", "/ip4/1.2.3.4/tcp/5/p2p/R/p2p-circuit/p2p/S"
+    own = [f"/ip4/127.0.0.1/{kind}/5" for kind in ("tcp", "udp")]
+
+    async def announced(*addresses: str) -> ServerRecord:
+        async def told() -> tuple[str, ...]:
+            return addresses
+
+        monkeypatch.setattr(server.transport, "addresses", told)
+        await server.directory.announce(record(clock))
+        return (await client.directory.view("m")).records[server.peer_id]
+
+    found = await announced(*own, lan, circuit)
+    assert found.addresses == (circuit, lan) and found.relayed
+    assert (await announced(*own)).addresses == tuple(own)
+    found = await announced(*own, lan)
+    assert found.addresses == (lan,) and not found.relayed
+
+
 async def test_nobody_serves_the_model(client):
     view = await client.directory.view("nothing")
     assert view.num_blocks == 0 and not view.records

@@ -81,6 +81,22 @@ async def test_a_killed_peer_is_gone_at_once(net, ends, server, client):
         await client.transport.connect(f"/memory/p2p/{server.peer_id}")
 
 
+async def test_who_is_hidden_is_reached_through_relays(net, ends, server, client):
+    ours, theirs = ends
+    net.hide(server.peer_id)
+    (address,) = await server.addresses()
+    assert not await client.transport.probe(address, 1.0)
+    with pytest.raises(PeerUnreachable):
+        await client.transport.open_stream(server.peer_id, PROTOCOL, 1.0)
+    assert await server.transport.open_stream(client.peer_id, "/petals/stream", 1.0)
+    await server.transport.use_relays(await client.addresses())
+    with pytest.raises(PeerUnreachable):
+        await ours.read_exactly(1)
+    stream = await client.transport.open_stream(server.peer_id, PROTOCOL, 1.0)
+    assert "/p2p-circuit" in stream.remote_address
+    assert "/p2p-circuit" in (await server.addresses())[0]
+
+
 async def test_later_expiry_wins(server, client, clock):
     one, other = server.transport.records, client.transport.records
     assert await one.store("key", "sub", b"old", clock.now() + 10)

@@ -1,7 +1,9 @@
 import pytest
 
-from petals.errors import PeerBusy
-from petals.swarm.reachability import check_reachability, host_of
+from petals.errors import PeerBusy, PeerUnreachable
+from petals.swarm.config import NodeConfig
+from petals.swarm.node import SwarmNode
+from petals.swarm.reachability import check_reachability, choose_relays, host_of
 from petals.wire.messages import DialBack, DialedBack
 
 
@@ -63,3 +65,36 @@ async def test_peers_dial_back_only_to_the_asker_and_only_so_often(
     assert len(dialled) == 8
     await clock.advance(60.0)
     await ask()
+
+
+def test_the_nearest_that_are_not_relayed_become_relays():
+    ways = [("/ip4/1/p2p/a", 0.3), ("/ip4/2/p2p/x/p2p-circuit/p2p/b", 0.1), ("", 0.0)]
+    ways += [("/ip4/3/p2p/c", 0.2), ("/ip4/4/p2p/d", 0.4), ("/ip4/5/p2p/e", 0.5)]
+    assert choose_relays(ways) == ("/ip4/3/p2p/c", "/ip4/1/p2p/a", "/ip4/4/p2p/d")
+    assert choose_relays([("", 0.0)]) == ()
+
+
+@pytest.mark.parametrize(
+    "is_hidden, changes, turns",
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (False, {"relay": True}, True),
+        (True, {"relay": False}, False),
+        (True, {"announce_maddrs": ("/ip4/1.2.3.4/tcp/5",)}, False),
+    ],
+    ids=["hidden", "reachable", "--relay", "--no-relay", "--announce"],
+)
+async def test_who_turns_to_relays(net, clock, server, client, is_hidden, changes, turns):
+    config = NodeConfig(initial_peers=await server.addresses(), **changes)
+    async with SwarmNode(config, engine=net.engine, clock=clock) as node:
+        if is_hidden:
+            net.hide(node.peer_id)
+        assert await node.become_reachable([server.peer_id]) is turns
+        assert all(("/p2p-circuit/" in a) is turns for a in await node.addresses())
+        if is_hidden and not turns:
+            with pytest.raises(PeerUnreachable):
+                await client.open_channel(node.peer_id, "node")
+            return
+        async with await client.open_channel(node.peer_id, "node") as channel:
+            assert channel.is_relayed is is_hidden
