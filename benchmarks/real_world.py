@@ -209,7 +209,12 @@ def measure(world: World, path: Path, options: argparse.Namespace) -> str:
             assert_same_tokens(local, expected[0], tokens[0])
             allowed = allowed or [hop.peer_id for hop in run.trace.hops]
             found.append(run)
-            print(f"{way}: {1e3 * run.step_seconds:.0f} ms a token", flush=True)
+            ways = ", ".join(str(edge.way) for edge in run.trace.edges)
+            print(
+                f"{way}: first token after {run.prefill_seconds:.1f} s, then "
+                f"{1e3 * run.step_seconds:.0f} ms a token; {ways}",
+                flush=True,
+            )
     return report(world, runs, options)
 
 
