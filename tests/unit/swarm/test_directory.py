@@ -138,7 +138,8 @@ async def test_a_server_of_a_large_swarm_announces_where_readers_look(server, cl
     await store_crowd(client, clock, 300, lifetime=400.0)
     await server.directory.announce(record(clock, spans=((0, 4),), num_blocks=4))
     own = (await client.directory.view("m", 4, whole=True)).records[server.peer_id]
-    assert own.shard_bits == records.shard_bits_for(300)
+    # Estimated from a sample: next to a threshold it may fall on either side, and is read on both.
+    assert abs(own.shard_bits - records.shard_bits_for(300)) <= 1
     assert own.expires_at == clock.now() + records.KEPT_SECONDS
     await server.directory.announce(
         record(clock, spans=((0, 4),), num_blocks=4, state=ServerState.OFFLINE)
