@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -35,7 +40,7 @@ from petals import (
 options = read_options("Sentiment of film reviews: prompts trained through a swarm")
 record = Record("Sentiment of film reviews, deep prompt tuning through a swarm")
 NUM_STEPS, BATCH, NUM_TEST = (2, 2, 4) if options.short else (80, 8, 300)
-NUM_PROMPTS, MAX_TOKENS, RATE, HEAD_RATE = 8, 40, 5e-3, 3e-4
+NUM_PROMPTS, MAX_TOKENS, RATE, HEAD_RATE = 8, 64, 5e-3, 3e-4
 
 # %% [markdown]
 # ## Reviews
@@ -55,8 +60,9 @@ tokenizer.padding_side = "right"
 
 
 def encode(texts: list[str]) -> dict[str, torch.Tensor]:
+    asked = [f"Review: {text}\nThis film is" for text in texts]
     return tokenizer(
-        texts, return_tensors="pt", padding=True, truncation=True, max_length=MAX_TOKENS
+        asked, return_tensors="pt", padding=True, truncation=True, max_length=MAX_TOKENS
     )
 
 
@@ -95,9 +101,7 @@ ANSWERS = [tokenizer.encode(word, add_special_tokens=False)[0] for word in (" ba
 @torch.inference_mode()
 def zero_shot(reviews: list) -> float:
     right = 0
-    for encoded, labels in batches(
-        [(f"Review: {text}\nThis film is", label) for text, label in reviews], 16
-    ):
+    for encoded, labels in batches(reviews, 16):
         logits = speaker(**encoded).logits
         last = encoded["attention_mask"].sum(1) - 1
         said = logits[torch.arange(len(last)), last][:, ANSWERS].argmax(1)
@@ -111,6 +115,7 @@ record.keep(f"accuracy untrained, asked in words: {zero_shot(test):.3f}")
 # ## Training
 #
 # An ordinary loop. `model.parameters()` that require gradients are the prompts and the head alone.
+# The head begins as the model's own vectors of the two words, so that it knows what was known.
 
 # %%
 model = AutoDistributedModelForSequenceClassification.from_pretrained(
@@ -122,7 +127,7 @@ model = AutoDistributedModelForSequenceClassification.from_pretrained(
     dtype=torch.float32,
 )
 model.config.pad_token_id = tokenizer.pad_token_id
-model.score.weight.data.zero_()  # no opinion to begin with
+model.score.weight.data.copy_(speaker.get_output_embeddings().weight[ANSWERS])
 trained = [p for p in model.parameters() if p.requires_grad]
 record.keep(f"{sum(p.numel() for p in trained):,} parameters are trained, all of them here")
 
