@@ -119,8 +119,10 @@ async def test_a_large_swarm_is_read_in_parts_or_whole(client, clock):
     peers = await store_crowd(client, clock, 300, lifetime=400.0)
     seen = set((await client.directory.view("m", 4)).records)
     assert 15 < len(seen) < 100
-    await clock.advance(60.0)
-    later = set((await client.directory.view("m", 4)).records)
+    later = seen
+    for _ in range(3):  # a shard may hold nobody new
+        await clock.advance(60.0)
+        later = set((await client.directory.view("m", 4)).records)
     assert seen < later < peers
     whole = await client.directory.view("m", 4, whole=True)
     assert set(whole.records) == peers
