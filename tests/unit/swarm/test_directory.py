@@ -94,12 +94,20 @@ async def test_what_others_put_in_is_checked_again(server, client, clock):
 
 
 async def store_crowd(node: SwarmNode, clock: ManualClock, size: int, lifetime: float) -> set[str]:
-    """Records of many servers of blocks 0:4, put where they belong; their peer ids."""
+    """Records of many servers of blocks 0:4, put where they belong; their peer ids.
+
+    Just as many of them are in the sample as there should be: chance would have it otherwise.
+    """
     store, expiry = node.transport.records, clock.now() + lifetime
     bits = records.shard_bits_for(size)
-    peers = set()
-    for _ in range(size):
+    peers: set[str] = set()
+    num_left = {True: size >> bits, False: size - (size >> bits)}
+    while len(peers) < size:
         identity = Identity.generate()
+        is_sample = records.shard_of(identity.peer_id, bits) == 0
+        if not num_left[is_sample]:
+            continue
+        num_left[is_sample] -= 1
         entry = ServerRecord(
             peer_id=identity.peer_id,
             model="m",
@@ -140,8 +148,7 @@ async def test_a_server_of_a_large_swarm_announces_where_readers_look(server, cl
     await store_crowd(client, clock, 300, lifetime=400.0)
     await server.directory.announce(record(clock, spans=((0, 4),), num_blocks=4))
     own = (await client.directory.view("m", 4, whole=True)).records[server.peer_id]
-    # Estimated from a sample: next to a threshold it may fall on either side, and is read on both.
-    assert abs(own.shard_bits - records.shard_bits_for(300)) <= 1
+    assert own.shard_bits == records.shard_bits_for(300)
     assert own.expires_at == clock.now() + records.KEPT_SECONDS
     await server.directory.announce(
         record(clock, spans=((0, 4),), num_blocks=4, state=ServerState.OFFLINE)
