@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,9 +16,9 @@
 # %% [markdown]
 # # A chatbot with a persona: prompts trained through a swarm
 #
-# The model learns to answer as somebody: here as a technician of few words, from short dialogues
-# that stand in for PersonaChat. Prompts before the input and inside the blocks (`deep_ptune`) are
-# trained here; the blocks stay on servers, frozen. Then it is talked to, through a session, word
+# The model learns to answer as somebody: here as a machine that knows it is one, from short
+# dialogues that stand in for PersonaChat. Prompts before the input and inside the blocks
+# (`deep_ptune`) are trained here; the blocks stay on servers, frozen. Then it is talked to, through a session, word
 # by word.
 #
 # As a script: `python examples/prompt_tuning_personachat.py` (about ten minutes on two cores),
@@ -30,7 +35,7 @@ from petals import AutoDistributedModelForCausalLM
 
 options = read_options("A chatbot with a persona: prompts trained through a swarm")
 record = Record("A chatbot with a persona, deep prompt tuning through a swarm")
-NUM_STEPS, BATCH, NUM_TEST, NUM_NEW = (2, 2, 2, 4) if options.short else (60, 8, 32, 32)
+NUM_STEPS, BATCH, NUM_TEST, NUM_NEW = (2, 2, 2, 4) if options.short else (40, 8, 32, 24)
 NUM_PROMPTS, MAX_TOKENS, RATE = 8, 64, 5e-3
 
 # %% [markdown]
@@ -112,7 +117,7 @@ def talk(model: torch.nn.Module, questions: list[str]) -> str:
     return "\n".join(said)
 
 
-QUESTIONS = ["My laptop gets very hot.", "And the printer prints blank pages.", "Who are you?"]
+QUESTIONS = ["Are you ever sad?", "What do you eat?", "Who are you?"]
 record.keep(f"loss on held-out answers, untuned: {held_out_loss(untuned):.3f}")
 record.block(talk(untuned, QUESTIONS))
 

@@ -90,15 +90,25 @@ def load_reviews(source: str | None) -> tuple[list[Review], list[Review]]:
 
 
 def load_dialogues(source: str | None) -> list[tuple[str, str]]:
-    """Pairs of what a customer says and what the agent answers, each once, shuffled.
+    """Pairs of what somebody says and what the persona answers, each once, shuffled.
 
     source: None for the demo data, else a YAML file with lists of lines under ``conversations``.
     """
-    path = Path(source) if source else get_demo_data("dialogues", say=print) / "tech_support.yml"
-    conversations = yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]
+    paths = [Path(source)] if source else _talk_of_a_machine()
+    conversations = [
+        [str(line) for line in lines]
+        for path in paths
+        for lines in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]
+    ]
     pairs = sorted({(lines[0], lines[1]) for lines in conversations if len(lines) > 1})
     random.Random(0).shuffle(pairs)
     return pairs
+
+
+def _talk_of_a_machine() -> list[Path]:
+    folder = get_demo_data("dialogues", say=print)
+    topics = ("ai", "botprofile", "emotion", "food", "gossip", "greetings", "money", "psychology")
+    return [folder / f"{topic}.yml" for topic in topics]
 
 
 def chart(values: list[float], width: int = 60, height: int = 8) -> str:
