@@ -18,8 +18,8 @@
 #
 # The model learns to answer as somebody: here as a machine that knows it is one, from short
 # dialogues that stand in for PersonaChat. Prompts before the input and inside the blocks
-# (`deep_ptune`) are trained here; the blocks stay on servers, frozen. Then it is talked to, through a session, word
-# by word.
+# (`deep_ptune`) are trained here; the blocks stay on servers, frozen. Then it is talked to, through
+# a session, word by word.
 #
 # As a script: `python examples/prompt_tuning_personachat.py` (about ten minutes on two cores),
 # `--short` for a minute's look, `--result FILE` to keep the numbers and the dialogues.
