@@ -52,7 +52,7 @@ def test_sentiment(smollm2_swarm: LocalSwarm, tmp_path: Path) -> None:
 def test_persona(smollm2_swarm: LocalSwarm, tmp_path: Path) -> None:
     result = tmp_path / "result.md"
     run("prompt_tuning_personachat", smollm2_swarm, tmp_path, "--result", str(result))
-    assert result.read_text().count("> My laptop gets very hot.") == 2
+    assert result.read_text().count("> Are you ever sad?") == 2
     assert (tmp_path / "tuned-persona" / "model.safetensors").is_file()
 
 
