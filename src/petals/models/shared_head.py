@@ -2,8 +2,9 @@
 
 A head's matrix is read whole for every product, which costs nearly the same for one token and for
 eight. Sessions that run in threads of one process come here one after another; whoever finds the
-head busy leaves his rows, and the next product takes all that have gathered. Nobody waits for
-company, and a caller alone gets what he would get from a plain linear layer. Knows no sessions.
+head busy leaves his rows, and the next product takes all that have gathered. Sessions whose steps
+ran as one batch come within a moment of each other, so whoever is not the only one of late waits
+that moment. A caller alone gets at once what a plain linear layer would give. Knows no sessions.
 """
 
 import threading
@@ -21,6 +22,12 @@ _MAX_COPY_BYTES = 512 * 2**20
 _MAX_ROWS = 32
 _FEW_ROWS = 4
 _MIN_GAIN = 1.08
+_GRACE_SECONDS = 0.002
+"""After a call others may follow so closely that they belong to the same product."""
+
+_REMEMBERED_SECONDS = 1.0
+"""A thread that has not called for so long is expected no more."""
+
 _REPEATS = 5
 
 
@@ -46,7 +53,8 @@ class SharedHead(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self._calls: list[_Call] = []
-        self._gate = threading.Lock()  # around the list, for a moment
+        self._callers: dict[int, float] = {}  # thread -> when it last called
+        self._gate = threading.Condition()  # around the two, for a moment
         self._turn = threading.Lock()  # around the product
         weight = linear.weight.detach()
         fits = weight.nbytes <= _MAX_COPY_BYTES
@@ -65,11 +73,25 @@ class SharedHead(nn.Linear):
         call = _Call(hidden.reshape(num_rows, self.in_features))
         with self._gate:
             self._calls.append(call)
+            self._callers[threading.get_ident()] = time.monotonic()
+            self._gate.notify_all()
         with self._turn:
             if call.output is None:
+                self._gather()
                 self._serve(call)
         assert call.output is not None
         return call.output.reshape(*hidden.shape[:-1], self.out_features)
+
+    def _gather(self) -> None:
+        """Wait while those who called of late keep coming."""
+        with self._gate:
+            since = time.monotonic() - _REMEMBERED_SECONDS
+            for caller in [caller for caller, at in self._callers.items() if at < since]:
+                del self._callers[caller]
+            num_calls = 0
+            while num_calls < len(self._calls) < len(self._callers):
+                num_calls = len(self._calls)
+                self._gate.wait(_GRACE_SECONDS)
 
     def _serve(self, own: _Call) -> None:
         """Answer all who have gathered; after an interrupt the others see to themselves."""

@@ -58,8 +58,8 @@ class Executor:
         self._place = place
 
     def detach(self) -> None:
-        """The runner is done with; ``run`` fails until another is attached."""
-        self._runner = None
+        """The place is done with; ``run`` fails until another is attached."""
+        self._place = None
 
     async def __aenter__(self) -> "Executor":
         self._loop = asyncio.get_running_loop()
@@ -242,8 +242,8 @@ class Executor:
             logger.warning("A batch of %d failed (%s); running it one by one.", len(parts), error)
             for part in parts:
                 self._try_alone(part)
-        for part in parts:
-            self._account(part, seconds, num_tokens)
+        done = [part.running for part in parts if self._account(part, seconds, num_tokens)]
+        self._gathering.answered([id(running.work.kv) for running in done], time.perf_counter())
         if parts[0].running.work.kind is WorkKind.DECODE:
             self.step_seconds += _SMOOTHING * (seconds - self.step_seconds)
 
@@ -285,19 +285,20 @@ class Executor:
         if error is not None:
             self._fail(part.running, error)
 
-    def _account(self, part: Part, seconds: float, batch_tokens: int) -> None:
+    def _account(self, part: Part, seconds: float, batch_tokens: int) -> bool:
+        """Whether its work is done with this batch."""
         running = part.running
         if running.key not in self._running:
-            return
+            return False
         running.done += part.num_tokens
         running.compute += seconds
         running.batch = batch_tokens
         if running.done < running.work.plan.num_tokens:
-            return
+            return False
         del self._running[running.key]
-        self._gathering.answered(id(running.work.kv), time.perf_counter())
         outcome, error = _attempt(lambda: outcome_of(running))
         self._answers.append((running.future, outcome, error))
+        return True
 
     def _fail(self, running: Running, error: Exception) -> None:
         self._give_up(running)
@@ -310,6 +311,7 @@ class Executor:
         """Take work out, wherever it stands, and leave its rows where it began."""
         if self._running.pop(running.key, None) is None:
             return
+        self._gathering.forget(id(running.work.kv))
         self._scheduler.discard(running.key)
         _log_failure(_attempt(lambda: _cut(running.work))[1])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from petals.models import shared_head
 from petals.models.shared_head import SharedHead
 
 WIDTH, VOCABULARY = 16, 40
@@ -70,6 +71,29 @@ def test_calls_that_meet_run_as_one_product() -> None:
         head.door.set()
         outputs = [first.result(10), *(other.result(10) for other in others)]
     assert head.products == [1, 5]
+    for hidden, output in zip(inputs, outputs):
+        torch.testing.assert_close(output, linear(hidden))
+
+
+def test_those_who_come_a_moment_after_each_other_run_as_one_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = a_linear()
+    head = Watched(linear)
+    head.door.set()
+    inputs = [torch.randn(1, 1, WIDTH) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = threading.Barrier(4)
+
+        def call(hidden: Tensor) -> Tensor:
+            together.wait(10)
+            return head(hidden)
+
+        list(pool.map(call, inputs))  # now all four are known
+        head.products.clear()
+        monkeypatch.setattr(shared_head, "_GRACE_SECONDS", 10.0)
+        outputs = list(pool.map(call, inputs))
+    assert head.products == [4]
     for hidden, output in zip(inputs, outputs):
         torch.testing.assert_close(output, linear(hidden))
 
