@@ -270,6 +270,7 @@ async def test_messages_of_other_services_end_the_channel() -> None:
         frames.encode_frame(FrameKind.MESSAGE, os.urandom(100)),
         frames.encode_frame(FrameKind.CHUNK, b"x" * 100),
     ],
+    ids=["random", "too long", "no message", "a chunk of nothing"],
 )
 async def test_garbage_costs_the_channel_and_nothing_else(garbage: bytes) -> None:
     async with served(door=DoorConfig(lease_seconds=0.05)) as swarm:

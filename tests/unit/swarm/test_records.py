@@ -101,6 +101,7 @@ def test_too_long_to_be_stored():
         (Identity.generate().peer_id, NOW + 60),
         (ME.peer_id, NOW + 61),
     ],
+    ids=["another's key", "another time"],
 )
 def test_what_is_not_kept_for_others(subkey, expires_at):
     with pytest.raises(RecordInvalid):
