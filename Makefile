@@ -15,8 +15,16 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 demo: $(STAMP)          ## three servers on this machine answer a question
 	@$(BIN)/petals demo $(ARGS)
 
-test: $(STAMP)          ## every test, real processes included
+# Tests inside one process share the cores; those that start processes have the machine to themselves.
+IN_WORKERS := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test: $(STAMP)          ## every test, real processes included; ARGS= chooses some
+ifeq ($(strip $(ARGS)),)
+	$(IN_WORKERS) -m "not e2e"
+	$(BIN)/python -m pytest -q -m e2e
+else
 	$(BIN)/python -m pytest -q $(ARGS)
+endif
 
 SEED    ?= 1
 MINUTES ?= 5
@@ -25,12 +33,12 @@ nemesis: $(STAMP)       ## faults by a seeded schedule; SEED=, MINUTES=, ONLY=, 
 		$(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS)) \
 		$(if $(NETWORK),--network) $(if $(WRITE),--write benchmarks/results) $(ARGS)
 
-check: $(STAMP)         ## style, types, layers and the fast tests: under two minutes
+check: $(STAMP)         ## style, types, layers and the unit tests: under two minutes
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow and not e2e" $(ARGS)
+	$(IN_WORKERS) -m "not slow" tests/unit tests/compat tests/test_house.py
 
 format: $(STAMP)        ## let ruff rewrite
 	$(BIN)/ruff check --fix src tests examples benchmarks

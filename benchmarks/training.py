@@ -4,13 +4,17 @@
 
 Three one-thread servers of SmolLM2 and a one-thread client against one local process of one
 thread, same weights, same batches, same parameters that learn: hidden states of 64 x 128 tokens, a
-deep prompt-tuning step and a LoRA step of 4 x 128. Losses are compared in passing.
+deep prompt-tuning step and a LoRA step of 4 x 128.
+
+Losses are compared in passing, with a control: the same training at home once more, from parameters
+that differ by 1e-8. Training amplifies the last bits; what the control shows is not the swarm's.
 """
 
 import argparse
 import datetime
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +26,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -35,17 +39,22 @@ from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 NUM_PROMPT_TOKENS = 16
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 SEQUENCE_TOKENS = 128
+CONTROL_DISTANCE = 1e-8
 
 
 @dataclass
 class Pair:
-    """Seconds of one piece of work in the swarm and at home, round by round."""
+    """Seconds of one piece of work in the swarm and at home, round by round.
+
+    differences: between the swarm's results and those at home; control: between two runs at home.
+    """
 
     name: str
     aim: float
     swarm: list[float] = field(default_factory=list)
     local: list[float] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
+    control: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -147,13 +156,12 @@ def prompt_steps(path: str, peers: dict[str, Any], options: argparse.Namespace) 
     deep = next(p for name, p in trained.items() if "intermediate" in name)
     by_block = deep.detach().view(NUM_PROMPT_TOKENS, 30, -1).transpose(0, 1)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    local = DeepPrompts(base, first.detach(), by_block)
-    _learn(
-        pair,
-        options,
-        (lambda ids: remote(ids, labels=ids).loss, list(trained.values())),
-        (local, [local.first, local.deep]),
-    )
+
+    def at_home() -> Learner:
+        local = DeepPrompts(base, first.detach(), by_block)
+        return local, [local.first, local.deep]
+
+    _learn(pair, options, (lambda ids: remote(ids, labels=ids).loss, _learning(remote)), at_home)
     return pair
 
 
@@ -162,14 +170,16 @@ def lora_steps(path: str, peers: dict[str, Any], options: argparse.Namespace) ->
     pair = Pair(f"LoRA step of 4 x {SEQUENCE_TOKENS}", 1.0)
     remote = AutoDistributedModelForCausalLM.from_pretrained(path, **peers)
     remote.add_adapter(LORA)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    local: Any = get_peft_model(base, LORA)
-    _learn(
-        pair,
-        options,
-        (lambda ids: remote(ids, labels=ids).loss, _learning(remote)),
-        (lambda ids: local(ids, labels=ids, use_cache=False).loss, _learning(local)),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        remote.save_adapter(folder)
+
+        def at_home() -> Learner:
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            local: Any = PeftModel.from_pretrained(base, folder, is_trainable=True)
+            return lambda ids: local(ids, labels=ids, use_cache=False).loss, _learning(local)
+
+        swarm = (lambda ids: remote(ids, labels=ids).loss, _learning(remote))
+        _learn(pair, options, swarm, at_home)
     return pair
 
 
@@ -180,21 +190,28 @@ def _learning(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _learn(pair: Pair, options: argparse.Namespace, swarm: Learner, local: Learner) -> None:
-    optimizers = [torch.optim.Adam(parameters, lr=1e-3) for _, parameters in (swarm, local)]
+def _learn(
+    pair: Pair, options: argparse.Namespace, swarm: Learner, at_home: Callable[[], Learner]
+) -> None:
+    learners = [swarm, at_home(), at_home()]
+    with torch.no_grad():
+        for parameter in learners[2][1]:
+            parameter += CONTROL_DISTANCE * torch.randn_like(parameter)
+    optimizers = [torch.optim.Adam(parameters, lr=1e-3) for _, parameters in learners]
 
-    def step(learner: Learner, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
-        loss = learner[0](ids)
+    def step(who: int, ids: Tensor) -> float:
+        loss = learners[who][0](ids)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers[who].step()
+        optimizers[who].zero_grad()
         return float(loss)
 
     for index in range(options.rounds + 1):
         ids = _ids(4, index)
-        theirs, seconds = _timed(lambda ids=ids: step(swarm, optimizers[0], ids))
-        ours, local_seconds = _timed(lambda ids=ids: step(local, optimizers[1], ids))
+        theirs, seconds = _timed(lambda ids=ids: step(0, ids))
+        ours, local_seconds = _timed(lambda ids=ids: step(1, ids))
         _note(pair, index, seconds, local_seconds, abs(theirs - ours))
+        pair.control.append(abs(step(2, ids) - ours))
 
 
 def kept_bytes_per_token(
@@ -243,7 +260,7 @@ def report(options: argparse.Namespace, pairs: list[Pair], memory: list[float]) 
     lines = [f"# Training, {datetime.date.today()}", ""]
     lines += [
         f"- {pair.name}: **{pair.ratio:.2f}** times local speed (aim {pair.aim}); results differ "
-        f"by {max(pair.differences):.1e} at most"
+        f"by {max(pair.differences):.1e} at most{_controlled(pair)}"
         for pair in pairs
     ]
     lines += [
@@ -263,6 +280,15 @@ def report(options: argparse.Namespace, pairs: list[Pair], memory: list[float]) 
         "",
     ]
     return "\n".join(lines)
+
+
+def _controlled(pair: Pair) -> str:
+    if not pair.control:
+        return ""
+    return (
+        f" ({pair.differences[0]:.1e} before the first step), those of two runs at home that begin "
+        f"{CONTROL_DISTANCE:.0e} apart by {max(pair.control):.1e}"
+    )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Fifty steps of training through real processes, two of which are killed on the way."""
+"""Fifty steps of training a real model through real processes, two of which are killed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,26 +6,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals import AutoDistributedModelForCausalLM
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
-from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
 from tuned_reference import TunedReference
 
 NUM_STEPS = 50
-MIDDLE = BlockSpan(2, 4)
+NUM_TOKENS = 12
+MIDDLE = BlockSpan(10, 20)
+TEXTS = (
+    "A swarm of small machines can hold what none of them could hold alone.",
+    "The sky is green on Tuesdays and yellow whenever the baker is in Rome.",
+)
 
 
 def curve(
+    ids: Tensor,
     loss_of: Callable[[Tensor], Tensor],
     parameters: list[Tensor],
     happens: Callable[[str, int], None] = lambda when, step: None,
 ) -> list[float]:
     """The losses of a training run; ``happens`` is called before each half of each step."""
-    ids = torch.randint(5, 60, (3, 24), generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    # Plain descent in small steps. Larger ones, and Adam's, amplify the last bits until two runs at
+    # home that begin 1e-8 apart differ by more than what is allowed here.
+    optimizer = torch.optim.SGD(parameters, lr=3e-4)
     losses = []
     for step in range(NUM_STEPS):
         happens("forward", step)
@@ -38,19 +44,17 @@ def curve(
     return losses
 
 
-def test_a_loss_curve_outlives_servers(tmp_path: Path) -> None:
-    source = write_tiny_model(tmp_path / "bloom", "bloom", num_hidden_layers=5)
-    local = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    config = LocalSwarmConfig(
-        model=str(source),
-        spans=(BlockSpan(0, 2), MIDDLE, BlockSpan(4, 5)),
-        dtype="float32",
-        num_threads=1,
-    )
+def test_a_loss_curve_outlives_servers(smollm2_path: Path) -> None:
+    smollm2 = str(smollm2_path)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = torch.tensor([tokenizer(text)["input_ids"][:NUM_TOKENS] for text in TEXTS])
+    local = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    spans = (BlockSpan(0, 10), MIDDLE, BlockSpan(20, 30))
+    config = LocalSwarmConfig(model=smollm2, spans=spans, dtype="float32", num_threads=1)
     with LocalSwarm(config) as swarm:
         torch.manual_seed(0)
         remote = AutoDistributedModelForCausalLM.from_pretrained(
-            str(source),
+            smollm2,
             initial_peers=list(swarm.initial_peers),
             dtype=torch.float32,
             tuning_mode="deep_ptune",
@@ -68,9 +72,9 @@ def test_a_loss_curve_outlives_servers(tmp_path: Path) -> None:
             logits = reference.logits(batch)
             return cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
-        expected = curve(local_loss, reference.leaves)
+        expected = curve(ids, local_loss, reference.leaves)
         trained = [parameter for parameter in remote.parameters() if parameter.requires_grad]
-        actual = curve(lambda batch: remote(batch, labels=batch).loss, trained, happens)
+        actual = curve(ids, lambda batch: remote(batch, labels=batch).loss, trained, happens)
     assert len(serving) == 3
     worst = max(abs(one - other) for one, other in zip(actual, expected, strict=True))
     assert worst < 1e-4, f"{worst:.1e}"

@@ -53,10 +53,6 @@ class Adapter:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def needs_grad(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.tensors)
-
     @cached_property
     def digest(self) -> str:
         """Name of the content: equal for equal matrices of the same slots."""

@@ -315,8 +315,3 @@ def run_until_signalled(server_of: Callable[[], Server]) -> None:
         await server.run()
 
     asyncio.run(main())
-
-
-def _public_name(checkpoint: Checkpoint) -> str:
-    """The repository; of a local folder only its own name, since paths are nobody's business."""
-    return checkpoint.name if checkpoint.folder is None else checkpoint.folder.resolve().name
