@@ -21,7 +21,7 @@ from petals.errors import BlocksNotServed, SessionClosed
 from petals.logs import get_logger
 from petals.models import cost
 from petals.models.quantize import QuantKind
-from petals.models.sources import Checkpoint, HubAccess, open_checkpoint
+from petals.models.sources import HubAccess, open_checkpoint
 from petals.server import memory, placement, throughput
 from petals.server.announcer import Announcer
 from petals.server.config import ServerConfig
