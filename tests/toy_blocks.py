@@ -21,6 +21,7 @@ from petals.client.config import ClientConfig
 from petals.client.sequence_manager import SwarmAccess
 from petals.client.session_rows import SessionRows
 from petals.errors import (
+    BatchTooLarge,
     BlocksNotServed,
     CacheFull,
     PassExpired,
@@ -154,6 +155,7 @@ class ToyServer:
     compute_seconds: float = 0.002
     """What it says a step took."""
     refuse_steps: list[PetalsError] = field(default_factory=list)
+    max_pass_tokens: int = 1 << 20
     refuse_opens: list[PetalsError] = field(default_factory=list)
     held: asyncio.Event | None = None
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
@@ -285,6 +287,8 @@ class ToyServer:
         self.on_forward()
         if self.refuse_steps:
             raise self.refuse_steps.pop(0)
+        if sum(message.counts) > self.max_pass_tokens:
+            raise BatchTooLarge("A pass of so many tokens is too much.")
         traced = self._trace(message, tensors)
         is_kept = message.pass_id is not None and self.has_room
         if is_kept:

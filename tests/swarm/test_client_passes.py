@@ -113,6 +113,21 @@ async def test_retries_end() -> None:
         assert len(swarm.servers[0].forwards) == 3
 
 
+async def test_what_is_too_much_for_all_is_cut_smaller() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        swarm.servers[0].max_pass_tokens = 20
+        await Lesson((9, 4, 13, 2, 7)).learn(swarm)
+        taken = [forward.counts for forward in swarm.servers[0].forwards]
+        assert taken[-3:] == [(9, 4), (13, 2), (7,)]
+
+
+async def test_a_row_that_is_too_long_for_all_is_refused() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        swarm.servers[0].max_pass_tokens = 20
+        with pytest.raises(BatchTooLarge):
+            await run_rows(swarm.access(4), ALL, states(25), (21, 4))
+
+
 async def test_a_refusal_by_all_is_said() -> None:
     async with toy_swarm((0, 4), (0, 4)) as swarm:
         for server in swarm.servers:

@@ -1,8 +1,9 @@
 """A batch of whole sequences: cut into micro-batches, each on a route of its own.
 
 A route of n hops gets about twice n micro-batches, so that all of its servers work at the same
-time. Gradients are summed in the order of the rows, so that they are the same at every run. Knows
-no gradients' use, no model and no tokens.
+time; smaller ones, where that is more than all its servers take at once. Gradients are summed in
+the order of the rows, so that they are the same at every run. Knows no gradients' use, no model and
+no tokens.
 """
 
 import asyncio
@@ -19,6 +20,8 @@ from petals.client.micro_batch import MicroBatch
 from petals.client.pass_leg import Gradients
 from petals.client.routing import Needs
 from petals.client.sequence_manager import SwarmAccess
+from petals.client.swarm_view import SwarmView
+from petals.errors import BatchTooLarge
 from petals.types import BlockSpan
 
 MAX_TOKENS = 1024
@@ -58,17 +61,16 @@ class Pass:
         needs = Needs(blocks=self._blocks, model=view.model, is_training=self._is_training)
         num_hops = len(await view.route(needs, throughput=True))
         limit = micro_batch_tokens(hidden.shape[0], num_hops)
-        self._parts = list(micro_batches(self._call.counts, limit))
-        self._batches = [
-            MicroBatch(view, self._blocks, call, is_training=self._is_training)
-            for call in _shares(self._call, self._parts)
-        ]
-        outputs = await _in_turns(
-            [
-                partial(batch.forward, piece)
-                for batch, piece in zip(self._batches, self._split(hidden))
-            ]
-        )
+        while True:
+            self._cut(view, limit)
+            try:
+                outputs = await self._forward(hidden)
+                break
+            except BatchTooLarge:
+                # Some servers take less at once than most do.
+                if all(len(part) == 1 for part in self._parts):
+                    raise
+                limit = min(limit, max(map(sum, self._parts))) // 2
         return PassOutput(
             torch.cat([output.hidden for output in outputs]),
             {
@@ -90,6 +92,17 @@ class Pass:
             self._joined([part.prompts for part in found if part.prompts is not None]),
             tuple(_sum(same) for same in zip(*(part.adapter for part in found), strict=True)),
         )
+
+    def _cut(self, view: SwarmView, limit: int) -> None:
+        self._parts = list(micro_batches(self._call.counts, limit))
+        self._batches = [
+            MicroBatch(view, self._blocks, call, is_training=self._is_training)
+            for call in _shares(self._call, self._parts)
+        ]
+
+    async def _forward(self, hidden: Tensor) -> list[PassOutput]:
+        pieces = zip(self._batches, self._split(hidden))
+        return await _in_turns([partial(batch.forward, piece) for batch, piece in pieces])
 
     def _split(self, packed: Tensor) -> Sequence[Tensor]:
         return torch.split(packed, [sum(part) for part in self._parts])
