@@ -84,14 +84,15 @@ class DeepPrompts(nn.Module):
         num_rows, num_prompts = len(ids), len(self.first)
         embeds = self.model.get_input_embeddings()(ids)
         embeds = torch.cat([self.first.expand(num_rows, -1, -1), embeds], dim=1)
-        ignored = torch.full((num_rows, num_prompts), -100)
+        # As in the swarm, what the prompts say is cut off: nothing predicts the first token.
+        ignored = torch.full((num_rows, num_prompts + 1), -100)
         layers = self.model.model.layers
         hooks = [
             layer.register_forward_pre_hook(self._adding(block), with_kwargs=True)
             for block, layer in enumerate(layers)
         ]
         try:
-            labels = torch.cat([ignored, ids], dim=1)
+            labels = torch.cat([ignored, ids[:, 1:]], dim=1)
             loss: Tensor = self.model(inputs_embeds=embeds, labels=labels, use_cache=False).loss
             return loss
         finally:
