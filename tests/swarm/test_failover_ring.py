@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from failover_story import IMPATIENT, SPANS, Fault, Story, strike
+from petals.client import path as path_module
+from petals.client.path import SessionPath
 from petals.client.session_rows import SessionRows
 from petals.client.trace import Way
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import PeerId
 from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
+from served_span import assert_close
 
 LARGE = 1024
 """Bytes of a write that only states can fill: eight tokens."""
@@ -125,6 +128,28 @@ async def test_an_edge_that_is_cut_goes_through_the_client(
         assert [hop.peer_id for hop in trace.hops] == [one, two, three]
         assert not trace.repairs
         assert Way.VIA_CLIENT in {edge.way for edge in trace.edges}
+        await session.close()
+        await access.close()
+
+
+async def test_pieces_that_came_tell_how_long_the_others_may_take(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with real_swarm(folder, *SPANS) as swarm:
+        note_progress = SessionPath._note_progress
+
+        def cut_first(path: SessionPath, *progress: float) -> None:
+            swarm.net.cut(path.hops[1].peer_id, path.hops[2].peer_id)
+            note_progress(path, *progress)
+
+        monkeypatch.setattr(SessionPath, "_note_progress", cut_first)
+        monkeypatch.setattr(path_module, "_UNMEASURED_FACTOR", 1e9)
+        access = swarm.access(**IMPATIENT, step_timeout=0.2)
+        session = SessionRows(access, ALL, max_length=60)
+        prompt = states(96, 3)
+        output = await session.step(prompt, (0, 0), (48, 48))
+        assert_close(output, torch.cat([swarm.expected(row) for row in prompt.split(48)]))
+        assert Way.VIA_CLIENT in {edge.way for edge in session.trace.edges}
         await session.close()
         await access.close()
 

@@ -11,9 +11,10 @@ from itertools import count
 
 from petals.client.hop import HopSession
 from petals.client.kept_inputs import KeptInputs, Part, cut
-from petals.client.path import Refilling, SessionPath
+from petals.client.path import SessionPath
 from petals.client.swarm_view import SwarmView
 from petals.client.terms import Held, Refill, StepCall, Terms
+from petals.client.waiting import Refilling
 
 _SENT_AHEAD = 8
 """Parts of a replay that a server may have waiting."""

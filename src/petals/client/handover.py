@@ -14,9 +14,10 @@ from typing import Any
 from petals.client.course import Course, in_pieces, refill_from_us
 from petals.client.hop import HopSession
 from petals.client.opening import Repairing, open_hops, release
-from petals.client.path import Refilling, SessionPath
+from petals.client.path import SessionPath
 from petals.client.terms import Held
 from petals.client.trace import Repair
+from petals.client.waiting import Refilling
 from petals.errors import OutboxLost, PetalsError
 from petals.logs import get_logger
 from petals.types import BlockSpan, PeerId

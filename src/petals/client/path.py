@@ -8,20 +8,19 @@ reservations; repairs nothing, and knows no rows and no tokens.
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from petals.client.fetched import Fetched, WrongRows
+from petals.client.fetched import WrongRows
 from petals.client.hop import HopSession
 from petals.client.opening import release
 from petals.client.pace import Pace
 from petals.client.swarm_view import SwarmView
 from petals.client.terms import Answer, Piece, StepCall
 from petals.client.trace import EdgeTrace, StepTiming, Way
+from petals.client.waiting import Heard, Refilling, Waiting
 from petals.errors import (
     BadInput,
     OutboxLost,
@@ -41,45 +40,8 @@ _UNMEASURED_TOKENS = 128
 """So often the shortest patience, for every so many tokens, before a route's pace is known."""
 
 
-Heard = tuple[HopSession, Answer | PetalsError | None]
-"""Which hop spoke, and what: a result, a refusal, or None: it is refilled."""
-
-
 class EdgeLost(OutboxLost):
     """A replay did not get from one hop to another; the edge is closed, there is a way around."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refilling:
-    """``num_tokens`` of a session's rows on their way into ``hops``, from the ``source`` that comes
-    before them (None: from us). The hops need not be on the path yet. ``fetched``: we get the rows.
-    """
-
-    step_id: int
-    source: HopSession | None
-    hops: Sequence[HopSession]
-    num_tokens: int
-    fetched: Fetched | None = None
-
-    @property
-    def next_hops(self) -> Route:
-        """Where the source hands on to."""
-        hops = self.hops if self.source is not None else self.hops[1:]
-        return tuple(hop.hop for hop in hops)
-
-    @property
-    def line(self) -> list[HopSession]:
-        """Everybody whom the rows pass."""
-        return [*(() if self.source is None else (self.source,)), *self.hops]
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """A step, or the end of a refill, whose answer may come from any of ``hops``."""
-
-    heard: "asyncio.Future[Heard | None]"
-    hops: Sequence[HopSession] = ()
-    refilling: Refilling | None = None
 
 
 class SessionPath:
@@ -96,8 +58,9 @@ class SessionPath:
         self.pace = pace
         self._tell_leaving = tell_leaving
         self._swarm = swarm
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, Waiting] = {}
         self._tokens_under_way = 0
+        self._pieces_pace = Pace()
         self.listen_to(self.hops)
         self._keeper = asyncio.create_task(self._keep_alive(), name="signs of life")
         self._closed = False
@@ -153,10 +116,15 @@ class SessionPath:
         began = self._now()
         self._tokens_under_way = sum(piece.call.num_tokens for piece in pieces)
         under_way = asyncio.Semaphore(len(self.hops) + 1)
+        self._pieces_pace = Pace()
+        num_done = 0
 
         async def run(piece: Piece) -> None:
+            nonlocal num_done
             async with under_way:
                 await self._step(piece)
+            num_done += piece.call.num_tokens
+            self._note_progress(num_done, self._now() - began)
 
         if len(pieces) == 1:
             await self._step(pieces[0])
@@ -179,7 +147,7 @@ class SessionPath:
         with self._expect(refilling.step_id) as waiting:
             waiting.hops, waiting.refilling = line, refilling
             await send()
-            heard = await self._hear(waiting, self.patience_seconds(refilling.num_tokens))
+            heard = await waiting.hear(self.patience_seconds(refilling.num_tokens))
         if heard is None:
             self._close_edges(line)
             reason = "The replay did not arrive."
@@ -239,6 +207,8 @@ class SessionPath:
         tokens = self._tokens_under_way if num_tokens is None else num_tokens
         shortest = self._swarm.config.step_timeout
         seconds = self.pace.patience_seconds(tokens)
+        if seconds is None:
+            seconds = self._pieces_pace.patience_seconds(tokens)
         if seconds is None:
             seconds = shortest * _UNMEASURED_FACTOR * (1 + tokens / _UNMEASURED_TOKENS)
         return max(shortest, seconds)
@@ -329,7 +299,7 @@ class SessionPath:
         piece.output = hidden
 
     async def _ask(
-        self, waiting: _Waiting, call: StepCall, hidden: Tensor, arc: Sequence[HopSession]
+        self, waiting: Waiting, call: StepCall, hidden: Tensor, arc: Sequence[HopSession]
     ) -> Heard | None:
         """Send a step along an arc. None if nobody answers an arc of several hops.
 
@@ -338,24 +308,26 @@ class SessionPath:
         hop = arc[0]
         if hop.failure is not None:
             raise hop.failure
-        waiting.heard = asyncio.get_running_loop().create_future()
+        waiting.begin(is_paced=len(arc) > 1)
         await hop.send(call, hidden, tuple(later.hop for later in arc[1:]))
-        if len(arc) > 1:
-            return await self._hear(waiting, self.patience_seconds())
+        if waiting.is_paced:
+            return await waiting.hear(self.patience_seconds())
         seconds = self._swarm.config.request_timeout
-        heard = await self._hear(waiting, seconds)
+        heard = await waiting.hear(seconds)
         if heard is None:
             hop.fail(PeerTimeout(f"No answer to a step within {seconds:g} s."))
             assert hop.failure is not None
             raise hop.failure
         return heard
 
-    async def _hear(self, waiting: _Waiting, seconds: float) -> Heard | None:
-        timer = self._swarm.node.clock.call_later(seconds, partial(_expire, waiting.heard))
-        try:
-            return await waiting.heard
-        finally:
-            timer.cancel()
+    def _note_progress(self, num_tokens: int, seconds: float) -> None:
+        """So many tokens of the pieces under way are through: now we know how long silence of the
+        others means nothing.
+        """
+        self._pieces_pace.note(num_tokens, seconds)
+        for waiting in self._waiting.values():
+            if waiting.is_paced:
+                waiting.limit(self.patience_seconds())
 
     def _checked(self, hop: HopSession, answer: Answer, hidden: Tensor) -> Tensor:
         try:
@@ -394,8 +366,8 @@ class SessionPath:
             )
 
     @contextmanager
-    def _expect(self, step_id: int) -> Iterator[_Waiting]:
-        waiting = _Waiting(asyncio.get_running_loop().create_future())
+    def _expect(self, step_id: int) -> Iterator[Waiting]:
+        waiting = Waiting(self._swarm.node.clock)
         self._waiting[step_id] = waiting
         try:
             yield waiting
@@ -410,11 +382,6 @@ class SessionPath:
             lease = min(hop.lease_seconds for hop in self.hops)
             await asyncio.sleep(max(lease / _SIGNS_PER_LEASE, _MIN_SIGN_SECONDS))
             await asyncio.gather(*(hop.keep() for hop in self.hops))
-
-
-def _expire(heard: "asyncio.Future[Heard | None]") -> None:
-    if not heard.done():
-        heard.set_result(None)
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:

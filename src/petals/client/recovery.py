@@ -26,11 +26,12 @@ from petals.client.hop import HopSession
 from petals.client.kept_inputs import Part
 from petals.client.opening import Repairing, open_hops, release
 from petals.client.pace import Pace
-from petals.client.path import EdgeLost, Refilling, SessionPath
+from petals.client.path import EdgeLost, SessionPath
 from petals.client.slow import SlowHops
 from petals.client.swarm_view import SwarmView, show
 from petals.client.terms import Held, Piece, StepCall, Terms
 from petals.client.trace import Repair
+from petals.client.waiting import Refilling
 from petals.errors import (
     CacheFull,
     MissingBlocksError,
