@@ -52,9 +52,6 @@ PATH = "mix"
 # Its first call imports for seconds: in the middle of a test, peers would take that for a death.
 torch.testing.assert_close(torch.ones(1), torch.ones(1))
 
-# Its first call imports for seconds: in the middle of a test, peers would take that for a death.
-torch.testing.assert_close(torch.ones(1), torch.ones(1))
-
 
 def run_block(block: int, row: Tensor) -> Tensor:
     """[T, H] -> [T, H]."""

@@ -280,7 +280,8 @@ def test_bans_double_and_are_forgotten() -> None:
     assert bans.add(peer, 0.0).until == 10.0
     assert bans.at(9.0) == {peer}
     assert not bans.at(10.0)
-    assert bans.add(peer, 15.0).until == 35.0
+    assert bans.add(peer, 5.0).until == 15.0
+    assert bans.add(peer, 20.0).until == 40.0
     assert bans.add(peer, 100.0).until == 110.0
     bans.lift(peer)
     assert not bans.at(101.0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
+from petals.client.passes import _MAX_AT_ONCE as AT_ONCE
 from petals.client.passes import MAX_TOKENS, Pass, micro_batch_tokens, micro_batches
 from petals.client.sequence_manager import SwarmAccess
 from petals.errors import (
@@ -18,7 +19,8 @@ from petals.errors import (
     PeerUnreachable,
     TrainingRefused,
 )
-from petals.types import BlockSpan
+from petals.swarm.channel import Channel
+from petals.types import BlockSpan, PeerId
 from toy_blocks import HIDDEN, ToyAdapter, ToySwarm, expected, run_call, states, toy_swarm
 
 ALL = BlockSpan(0, 4)
@@ -246,6 +248,35 @@ async def test_a_death_on_the_way_there_repeats_that_range_only() -> None:
         assert all(
             message.kept for server in (first, near, far, last) for message in server.backwards
         )
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+async def test_one_waits_for_a_silent_server_and_tells_the_others(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        silent = swarm.servers[1]
+        short = {"silence_timeout": 0.3, "connect_timeout": 0.3, "repair_timeout": 20.0}
+        lesson, access = Lesson((64,) * 12), swarm.access(4, **short)
+        view = await access.view()
+        begun = await lesson.begin(access) if way == "back" else None
+        await view.records()
+        await swarm.add(2, 4)
+        swarm.net.pause(silent.peer_id)
+        asked: list[PeerId] = []
+        take = view.channels.take
+
+        async def count(peer: PeerId, service: str, timeout: float) -> Channel:
+            asked.append(peer)
+            return await take(peer, service, timeout)
+
+        monkeypatch.setattr(view.channels, "take", count)
+        begun = begun or await lesson.begin(access)
+        await view.refresh()
+        await lesson.end(begun)
+        assert 0 < asked.count(silent.peer_id) <= AT_ONCE
+        (ban,) = view.bans._bans.values()
+        assert ban.seconds == view.config.ban_timeout
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

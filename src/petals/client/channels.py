@@ -16,10 +16,14 @@ _KEPT_PER_PEER = 4
 
 
 class ChannelPool:
-    """Idle channels by peer and service. Lives in one event loop; ``close`` ends them."""
+    """Idle channels by peer and service. Lives in one event loop; ``close`` ends them.
 
-    def __init__(self, node: SwarmNode) -> None:
+    ``silence_seconds``: how long a peer may give no sign of life while an answer is due.
+    """
+
+    def __init__(self, node: SwarmNode, silence_seconds: float) -> None:
         self._node = node
+        self._silence_seconds = silence_seconds
         self._idle: dict[tuple[PeerId, str], list[Channel]] = {}
 
     async def take(self, peer: PeerId, service: str, timeout: float) -> Channel:
@@ -32,7 +36,9 @@ class ChannelPool:
             channel = idle.pop()
             if not channel.is_closed:
                 return channel
-        return await self._node.open_channel(peer, service, timeout)
+        channel = await self._node.open_channel(peer, service, timeout)
+        channel.silence_seconds = self._silence_seconds
+        return channel
 
     @asynccontextmanager
     async def lent(self, peer: PeerId, service: str, timeout: float) -> AsyncIterator[Channel]:

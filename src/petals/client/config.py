@@ -57,7 +57,8 @@ class ClientConfig:
     them per block are then measured, waiting ``ping_timeout``.
     ``prefill_chunk_tokens``: longer steps are cut so that hops work on them one behind the other.
     ``use_server_to_server``: hops hand states to each other; else all pass through the client.
-    ``silence_timeout``: a server of a session that gives no sign of life for so long is replaced.
+    ``silence_timeout``: a server that is asked for something and gives no sign of life for so long
+    is replaced.
     ``step_timeout``: after so long at least (four times what such a step took, if that is more)
     a step that nobody answers is repeated through the client, hop by hop.
     ``repair_timeout``: how long a session waits for somebody to serve what it has lost.

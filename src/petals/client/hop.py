@@ -378,7 +378,6 @@ async def _open_channel(
     node: SwarmNode, peer: PeerId, patience: Patience, seconds: float
 ) -> Channel:
     channel = await node.open_channel(peer, BLOCKS_SERVICE, seconds)
-    channel.ping_interval_seconds = patience.ping_seconds
     channel.silence_seconds = patience.silence_seconds
     return channel
 

@@ -6,8 +6,11 @@ one server or by several. Knows routes and servers; knows no model and no tokens
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +35,7 @@ from petals.errors import (
 from petals.types import BlockSpan, Hop, PeerId, Route
 
 _LOOK_AGAIN_SECONDS = 0.5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,11 +47,52 @@ class _Walked:
     tapped: dict[int, Tensor]
 
 
+class LostPeers:
+    """The servers that a pass has found dead, and how; one is enough to find it.
+
+    Its micro-batches share this: whoever waits for a server then, for a stream, for its turn or for
+    an answer, waits no longer.
+    """
+
+    def __init__(self) -> None:
+        self.errors: dict[PeerId, PetalsError] = {}
+        self._waiting: defaultdict[PeerId, set[asyncio.Task[Any]]] = defaultdict(set)
+
+    def add(self, peer: PeerId, error: PetalsError) -> None:
+        """``peer`` is dead; that is what ``error`` says."""
+        self.errors[peer] = error
+        for task in self._waiting[peer]:
+            task.cancel()
+
+    async def wait(self, peer: PeerId, asking: Coroutine[Any, Any, T]) -> T | None:
+        """What ``asking`` returns or raises; None if somebody else finds ``peer`` dead first."""
+        task = asyncio.create_task(asking)
+        self._waiting[peer].add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            return None
+        finally:
+            self._waiting[peer].discard(task)
+
+
 class MicroBatch:
-    """Whole rows through ``blocks``. ``forward`` once, then ``backward`` as often as asked."""
+    """Whole rows through ``blocks``. ``forward`` once, then ``backward`` as often as asked.
+
+    ``lost`` is shared by the micro-batches of a pass.
+    """
 
     def __init__(
-        self, view: SwarmView, blocks: BlockSpan, call: PassCall, *, is_training: bool
+        self,
+        view: SwarmView,
+        blocks: BlockSpan,
+        call: PassCall,
+        *,
+        is_training: bool,
+        lost: LostPeers,
     ) -> None:
         self._view = view
         self._blocks = blocks
@@ -59,7 +104,7 @@ class MicroBatch:
         self._refused: dict[PeerId, PetalsError] = {}
         self._called_again: set[PeerId] = set()
         self._num_refusals = 0
-        self._lost: dict[PeerId, PetalsError] = {}
+        self._lost = lost
 
     async def forward(self, hidden: Tensor) -> PassOutput:
         """hidden: [sum(counts), H]. Raises RouteError, the servers' refusals, PeerError."""
@@ -77,13 +122,11 @@ class MicroBatch:
         todo, done = list(self._legs), []
         while todo:
             leg = todo.pop()
-            try:
-                found = await run_backward(self._view, leg, replace(grads, hidden=grad))
-            except PetalsError as error:
-                await self._learn(leg.hop, error)
+            given = replace(grads, hidden=grad)
+            found = await self._ask(leg.hop, partial(run_backward, self._view, leg, given))
+            if found is None:
                 todo += (await self._walk(leg.hop.blocks, leg.hidden, to_last=True)).legs
                 continue
-            self._num_refusals = 0
             done.append(leg)
             grad = found.hidden
             if prompts is not None and found.prompts is not None:
@@ -111,25 +154,39 @@ class MicroBatch:
                 leg = Leg(hop, hidden, own, self._wants_adapter)
                 if to_last and hop.blocks.end == blocks.end:
                     return _Walked([*legs, leg], None, tapped)
-                try:
-                    output = await run_forward(self._view, leg, is_training=self._is_training)
-                except PetalsError as error:
-                    await self._learn(hop, error)
+                run = partial(run_forward, self._view, leg, is_training=self._is_training)
+                output = await self._ask(hop, run)
+                if output is None:
                     break
-                self._num_refusals = 0
                 if self._is_training:
                     legs.append(leg)
                 hidden, tapped = output.hidden, tapped | output.tapped
                 blocks = BlockSpan(hop.blocks.end, blocks.end)
         return _Walked(legs, hidden, tapped)
 
+    async def _ask(self, hop: Hop, ask: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """What the hop answers; None if it cannot, and another has to take its place."""
+        if hop.peer_id in self._out_of_reach():
+            return None
+        try:
+            answer = await self._lost.wait(hop.peer_id, ask())
+        except PetalsError as error:
+            await self._learn(hop, error)
+            return None
+        if answer is not None:
+            self._num_refusals = 0
+        return answer
+
+    def _out_of_reach(self) -> frozenset[PeerId]:
+        """Those who were found dead, until their bans end."""
+        return self._view.bans.at(self._view.node.clock.monotonic()) & self._lost.errors.keys()
+
     async def _route(self, blocks: BlockSpan) -> Route:
         """Waits up to ``repair_timeout`` for somebody to take the place of what was lost."""
         view, clock = self._view, self._view.node.clock
         deadline = clock.monotonic() + view.config.repair_timeout
         while True:
-            now = clock.monotonic()
-            lost = self._lost.keys() & view.bans.at(now)
+            lost = self._out_of_reach()
             needs = Needs(
                 blocks=blocks,
                 model=view.model,
@@ -139,13 +196,14 @@ class MicroBatch:
             try:
                 return await view.route(needs, throughput=True)
             except (MissingBlocksError, NoCapacity, TrainingRefused) as error:
-                if lost and now < deadline:
-                    await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
+                if lost and (left := deadline - clock.monotonic()) > 0:
+                    await clock.sleep(min(_LOOK_AGAIN_SECONDS, left))
                     await view.refresh(older_than=_LOOK_AGAIN_SECONDS)
                 elif self._refused or not lost:
                     raise next(reversed(self._refused.values()), error) from None
                 else:
-                    raise _nobody(blocks, view.model) from next(reversed(self._lost.values()))
+                    last_error = next(reversed(self._lost.errors.values()))
+                    raise _nobody(blocks, view.model) from last_error
 
     async def _learn(self, hop: Hop, error: PetalsError) -> None:
         """Remember why a server is no choice now. Raises the error if no other can help."""
@@ -162,8 +220,8 @@ class MicroBatch:
                 # A stream may break although both ends live: each peer is called once more.
                 self._called_again.add(peer)
             case PeerUnreachable() | PeerTimeout():
-                self._lost[peer] = error
                 view.note_failure(peer, error)
+                self._lost.add(peer, error)
             case PeerError():
                 self._num_refusals += 1
                 view.note_failure(peer, error)

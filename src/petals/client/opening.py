@@ -31,7 +31,6 @@ from petals.types import BlockSpan, Hop, PeerId, Route
 logger = get_logger(__name__)
 
 _MAX_JITTER_SECONDS = 0.1
-_PINGS_PER_SILENCE = 3
 
 
 async def release(hops: Sequence[HopSession]) -> None:
@@ -84,7 +83,6 @@ class _Opening:
         self._patience = Patience(
             connect_seconds=config.connect_timeout,
             request_seconds=config.request_timeout,
-            ping_seconds=config.silence_timeout / _PINGS_PER_SILENCE,
             silence_seconds=config.silence_timeout,
         )
         self._room_deadline = monotonic() + config.alloc_timeout

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
-from petals.client.micro_batch import MicroBatch
+from petals.client.micro_batch import LostPeers, MicroBatch
 from petals.client.pass_leg import Gradients
 from petals.client.routing import Needs
 from petals.client.sequence_manager import SwarmAccess
@@ -95,8 +95,9 @@ class Pass:
 
     def _cut(self, view: SwarmView, limit: int) -> None:
         self._parts = list(micro_batches(self._call.counts, limit))
+        lost = LostPeers()
         self._batches = [
-            MicroBatch(view, self._blocks, call, is_training=self._is_training)
+            MicroBatch(view, self._blocks, call, is_training=self._is_training, lost=lost)
             for call in _shares(self._call, self._parts)
         ]
 

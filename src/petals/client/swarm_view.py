@@ -72,10 +72,12 @@ class Bans:
         self._bans: dict[PeerId, Ban] = {}
 
     def add(self, peer: PeerId, now: float, factor: float = 1.0) -> Ban:
-        """The peer failed at ``now``."""
+        """The peer failed at ``now``. What fails during a ban began before it, and adds nothing."""
         known = self._bans.get(peer)
         seconds = self._first_seconds * factor
-        if known is not None and now < known.until + known.seconds:
+        if known is not None and now < known.until:
+            seconds = max(seconds, known.seconds)
+        elif known is not None and now < known.until + known.seconds:
             seconds = max(seconds, 2 * known.seconds)
         seconds = min(seconds, _MAX_BAN_SECONDS)
         self._bans[peer] = Ban(now + seconds, seconds)
@@ -100,7 +102,7 @@ class SwarmView:
         self.num_blocks = num_blocks
         self.bans = Bans(config.ban_timeout)
         self.edges = Edges()
-        self.channels = ChannelPool(node)
+        self.channels = ChannelPool(node, config.silence_timeout)
         self.kept = KeptBudget(config.max_kept_bytes)
         self.adapters = AdapterDelivery(model, self.channels, config)
         self.paths: set[Closing] = set()

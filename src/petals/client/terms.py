@@ -104,14 +104,13 @@ class Refill(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long to wait for a stream, for one answer, for room in the server's cache; how often a
-    server must give a sign of life, and for how long it may be silent.
+    """How long to wait for a stream, for one answer, for room in the server's cache, and for a sign
+    of life while something is pending.
     """
 
     connect_seconds: float
     request_seconds: float
     alloc_seconds: float = 0.0
-    ping_seconds: float = 1.0
     silence_seconds: float = 3.0
 
 

@@ -40,6 +40,7 @@ logger = get_logger(__name__)
 
 _NONCE = struct.Struct("!Q")
 _PARTING_SECONDS = 0.2
+_PINGS_PER_SILENCE = 3
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
@@ -53,7 +54,6 @@ class Channel:
         self.service = service
         self.limits = limits
         self.silence_seconds = limits.silence_seconds
-        self.ping_interval_seconds = limits.ping_interval_seconds
         self.rtt_seconds: float | None = None
         self._stream = stream
         self._clock = clock
@@ -337,7 +337,7 @@ class Channel:
             self._pending_since = self._clock.monotonic()
         self._num_pending += 1
         if self._heartbeat is None and self._error is None:
-            self._heartbeat = self._clock.call_later(self.ping_interval_seconds, self._check_pulse)
+            self._watch(self.silence_seconds)
 
     def _check_pulse(self) -> None:
         self._heartbeat = None
@@ -349,7 +349,12 @@ class Channel:
             self._fail(PeerTimeout(f"No sign of life for {silent:.1f} s.", peer_id=self.peer_id))
             return
         self._write_ping()
-        self._heartbeat = self._clock.call_later(self.ping_interval_seconds, self._check_pulse)
+        self._watch(self.silence_seconds - silent)
+
+    def _watch(self, seconds_left: float) -> None:
+        """Look again after a part of the silence that is allowed, or when no more is left."""
+        seconds = min(self.silence_seconds / _PINGS_PER_SILENCE, seconds_left)
+        self._heartbeat = self._clock.call_later(seconds, self._check_pulse)
 
     def _write_ping(self) -> int:
         nonce = self._last_nonce = int(self._clock.monotonic() * 1e9)

@@ -30,7 +30,6 @@ class ChannelLimits:
     max_inflight_bytes_per_peer: int = 512 * MIB
     max_streams: int = 4096
     max_streams_per_peer: int = 256
-    ping_interval_seconds: float = 1.5
     silence_seconds: float = 6.0
 
 

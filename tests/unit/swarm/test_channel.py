@@ -200,7 +200,7 @@ async def test_long_waits_are_fine_while_the_peer_lives(pair, clock):
     receiving = asyncio.create_task(a.receive())
     await clock.advance(600.0)
     assert not receiving.done()
-    assert a.last_heard_seconds <= LIMITS.ping_interval_seconds
+    assert a.last_heard_seconds <= LIMITS.silence_seconds / 2
     await b.send(GetInfo())
     await receiving
 
@@ -214,7 +214,7 @@ async def test_silence_is_noticed_while_something_is_pending(net, pair, clock):
     receiving = asyncio.create_task(a.receive())
     await clock.advance(LIMITS.silence_seconds - 0.1)
     assert not receiving.done()
-    await clock.advance(2 * LIMITS.ping_interval_seconds)
+    await clock.advance(0.2)
     with pytest.raises(PeerTimeout, match="sign of life"):
         await receiving
     with pytest.raises(PeerTimeout):
@@ -226,7 +226,7 @@ async def test_silence_ends_a_send_that_waits_for_credit(net, pair, clock):
     sending = asyncio.create_task(a.send(MESSAGE, [torch.zeros(3 * WINDOW_BYTES // 4)]))
     await settle()
     net.cut(A, B)
-    await clock.advance(LIMITS.silence_seconds + 2 * LIMITS.ping_interval_seconds)
+    await clock.advance(LIMITS.silence_seconds + 0.1)
     with pytest.raises(PeerTimeout):
         await sending
 
