@@ -7,7 +7,7 @@ another, through the same cache. Knows no sessions, no budgets, no network.
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from petals.errors import BadInput, BlocksNotServed, LengthExceeded, ModelNotSup
 from petals.models.attention import PACKED, register
 from petals.models.attention_replacements import replace_attention
 from petals.models.batch import BatchContext, Segment, activate, current
+from petals.models.kinds import kind_of
 from petals.models.kv_layout import KVLayout
 from petals.models.lora import LoraHooks, slots_of
 from petals.models.probe import BlockTraits, ProbeCache
@@ -144,6 +145,10 @@ class Span:
         borders: list[torch.Tensor] = []
         self._forward(segments, borders)
         return borders
+
+    def kind_of(self, block: int) -> Hashable:
+        """Equal for blocks that differ in their weights only."""
+        return kind_of(self._layers[block - self.blocks.start], block, self._base.config)
 
     def fall_back(self, reason: str) -> bool:
         """Take the next slower mode, if there is one; rows written so far are of no use.
