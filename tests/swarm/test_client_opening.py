@@ -203,6 +203,24 @@ async def test_the_dead_are_not_dialled_while_their_ban_lasts_whatever_their_rec
         await session.close()
 
 
+async def test_one_that_was_only_slow_to_answer_is_called_when_nobody_else_serves() -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        long = {"ban_timeout": 600.0, "repair_timeout": 20.0}
+        access = swarm.access(4, ping_timeout=0.1, **long)
+        session = await open_one(access)
+        spare = await swarm.add(2, 4)
+        view, clock = await access.view(), swarm.client.clock
+        await view.refresh()
+        swarm.net.pause(spare.peer_id)
+        await view.measure([spare.peer_id])
+        assert view.bans.at(clock.monotonic()) == {spare.peer_id}
+        swarm.net.resume(spare.peer_id)
+        swarm.net.kill(swarm.servers[1].peer_id)
+        await session.step(states(1), (0,), (1,))
+        assert view.bans.at(clock.monotonic()) == {swarm.servers[1].peer_id}
+        await session.close()
+
+
 @pytest.mark.parametrize(("max_retries", "attempts"), [(0, 1), (2, 3)])
 async def test_retries_end(max_retries: int, attempts: int) -> None:
     async with toy_swarm((0, 4)) as swarm:

@@ -195,7 +195,7 @@ class _Opening:
             case RequestError():
                 self._unfit[hop.peer_id] = error
             case PeerError():
-                self._swarm.note_failure(hop.peer_id, error)
+                self._swarm.note_failure(hop.peer_id, error, is_doubt=True)
                 if self._repair is not None:
                     return
                 self._num_failures += 1

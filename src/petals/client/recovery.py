@@ -280,36 +280,40 @@ class Recovery:
         self, blocks: BlockSpan, terms: Terms, repair: Repairing, attempt: Attempt
     ) -> list[HopSession]:
         hops = await self._patiently(
-            lambda: open_hops(self._swarm, blocks, terms, repair), attempt.last_failure
+            lambda: open_hops(self._swarm, blocks, terms, repair), blocks, attempt.last_failure
         )
         if self._closed:
             await release(hops)
             raise SessionClosed("The session was closed.", hint="Open a new one.")
         return hops
 
-    async def _patiently(self, work: Callable[[], Awaitable[T]], cause: PetalsError | None) -> T:
-        """Try until it works, for ``repair_timeout`` while nobody can serve."""
+    async def _patiently(
+        self, work: Callable[[], Awaitable[T]], blocks: BlockSpan, cause: PetalsError | None
+    ) -> T:
+        """Try until it works, for ``repair_timeout`` while nobody can serve ``blocks``."""
         clock, seconds = self._swarm.node.clock, self._swarm.config.repair_timeout
-        deadline: float | None = None
+        failures: list[float] = []
         since = ""
         while True:
             try:
                 return await work()
             except (MissingBlocksError, NoCapacity, CacheFull) as error:
-                now = clock.monotonic()
-                if deadline is None:
-                    deadline = now + seconds
-                    since = time.strftime("%H:%M:%S", time.localtime(clock.now()))
+                failures.append(clock.monotonic())
+                since = since or time.strftime("%H:%M:%S", time.localtime(clock.now()))
+                left = failures[0] + seconds - failures[-1]
+                if left <= 0 or self._closed:
+                    error.message += f" It has been so since {since}."
+                    raise error from cause
+                if len(failures) == 2:
                     logger.warning(
                         "waiting up to %g s, since %s: %s", seconds, since, error.message
                     )
-                if now >= deadline or self._closed:
-                    error.message += f" It has been so since {since}."
-                    raise error from cause
-                await clock.sleep(min(_LOOK_AGAIN_SECONDS, deadline - now))
+                if len(failures) > 1:
+                    await clock.sleep(min(_LOOK_AGAIN_SECONDS, left))
                 # Nobody else serves these blocks: only now are those called that are avoided.
                 if await self._reconnect(self._out_of_reach()):
                     raise _PathIsBack from None
+                await self._swarm.call_avoided(blocks, _LOOK_AGAIN_SECONDS)
                 with contextlib.suppress(PetalsError):
                     await self._swarm.refresh()
 

@@ -28,6 +28,8 @@ from petals.errors import (
     MissingBlocksError,
     PeerError,
     PeerMisbehaved,
+    PeerTimeout,
+    PeerUnreachable,
     PetalsError,
     RouteError,
     UnknownAdapter,
@@ -58,10 +60,14 @@ class Closing(Protocol):
 
 @dataclass(slots=True)
 class Ban:
-    """Until when (monotonic seconds) a server is avoided, and for how long in all."""
+    """Until when (monotonic seconds) a server is avoided, and for how long in all.
+
+    ``is_doubt``: it did not answer, but nothing of ours was there.
+    """
 
     until: float
     seconds: float
+    is_doubt: bool = False
 
 
 class Bans:
@@ -71,16 +77,17 @@ class Bans:
         self._first_seconds = first_seconds
         self._bans: dict[PeerId, Ban] = {}
 
-    def add(self, peer: PeerId, now: float, factor: float = 1.0) -> Ban:
+    def add(self, peer: PeerId, now: float, factor: float = 1.0, *, is_doubt: bool = False) -> Ban:
         """The peer failed at ``now``. What fails during a ban began before it, and adds nothing."""
         known = self._bans.get(peer)
         seconds = self._first_seconds * factor
         if known is not None and now < known.until:
             seconds = max(seconds, known.seconds)
+            is_doubt = is_doubt and known.is_doubt
         elif known is not None and now < known.until + known.seconds:
             seconds = max(seconds, 2 * known.seconds)
         seconds = min(seconds, _MAX_BAN_SECONDS)
-        self._bans[peer] = Ban(now + seconds, seconds)
+        self._bans[peer] = Ban(now + seconds, seconds, is_doubt)
         return self._bans[peer]
 
     def lift(self, peer: PeerId) -> None:
@@ -90,6 +97,10 @@ class Bans:
     def at(self, now: float) -> frozenset[PeerId]:
         """Those to avoid now."""
         return frozenset(peer for peer, ban in self._bans.items() if now < ban.until)
+
+    def doubted_at(self, now: float) -> frozenset[PeerId]:
+        """Those of them who are welcome again as soon as they answer."""
+        return frozenset(peer for peer in self.at(now) if self._bans[peer].is_doubt)
 
 
 class SwarmView:
@@ -169,6 +180,19 @@ class SwarmView:
         """Ask these servers how they are, all at the same time; those that fail are banned."""
         await asyncio.gather(*(self._measure(peer) for peer in peers))
 
+    async def call_avoided(self, blocks: BlockSpan, seconds: float) -> None:
+        """Ask those who hold some of ``blocks`` and are avoided, on a doubt, how they are.
+
+        Who answers is avoided no more. Returns when all have answered or after ``seconds``; later
+        answers count, too.
+        """
+        doubted = self.bans.doubted_at(self._clock.monotonic())
+        holders = {c.peer_id for c in self.candidates() if c.blocks.overlaps(blocks)}
+        if doubted & holders:
+            calls = self.measure(doubted & holders)
+            task = self.node.background.start(calls, "calling avoided servers")
+            await asyncio.wait({task}, timeout=seconds)
+
     async def meet_spares(self, route: Route, cache_tokens: int = 0) -> None:
         """Ask those who could replace each hop how they are; a channel to each stays open.
 
@@ -189,11 +213,15 @@ class SwarmView:
             asked |= spares
             await asyncio.gather(*(self._measure(peer, stay=True) for peer in spares))
 
-    def note_failure(self, peer: PeerId, error: PetalsError) -> None:
-        """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
+    def note_failure(self, peer: PeerId, error: PetalsError, *, is_doubt: bool = False) -> None:
+        """Avoid a server for a while, if ``error`` is its own fault (never for a client's).
+
+        ``is_doubt``: it was only called, and held nothing of ours.
+        """
         if isinstance(error, PeerError):
             factor = _MISBEHAVED_FACTOR if isinstance(error, PeerMisbehaved) else 1.0
-            ban = self.bans.add(peer, self._clock.monotonic(), factor)
+            is_doubt = is_doubt and isinstance(error, PeerUnreachable | PeerTimeout)
+            ban = self.bans.add(peer, self._clock.monotonic(), factor, is_doubt=is_doubt)
             logger.info("avoiding …%s for %.0f s: %s", peer[-6:], ban.seconds, error.message)
 
     def note_success(self, peer: PeerId, info: Info | None = None) -> None:
@@ -317,7 +345,7 @@ class SwarmView:
                 await channel.close()
                 raise
         except PetalsError as error:
-            self.note_failure(peer, error)
+            self.note_failure(peer, error, is_doubt=True)
             return
         self.note_success(peer, info)
         await (self.channels.give(channel) if stay else channel.close())
