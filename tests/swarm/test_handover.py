@@ -195,10 +195,28 @@ async def test_nobody_takes_over(folder: Path) -> None:
         await story.reorder()
 
 
-async def test_where_servers_do_not_hand_on_the_first_hop_is_handed_over(folder: Path) -> None:
+@pytest.mark.parametrize("leaving", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+async def test_where_servers_do_not_hand_on_states_come_through_us(
+    folder: Path, leaving: tuple[int, ...]
+) -> None:
     async with story_in(folder, *SPANS, *SPANS, use_server_to_server=False) as story:
         await story.prefill()
-        await decode_until(story, [story.swarm.stop(peers(story)[0])])
+        before = peers(story)
+        await decode_until(story, [story.swarm.stop(before[index]) for index in leaving])
+        assert not {before[index] for index in leaving} & set(peers(story))
+        assert set(reasons(story)) == {LEAVES}
+        await story.reorder()
+        await story.decode()
+
+
+async def test_a_successor_that_cannot_be_handed_to_is_filled_through_us(folder: Path) -> None:
+    async with story_in(folder, *SPANS, SPANS[1]) as story:
+        await story.prefill()
+        first, victim, _ = peers(story)
+        spare = next(p for p in story.swarm.peers if p not in peers(story))
+        story.swarm.net.cut(first, spare)
+        await decode_until(story, [story.swarm.stop(victim)])
+        assert peers(story)[1] == spare
         assert reasons(story) == [LEAVES]
         await story.reorder()
 

@@ -4,12 +4,12 @@ Checks and collects what comes; knows no servers and no channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from petals.client.kept_inputs import KeptInputs
+from petals.client.kept_inputs import KeptInputs, Part
 from petals.client.states import is_finite
 from petals.wire.messages import Step
 
@@ -20,7 +20,7 @@ class WrongRows(ValueError):
 
 @dataclass(slots=True)
 class Fetched:
-    """At most ``max_tokens`` of width ``hidden_size``.
+    """At most ``max_tokens`` of width ``hidden_size``, from ``starts`` on (empty: from position 0).
 
     ``reordered``: the rows stand as the reorder of the step to follow leaves them.
     """
@@ -28,6 +28,7 @@ class Fetched:
     max_tokens: int
     hidden_size: int
     dtype: torch.dtype
+    starts: tuple[int, ...] = ()
     rows: KeptInputs = field(default_factory=lambda: KeptInputs(0))
     reordered: bool = False
 
@@ -38,7 +39,9 @@ class Fetched:
         if not self.rows.lengths:
             self.rows = KeptInputs(len(step.counts))
         num_tokens = sum(step.counts)
-        if step.starts != self.rows.lengths or len(step.counts) != len(step.starts):
+        starts = self.starts or (0,) * len(self.rows.lengths)
+        due = tuple(start + come for start, come in zip(starts, self.rows.lengths))
+        if step.starts != due or len(step.counts) != len(due):
             raise WrongRows("rows that do not follow each other")
         if sum(self.rows.lengths) + num_tokens > self.max_tokens:
             raise WrongRows("more rows than were asked for")
@@ -49,3 +52,8 @@ class Fetched:
             raise WrongRows("NaN or infinity")
         self.rows.append(step.counts, tensors[0])
         self.reordered = step.reordered
+
+    def part(self) -> Part | None:
+        """What has come; None for nothing."""
+        whole = self.rows.whole()
+        return replace(whole, starts=self.starts) if whole is not None and self.starts else whole

@@ -7,20 +7,24 @@ rows and reservations; knows no text and no sampling.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from petals.client.course import Course, in_pieces, refill_from_us
+from petals.client.fetched import Fetched
 from petals.client.hop import HopSession
+from petals.client.kept_inputs import Part
 from petals.client.opening import Repairing, open_hops, release
 from petals.client.path import SessionPath
-from petals.client.terms import Held
+from petals.client.terms import Held, Terms
 from petals.client.trace import Repair
 from petals.client.waiting import Refilling
-from petals.errors import OutboxLost, PetalsError
+from petals.errors import CacheFull, MissingBlocksError, NoCapacity, OutboxLost, PetalsError
 from petals.logs import get_logger
-from petals.types import BlockSpan, PeerId
+from petals.types import BlockSpan
 
 logger = get_logger(__name__)
 
@@ -90,8 +94,7 @@ class HandOver:
         blocks = BlockSpan(leaving[0].blocks.start, leaving[-1].blocks.end)
         num_rows = len(course.told.lengths) or course.terms.num_rows
         terms = replace(course.terms, epoch=course.epoch, num_rows=num_rows)
-        repair = Repairing(before.peer_id if before else None, self._unfit(path, before))
-        hops = await open_hops(course.swarm, blocks, terms, repair)
+        hops = await self._open(path, before, blocks, terms)
         succession = _Succession(path, terms.epoch, before, leaving, hops)
         try:
             path.listen_to(hops)
@@ -105,14 +108,21 @@ class HandOver:
         finally:
             self._held = None
 
-    def _unfit(self, path: SessionPath, before: HopSession | None) -> frozenset[PeerId]:
-        """Servers that cannot be the successor: they leave, or cannot be handed to."""
-        unfit = {hop.peer_id for hop in path.hops if hop.leaving_seconds is not None}
-        if before is not None:
-            now, edges = self._course.swarm.node.clock.monotonic(), self._course.swarm.edges
-            peers = {candidate.peer_id for candidate in self._course.swarm.candidates()}
-            unfit |= {peer for peer in peers if not edges.is_direct(before.peer_id, peer, now)}
-        return frozenset(unfit)
+    async def _open(
+        self, path: SessionPath, before: HopSession | None, blocks: BlockSpan, terms: Terms
+    ) -> list[HopSession]:
+        """Successors, best of all such that the hop ``before`` can hand on to."""
+        swarm = self._course.swarm
+        leaving = frozenset(hop.peer_id for hop in path.hops if hop.leaving_seconds is not None)
+        if before is None:
+            return await open_hops(swarm, blocks, terms, Repairing(None, leaving))
+        now, peers = swarm.node.clock.monotonic(), {c.peer_id for c in swarm.candidates()}
+        aside = {p for p in peers if not swarm.edges.is_direct(before.peer_id, p, now)}
+        if aside - leaving:
+            with contextlib.suppress(MissingBlocksError, NoCapacity, CacheFull):
+                repair = Repairing(before.peer_id, leaving | aside)
+                return await open_hops(swarm, blocks, terms, repair)
+        return await open_hops(swarm, blocks, terms, Repairing(before.peer_id, leaving))
 
     async def _copy(self, succession: _Succession) -> None:
         """Copy what is missing, then what has come meanwhile, until it is little; then change."""
@@ -142,23 +152,64 @@ class HandOver:
 
     def _send(self, succession: _Succession, held: Held) -> Coroutine[Any, Any, None]:
         """Work that brings the successors from what they have to where the rows stand now."""
-        course, before = self._course, succession.before
-        told, lengths = course.told, course.told.lengths
-        refilling = Refilling(
-            step_id=next(course.step_ids),
-            source=before,
-            hops=succession.hops,
-            num_tokens=sum(held.missing(lengths)),
-        )
-        if before is None or not refilling.num_tokens:
-            parts = in_pieces(told.since(held.lengths), course.piece_tokens(succession.hops))
-            return refill_from_us(succession.path, refilling, parts, held=held)
+        told = self._course.told
+        if succession.before is None or not any(held.missing(told.lengths)):
+            return self._fill(succession, held, told.lengths, told.since(held.lengths), None)
+        return self._fill(succession, held, told.lengths, None, succession.before)
 
-        async def ask() -> None:
-            step_id, hops = refilling.step_id, refilling.next_hops
-            await before.replay(step_id, lengths, hops, held=held)
+    async def _fill(
+        self,
+        succession: _Succession,
+        held: Held,
+        lengths: tuple[int, ...],
+        ours: Part | None,
+        source: HopSession | None,
+    ) -> None:
+        """Bring the successors, arc by arc, from ``held`` to ``lengths``: the first of them with
+        ``ours`` unless there is a ``source``.
+        """
+        path, rest = succession.path, list(succession.hops)
+        while rest:
+            if source is not None and path.arc_end(0, [source, *rest]) > 1:
+                arc = rest[: path.arc_end(0, [source, *rest]) - 1]
+                refilling = self._refilling(source, arc, held, lengths)
+                await self._replay(path, refilling, held, lengths)
+            else:
+                if source is not None:
+                    ours = await self._fetch(path, source, held, lengths)
+                arc = rest[: path.arc_end(0, rest)]
+                parts = in_pieces(ours, self._course.piece_tokens(arc))
+                refilling = self._refilling(None, arc, held, lengths)
+                await refill_from_us(path, refilling, parts, held=held)
+            source, rest = arc[-1], rest[len(arc) :]
 
-        return succession.path.refill(refilling, ask)
+    async def _fetch(
+        self, path: SessionPath, source: HopSession, held: Held, lengths: tuple[int, ...]
+    ) -> Part | None:
+        """The rows that ``source`` cannot hand on, on their way through us."""
+        num_tokens, dtype = sum(held.missing(lengths)), self._course.terms.dtype
+        fetched = Fetched(num_tokens, path.hidden_size, dtype, held.lengths)
+        refilling = replace(self._refilling(source, (), held, lengths), fetched=fetched)
+        await self._replay(path, refilling, held, lengths)
+        return fetched.part()
+
+    async def _replay(
+        self, path: SessionPath, refilling: Refilling, held: Held, lengths: tuple[int, ...]
+    ) -> None:
+        source = refilling.source
+        assert source is not None
+        step_id, hops = refilling.step_id, refilling.next_hops
+        await path.refill(refilling, partial(source.replay, step_id, lengths, hops, held=held))
+
+    def _refilling(
+        self,
+        source: HopSession | None,
+        hops: Sequence[HopSession],
+        held: Held,
+        lengths: tuple[int, ...],
+    ) -> Refilling:
+        num_tokens = sum(held.missing(lengths))
+        return Refilling(next(self._course.step_ids), source, hops, num_tokens)
 
     async def _change(self, succession: _Succession) -> None:
         """The successors take the old hops' place."""

@@ -142,7 +142,7 @@ class SessionPath:
         for hop in line:
             if hop.failure is not None:
                 raise hop.failure
-        if self._arc_end(line, 0) < len(line):
+        if self.arc_end(0, line) < len(line):
             raise OutboxLost("The servers cannot hand states to each other.")
         with self._expect(refilling.step_id) as waiting:
             waiting.hops, waiting.refilling = line, refilling
@@ -186,14 +186,13 @@ class SessionPath:
         for index, hop in enumerate(self.hops):
             await hop.begin_epoch(epoch, [self.hops[index - 1].peer_id] if index else [])
 
-    def arc_end(self, start: int) -> int:
-        """The first hop after ``start`` that its neighbour does not hand states to."""
-        return self._arc_end(self.hops, start)
-
-    def _arc_end(self, hops: Sequence[HopSession], start: int) -> int:
+    def arc_end(self, start: int, hops: Sequence[HopSession] | None = None) -> int:
+        """The first hop after ``start`` that its neighbour does not hand states to: of the path's,
+        or of ``hops`` one behind the other.
+        """
         if not self._swarm.config.use_server_to_server:
             return start + 1
-        peers = [hop.peer_id for hop in hops]
+        peers = [hop.peer_id for hop in hops or self.hops]
         return self._swarm.edges.arc_end(peers, start, self._now())
 
     def _way(self, index: int, far: HopSession) -> Way:
