@@ -63,3 +63,26 @@ async def test_who_hides_hands_on_to_others_directly(folder: Path, tmp_path: Pat
         assert [hop.is_relayed for hop in session.trace.hops] == [True, False]
         await session.close()
         await access.close()
+
+
+async def test_a_relay_that_ends_its_circuits_ends_no_session(folder: Path, tmp_path: Path) -> None:
+    """Relays allow a circuit some minutes and some bytes."""
+    async with real_swarm(folder, BlockSpan(0, 2)) as swarm:
+        hidden = [
+            await add_hidden(swarm, BlockSpan(2, 4), tmp_path / "one"),
+            await add_hidden(swarm, BlockSpan(4, 5), tmp_path / "two"),
+        ]
+        access = swarm.access()
+        session = SessionRows(access, ALL, max_length=60)
+        text = states(18, 1)
+        expected = swarm.expected(text)
+        for start in range(0, 18, 3):
+            output = await session.step(text[start : start + 3], (start,), (3,))
+            wanted = expected[start : start + 3]
+            torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+            for peer in hidden[: start // 6]:
+                swarm.net.transports[peer].break_streams()
+        assert [hop.peer_id for hop in session.trace.hops[1:]] == hidden
+        assert not session.trace.repairs
+        await session.close()
+        await access.close()
