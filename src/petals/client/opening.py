@@ -113,7 +113,7 @@ class _Opening:
             exclude |= self._repair.unfit
         try:
             needs = replace(self._needs, exclude=frozenset(exclude))
-            return await self._swarm.route(needs, avoid_strictly=self._repair is not None)
+            return await self._swarm.route(needs, is_repair=self._repair is not None)
         except NoCapacity:
             if self._unfit and not exclude_full:
                 raise next(reversed(self._unfit.values())) from None

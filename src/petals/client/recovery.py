@@ -6,7 +6,6 @@ session's own inputs. Knows rows of hidden states and reservations; knows no tex
 """
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import deque
@@ -313,9 +312,7 @@ class Recovery:
                 # Nobody else serves these blocks: only now are those called that are avoided.
                 if await self._reconnect(self._out_of_reach()):
                     raise _PathIsBack from None
-                await self._swarm.call_avoided(blocks, _LOOK_AGAIN_SECONDS)
-                with contextlib.suppress(PetalsError):
-                    await self._swarm.refresh()
+                await self._swarm.look_again(blocks, _LOOK_AGAIN_SECONDS)
 
     def _cut(self, path: SessionPath, part: Part, reorder: tuple[int, ...] | None) -> list[Piece]:
         pieces = []

@@ -122,6 +122,7 @@ class SwarmView:
         self._records: View | None = None
         self._read_at = 0.0
         self._reading = asyncio.Lock()
+        self._refreshing: asyncio.Task[None] | None = None
         self._round_trips: dict[PeerId, float] = {}
         self._infos: dict[PeerId, tuple[Info, float]] = {}
         self._leaving_until: dict[PeerId, float] = {}
@@ -155,20 +156,28 @@ class SwarmView:
             self.node.background.start(self.measure(chosen), "measuring servers")
 
     async def route(
-        self, needs: Needs, *, throughput: bool = False, avoid_strictly: bool = False
+        self, needs: Needs, *, throughput: bool = False, is_repair: bool = False
     ) -> Route:
         """A route for ``needs`` now; ``throughput`` draws one of many instead of the fastest.
 
-        Banned servers are used where nobody else holds a block; with ``avoid_strictly`` not even
-        there. Raises MissingBlocksError, NoCapacity, TrainingRefused, UnknownAdapter.
+        Banned servers are used where nobody else holds a block, though not for a repair. Somebody
+        waits for a repair: old records do for it, while they are read anew (a server that has just
+        gone holds reading up for seconds). Raises MissingBlocksError, NoCapacity, TrainingRefused,
+        UnknownAdapter.
         """
-        await self.records()
+        if not is_repair or self._records is None:
+            await self.records()
+        elif self._age() > self.config.update_period:
+            self._refresh_aside()
         try:
-            route = self._find(needs, throughput, avoid_strictly)
+            route = self._find(needs, throughput, is_repair)
         except MissingBlocksError:
+            if is_repair:
+                self._refresh_aside()
+                raise
             await self.refresh(older_than=_FRESH_SECONDS)
             try:
-                route = self._find(needs, throughput, avoid_strictly)
+                route = self._find(needs, throughput, is_repair)
             except MissingBlocksError:
                 self._blame_the_adapter(needs.blocks)
                 raise
@@ -180,18 +189,29 @@ class SwarmView:
         """Ask these servers how they are, all at the same time; those that fail are banned."""
         await asyncio.gather(*(self._measure(peer) for peer in peers))
 
-    async def call_avoided(self, blocks: BlockSpan, seconds: float) -> None:
-        """Ask those who hold some of ``blocks`` and are avoided, on a doubt, how they are.
+    async def look_again(self, blocks: BlockSpan, seconds: float) -> None:
+        """Read the records anew, and ask those who hold some of ``blocks`` and are avoided on a
+        doubt how they are: who answers is avoided no more.
 
-        Who answers is avoided no more. Returns when all have answered or after ``seconds``; later
-        answers count, too.
+        Returns when that is done or after ``seconds``; what comes later counts, too.
         """
         doubted = self.bans.doubted_at(self._clock.monotonic())
         holders = {c.peer_id for c in self.candidates() if c.blocks.overlaps(blocks)}
-        if doubted & holders:
-            calls = self.measure(doubted & holders)
-            task = self.node.background.start(calls, "calling avoided servers")
-            await asyncio.wait({task}, timeout=seconds)
+        calls = self.measure(doubted & holders)
+        called = self.node.background.start(calls, "calling avoided servers")
+        await asyncio.wait({called, self._refresh_aside()}, timeout=seconds)
+
+    def _refresh_aside(self) -> "asyncio.Task[None]":
+        """``refresh`` beside whatever else happens; one at a time."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = self.node.background.start(
+                self._refresh_quietly(), "reading records"
+            )
+        return self._refreshing
+
+    async def _refresh_quietly(self) -> None:
+        with contextlib.suppress(PetalsError):
+            await self.refresh()
 
     async def meet_spares(self, route: Route, cache_tokens: int = 0) -> None:
         """Ask those who could replace each hop how they are; a channel to each stays open.
@@ -275,9 +295,9 @@ class SwarmView:
             default=None,
         )
 
-    def _find(self, needs: Needs, throughput: bool, avoid_strictly: bool) -> Route:
+    def _find(self, needs: Needs, throughput: bool, is_repair: bool) -> Route:
         candidates, banned = self.candidates(), self.bans.at(self._clock.monotonic())
-        if avoid_strictly:
+        if is_repair:
             candidates = tuple(c for c in candidates if c.peer_id not in banned)
         needs = replace(needs, avoid=banned)
         if throughput:
