@@ -203,6 +203,25 @@ async def test_the_dead_are_not_dialled_while_their_ban_lasts_whatever_their_rec
         await session.close()
 
 
+async def test_a_repair_does_not_wait_for_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        access = swarm.access(4, update_period=1e-6)
+        session = await open_one(access)
+        await swarm.add(2, 4)
+        await (await access.view()).refresh()
+        asked = asyncio.Event()
+
+        async def never(*_: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(swarm.client.directory, "view", never)
+        swarm.net.kill(swarm.servers[1].peer_id)
+        await session.step(states(1), (0,), (1,))
+        assert asked.is_set()
+        await session.close()
+
+
 async def test_one_that_was_only_slow_to_answer_is_called_when_nobody_else_serves() -> None:
     async with toy_swarm((0, 2), (2, 4)) as swarm:
         long = {"ban_timeout": 600.0, "repair_timeout": 20.0}
