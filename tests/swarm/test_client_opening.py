@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import toy_blocks
+from petals.client.bans import Bans, Cause
 from petals.client.sequence_manager import SwarmAccess
 from petals.client.session_rows import SessionRows
-from petals.client.swarm_view import Bans
 from petals.errors import (
     AdmissionDenied,
     BadInput,
@@ -323,3 +323,14 @@ def test_bans_double_and_are_forgotten() -> None:
     bans.lift(peer)
     assert not bans.at(101.0)
     assert bans.add(peer, 102.0).until == 112.0
+
+
+def test_the_worst_cause_of_a_ban_counts() -> None:
+    bans, peer = Bans(10.0), PeerId("Qm")
+    bans.add(peer, 0.0, cause=Cause.SLOW)
+    assert bans.at(1.0) and not bans.at(1.0, Cause.UNANSWERED)
+    bans.add(peer, 1.0, cause=Cause.FAILED)
+    bans.add(peer, 2.0, cause=Cause.UNANSWERED)
+    assert bans.at(3.0, Cause.FAILED) == {peer}
+    bans.add(peer, 15.0, cause=Cause.SLOW)
+    assert bans.at(16.0) and not bans.at(16.0, Cause.UNANSWERED)

@@ -391,6 +391,11 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
         (repair,) = session.trace.repairs
         assert repair.peer_id == slow.peer_id
         assert "slow" in repair.reason
+        swarm.net.kill(spare.peer_id)
+        output = await session.step(states(1, 9), (8,), (1,))
+        whole = torch.cat([text, states(1, 9)])
+        torch.testing.assert_close(output, expected(whole, ALL)[8:])
+        assert [hop.peer_id for hop in session.trace.hops][1] == slow.peer_id
         await session.close()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from petals.server.scheduler import SchedulerConfig
 from petals.types import BlockSpan
-from petals.wire.messages import GetInfo, Info, Step
+from petals.wire.messages import CloseSession, GetInfo, Info, SessionEnded, Step, StepResult
 from petals.wire.passes import Forward, ForwardResult
 from served_span import assert_close, served, states
 
@@ -193,6 +193,22 @@ async def test_a_newer_epoch_opens_anew() -> None:
         assert_close(tensors[0], swarm.expected(text))
         swarm.pool.check_integrity()
         assert len(swarm.service.sessions) == 1
+
+
+async def test_a_channel_closes_only_what_it_opened() -> None:
+    """A client gives up a reservation while another of its tasks has begun the session anew."""
+    async with served() as swarm:
+        old, new, text = await swarm.talk(), await swarm.talk(), states(6)
+        await old.open()
+        await new.open(epoch=1)
+        answer, _ = await old.ask(CloseSession(old.session_id))  # the end of the older one
+        assert isinstance(answer, SessionEnded)
+        await old.channel.close()
+        answer, tensors = await new.ask(Step(new.session_id, 1, 0, (0,), (6,)), text)
+        assert isinstance(answer, StepResult)
+        assert_close(tensors[0], swarm.expected(text))
+        await new.close()
+        await swarm.at_rest()
 
 
 async def test_a_session_without_a_length_grows() -> None:

@@ -92,6 +92,8 @@ class HopSession:
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self.failure: PetalsError | None = None
         """Why this leg is lost; None while it stands."""
+        self.was_slow = False
+        """Whether it is lost because we left it for a faster one."""
         self.leaving_seconds: float | None = None
         """How long the server stays, if it has said that it leaves."""
         self.listener: Listener | None = None

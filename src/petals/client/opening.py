@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
+from petals.client.bans import Cause
 from petals.client.hop import HopSession
 from petals.client.routing import Needs
 from petals.client.swarm_view import SwarmView
@@ -195,7 +196,7 @@ class _Opening:
             case RequestError():
                 self._unfit[hop.peer_id] = error
             case PeerError():
-                self._swarm.note_failure(hop.peer_id, error, is_doubt=True)
+                self._swarm.note_failure(hop.peer_id, error, Cause.UNANSWERED)
                 if self._repair is not None:
                     return
                 self._num_failures += 1

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from petals.client.attempt import Attempt
+from petals.client.bans import Cause
 from petals.client.course import Course, in_pieces, refill_from_us
 from petals.client.fetched import Fetched
 from petals.client.handover import HandOver
@@ -158,7 +159,8 @@ class Recovery:
             assert hop.failure is not None
             if hop.hop not in self._losses:
                 self._losses[hop.hop] = hop.failure.message
-                self._swarm.note_failure(hop.peer_id, hop.failure)
+                cause = Cause.SLOW if hop.was_slow else Cause.FAILED
+                self._swarm.note_failure(hop.peer_id, hop.failure, cause)
         if path is None or self._course.is_stale:
             path = await self._rebuilt(attempt)
         else:
@@ -348,6 +350,7 @@ class Recovery:
                 partial(swarm.alternative_seconds, hop.hop, self._cache_tokens),
             )
             if self._slow.should_leave(hop.blocks, hop.timings, promises, now):
+                hop.was_slow = True
                 hop.fail(PeerTimeout("It is slow: others would take less than half the time."))
 
     def _meet_spares(self, path: SessionPath) -> None:

@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from petals.client.adapter_delivery import AdapterDelivery
 from petals.client.arcs import Edges
+from petals.client.bans import Bans, Cause
 from petals.client.channels import ChannelPool
 from petals.client.config import ClientConfig
 from petals.client.kept_inputs import KeptBudget
@@ -47,7 +48,6 @@ _FRESH_SECONDS = 1.0
 """A view younger than this is not read again for a block that nobody serves."""
 
 _MAX_MEASURED = 32
-_MAX_BAN_SECONDS = 3600.0
 _MISBEHAVED_FACTOR = 16.0
 _SPARE_ROUNDS = 3
 
@@ -56,51 +56,6 @@ class Closing(Protocol):
     """Something open in the swarm that must not outlive the view."""
 
     async def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Ban:
-    """Until when (monotonic seconds) a server is avoided, and for how long in all.
-
-    ``is_doubt``: it did not answer, but nothing of ours was there.
-    """
-
-    until: float
-    seconds: float
-    is_doubt: bool = False
-
-
-class Bans:
-    """Who failed lately. A ban doubles if the next failure follows soon, else it is forgotten."""
-
-    def __init__(self, first_seconds: float) -> None:
-        self._first_seconds = first_seconds
-        self._bans: dict[PeerId, Ban] = {}
-
-    def add(self, peer: PeerId, now: float, factor: float = 1.0, *, is_doubt: bool = False) -> Ban:
-        """The peer failed at ``now``. What fails during a ban began before it, and adds nothing."""
-        known = self._bans.get(peer)
-        seconds = self._first_seconds * factor
-        if known is not None and now < known.until:
-            seconds = max(seconds, known.seconds)
-            is_doubt = is_doubt and known.is_doubt
-        elif known is not None and now < known.until + known.seconds:
-            seconds = max(seconds, 2 * known.seconds)
-        seconds = min(seconds, _MAX_BAN_SECONDS)
-        self._bans[peer] = Ban(now + seconds, seconds, is_doubt)
-        return self._bans[peer]
-
-    def lift(self, peer: PeerId) -> None:
-        """The peer serves again."""
-        self._bans.pop(peer, None)
-
-    def at(self, now: float) -> frozenset[PeerId]:
-        """Those to avoid now."""
-        return frozenset(peer for peer, ban in self._bans.items() if now < ban.until)
-
-    def doubted_at(self, now: float) -> frozenset[PeerId]:
-        """Those of them who are welcome again as soon as they answer."""
-        return frozenset(peer for peer in self.at(now) if self._bans[peer].is_doubt)
 
 
 class SwarmView:
@@ -160,10 +115,10 @@ class SwarmView:
     ) -> Route:
         """A route for ``needs`` now; ``throughput`` draws one of many instead of the fastest.
 
-        Banned servers are used where nobody else holds a block, though not for a repair. Somebody
-        waits for a repair: old records do for it, while they are read anew (a server that has just
-        gone holds reading up for seconds). Raises MissingBlocksError, NoCapacity, TrainingRefused,
-        UnknownAdapter.
+        Banned servers are used where nobody else holds a block; for a repair only if they were no
+        worse than slow. Somebody waits for a repair: old records do for it, while they are read
+        anew (a server that has just gone holds reading up for seconds). Raises MissingBlocksError,
+        NoCapacity, TrainingRefused, UnknownAdapter.
         """
         if not is_repair or self._records is None:
             await self.records()
@@ -190,12 +145,13 @@ class SwarmView:
         await asyncio.gather(*(self._measure(peer) for peer in peers))
 
     async def look_again(self, blocks: BlockSpan, seconds: float) -> None:
-        """Read the records anew, and ask those who hold some of ``blocks`` and are avoided on a
-        doubt how they are: who answers is avoided no more.
+        """Read the records anew, and ask those who hold some of ``blocks`` and only did not answer
+        a call how they are: who answers is avoided no more.
 
         Returns when that is done or after ``seconds``; what comes later counts, too.
         """
-        doubted = self.bans.doubted_at(self._clock.monotonic())
+        now = self._clock.monotonic()
+        doubted = self.bans.at(now, Cause.UNANSWERED) - self.bans.at(now, Cause.FAILED)
         holders = {c.peer_id for c in self.candidates() if c.blocks.overlaps(blocks)}
         calls = self.measure(doubted & holders)
         called = self.node.background.start(calls, "calling avoided servers")
@@ -233,15 +189,13 @@ class SwarmView:
             asked |= spares
             await asyncio.gather(*(self._measure(peer, stay=True) for peer in spares))
 
-    def note_failure(self, peer: PeerId, error: PetalsError, *, is_doubt: bool = False) -> None:
-        """Avoid a server for a while, if ``error`` is its own fault (never for a client's).
-
-        ``is_doubt``: it was only called, and held nothing of ours.
-        """
+    def note_failure(self, peer: PeerId, error: PetalsError, cause: Cause = Cause.FAILED) -> None:
+        """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
         if isinstance(error, PeerError):
             factor = _MISBEHAVED_FACTOR if isinstance(error, PeerMisbehaved) else 1.0
-            is_doubt = is_doubt and isinstance(error, PeerUnreachable | PeerTimeout)
-            ban = self.bans.add(peer, self._clock.monotonic(), factor, is_doubt=is_doubt)
+            if not isinstance(error, PeerUnreachable | PeerTimeout):
+                cause = Cause.FAILED
+            ban = self.bans.add(peer, self._clock.monotonic(), factor, cause)
             logger.info("avoiding …%s for %.0f s: %s", peer[-6:], ban.seconds, error.message)
 
     def note_success(self, peer: PeerId, info: Info | None = None) -> None:
@@ -296,10 +250,11 @@ class SwarmView:
         )
 
     def _find(self, needs: Needs, throughput: bool, is_repair: bool) -> Route:
-        candidates, banned = self.candidates(), self.bans.at(self._clock.monotonic())
+        candidates, now = self.candidates(), self._clock.monotonic()
         if is_repair:
-            candidates = tuple(c for c in candidates if c.peer_id not in banned)
-        needs = replace(needs, avoid=banned)
+            silent = self.bans.at(now, Cause.UNANSWERED)
+            candidates = tuple(c for c in candidates if c.peer_id not in silent)
+        needs = replace(needs, avoid=self.bans.at(now))
         if throughput:
             route = find_throughput_route(candidates, needs, random.random)
         else:
@@ -365,7 +320,7 @@ class SwarmView:
                 await channel.close()
                 raise
         except PetalsError as error:
-            self.note_failure(peer, error, is_doubt=True)
+            self.note_failure(peer, error, Cause.UNANSWERED)
             return
         self.note_success(peer, info)
         await (self.channels.give(channel) if stay else channel.close())

@@ -414,11 +414,8 @@ class _Conversation:
             await self._sink.answer(kept)
 
     async def _close(self, session_id: bytes) -> None:
-        try:
-            session = self._find(session_id)
-        except PetalsError:
-            pass
-        else:
+        # Only what this channel opened or took up: its client may have begun the session anew.
+        session = self._sessions.pop(session_id, None)
+        if session is not None and not session.closed:
             await self._service.end(session, "")
-        self._sessions.pop(session_id, None)
         await self._sink.answer(SessionEnded(session_id, "closed"))

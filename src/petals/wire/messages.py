@@ -260,7 +260,7 @@ class Leaving(Message):
 
 
 class CloseSession(Message):
-    """Free everything the session holds."""
+    """Free everything that the session of this channel holds."""
 
     session_id: Session
 
