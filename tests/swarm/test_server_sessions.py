@@ -201,7 +201,8 @@ async def test_a_channel_closes_only_what_it_opened() -> None:
         old, new, text = await swarm.talk(), await swarm.talk(), states(6)
         await old.open()
         await new.open(epoch=1)
-        answer, _ = await old.ask(CloseSession(old.session_id))  # the end of the older one
+        await old.channel.send(Step(old.session_id, 0, 0, (0,), (6,)), (text,))
+        answer, _ = await old.ask(CloseSession(old.session_id))
         assert isinstance(answer, SessionEnded)
         await old.channel.close()
         answer, tensors = await new.ask(Step(new.session_id, 1, 0, (0,), (6,)), text)

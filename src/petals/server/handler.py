@@ -338,8 +338,13 @@ class _Conversation:
         session.touch()
         self._service.tell_leaving(session)
 
-    def _find(self, session_id: bytes, blocks: Blocks | None = None) -> Session:
-        """This channel's session of that id, or one of the same client that lost its channel."""
+    def _find(
+        self, session_id: bytes, *, epoch: int | None = None, blocks: Blocks | None = None
+    ) -> Session:
+        """This channel's session of that id, or one of the same client that lost its channel.
+
+        What is said for an older ``epoch`` does not take it from the channel that it has.
+        """
         session = self._sessions.get(session_id)
         if session is not None and not session.closed:
             return session
@@ -356,12 +361,14 @@ class _Conversation:
                 "Several sessions of this client have the same id.",
                 hint="Send OpenSession again to say which blocks this channel is about.",
             )
-        self._attach(found[0])
-        return found[0]
+        (session,) = found
+        if epoch is None or epoch >= session.epoch:
+            self._attach(session)
+        return session
 
     async def _on_step(self, message: Step, tensors: Sequence[Tensor]) -> None:
         try:
-            session = self._find(message.session_id)
+            session = self._find(message.session_id, epoch=message.epoch)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error, message.step_id))
             return
@@ -370,28 +377,28 @@ class _Conversation:
 
     async def _on_replay(self, message: Replay) -> None:
         try:
-            session = self._find(message.session_id)
+            session = self._find(message.session_id, epoch=message.epoch)
         except PetalsError as error:
             await self._sink.answer(Refusal.of(error, message.step_id))
             return
         self._service.ring.replay(session, message)
 
     async def _on_route(self, message: SetRoute) -> None:
-        session = await self._find_or_tell(message.session_id)
+        session = await self._find_or_tell(message.session_id, epoch=message.epoch)
         if session is not None:
             self._service.ring.reroute(session, message.epoch, message.sources)
 
     async def _keep(self, message: KeepSession) -> None:
-        session = await self._find_or_tell(message.session_id, message.blocks)
+        session = await self._find_or_tell(message.session_id, blocks=message.blocks)
         if session is not None:
             session.touch()
 
     async def _find_or_tell(
-        self, session_id: bytes, blocks: Blocks | None = None
+        self, session_id: bytes, *, epoch: int | None = None, blocks: Blocks | None = None
     ) -> Session | None:
         """A session, or word to the client that there is none."""
         try:
-            return self._find(session_id, blocks)
+            return self._find(session_id, epoch=epoch, blocks=blocks)
         except PetalsError as error:
             await self._sink.answer(SessionEnded(session_id, error.message))
             return None
