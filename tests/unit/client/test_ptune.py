@@ -10,6 +10,8 @@ from petals.errors import ConfigError, NotSupported
 from petals.models.head import EndsKind
 from tuned_reference import TunedReference
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 LEFT = torch.tensor([[0] * 4 + [1] * 5, [0] + [1] * 8, [1] * 9])
 NUM_PROMPTS = 4

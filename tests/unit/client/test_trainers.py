@@ -12,6 +12,8 @@ from petals.client.ptune import TuningConfig, add_prompts
 from petals.models.head import EndsKind
 from tuned_reference import TunedReference
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1] * 4)
 RATE = 0.05

@@ -19,6 +19,8 @@ from petals.models.arch import describe
 from petals.models.lora_config import LoraConfig
 from petals.testing.tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 PEERS = ["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"]
 IDS = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(2))
 LABELS = torch.tensor([2, 0])
