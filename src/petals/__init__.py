@@ -7,6 +7,8 @@ no torch. Must not contain anything else: code lives in `types`, `errors`, `wire
 
 from importlib import import_module
 
+from petals.imports import collector_at_rest
+
 __version__ = "3.0.0.dev0"
 
 _FAMILIES = ("Bloom", "Falcon", "Llama", "Mixtral")
@@ -41,7 +43,8 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'petals' has no attribute {name!r}")
-    value: object = getattr(import_module(home), name)
+    with collector_at_rest():
+        value: object = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

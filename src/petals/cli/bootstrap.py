@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from petals.cli import options
 from petals.cli.console import print_data, say
 from petals.cli.lifetime import stop_when_stdin_closes, write_ready_file
+from petals.imports import collector_at_rest
 
 if TYPE_CHECKING:
     from petals.swarm.config import NodeConfig
@@ -48,7 +49,8 @@ async def run_bootstrap(config: "NodeConfig", ready_file: Path | None = None) ->
 
     Raises BootstrapFailed if there are initial peers and none answers.
     """
-    from petals.swarm.node import SwarmNode
+    with collector_at_rest():
+        from petals.swarm.node import SwarmNode
 
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from petals import constants
 from petals.cli import options
 from petals.cli.console import say, stage
 from petals.errors import ModelFilesBroken
+from petals.imports import collector_at_rest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,9 +61,10 @@ def open_client(
     Raises ModelNotFound, ModelNotSupported, ModelFilesBroken, PickleCheckpointRefused.
     """
     with stage(f"Loading the client's share of {Path(model).name}"):
-        from petals.client.auto import AutoDistributedModelForCausalLM
-        from petals.client.bridge import bridge
-        from petals.models.sources import open_checkpoint
+        with collector_at_rest():
+            from petals.client.auto import AutoDistributedModelForCausalLM
+            from petals.client.bridge import bridge
+            from petals.models.sources import open_checkpoint
 
         tokenizer = _load_tokenizer(open_checkpoint(model))
         client = AutoDistributedModelForCausalLM.from_pretrained(

@@ -3,6 +3,7 @@
 For `serve` and `run_server`. Knows the server's config and watchers, not its insides.
 """
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from petals.cli.console import print_data, say, talk
 from petals.cli.lifetime import write_ready_file
+from petals.imports import collector_at_rest
 
 if TYPE_CHECKING:
     from petals.server.config import ServerConfig
@@ -45,7 +47,10 @@ def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
     Raises what `Server.run` raises.
     """
     from petals.logs import configure_logging
-    from petals.server.server import Server, Watchers, run_until_signalled
+
+    with collector_at_rest():
+        from petals.server.server import Server, Watchers, run_until_signalled
+    gc.freeze()  # what was imported stays: nobody need look through it while a step waits
 
     configure_logging()
     bar = _LoadingBar()

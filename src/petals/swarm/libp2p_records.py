@@ -33,6 +33,11 @@ from petals.types import PeerId
 logger = get_logger(__name__)
 
 _CALL_TIMEOUT_SECONDS = 3.0
+_STRANGER_SECONDS = 1.0
+"""A member that others name and that has never answered us may be gone: no search waits longer for
+its first answer, unless even those whom we joined through take that long.
+"""
+_STRANGER_PINGS = 8
 _MAX_STORED_BYTES = 64 * MIB
 _MAX_HINT_BYTES = MIB
 _MAX_CALL_BYTES = {"rpc_ping": 4096, "rpc_find": 64 * 1024, "rpc_store": 256 * 1024}
@@ -46,6 +51,8 @@ class DhtRecords:
         self._clock = clock
         self._node: Any = None
         self._calls: set[asyncio.Task[Any]] = set()
+        self._answered: set[str] = set()
+        self._stranger_seconds = _STRANGER_SECONDS
         self._id = DHTID.generate()
 
     async def start(self, p2p: Any, only_asks: bool) -> None:
@@ -90,10 +97,12 @@ class DhtRecords:
         """Enter the tables of these members, find our neighbours. Raises BootstrapFailed if none
         answers.
         """
-        protocol = self._node.protocol
+        protocol, began = self._node.protocol, self._clock.monotonic()
         answers = await asyncio.gather(
             *(protocol.call_ping(PeerID.from_base58(peer)) for peer in peers)
         )
+        seconds = _STRANGER_PINGS * (self._clock.monotonic() - began)
+        self._stranger_seconds = min(_CALL_TIMEOUT_SECONDS, max(_STRANGER_SECONDS, seconds))
         if peers and not any(answer is not None for answer in answers):
             raise BootstrapFailed(
                 "The initial peers are there, but their directory does not answer."
@@ -111,11 +120,30 @@ class DhtRecords:
             await asyncio.wait(calls)
 
     async def _find_others(self, find: Any, peer: Any, keys: Any) -> Any:
-        """hivemind gives up if a peer names ourselves among the nearest: out with us."""
-        found = await find(peer, keys)
+        """What a peer knows of ``keys`` and whom it names, without ourselves: hivemind gives up
+        where it meets itself. None if it does not answer.
+        """
+        call = asyncio.create_task(find(peer, keys), name="asking a member")
+        seconds = None if str(peer) in self._answered else self._stranger_seconds
+        try:
+            await asyncio.wait({call}, timeout=seconds)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        if not call.done():
+            call.add_done_callback(partial(self._note_answer, peer))
+            return None
+        self._note_answer(peer, call)
+        found = call.result()
         for _, nearest in (found or {}).values():
             nearest.pop(self._id, None)
         return found
+
+    def _note_answer(self, peer: Any, call: "asyncio.Task[Any]") -> None:
+        if not call.cancelled() and call.exception() is None and call.result() is not None:
+            self._answered.add(str(peer))
+        else:
+            self._answered.discard(str(peer))
 
     def _note_call(self) -> None:
         task = asyncio.current_task()
