@@ -72,7 +72,7 @@ class LostPeers:
             return await task
         except asyncio.CancelledError:
             caller = asyncio.current_task()
-            if caller is not None and caller.cancelling():
+            if peer not in self.errors or (caller is not None and caller.cancelling()):
                 raise
             return None
         finally:
