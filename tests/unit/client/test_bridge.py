@@ -59,6 +59,15 @@ def test_timeout_cancels_the_work(bridge: Bridge) -> None:
     assert ended == [True]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_cancels_the_work_and_waits_for_its_end(bridge: Bridge) -> None:
     ended: list[bool] = []
 
