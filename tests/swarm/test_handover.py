@@ -109,9 +109,12 @@ async def test_every_step_reorders_the_rows(folder: Path, index: int) -> None:
         assert reasons(story) == [LEAVES]
 
 
-@pytest.mark.parametrize("leaving", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
-async def test_several_leave_at_once(folder: Path, leaving: tuple[int, ...]) -> None:
-    async with story_in(folder, *SPANS, *SPANS) as story:
+@pytest.mark.parametrize("is_ring", [True, False], ids=["handed on", "come through us"])
+@pytest.mark.parametrize("leaving", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)])
+async def test_one_or_several_leave_at_once(
+    folder: Path, leaving: tuple[int, ...], is_ring: bool
+) -> None:
+    async with story_in(folder, *SPANS, *SPANS, use_server_to_server=is_ring) as story:
         await story.prefill()
         before = peers(story)
         await decode_until(story, [story.swarm.stop(before[index]) for index in leaving])
@@ -193,20 +196,6 @@ async def test_nobody_takes_over(folder: Path) -> None:
         (reason,) = reasons(story)
         assert "stopped" in reason
         await story.reorder()
-
-
-@pytest.mark.parametrize("leaving", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
-async def test_where_servers_do_not_hand_on_states_come_through_us(
-    folder: Path, leaving: tuple[int, ...]
-) -> None:
-    async with story_in(folder, *SPANS, *SPANS, use_server_to_server=False) as story:
-        await story.prefill()
-        before = peers(story)
-        await decode_until(story, [story.swarm.stop(before[index]) for index in leaving])
-        assert not {before[index] for index in leaving} & set(peers(story))
-        assert set(reasons(story)) == {LEAVES}
-        await story.reorder()
-        await story.decode()
 
 
 async def test_a_successor_that_cannot_be_handed_to_is_filled_through_us(folder: Path) -> None:

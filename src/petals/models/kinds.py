@@ -23,8 +23,9 @@ def kind_of(block: nn.Module, place: int, config: PretrainedConfig) -> Hashable:
 
 def _said_of(place: int, config: PretrainedConfig) -> Iterator[tuple[str, str]]:
     """What stands at ``place`` in the config's lists of one entry a block."""
+    num_blocks = getattr(config, "num_hidden_layers", 0)
     for name, value in config.to_dict().items():
-        if isinstance(value, list | tuple) and place < len(value) == config.num_hidden_layers:
+        if isinstance(value, list | tuple) and place < len(value) == num_blocks:
             yield name, repr(value[place])
 
 
