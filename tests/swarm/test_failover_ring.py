@@ -13,6 +13,7 @@ from petals.client import path as path_module
 from petals.client.path import SessionPath
 from petals.client.session_rows import SessionRows
 from petals.client.trace import Way
+from petals.server import links
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import PeerId
 from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
@@ -150,6 +151,30 @@ async def test_pieces_that_came_tell_how_long_the_others_may_take(
         output = await session.step(prompt, (0, 0), (48, 48))
         assert_close(output, torch.cat([swarm.expected(row) for row in prompt.split(48)]))
         assert Way.VIA_CLIENT in {edge.way for edge in session.trace.edges}
+        await session.close()
+        await access.close()
+
+
+async def test_a_first_prompt_does_not_wait_for_a_pace_that_nobody_has_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with real_swarm(folder, *SPANS) as swarm:
+        monkeypatch.setattr(path_module, "_UNMEASURED_FACTOR", 1e9)
+        monkeypatch.setattr(links, "SILENCE_SECONDS", 0.5)
+        access = swarm.access(**IMPATIENT)
+        session = SessionRows(access, ALL, max_length=60)
+        prompt = states(96, 3)
+
+        def cut(source: PeerId, target: PeerId, num_bytes: int) -> None:
+            if num_bytes > LARGE and source != swarm.client.peer_id:
+                swarm.net.cut(source, target)
+                swarm.net.on_write = lambda *write: None
+
+        swarm.net.on_write = cut
+        output = await session.step(prompt, (0, 0), (48, 48))
+        assert_close(output, torch.cat([swarm.expected(row) for row in prompt.split(48)]))
+        assert Way.VIA_CLIENT in {edge.way for edge in session.trace.edges}
+        assert not session.trace.repairs
         await session.close()
         await access.close()
 

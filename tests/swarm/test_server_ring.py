@@ -1,5 +1,7 @@
 """States that run in a ring of servers: the same numbers as in a star, and nobody cuts in."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from petals.wire.messages import (
     SetRoute,
     Step,
     StepResult,
+    Undelivered,
 )
 from ring_of_servers import Ring, RingOfServers, Worker, ring_of_servers
 from served_span import assert_close, states
@@ -164,6 +167,35 @@ class TestFaults:
             (last,) = await ring.step(1, [5], [text[5:]])
             assert_close(torch.cat([first, last]), swarm.expected(text))
             assert links.num_open == 1
+
+    async def test_who_waits_for_what_a_broken_lane_has_swallowed_is_told(self) -> None:
+        async with ring_of_servers(2) as swarm:
+            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
+            await ring.step(0, [0], [text[:5]])
+            head, tail = swarm.workers
+            (lane,) = head.service.ring._links._lanes.values()
+            await lane.channel.ping()
+            swarm.net.cut(head.peer_id, tail.peer_id)
+            await ring.legs[0].channel.send(ring.message(1, [5], [1]), (text[5:],))
+            await until_idle(swarm, step_id=1, workers=[head])
+            lane.channel.abort(PeerUnreachable("reset"))
+            told, _ = await ring.legs[0].channel.receive(10.0)
+            assert told == Undelivered(ring.session_id, 0, 1)
+
+    async def test_nobody_is_told_of_what_an_older_epoch_has_lost(self) -> None:
+        async with ring_of_servers(2) as swarm:
+            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
+            await ring.step(0, [0], [text[:5]])
+            head = swarm.workers[0]
+            ring.epoch = 1
+            await ring.announce(*ring.legs)
+            await ring.legs[0].channel.ping()
+            (lane,) = head.service.ring._links._lanes.values()
+            lane.channel.abort(PeerUnreachable("reset"))
+            await ring.legs[0].channel.send(ring.message(1, [5], [1]), (text[5:],))
+            answer, _ = await ring.legs[1].channel.receive(10.0)
+            assert isinstance(answer, StepResult)
+            assert not ring.legs[0].channel._inbox.ready
 
     async def test_a_session_outlives_its_clients_connection(self) -> None:
         async with ring_of_servers(2) as swarm:
@@ -337,8 +369,10 @@ async def request(channel, message, *tensors):
     return await channel.receive(10.0)
 
 
-async def until_idle(swarm: RingOfServers, step_id: int) -> None:
+async def until_idle(
+    swarm: RingOfServers, step_id: int, workers: Sequence[Worker] | None = None
+) -> None:
     """Until every server has done step ``step_id`` and has nothing more to say."""
-    for worker in swarm.workers:
+    for worker in swarm.workers if workers is None else workers:
         while worker.session._last_step_id < step_id or worker.session.tasks:
             await worker.service.executor.call(lambda: None)

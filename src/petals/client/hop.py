@@ -48,6 +48,7 @@ from petals.wire.messages import (
     SetRoute,
     Step,
     StepResult,
+    Undelivered,
 )
 
 BLOCKS_SERVICE = "blocks"
@@ -65,6 +66,10 @@ class Listener(Protocol):
 
     def on_replayed(self, hop: "HopSession", delivered: bool) -> None:
         """Rows are refilled as far as ``hop``; not ``delivered``: it cannot reach the next one."""
+        ...
+
+    def on_undelivered(self, hop: "HopSession", step_id: int, replay: bool) -> None:
+        """What ``hop`` has put out may not have reached the next one, nor ever will."""
         ...
 
     def on_outputs(self, hop: "HopSession", step: Step, tensors: Sequence[Tensor]) -> None:
@@ -333,6 +338,9 @@ class HopSession:
             case Replayed():
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_replayed(not message.undelivered)
+            case Undelivered():
+                if message.session_id == self.terms.session_id and message.epoch == self.epoch:
+                    self._tell_undelivered(message)
             case Step(replay=True):
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_outputs(message, tensors)
@@ -365,6 +373,10 @@ class HopSession:
     def _tell_outputs(self, step: Step, tensors: Sequence[Tensor]) -> None:
         if self.listener is not None:
             self.listener.on_outputs(self, step, tensors)
+
+    def _tell_undelivered(self, message: Undelivered) -> None:
+        if self.listener is not None:
+            self.listener.on_undelivered(self, message.step_id, message.replay)
 
     def _tell_replayed(self, delivered: bool) -> None:
         if self.listener is not None:

@@ -41,7 +41,7 @@ _UNMEASURED_TOKENS = 128
 
 
 class EdgeLost(OutboxLost):
-    """A replay did not get from one hop to another; the edge is closed, there is a way around."""
+    """Something did not get from one hop to the next; the edge is closed, there is a way around."""
 
 
 class SessionPath:
@@ -239,6 +239,16 @@ class SessionPath:
             if waiting.hops[-1] is hop or (hop in waiting.hops and not delivered):
                 waiting.heard.set_result((hop, None))
 
+    def on_undelivered(self, hop: HopSession, step_id: int, replay: bool) -> None:
+        """See ``Listener``. If we wait for it still, the edge is closed and the step repeated."""
+        waiting = self._waiting.get(step_id)
+        if waiting is None or waiting.heard.done() or hop not in waiting.hops[:-1]:
+            return
+        if replay == (waiting.refilling is not None):
+            at = waiting.hops.index(hop)
+            self._close_edges(waiting.hops[at : at + 2])
+            waiting.heard.set_result((hop, EdgeLost("The channel between two servers broke.")))
+
     def on_outputs(self, hop: HopSession, step: Step, tensors: Sequence[Tensor]) -> None:
         """See ``Listener``."""
         waiting = self._waiting.get(step.step_id)
@@ -280,6 +290,8 @@ class SessionPath:
                     self._close_edges(self.hops[at:end])
                     continue
                 hop, answer = heard
+                if isinstance(answer, EdgeLost):
+                    continue
                 index = self.hops.index(hop)
                 if not isinstance(answer, Answer):
                     if isinstance(answer, BadInput) and index > at:

@@ -1,12 +1,14 @@
 """Long-lived channels to the servers that our outputs go on to, shared by all sessions.
 
 A lane is one channel to one peer: the common one for steps, and one of its own for each replay,
-whose back-pressure must not hold up other people's words. What is sent on a lane arrives in order.
-Knows peers and messages; knows no sessions and no steps.
+whose back-pressure must not hold up other people's words. What is sent on a lane arrives in order;
+a lane that breaks tells whose words may have gone down with it. Knows peers and messages; knows no
+sessions and no steps.
 """
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from torch import Tensor
@@ -24,6 +26,10 @@ logger = get_logger(__name__)
 
 RING_SERVICE = "ring"
 MAX_LANES = 512
+SILENCE_SECONDS = 3.0
+"""A next hop that gives no sign of life for so long is cut off from us."""
+MAX_UNCONFIRMED = 1024
+"""Messages of a lane that are remembered until the next pong; one goes out every second."""
 _DIAL_SECONDS = 3.0
 _REST_SECONDS = 1.0
 """A lane that could not be dialled counts as broken for so long: those in line do not dial, too."""
@@ -31,6 +37,7 @@ _IDLE_SECONDS = 600.0
 _IDLE_REPLAY_SECONDS = 10.0
 
 OpenChannel = Callable[[PeerId, str, float], Awaitable[Channel]]
+OnLost = Callable[[], Awaitable[None]]
 
 
 class _Lane:
@@ -43,10 +50,29 @@ class _Lane:
         self.in_order = asyncio.Lock()
         self.used_at = 0.0
         self.broken_until = 0.0
+        self.sent = _Sent()
 
     @property
     def is_in_use(self) -> bool:
         return self.channel is not None or self.in_order.locked()
+
+
+class _Sent:
+    """What was sent on a channel and may not have arrived: when, and whom to tell in that case."""
+
+    def __init__(self) -> None:
+        self._unconfirmed: deque[tuple[float, OnLost]] = deque(maxlen=MAX_UNCONFIRMED)
+
+    def note(self, now: float, on_lost: OnLost, channel: Channel) -> None:
+        self._unconfirmed.append((now, on_lost))
+        while self._unconfirmed[0][0] < channel.confirmed_at:
+            self._unconfirmed.popleft()
+
+    async def tell_lost(self, channel: Channel) -> None:
+        """In the order in which they were sent."""
+        for sent_at, on_lost in self._unconfirmed:
+            if sent_at >= channel.confirmed_at:
+                await on_lost()
 
 
 class Links:
@@ -76,11 +102,18 @@ class Links:
                 self._tasks.start(self._open(lane), "meeting a next hop")
 
     async def send(
-        self, peer: PeerId, message: Message, tensors: Sequence[Tensor], replay_of: bytes = b""
+        self,
+        peer: PeerId,
+        message: Message,
+        tensors: Sequence[Tensor],
+        on_lost: OnLost,
+        *,
+        replay_of: bytes = b"",
     ) -> None:
         """Send on the common lane, or on that of a replayed session.
 
-        Dials if need be, and again, once, if the channel is found broken. Raises PeerError or
+        Dials if need be, and again, once, if the channel is found broken. ``on_lost`` is called if
+        the lane breaks later and the message may not have arrived. Raises PeerError or
         RequestTooLarge.
         """
         lane = self._lane(peer, replay_of)
@@ -90,6 +123,7 @@ class Links:
                 try:
                     await channel.send(message, tensors)
                     lane.used_at = self._clock.monotonic()
+                    lane.sent.note(lane.used_at, on_lost, channel)
                     return
                 except PeerError:
                     lane.channel = None
@@ -121,11 +155,13 @@ class Links:
             lane.broken_until = self._clock.monotonic() + _REST_SECONDS
             reason = f"No channel to the next hop: {error.message}"
             raise PeerUnreachable(reason, peer_id=lane.peer) from error
+        channel.silence_seconds = SILENCE_SECONDS
         lane.channel, lane.used_at = channel, self._clock.monotonic()
-        self._tasks.start(self._listen(lane, channel), "listening to a next hop")
+        lane.sent = _Sent()
+        self._tasks.start(self._listen(lane, channel, lane.sent), "listening to a next hop")
         return channel
 
-    async def _listen(self, lane: _Lane, channel: Channel) -> None:
+    async def _listen(self, lane: _Lane, channel: Channel, sent: _Sent) -> None:
         """The life of a channel: nothing is said on it but refusals; long idleness ends it."""
         try:
             while not self._is_idle(lane):
@@ -139,6 +175,10 @@ class Links:
                     logger.info("…%s refused a step: %s", lane.peer[-6:], answer.message)
         except PeerError as error:
             logger.debug("the channel to …%s has ended: %s", lane.peer[-6:], error.message)
+            if isinstance(error, PeerTimeout):
+                # Nothing passes: whoever is told of a loss need not find that out by dialling.
+                lane.broken_until = self._clock.monotonic() + _REST_SECONDS
+            self._tasks.start(sent.tell_lost(channel), "telling what broke with a lane")
         finally:
             if lane.channel is channel:
                 lane.channel = None

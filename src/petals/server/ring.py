@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -28,7 +29,16 @@ from petals.swarm.channel import Channel
 from petals.swarm.node import SwarmNode
 from petals.types import PeerId, SessionId
 from petals.wire import messages
-from petals.wire.messages import Push, Refusal, Replay, Replayed, Route, Step, StepResult
+from petals.wire.messages import (
+    Push,
+    Refusal,
+    Replay,
+    Replayed,
+    Route,
+    Step,
+    StepResult,
+    Undelivered,
+)
 
 logger = get_logger(__name__)
 
@@ -219,12 +229,20 @@ class Ring:
                 await asyncio.wait({task})
             return ()
         replay_of = step.session_id if step.replay else b""
+        on_lost = partial(self._tell_of_loss, session, step)
         try:
-            await self._links.send(PeerId(next_hop.peer_id), push, (hidden,), replay_of)
+            await self._links.send(
+                PeerId(next_hop.peer_id), push, (hidden,), on_lost, replay_of=replay_of
+            )
         except PeerError as error:
             logger.info("a step of session %s goes via its client: %s", session.key, error.message)
             return step.next_hops
         return ()
+
+    async def _tell_of_loss(self, session: Session, step: Step) -> None:
+        """The lane broke that took what ``step`` has put out, perhaps with it."""
+        if step.epoch == session.epoch:
+            await session.tell(Undelivered(step.session_id, step.epoch, step.step_id, step.replay))
 
     async def _replay(self, session: Session, message: Replay) -> None:
         try:

@@ -67,6 +67,7 @@ class Channel:
         self._num_pending = 0
         self._heartbeat: Timer | None = None
         self._pending_since = self._last_heard = clock.monotonic()
+        self._confirmed_at = 0.0
         self._error: PetalsError | None = None
         self._on_close: list[Callable[[], object]] = []
         self._reader = asyncio.create_task(self._read(), name=f"channel {service}")
@@ -104,6 +105,11 @@ class Channel:
     def last_heard_seconds(self) -> float:
         """Seconds since the last frame of the peer."""
         return self._clock.monotonic() - self._last_heard
+
+    @property
+    def confirmed_at(self) -> float:
+        """What was sent before this time of the clock has reached the peer's channel."""
+        return self._confirmed_at
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Call back, once, as soon as the stream has ended (at once if it has)."""
@@ -320,6 +326,7 @@ class Channel:
         waiter = self._pong_waiters.pop(nonce, None)
         if waiter is None and nonce != self._last_nonce:
             return
+        self._confirmed_at = max(self._confirmed_at, nonce / 1e9)
         self.rtt_seconds = self._clock.monotonic() - nonce / 1e9
         if waiter is not None and not waiter.done():
             waiter.set_result(self.rtt_seconds)

@@ -12,6 +12,7 @@ row order. Knows no sockets and makes no decisions.
 | 3       | training: Backward, kept passes, taps, deep prompts, PutAdapter        |
 | 4       | Leaving; a Replay may go on where an earlier one ended, or come to us  |
 | 5       | steps tell which edges are relayed; OpenSession names the next hop     |
+| 6       | Undelivered: what may have been lost between two hops                  |
 """
 
 from typing import Annotated
@@ -241,6 +242,17 @@ class Replayed(Message):
     undelivered: Route = ()
 
 
+class Undelivered(Message):
+    """From a hop, unasked: its channel to the next hop has broken, and the output of this step (or
+    of this ``replay``) may not have arrived there. Means nothing once the step is answered.
+    """
+
+    session_id: Session
+    epoch: Counter
+    step_id: Counter
+    replay: bool = False
+
+
 class KeepSession(Message):
     """A sign of life between steps: the lease begins anew, and answers come on this channel.
 
@@ -321,6 +333,7 @@ AnyMessage = (
     | SetRoute
     | Replay
     | Replayed
+    | Undelivered
     | KeepSession
     | Leaving
     | CloseSession

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from petals.errors import PeerBusy, PeerTimeout, PeerUnreachable
+from petals.errors import PeerBusy, PeerError, PeerTimeout, PeerUnreachable
 from petals.server import links
 from petals.server.links import Links
-from petals.testing.manual_clock import ManualClock
+from petals.testing.manual_clock import ManualClock, settle
 from petals.types import PeerId
 from petals.wire.fields import Message
 from petals.wire.messages import GetInfo, KeepSession
@@ -23,6 +23,9 @@ class FakeChannel:
         self.clock = clock
         self.sent: list[Message] = []
         self.is_broken = self.is_closed = False
+        self.confirmed_at = 0.0
+        self.silence_seconds = 0.0
+        self.end: asyncio.Future[PeerError] = asyncio.get_running_loop().create_future()
 
     async def send(self, message: Message, tensors: Sequence[object]) -> None:
         await asyncio.sleep(0)
@@ -31,8 +34,19 @@ class FakeChannel:
         self.sent.append(message)
 
     async def receive(self, timeout: float) -> tuple[Message, list[object]]:
-        await self.clock.sleep(timeout)
-        raise PeerTimeout("nothing")
+        timer = self.clock.call_later(timeout, lambda: self.end.done() or self._rest())
+        try:
+            raise await self.end
+        finally:
+            timer.cancel()
+
+    def _rest(self) -> None:
+        self.end.set_result(PeerTimeout("nothing"))
+        self.end = asyncio.get_running_loop().create_future()
+
+    def die(self, error: PeerError) -> None:
+        self.is_broken = self.is_closed = True
+        self.end.set_result(error)
 
     async def close(self) -> None:
         self.is_closed = True
@@ -46,6 +60,7 @@ class Swarm:
         self.channels: list[FakeChannel] = []
         self.num_dials = 0
         self.is_reachable = True
+        self.lost: list[Message] = []
         self.links = Links(self.open_channel, self.clock)
 
     async def open_channel(self, peer: PeerId, service: str, timeout: float) -> FakeChannel:
@@ -57,7 +72,12 @@ class Swarm:
         return self.channels[-1]
 
     async def send(self, message: Message | None = None, replay_of: bytes = b"") -> None:
-        await self.links.send(PEER, message or GetInfo(), (), replay_of)
+        message = message or GetInfo()
+
+        async def on_lost() -> None:
+            self.lost.append(message)
+
+        await self.links.send(PEER, message, (), on_lost, replay_of=replay_of)
 
 
 async def test_all_share_one_channel_and_keep_their_order() -> None:
@@ -150,4 +170,43 @@ async def test_a_next_hop_that_cannot_be_met_harms_nobody() -> None:
     swarm.links.meet(PEER)
     with pytest.raises(PeerUnreachable):
         await swarm.send()
+    await swarm.links.close()
+
+
+async def test_a_lane_that_breaks_tells_in_order_what_may_be_lost() -> None:
+    swarm = Swarm()
+    messages = [KeepSession(bytes([i]) * 16) for i in range(4)]
+    for message in messages:
+        await swarm.send(message)
+        await swarm.clock.advance(1.0)
+    (channel,) = swarm.channels
+    channel.confirmed_at = 1.5
+    channel.die(PeerUnreachable("broken"))
+    await settle()
+    assert swarm.lost == messages[2:]
+    await swarm.send()
+    assert swarm.num_dials == 2
+    await swarm.links.close()
+    assert swarm.lost == messages[2:]
+
+
+async def test_who_is_told_of_silence_need_not_dial() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    (channel,) = swarm.channels
+    assert channel.silence_seconds == links.SILENCE_SECONDS
+    channel.die(PeerTimeout("silent"))
+    await settle()
+    assert len(swarm.lost) == 1
+    with pytest.raises(PeerUnreachable):
+        await swarm.send()
+    assert swarm.num_dials == 1
+    await swarm.links.close()
+
+
+async def test_a_lane_that_rests_has_lost_nothing() -> None:
+    swarm = Swarm()
+    await swarm.send(replay_of=b"s")
+    await swarm.clock.advance(links._IDLE_REPLAY_SECONDS)
+    assert swarm.channels[0].is_closed and not swarm.lost
     await swarm.links.close()

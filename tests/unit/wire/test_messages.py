@@ -23,6 +23,7 @@ EXAMPLES = [
     messages.SetRoute(SESSION, 2, ("p",)),
     messages.Replay(SESSION, 2, 7, (5, 0), (messages.NextHop("p", (10, 20)),)),
     messages.Replayed(SESSION, 2),
+    messages.Undelivered(SESSION, 2, 1, True),
     messages.KeepSession(SESSION),
     messages.CloseSession(SESSION),
     messages.SessionEnded(SESSION, "lease ended"),
@@ -50,7 +51,7 @@ def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     step = messages.Step(SESSION, 1, 2, (3,), (1,))
     fields = ["Step", SESSION, 1, 2, (3,), (1,), None, (), (), False, False, False, ()]
     expected = msgspec.msgpack.encode((fields, ()))
-    assert frames.PROTOCOL_VERSION == 5
+    assert frames.PROTOCOL_VERSION == 6
     assert messages.encode_message(step) == expected
 
 
