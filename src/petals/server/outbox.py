@@ -15,6 +15,8 @@ from petals.server.steps import Piece
 
 _MERGED_TOKENS = 128
 """Chunks of so many tokens are long enough."""
+_MERGED_CHUNKS = 16
+"""So many chunks of which the first is short become one."""
 
 
 class Outboxes:
@@ -55,13 +57,15 @@ class Outbox:
     def __init__(self, outboxes: Outboxes, num_rows: int) -> None:
         self._outboxes = outboxes
         self._rows: list[list[Tensor]] = [[] for _ in range(num_rows)]
+        self._lengths = [0] * num_rows
+        self._token_bytes = 0
         self.is_lost = False
         self._book()
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens in every row; nothing once it is lost."""
-        return tuple(sum(map(len, row)) for row in self._rows)
+        return tuple(self._lengths)
 
     def cut(self, starts: Sequence[int], reorder: Sequence[int] | None = None) -> None:
         """Let new row r continue old row ``reorder[r]`` and end at ``starts[r]``.
@@ -70,20 +74,27 @@ class Outbox:
         """
         if not any(starts):
             self._rows, self.is_lost = [[] for _ in starts], False
-        elif not self.is_lost:
+        elif self.is_lost or (reorder is None and list(starts) == self._lengths):
+            return
+        else:
             sources = range(len(self._rows)) if reorder is None else reorder
             self._rows = [_cut(self._rows[row], start) for row, start in zip(sources, starts)]
+        self._lengths = list(starts)
         self._book()
 
     def append(self, counts: Sequence[int], hidden: Tensor) -> None:
         """Add ``counts[r]`` tokens to row r. hidden: [sum(counts), H], not changed afterwards."""
-        if self.is_lost:
+        num_tokens = sum(counts)
+        if self.is_lost or not num_tokens:
             return
-        for row, part in zip(self._rows, hidden.split(list(counts))):
-            if len(part):
+        parts = hidden.split(list(counts)) if len(counts) > 1 else (hidden,)
+        for index, (count, part) in enumerate(zip(counts, parts)):
+            if count:
                 # A part of its own storage: it must not keep the neighbours' memory alive.
-                row.append(part if len(part) == len(hidden) else part.clone())
-                _merge_end(row)
+                self._rows[index].append(part if count == num_tokens else part.clone())
+                self._lengths[index] += count
+                _merge_end(self._rows[index])
+        self._token_bytes = hidden.nbytes // num_tokens
         self._book()
 
     def rows(self) -> "OutboxRows":
@@ -97,13 +108,12 @@ class Outbox:
 
     def drop(self) -> None:
         """Give the memory back. Idempotent."""
-        self._rows, self.is_lost = [], True
+        self._rows, self._lengths, self.is_lost = [], [], True
         self._outboxes._forget(self)
 
     def _book(self) -> None:
         if not self.is_lost:
-            num_bytes = sum(chunk.nbytes for row in self._rows for chunk in row)
-            self._outboxes._book(self, num_bytes)
+            self._outboxes._book(self, sum(self._lengths) * self._token_bytes)
 
 
 class OutboxRows:
@@ -127,8 +137,8 @@ class OutboxRows:
 
 def _merge_end(row: list[Tensor]) -> None:
     """Keep rows that grow token by token in few chunks, at the price of some copying."""
-    while len(row) > 1 and len(row[-2]) <= len(row[-1]) < _MERGED_TOKENS:
-        row[-2:] = [torch.cat(row[-2:])]
+    if len(row) >= _MERGED_CHUNKS and len(row[-_MERGED_CHUNKS]) < _MERGED_TOKENS:
+        row[-_MERGED_CHUNKS:] = [torch.cat(row[-_MERGED_CHUNKS:])]
 
 
 def _cut(row: Sequence[Tensor], length: int) -> list[Tensor]:

@@ -276,8 +276,11 @@ class Channel:
         try:
             while True:
                 kind, length = frames.decode_header(await stream.read_exactly(frames.HEADER.size))
-                with self._inbox.arriving(length):
+                self._inbox.make_room(length)
+                try:
                     payload = await stream.read_exactly(length) if length else b""
+                finally:
+                    self._inbox.arrived(length)
                 self._last_heard = self._clock.monotonic()
                 if kind is FrameKind.MESSAGE or kind is FrameKind.CHUNK:
                     self._on_data(kind, payload)

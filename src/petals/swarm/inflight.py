@@ -4,9 +4,7 @@ Everything a peer announces is counted before a byte of it is allocated. Knows f
 knows no stream, no clock and no task.
 """
 
-import contextlib
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -110,14 +108,13 @@ class Inbox:
         """True if a whole message waits."""
         return bool(self._ready)
 
-    @contextlib.contextmanager
-    def arriving(self, num_bytes: int) -> Iterator[None]:
-        """Room for a frame that is being read. Raises PeerBusy."""
+    def make_room(self, num_bytes: int) -> None:
+        """For a frame that is being read; ``arrived`` gives it back. Raises PeerBusy."""
         self._budget.reserve(self._peer, num_bytes)
-        try:
-            yield
-        finally:
-            self._budget.release(self._peer, num_bytes)
+
+    def arrived(self, num_bytes: int) -> None:
+        """The frame has been read, or never will be."""
+        self._budget.release(self._peer, num_bytes)
 
     def begin(self, payload: bytes) -> None:
         """A MESSAGE frame arrived. Raises ProtocolError, or PeerBusy if there is no room."""

@@ -47,6 +47,7 @@ class FrameKind(IntEnum):
     CANCEL = 6
 
 
+_KINDS = {kind.value: kind for kind in FrameKind}
 _MAX_PAYLOAD = {
     FrameKind.MESSAGE: MAX_HEADER_BYTES,
     FrameKind.CHUNK: MAX_CHUNK_BYTES,
@@ -69,10 +70,9 @@ def decode_header(header: bytes) -> tuple[FrameKind, int]:
     allocated.
     """
     number, length = HEADER.unpack(header)
-    try:
-        kind = FrameKind(number)
-    except ValueError:
-        raise ProtocolError(f"Frame kind {number} does not exist.") from None
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise ProtocolError(f"Frame kind {number} does not exist.")
     if length > _MAX_PAYLOAD[kind] or length != _EXACT_PAYLOAD.get(kind, length):
         raise ProtocolError(f"A {kind.name} frame of {length} bytes is not allowed.")
     return kind, length

@@ -22,12 +22,11 @@ def encode(tensor: torch.Tensor, codec: Codec = Codec.RAW) -> tuple[TensorSpec, 
     if tensor.dtype not in _NAMES:
         raise ProtocolError(f"Tensors of dtype {tensor.dtype} do not travel.")
     spec = TensorSpec(_NAMES[tensor.dtype], tuple(tensor.shape), codec)
-    values = tensor.detach().cpu().contiguous()
     if codec is Codec.BF16:
-        values = values.to(torch.bfloat16)
+        tensor = tensor.to(torch.bfloat16)
     elif codec is Codec.INT8:
-        return spec, memoryview(_quantize(values.float().flatten()))
-    return spec, _bytes_of(values)
+        return spec, memoryview(_quantize(tensor.detach().cpu().float().flatten()))
+    return spec, _bytes_of(tensor)
 
 
 def decode(spec: TensorSpec, data: bytearray) -> torch.Tensor:
@@ -35,18 +34,22 @@ def decode(spec: TensorSpec, data: bytearray) -> torch.Tensor:
     dtype = DTYPES[spec.dtype]
     if len(data) != spec.num_bytes:
         raise ProtocolError(f"A tensor of {spec.num_bytes} bytes arrived with {len(data)}.")
-    if spec.num_values == 0:
+    if not data:
         return torch.empty(spec.shape, dtype=dtype)
     if spec.codec is Codec.INT8:
         return _dequantize(data, spec.num_values).to(dtype).reshape(spec.shape)
     stored = torch.bfloat16 if spec.codec is Codec.BF16 else dtype
-    return torch.frombuffer(data, dtype=stored).to(dtype).reshape(spec.shape)
+    values = torch.frombuffer(data, dtype=stored).view(spec.shape)
+    return values if stored is dtype else values.to(dtype)
 
 
-def _bytes_of(values: torch.Tensor) -> memoryview:
-    if values.numel() == 0:
-        return memoryview(b"")
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy()).cast("B")
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    # Few calls: between two batches nothing of this is in the processor's caches, and each costs
+    # 20 to 50 microseconds.
+    if tensor.dtype is torch.bfloat16:  # unknown to numpy
+        tensor = tensor.view(torch.int16)
+    array = tensor.contiguous().numpy(force=True)
+    return array.data.cast("B") if array.ndim and array.size else memoryview(array.tobytes())
 
 
 def _quantize(values: torch.Tensor) -> bytearray:

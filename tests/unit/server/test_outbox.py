@@ -86,6 +86,14 @@ def test_what_is_lost_stays_lost_until_it_begins_anew() -> None:
     assert contents(outbox) == [[3, 4]]
 
 
+def test_rows_that_grow_token_by_token_stay_in_few_chunks() -> None:
+    outbox = Outboxes(10**9).open(1)
+    for number in range(1000):
+        outbox.append((1,), tokens([number]))
+    assert contents(outbox) == [list(range(1000))]
+    assert len(list(outbox.rows().read([Piece(0, 0, 0, 1000)]))) < 30
+
+
 def test_parts_keep_no_neighbours_memory_alive() -> None:
     outbox = Outboxes(10**9).open(2)
     outbox.append((300, 200), tokens([7] * 500))
