@@ -294,6 +294,23 @@ async def test_two_neighbours_are_replaced_together(folder: Path) -> None:
         await access.close()
 
 
+async def test_who_should_refill_a_spare_and_is_silent_is_replaced_too(folder: Path) -> None:
+    async with real_swarm(folder, *SPANS, *SPANS[1:]) as swarm:
+        access = swarm.access(**IMPATIENT, repair_timeout=20.0, step_timeout=0.2)
+        session = SessionRows(access, ALL, max_length=40)
+        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        await story.prefill()
+        first, silent, dead = (hop.peer_id for hop in session.trace.hops)
+        swarm.net.pause(silent)
+        swarm.net.kill(dead)
+        await story.decode()
+        # The silent one was found out before anybody called it anew, and the first was not refilled.
+        assert session.trace.hops[0].peer_id == first
+        assert [repair.peer_id for repair in session.trace.repairs] == [dead, silent]
+        await session.close()
+        await access.close()
+
+
 async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
     async with real_swarm(folder, *SPANS, *SPANS, cache_tokens=2048) as swarm:
         access = swarm.access(**IMPATIENT, repair_timeout=20.0)

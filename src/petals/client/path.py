@@ -136,7 +136,7 @@ class SessionPath:
         """``send`` what sets ``refilling`` off, and wait until the last hop is refilled.
 
         Raises what a hop refuses with, EdgeLost if it does not get from hop to hop: the edges in
-        question are then closed; PeerTimeout if a single hop does not take it.
+        question are then closed; PeerTimeout if a single hop does not answer.
         """
         line = refilling.line
         for hop in line:
@@ -147,11 +147,13 @@ class SessionPath:
         with self._expect(refilling.step_id) as waiting:
             waiting.hops, waiting.refilling = line, refilling
             await send()
-            heard = await waiting.hear(self.patience_seconds(refilling.num_tokens))
+            if len(line) == 1:
+                heard = await self._hear_one(waiting, line[0])
+            else:
+                heard = await waiting.hear(self.patience_seconds(refilling.num_tokens))
         if heard is None:
             self._close_edges(line)
-            reason = "The replay did not arrive."
-            raise EdgeLost(reason) if len(line) > 1 else PeerTimeout(reason)
+            raise EdgeLost("The replay did not arrive.")
         hop, answer = heard
         if isinstance(answer, RequestError):
             raise OutboxLost(f"A server cannot take the replay: {answer.message}")
@@ -323,10 +325,17 @@ class SessionPath:
         await hop.send(call, hidden, tuple(later.hop for later in arc[1:]))
         if waiting.is_paced:
             return await waiting.hear(self.patience_seconds())
+        return await self._hear_one(waiting, hop)
+
+    async def _hear_one(self, waiting: Waiting, hop: HopSession) -> Heard:
+        """What a single hop says: its own channel tells whether it lives, so there is time.
+
+        Raises PeerTimeout, and the hop is lost.
+        """
         seconds = self._swarm.config.request_timeout
         heard = await waiting.hear(seconds)
         if heard is None:
-            hop.fail(PeerTimeout(f"No answer to a step within {seconds:g} s."))
+            hop.fail(PeerTimeout(f"No answer within {seconds:g} s."))
             assert hop.failure is not None
             raise hop.failure
         return heard
