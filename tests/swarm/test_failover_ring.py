@@ -304,7 +304,7 @@ async def test_who_should_refill_a_spare_and_is_silent_is_replaced_too(folder: P
         swarm.net.pause(silent)
         swarm.net.kill(dead)
         await story.decode()
-        # The silent one was found out before anybody called it anew, and the first was not refilled.
+        # Nobody called the silent one anew, and the first was not fed again.
         assert session.trace.hops[0].peer_id == first
         assert [repair.peer_id for repair in session.trace.repairs] == [dead, silent]
         await session.close()

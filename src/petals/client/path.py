@@ -147,10 +147,10 @@ class SessionPath:
         with self._expect(refilling.step_id) as waiting:
             waiting.hops, waiting.refilling = line, refilling
             await send()
-            if len(line) == 1:
-                heard = await self._hear_one(waiting, line[0])
-            else:
+            if len(line) > 1:
                 heard = await waiting.hear(self.patience_seconds(refilling.num_tokens))
+            else:
+                heard = await self._hear_one(waiting, line[0])
         if heard is None:
             self._close_edges(line)
             raise EdgeLost("The replay did not arrive.")
