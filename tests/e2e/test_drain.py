@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -13,24 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petals import AutoDistributedModelForCausalLM
 from petals.testing.equality import assert_same_tokens
-from petals.testing.local_swarm import LocalServer, LocalSwarm, LocalSwarmConfig
+from petals.testing.local_swarm import LocalServer, LocalSwarm
 from petals.types import BlockSpan
 
 NUM_NEW, NUM_MORE = 28, 6
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def swarm(smollm2_path: Path) -> Iterator[LocalSwarm]:
-    config = LocalSwarmConfig(
-        model=str(smollm2_path),
-        spans=(BlockSpan(0, 10), BlockSpan(10, 20), BlockSpan(20, 30)),
-        dtype="float32",
-        num_threads=1,
-    )
-    with LocalSwarm(config) as swarm:
-        yield swarm
 
 
 class DrainAfter:
@@ -78,11 +65,12 @@ def expected(smollm2_local: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 def test_a_long_sentence_outlives_a_drained_server(
     smollm2_path: Path,
     smollm2_local: PreTrainedModel,
-    swarm: LocalSwarm,
+    smollm2_swarm: LocalSwarm,
     ids: torch.Tensor,
     expected: torch.Tensor,
     hop: int,
 ) -> None:
+    swarm = smollm2_swarm
     swarm.add_server(BlockSpan(10 * hop, 10 * hop + 10))
     model = AutoDistributedModelForCausalLM.from_pretrained(
         str(smollm2_path), initial_peers=list(swarm.initial_peers), dtype=torch.float32

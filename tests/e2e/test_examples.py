@@ -1,8 +1,8 @@
 """Every example runs as printed, on a short setting, through a swarm of real servers."""
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jupytext
@@ -14,18 +14,26 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TUTORIALS = ("prompt_tuning_sst2", "prompt_tuning_personachat")
 
 
-def run(name: str, swarm: LocalSwarm, folder: Path, *more: str) -> str:
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *more]
-    command += ["--model", swarm.config.model, "--join", swarm.initial_peers[0], "--short"]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(
+    smollm2_swarm: LocalSwarm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """Runs an example as `python examples/NAME.py` would, but where torch is imported already."""
+
+    def run(name: str, *more: str) -> str:
+        script = str(EXAMPLES / f"{name}.py")
+        swarm = ("--model", smollm2_swarm.config.model, "--join", smollm2_swarm.initial_peers[0])
+        monkeypatch.setattr(sys, "argv", [script, *more, *swarm, "--short"])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
@@ -40,35 +48,35 @@ def test_notebooks_say_what_scripts_do(name: str) -> None:
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-def test_sentiment(smollm2_swarm: LocalSwarm, tmp_path: Path) -> None:
+def test_sentiment(run: Callable[..., str], tmp_path: Path) -> None:
     result = tmp_path / "result.md"
-    said = run("prompt_tuning_sst2", smollm2_swarm, tmp_path, "--result", str(result))
+    said = run("prompt_tuning_sst2", "--result", str(result))
     assert "step 2 of 2" in said
     (line,) = [line for line in result.read_text().splitlines() if "largest difference" in line]
     assert float(line.split()[-1]) < 1e-4
     assert (tmp_path / "tuned-sst2" / "model.safetensors").is_file()
 
 
-def test_persona(smollm2_swarm: LocalSwarm, tmp_path: Path) -> None:
+def test_persona(run: Callable[..., str], tmp_path: Path) -> None:
     result = tmp_path / "result.md"
-    run("prompt_tuning_personachat", smollm2_swarm, tmp_path, "--result", str(result))
+    run("prompt_tuning_personachat", "--result", str(result))
     assert result.read_text().count("> Are you ever sad?") == 2
     assert (tmp_path / "tuned-persona" / "model.safetensors").is_file()
 
 
-def test_hidden_states(smollm2_swarm: LocalSwarm, tmp_path: Path) -> None:
-    said = run("hidden_states", smollm2_swarm, tmp_path)
+def test_hidden_states(run: Callable[..., str]) -> None:
+    said = run("hidden_states")
     assert "after  0 blocks" in said and "after 30 blocks" in said
 
 
-def test_custom_path(smollm2_swarm: LocalSwarm, tmp_path: Path) -> None:
-    said = run("custom_path", smollm2_swarm, tmp_path)
+def test_custom_path(run: Callable[..., str]) -> None:
+    said = run("custom_path")
     assert "Paris" in next(line for line in said.splitlines() if line.startswith("all blocks"))
     assert "step 1: loss" in said
 
 
-def test_lora_adapter(smollm2_swarm: LocalSwarm, tmp_path: Path) -> None:
-    said = run("lora_adapter", smollm2_swarm, tmp_path)
+def test_lora_adapter(run: Callable[..., str]) -> None:
+    said = run("lora_adapter")
     assert "step 2: loss" in said
     apart = said.splitlines()[-1]
     assert apart.startswith("peft's logits differ") and float(apart.split()[-1]) < 1e-2

@@ -44,3 +44,4 @@ def test_kill_in_mid_sentence(
         assert_same_tokens(smollm2_local, expected[0], actual[0])
         (repair,) = session.trace.repairs
         assert killer.victim is not None and repair.peer_id == killer.victim.peer_id
+    smollm2_swarm.servers.remove(killer.victim)

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petals import AutoDistributedModelForCausalLM
-from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
+from petals.testing.local_swarm import LocalSwarm
 from petals.types import BlockSpan
 from tuned_reference import TunedReference
 
@@ -44,38 +44,40 @@ def curve(
     return losses
 
 
-def test_a_loss_curve_outlives_servers(smollm2_path: Path) -> None:
-    smollm2 = str(smollm2_path)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+def test_a_loss_curve_outlives_servers(
+    smollm2_path: Path,
+    smollm2_local: PreTrainedModel,
+    smollm2_swarm: LocalSwarm,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     ids = torch.tensor([tokenizer(text)["input_ids"][:NUM_TOKENS] for text in TEXTS])
-    local = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    spans = (BlockSpan(0, 10), MIDDLE, BlockSpan(20, 30))
-    config = LocalSwarmConfig(model=smollm2, spans=spans, dtype="float32", num_threads=1)
-    with LocalSwarm(config) as swarm:
-        torch.manual_seed(0)
-        remote = AutoDistributedModelForCausalLM.from_pretrained(
-            smollm2,
-            initial_peers=list(swarm.initial_peers),
-            dtype=torch.float32,
-            tuning_mode="deep_ptune",
-            pre_seq_len=4,
-        )
-        reference = TunedReference.of(local, remote)
-        serving = [server for server in swarm.servers if server.blocks == MIDDLE]
+    torch.manual_seed(0)
+    remote = AutoDistributedModelForCausalLM.from_pretrained(
+        str(smollm2_path),
+        initial_peers=list(smollm2_swarm.initial_peers),
+        dtype=torch.float32,
+        tuning_mode="deep_ptune",
+        pre_seq_len=4,
+    )
+    reference = TunedReference.of(smollm2_local, remote)
+    swarm, kills = smollm2_swarm, []
 
-        def happens(when: str, step: int) -> None:
-            if (when, step) in (("backward", 15), ("forward", 35)):
-                serving.append(swarm.add_server(MIDDLE))
-                swarm.kill(serving[-2])
+    def happens(when: str, step: int) -> None:
+        if (when, step) in (("backward", 15), ("forward", 35)):
+            (victim,) = (server for server in swarm.servers if server.blocks == MIDDLE)
+            swarm.add_server(MIDDLE)
+            swarm.kill(victim)
+            swarm.servers.remove(victim)
+            kills.append(victim)
 
-        def local_loss(batch: Tensor) -> Tensor:
-            logits = reference.logits(batch)
-            return cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    def local_loss(batch: Tensor) -> Tensor:
+        logits = reference.logits(batch)
+        return cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
-        expected = curve(ids, local_loss, reference.leaves)
-        trained = [parameter for parameter in remote.parameters() if parameter.requires_grad]
-        actual = curve(ids, lambda batch: remote(batch, labels=batch).loss, trained, happens)
-    assert len(serving) == 3
+    expected = curve(ids, local_loss, reference.leaves)
+    trained = [parameter for parameter in remote.parameters() if parameter.requires_grad]
+    actual = curve(ids, lambda batch: remote(batch, labels=batch).loss, trained, happens)
+    assert len(kills) == 2
     worst = max(abs(one - other) for one, other in zip(actual, expected, strict=True))
     assert worst < 1e-4, f"{worst:.1e}"
     assert expected[-1] < expected[0] - 0.05

@@ -13,14 +13,12 @@ from nemesis.stages import SPANS, open_director
 SCENES = (
     # The first server that is stopped is looked at again when its lease is over: begin with it.
     (Phase.DECODE, (Strike(Fault.PAUSE, 1, 0.3, lasts=4),)),
-    (Phase.DECODE, (Strike(Fault.KILL, 0, 0.4),)),
     (Phase.PREFILL, (Strike(Fault.KILL, 1, 0.4),)),
     (Phase.ROLLBACK, (Strike(Fault.KILL, 2, 0.4),)),
     (Phase.BEAMS, (Strike(Fault.KILL, 1, 0.5, delay=0.4),)),
     (Phase.BATCH, (Strike(Fault.SERVER_DAEMON, 0, 0.4),)),
     (Phase.CROWD, (Strike(Fault.KILL, 0, 0.3), Strike(Fault.KILL, 2, 0.3))),
     (Phase.TRAINING, (Strike(Fault.KILL, 1, 0.3, delay=0.5),)),
-    (Phase.DECODE, (Strike(Fault.DRAIN, 2, 0.3),)),
     (Phase.ROLLBACK, (Strike(Fault.LEAVE, 1, 0.3),)),
     (Phase.BEAMS, (Strike(Fault.CLIENT_DAEMON, 0, 0.4),)),
     (Phase.DECODE, (Strike(Fault.BOOTSTRAP, 0, 0.4),)),
