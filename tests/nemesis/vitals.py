@@ -1,4 +1,5 @@
-"""What processes hold: sessions, KV tokens, threads, file descriptors; and whether they let go.
+"""What processes hold: sessions, KV tokens, tasks, threads, file descriptors; and whether they let
+go.
 
 A server tells of itself by `GetInfo`, the rest is read from outside. Knows no faults.
 """
@@ -22,6 +23,9 @@ from petals.wire.messages import GetInfo, Info
 SPARE_DESCRIPTORS = 40
 """A server keeps channels to the servers it has handed states to, and dials new members."""
 
+SPARE_TASKS = 2 * SPARE_DESCRIPTORS
+"""A channel is read by one task and served by another."""
+
 SPARE_THREADS = 4
 LEASE_SECONDS = 60.0
 GRACE_SECONDS = 20.0
@@ -37,6 +41,7 @@ class Holdings:
     tokens_free: int
     num_sessions: int
     num_descriptors: int
+    num_tasks: int
     num_threads: int
     outbox_bytes_free: int
 
@@ -101,6 +106,8 @@ def _excess(first: Holdings, now: Holdings | None) -> list[str]:
         found.append(f"{first.outbox_bytes_free - now.outbox_bytes_free} bytes of outbox")
     if now.num_descriptors > first.num_descriptors + SPARE_DESCRIPTORS:
         found.append(f"{now.num_descriptors} descriptors, {first.num_descriptors} at first")
+    if now.num_tasks > first.num_tasks + SPARE_TASKS:
+        found.append(f"{now.num_tasks} tasks, {first.num_tasks} at first")
     if now.num_threads > first.num_threads + SPARE_THREADS:
         found.append(f"{now.num_threads} threads, {first.num_threads} at first")
     return found
@@ -122,8 +129,9 @@ def holdings(manager: RemoteSequenceManager, server: LocalServer) -> Holdings | 
             tokens_free=info.tokens_free,
             num_sessions=info.num_sessions,
             num_descriptors=process.num_fds(),
+            num_tasks=info.num_tasks,
             num_threads=process.num_threads(),
-            outbox_bytes_free=getattr(info, "outbox_bytes_free", 0),
+            outbox_bytes_free=info.outbox_bytes_free,
         )
     except (PetalsError, psutil.NoSuchProcess):
         return None

@@ -13,9 +13,11 @@ from petals.client import path as path_module
 from petals.client.path import SessionPath
 from petals.client.session_rows import SessionRows
 from petals.client.trace import Way
-from petals.server import links
+from petals.server import links, ring
+from petals.server.session import Session
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import PeerId
+from petals.wire.messages import Step, Undelivered
 from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
 from served_span import assert_close
 
@@ -175,6 +177,28 @@ async def test_a_first_prompt_does_not_wait_for_a_pace_that_nobody_has_measured(
         assert_close(output, torch.cat([swarm.expected(row) for row in prompt.split(48)]))
         assert Way.VIA_CLIENT in {edge.way for edge in session.trace.edges}
         assert not session.trace.repairs
+        await session.close()
+        await access.close()
+
+
+async def test_a_server_that_cries_loss_again_and_again_is_heard_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with real_swarm(folder, *SPANS) as swarm:
+        hand_on, asked = ring.Ring._hand_on, []
+
+        async def cry(self: ring.Ring, served: Session, step: Step, *output: object) -> None:
+            asked.append(step.step_id)
+            if len(asked) < 50:
+                await served.tell(Undelivered(step.session_id, step.epoch, step.step_id))
+            await hand_on(self, served, step, *output)
+
+        monkeypatch.setattr(ring.Ring, "_hand_on", cry)
+        access = swarm.access(**IMPATIENT)
+        session = SessionRows(access, ALL, max_length=40)
+        prompt = states(8, 3)
+        assert_close(await session.step(prompt, (0,), (8,)), swarm.expected(prompt))
+        assert len(asked) < 20
         await session.close()
         await access.close()
 

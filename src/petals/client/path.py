@@ -246,7 +246,8 @@ class SessionPath:
         waiting = self._waiting.get(step_id)
         if waiting is None or waiting.heard.done() or hop not in waiting.hops[:-1]:
             return
-        if replay == (waiting.refilling is not None):
+        if replay == (waiting.refilling is not None) and hop not in waiting.doubters:
+            waiting.doubters.add(hop)
             at = waiting.hops.index(hop)
             self._close_edges(waiting.hops[at : at + 2])
             waiting.heard.set_result((hop, EdgeLost("The channel between two servers broke.")))

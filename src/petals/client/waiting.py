@@ -46,11 +46,13 @@ class Waiting:
     """A step, or the end of a refill, whose answer may come from any of ``hops``.
 
     ``is_paced``: the pace of the route tells how long to wait, and may tell more while we do.
+    ``doubters``: hops that have said, once, that their part of it may be lost.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.hops: Sequence[HopSession] = ()
         self.refilling: Refilling | None = None
+        self.doubters: set[HopSession] = set()
         self._clock = clock
         self.begin(is_paced=False)
 

@@ -154,6 +154,7 @@ class BlocksService:
             step_seconds=self.executor.step_seconds,
             outbox_bytes_free=self._outboxes.free_bytes,
             trains=not offer.no_training,
+            num_tasks=len(asyncio.all_tasks()),
         )
 
     async def drain(self, seconds: float) -> None:

@@ -12,7 +12,7 @@ row order. Knows no sockets and makes no decisions.
 | 3       | training: Backward, kept passes, taps, deep prompts, PutAdapter        |
 | 4       | Leaving; a Replay may go on where an earlier one ended, or come to us  |
 | 5       | steps tell which edges are relayed; OpenSession names the next hop     |
-| 6       | Undelivered: what may have been lost between two hops                  |
+| 6       | Undelivered: what two hops may have lost; Info counts tasks            |
 """
 
 from typing import Annotated
@@ -289,7 +289,9 @@ class GetInfo(Message):
 
 
 class Info(Message):
-    """A server's present state and its limits. ``trains``: it gives gradients."""
+    """A server's present state and its limits. ``trains``: it gives gradients. ``num_tasks`` run in
+    its event loop: more and more of them would be a leak.
+    """
 
     model: Name
     blocks: Blocks
@@ -304,6 +306,7 @@ class Info(Message):
     step_seconds: Seconds
     outbox_bytes_free: Counter = 0
     trains: bool = False
+    num_tasks: Count = 0
 
 
 class DialBack(Message):
