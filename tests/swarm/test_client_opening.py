@@ -222,6 +222,17 @@ async def test_a_repair_does_not_wait_for_the_directory(monkeypatch: pytest.Monk
         await session.close()
 
 
+async def test_who_has_answered_before_may_take_no_longer_to_connect_than_to_be_silent() -> None:
+    async with toy_swarm((0, 4)) as swarm:
+        access = swarm.access(4, connect_timeout=5.0, silence_timeout=3.0)
+        view, peer = await access.view(), swarm.servers[0].peer_id
+        assert view.connect_seconds(peer) == 5.0
+        await view.records()
+        await view.measure([peer])
+        assert view.connect_seconds(peer) == 3.0
+        assert (await swarm.access(4, connect_timeout=1.0).view()).connect_seconds(peer) == 1.0
+
+
 async def test_one_that_was_only_slow_to_answer_is_called_when_nobody_else_serves() -> None:
     async with toy_swarm((0, 2), (2, 4)) as swarm:
         long = {"ban_timeout": 600.0, "repair_timeout": 20.0}

@@ -1,5 +1,6 @@
 """Whole sequences through the swarm, split over routes and repaired where a server fails."""
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -277,6 +278,26 @@ async def test_one_waits_for_a_silent_server_and_tells_the_others(
         assert 0 < asked.count(silent.peer_id) <= AT_ONCE
         (ban,) = view.bans._bans.values()
         assert ban.seconds == view.config.ban_timeout
+
+
+async def test_who_takes_a_lost_servers_place_is_known_without_the_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with toy_swarm((0, 2), (2, 4)) as swarm:
+        lesson, access = Lesson((5, 3)), swarm.access(4, update_period=1e-6)
+        begun = await lesson.begin(access)
+        spare = await swarm.add(2, 4)
+        await (await access.view()).refresh()
+        asked = asyncio.Event()
+
+        async def never(*_: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(swarm.client.directory, "view", never)
+        swarm.net.kill(swarm.servers[1].peer_id)
+        await lesson.end(begun)
+        assert spare.backwards and asked.is_set()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,9 +6,9 @@ blocks and no routes. Lives in one event loop.
 
 import asyncio
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 
 from petals.client.channels import ChannelPool
-from petals.client.config import ClientConfig
 from petals.models.adapters import Adapter
 from petals.types import PeerId
 from petals.wire.passes import AdapterKept, AdapterPart, PutAdapter
@@ -20,10 +20,17 @@ _REMEMBERED = 4096
 class AdapterDelivery:
     """Sends adapters for the blocks of ``model``, and remembers where they are."""
 
-    def __init__(self, model: str, channels: ChannelPool, config: ClientConfig) -> None:
+    def __init__(
+        self,
+        model: str,
+        channels: ChannelPool,
+        connect_seconds: Callable[[PeerId], float],
+        request_seconds: float,
+    ) -> None:
         self._model = model
         self._channels = channels
-        self._config = config
+        self._connect_seconds = connect_seconds
+        self._request_seconds = request_seconds
         self._turns: defaultdict[PeerId, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._there: OrderedDict[tuple[PeerId, str], None] = OrderedDict()
 
@@ -52,7 +59,7 @@ class AdapterDelivery:
             ),
         )
         tensors = [tensor.detach() for tensor in adapter.tensors]
-        async with self._channels.lent(peer, _SERVICE, self._config.connect_timeout) as channel:
+        async with self._channels.lent(peer, _SERVICE, self._connect_seconds(peer)) as channel:
             await channel.request(
-                message, tensors, expect=AdapterKept, timeout=self._config.request_timeout
+                message, tensors, expect=AdapterKept, timeout=self._request_seconds
             )

@@ -48,8 +48,9 @@ class ClientConfig:
     ``dht_prefix``: the name a model is announced under, where it is not the repository's.
     ``show_route``: log the routes of sessions ("inference"), of everything (True) or none (False).
     ``allowed_servers`` / ``blocked_servers``: peer ids to use only, or never.
-    ``connect_timeout`` is for opening a stream, ``request_timeout`` for one answer,
-    ``alloc_timeout`` for waiting until a full server has room.
+    ``connect_timeout`` is for opening a stream (to a server that has answered before at most
+    ``silence_timeout``), ``request_timeout`` for one answer, ``alloc_timeout`` for waiting until a
+    full server has room.
     ``max_retries``: further attempts after the first when peers fail (environment:
     PETALS_MAX_RETRIES); ``min_backoff`` and ``max_backoff`` bound the pauses between them.
     ``ban_timeout``: how long a failed server is avoided, doubled with each further failure.

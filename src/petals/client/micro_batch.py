@@ -194,7 +194,8 @@ class MicroBatch:
                 is_training=self._is_training,
             )
             try:
-                return await view.route(needs, throughput=True)
+                in_haste = bool(lost or self._called_again)
+                return await view.route(needs, throughput=True, in_haste=in_haste)
             except (MissingBlocksError, NoCapacity, TrainingRefused) as error:
                 if lost and (left := deadline - clock.monotonic()) > 0:
                     await clock.sleep(min(_LOOK_AGAIN_SECONDS, left))

@@ -81,11 +81,6 @@ class _Opening:
             model=swarm.model,
             cache_tokens=(terms.max_length or 0) * terms.num_rows,
         )
-        self._patience = Patience(
-            connect_seconds=config.connect_timeout,
-            request_seconds=config.request_timeout,
-            silence_seconds=config.silence_timeout,
-        )
         self._room_deadline = monotonic() + config.alloc_timeout
         self._full: dict[PeerId, CacheFull] = {}
         self._unfit: dict[PeerId, PetalsError] = {}
@@ -128,9 +123,8 @@ class _Opening:
         seconds = self._room_deadline - monotonic()
         if seconds <= 0:
             raise self._full[full.peer_id]
-        patience = replace(self._patience, alloc_seconds=seconds)
         try:
-            held = await self._open(full, route, patience)
+            held = await self._open(full, route, alloc_seconds=seconds)
         except PetalsError as error:
             await self._learn(full, error)
             return []
@@ -141,7 +135,7 @@ class _Opening:
         """Ask all hops not ``held``, without waiting; None, and nothing held, if one refuses."""
         have = {session.hop: session for session in held}
         missing = [hop for hop in route if hop not in have]
-        tasks = [asyncio.create_task(self._open(hop, route, self._patience)) for hop in missing]
+        tasks = [asyncio.create_task(self._open(hop, route)) for hop in missing]
         try:
             if tasks:
                 await asyncio.wait(tasks)
@@ -162,7 +156,7 @@ class _Opening:
             await self._learn(hop, error)
         return None
 
-    async def _open(self, hop: Hop, route: Route, patience: Patience) -> HopSession:
+    async def _open(self, hop: Hop, route: Route, alloc_seconds: float = 0.0) -> HopSession:
         index = route.index(hop)
         before = self._repair.before if self._repair is not None else None
         after = None
@@ -171,7 +165,13 @@ class _Opening:
         if self._swarm.config.use_server_to_server and hop is not route[-1]:
             after = route[index + 1].peer_id
         neighbours = Neighbours(before, after)
-        node, terms = self._swarm.node, self._terms
+        node, terms, config = self._swarm.node, self._terms, self._swarm.config
+        patience = Patience(
+            connect_seconds=self._swarm.connect_seconds(hop.peer_id),
+            request_seconds=config.request_timeout,
+            alloc_seconds=alloc_seconds,
+            silence_seconds=config.silence_timeout,
+        )
         adapter = None if terms.tuning.adapter is None else terms.tuning.adapter.within(hop.blocks)
         if adapter is None:
             return await HopSession.open(node, hop, terms, patience, neighbours)

@@ -132,7 +132,7 @@ async def _ask(
     config, peer, adapter = view.config, leg.hop.peer_id, leg.call.adapter
 
     async def ask() -> tuple[M, list[Tensor]]:
-        async with view.channels.lent(peer, BLOCKS_SERVICE, config.connect_timeout) as channel:
+        async with view.channels.lent(peer, BLOCKS_SERVICE, view.connect_seconds(peer)) as channel:
             return await channel.request(
                 message, tensors, expect=expect, timeout=config.request_timeout
             )

@@ -7,6 +7,7 @@ decides nothing itself. Lives in one event loop.
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -70,7 +71,9 @@ class SwarmView:
         self.edges = Edges()
         self.channels = ChannelPool(node, config.silence_timeout)
         self.kept = KeptBudget(config.max_kept_bytes)
-        self.adapters = AdapterDelivery(model, self.channels, config)
+        self.adapters = AdapterDelivery(
+            model, self.channels, self.connect_seconds, config.request_timeout
+        )
         self.paths: set[Closing] = set()
         """Open sessions' paths; closed with the view."""
         self._clock = node.clock
@@ -111,16 +114,21 @@ class SwarmView:
             self.node.background.start(self.measure(chosen), "measuring servers")
 
     async def route(
-        self, needs: Needs, *, throughput: bool = False, is_repair: bool = False
+        self,
+        needs: Needs,
+        *,
+        throughput: bool = False,
+        is_repair: bool = False,
+        in_haste: bool = False,
     ) -> Route:
         """A route for ``needs`` now; ``throughput`` draws one of many instead of the fastest.
 
         Banned servers are used where nobody else holds a block; for a repair only if they were no
-        worse than slow. Somebody waits for a repair: old records do for it, while they are read
-        anew (a server that has just gone holds reading up for seconds). Raises MissingBlocksError,
+        worse than slow. For a repair, or ``in_haste``, old records do, while they are read anew (a
+        server that has just gone holds reading up for seconds). Raises MissingBlocksError,
         NoCapacity, TrainingRefused, UnknownAdapter.
         """
-        if not is_repair or self._records is None:
+        if self._records is None or not (is_repair or in_haste):
             await self.records()
         elif self._age() > self.config.update_period:
             self._refresh_aside()
@@ -188,6 +196,14 @@ class SwarmView:
                 return
             asked |= spares
             await asyncio.gather(*(self._measure(peer, stay=True) for peer in spares))
+
+    def connect_seconds(self, peer: PeerId) -> float:
+        """How long a channel to a server may take to open. One that has answered before and now
+        gives no sign of life is gone, as on an open channel.
+        """
+        config = self.config
+        is_known = peer in self._round_trips or peer in self._infos
+        return min(config.connect_timeout, config.silence_timeout if is_known else math.inf)
 
     def note_failure(self, peer: PeerId, error: PetalsError, cause: Cause = Cause.FAILED) -> None:
         """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
