@@ -10,7 +10,6 @@ Every run decodes, loses one hop and is compared token for token with the local 
 import argparse
 import datetime
 import os
-import platform
 import random
 import signal
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from machine import describe_machine
 from nemesis.arena import Arena
 from nemesis.netlab import NetLab
 from nemesis.play import Director
@@ -208,9 +208,7 @@ def report(runs: list[Run], network: str) -> str:
         "Most allowed (the aims): kill 1.5 s at p95 at context 128, 1.5 s + 1.3 times the bare "
         "prefill at 1,000; pause 5 s (and the prefill alike); leave: one more step.",
         "",
-        f"Network: {network}. Machine: {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end; Python "
-        f"{platform.python_version()}, torch {torch.__version__}.",
+        f"Network: {network}. {describe_machine()}",
         "",
     ]
     lines += [f"- {run.case} hop {run.hop}: {run.problem}" for run in runs if run.problem]

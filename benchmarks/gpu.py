@@ -9,7 +9,6 @@ say. See METHODOLOGY.md.
 
 import argparse
 import datetime
-import platform
 import sys
 import tempfile
 import time
@@ -19,12 +18,11 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-import petals
 from inference import Sample, concurrent_tokens_per_second, hop_overheads, tokens_per_second
+from machine import describe_machine
 from petals import AutoDistributedModelForCausalLM
 from petals.models.cost import deal
 from petals.testing.equality import assert_same_tokens
@@ -266,9 +264,7 @@ def _head(options: argparse.Namespace) -> list[str]:
     return [
         f"# One GPU, three servers, {datetime.date.today()}",
         "",
-        f"{card}; {options.rounds} rounds, {options.tokens} new tokens; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, petals {petals.__version__}.",
+        f"{card}; {options.rounds} rounds, {options.tokens} new tokens. {describe_machine()}",
         "",
     ]
 

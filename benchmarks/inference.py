@@ -7,8 +7,6 @@ Three servers of one thread each against one local process of one thread. See ME
 
 import argparse
 import datetime
-import os
-import platform
 import statistics
 import threading
 import time
@@ -18,10 +16,9 @@ from pathlib import Path
 
 import psutil
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
-import petals
+from machine import describe_machine
 from petals import AutoDistributedModelForCausalLM
 from petals.models.cost import deal
 from petals.models.demo_model import get_demo_model
@@ -189,10 +186,7 @@ def report(
         "",
         f"{arguments.rounds} rounds, {arguments.tokens} new tokens after "
         f"{arguments.prompt_tokens}, f32, loopback.",
-        f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"petals {petals.__version__}.",
+        describe_machine(),
         "",
     ]
     return "\n".join(lines)

@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from machine import describe_machine
 from nemesis.netlab import NetLab, preset_topology
 from petals import AutoDistributedModelForCausalLM
 from petals.client.trace import SessionTrace, Way
@@ -346,9 +346,7 @@ def _footer(world: World, options: argparse.Namespace, compute: float) -> list[s
         f"Queue and compute of all hops: {1e3 * compute:.0f} ms a token. BLOOM of {NUM_BLOCKS} "
         f"blocks, width {WIDTH}, random, f32; {options.rounds} rounds of {options.tokens} tokens "
         f"after {options.prompt_tokens}, ring and star in turn; the ways are those of the last.",
-        f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, "
-        f"torch {torch.__version__}. Forwarder: {stats}.",
+        f"{describe_machine()} Forwarder: {stats}.",
         "",
     ]
 

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from machine import describe_machine
 from nemesis.arena import BOOTSTRAP_HOST, CLIENT_HOST, Arena
 from nemesis.netlab import NetLab
 from petals import AutoDistributedModelForCausalLM
@@ -136,9 +136,7 @@ def report(at_home: Samples, far: Samples, options: argparse.Namespace) -> str:
         "",
         f"c is the ring's time on loopback. {options.rounds} rounds of {options.tokens} tokens "
         f"after {options.prompt_tokens}, SmolLM2-135M in f32, 100 Mbit/s.",
-        f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, "
-        f"torch {torch.__version__}.",
+        describe_machine(),
         "",
     ]
     return "\n".join(lines)

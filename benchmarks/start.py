@@ -11,7 +11,6 @@ default: PYTHONDONTWRITEBYTECODE is taken out of the environment.
 import argparse
 import datetime
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import torch
-import transformers
-
-import petals
+from machine import describe_machine
 from petals.models.demo_model import get_demo_model
 from petals.testing.local_swarm import COMMAND
 
@@ -134,10 +130,7 @@ def report(times: Sequence[Times]) -> str:
             "| --- | ---: | --- |",
             *(entry.row() for entry in times),
             "",
-            f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load "
-            f"{os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, torch "
-            f"{torch.__version__}, transformers {transformers.__version__}, petals "
-            f"{petals.__version__}.",
+            describe_machine(),
             "",
         ]
     )

@@ -12,8 +12,6 @@ that differ by 1e-8. Training amplifies the last bits; what the control shows is
 
 import argparse
 import datetime
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,12 +23,11 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-import petals
+from machine import describe_machine
 from petals import AutoDistributedModel, AutoDistributedModelForCausalLM
 from petals.models.cost import deal
 from petals.models.demo_model import get_demo_model
@@ -274,10 +271,7 @@ def report(options: argparse.Namespace, pairs: list[Pair], memory: list[float]) 
         "",
         f"{options.rounds} rounds after a warm-up, SmolLM2-135M in f32, {options.servers} servers "
         f"of one thread, {NUM_PROMPT_TOKENS} prompt tokens, LoRA of rank {LORA.r} on q and v.",
-        f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"petals {petals.__version__}.",
+        describe_machine(),
         "",
     ]
     return "\n".join(lines)
