@@ -1,5 +1,6 @@
 """One scene: a fresh client at work, faults at their steps, and everything checked afterwards."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -27,6 +28,7 @@ from nemesis.workload import (
     make_workload,
 )
 from petals import AutoDistributedModelForCausalLM
+from petals.client.bridge import bridge
 from petals.client.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.testing.equality import assert_same_tokens
@@ -439,5 +441,19 @@ def _in_short(error: BaseException) -> str:
 
 
 def _stacks() -> str:
-    frames = sys._current_frames()
-    return "\n".join("".join(traceback.format_stack(frame)[-6:]) for frame in frames.values())
+    """Where the threads of this process and the tasks of its client stand."""
+    threads = ["".join(traceback.format_stack(f)[-6:]) for f in sys._current_frames().values()]
+    return "\n".join([*threads, *bridge.run(_tasks())])
+
+
+async def _tasks() -> list[str]:
+    return [f"task {task.get_name()}: {_places(task)}" for task in asyncio.all_tasks()]
+
+
+def _places(task: "asyncio.Task[Any]") -> str:
+    """The lines it waits at, from the innermost to the outermost."""
+    places, awaited = [], task.get_coro()
+    while (frame := getattr(awaited, "cr_frame", None)) is not None:
+        places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        awaited = awaited.cr_await
+    return " < ".join(reversed(places))

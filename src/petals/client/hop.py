@@ -228,6 +228,10 @@ class HopSession:
         """A sign of life, so that the lease begins anew."""
         await self._say(KeepSession(self.terms.session_id, (self.blocks.start, self.blocks.end)))
 
+    def is_mute_since(self, when: float) -> bool:
+        """True if the leg stands, and not even a ping was answered since ``when`` (monotonic)."""
+        return self.failure is None and self._channel.heard_at < when
+
     def fail(self, error: PetalsError) -> None:
         """The leg is lost; whoever listens is told, once."""
         if self.failure is not None:

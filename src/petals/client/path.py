@@ -35,6 +35,7 @@ from petals.wire.messages import Step
 
 _SIGNS_PER_LEASE = 3
 _MIN_SIGN_SECONDS = 0.05
+_LOOK_AGAIN_SECONDS = 0.2
 _UNMEASURED_FACTOR = 10.0
 _UNMEASURED_TOKENS = 128
 """So often the shortest patience, for every so many tokens, before a route's pace is known."""
@@ -136,7 +137,7 @@ class SessionPath:
         """``send`` what sets ``refilling`` off, and wait until the last hop is refilled.
 
         Raises what a hop refuses with, EdgeLost if it does not get from hop to hop: the edges in
-        question are then closed; PeerTimeout if a single hop does not answer.
+        question are then closed; PeerTimeout if a single hop does not take it.
         """
         line = refilling.line
         for hop in line:
@@ -146,14 +147,17 @@ class SessionPath:
             raise OutboxLost("The servers cannot hand states to each other.")
         with self._expect(refilling.step_id) as waiting:
             waiting.hops, waiting.refilling = line, refilling
+            asked_at = self._now()
             await send()
-            if len(line) > 1:
-                heard = await waiting.hear(self.patience_seconds(refilling.num_tokens))
-            else:
-                heard = await self._hear_one(waiting, line[0])
+            heard = await waiting.hear(self.patience_seconds(refilling.num_tokens))
+            while heard is None and len(line) == 1 and line[0].is_mute_since(asked_at):
+                # Its channel will soon tell whether it lives; until then nobody else is asked.
+                waiting.begin(is_paced=False)
+                heard = await waiting.hear(_LOOK_AGAIN_SECONDS)
         if heard is None:
             self._close_edges(line)
-            raise EdgeLost("The replay did not arrive.")
+            reason = "The replay did not arrive."
+            raise EdgeLost(reason) if len(line) > 1 else PeerTimeout(reason)
         hop, answer = heard
         if isinstance(answer, RequestError):
             raise OutboxLost(f"A server cannot take the replay: {answer.message}")
@@ -326,17 +330,10 @@ class SessionPath:
         await hop.send(call, hidden, tuple(later.hop for later in arc[1:]))
         if waiting.is_paced:
             return await waiting.hear(self.patience_seconds())
-        return await self._hear_one(waiting, hop)
-
-    async def _hear_one(self, waiting: Waiting, hop: HopSession) -> Heard:
-        """What a single hop says: its own channel tells whether it lives, so there is time.
-
-        Raises PeerTimeout, and the hop is lost.
-        """
         seconds = self._swarm.config.request_timeout
         heard = await waiting.hear(seconds)
         if heard is None:
-            hop.fail(PeerTimeout(f"No answer within {seconds:g} s."))
+            hop.fail(PeerTimeout(f"No answer to a step within {seconds:g} s."))
             assert hop.failure is not None
             raise hop.failure
         return heard

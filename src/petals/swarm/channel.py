@@ -102,9 +102,9 @@ class Channel:
         return self._error is not None
 
     @property
-    def last_heard_seconds(self) -> float:
-        """Seconds since the last frame of the peer."""
-        return self._clock.monotonic() - self._last_heard
+    def heard_at(self) -> float:
+        """The time of the clock at which the last frame of the peer came."""
+        return self._last_heard
 
     @property
     def confirmed_at(self) -> float:
