@@ -100,8 +100,8 @@ def measure(arguments: argparse.Namespace) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     server = [Times(f"server: {stage}" + " …" * (stage != "Online")) for stage in STAGES]
-    with bootstrap_peer() as address:
-        for _ in range(arguments.runs + 1):
+    for _ in range(arguments.runs + 1):
+        with bootstrap_peer() as address:  # a new one: it would remember members that are gone
             note(server, start_server(model, address, environment))
     names = ("first words", "last words", "nothing is left")
     demo = [Times(f"demo, {arguments.tokens} tokens: {name}") for name in names]
