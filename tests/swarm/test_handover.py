@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from failover_story import IMPATIENT, SPANS, STATE_BYTES, Fault, Story
+from petals.client import handover
 from petals.client.session_rows import SessionRows
+from petals.client.terms import Terms
+from petals.testing.manual_clock import settle
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
 from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
@@ -178,6 +181,33 @@ async def test_the_server_before_dies_while_it_fills_the_successor(folder: Path)
         assert not {first, victim} & set(peers(story))
         assert set(reasons(story)) == {"The stream ended.", LEAVES}
         await story.reorder()
+
+
+async def test_nothing_is_handed_over_within_a_repair(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with story_in(folder, *SPANS, *SPANS) as story:
+        await story.prefill()
+        recovery = story.session._recovery
+        course, epochs, open_hops = recovery._course, [], handover.open_hops
+
+        async def count(swarm: object, blocks: object, terms: Terms, *more: object) -> object:
+            epochs.append(terms.epoch)
+            return await open_hops(swarm, blocks, terms, *more)
+
+        monkeypatch.setattr(handover, "open_hops", count)
+        async with course.turn:  # as whoever repairs
+            victim = course.path.hops[1]
+            course.epoch += 1
+            victim.leaving_seconds = 60.0
+            recovery._handover.look()
+            await settle()
+            assert not epochs
+            await course.path.begin_epoch(course.epoch)
+        while not reasons(story):
+            await story.decode()
+        assert epochs == [1] and reasons(story) == [LEAVES]
+        assert victim.peer_id not in peers(story)
 
 
 async def test_nobody_takes_over(folder: Path) -> None:

@@ -80,22 +80,29 @@ class HandOver:
         pause, clock = _FIRST_PAUSE_SECONDS, self._course.swarm.node.clock
         while (path := self._course.path) is not None and path.leaving:
             try:
-                await self._hand_over(path)
+                await self._hand_over()
                 pause = _FIRST_PAUSE_SECONDS
             except PetalsError as error:
                 logger.info("handing over has to wait: %s", error.message)
                 await clock.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
-    async def _hand_over(self, path: SessionPath) -> None:
-        course, leaving = self._course, path.leaving
+    async def _hand_over(self) -> None:
+        course = self._course
+        # Not within a repair: what that opens, perhaps for the same blocks, would be of our epoch,
+        # and a server takes two requests of one epoch for the same one.
+        async with course.turn:
+            path, epoch = course.path, course.epoch
+            leaving = [] if path is None else path.leaving
+            num_rows = len(course.told.lengths) or course.terms.num_rows
+        if path is None or not leaving:
+            return
         start = path.hops.index(leaving[0])
         before = path.hops[start - 1] if start else None
         blocks = BlockSpan(leaving[0].blocks.start, leaving[-1].blocks.end)
-        num_rows = len(course.told.lengths) or course.terms.num_rows
-        terms = replace(course.terms, epoch=course.epoch, num_rows=num_rows)
+        terms = replace(course.terms, epoch=epoch, num_rows=num_rows)
         hops = await self._open(path, before, blocks, terms)
-        succession = _Succession(path, terms.epoch, before, leaving, hops)
+        succession = _Succession(path, epoch, before, leaving, hops)
         try:
             path.listen_to(hops)
             await self._copy(succession)
