@@ -16,6 +16,8 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return "not measured: the run was too short"
     return f"{statistics.mean(values):.3f}, {_quantile(values, 0.05):.3f}, {min(values):.3f}"
 
 
