@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
+import pytest
 import torch
 import torch.distributed.tensor  # noqa: F401  assert_close imports it late and stops a loop
 from torch import Tensor
@@ -448,6 +449,17 @@ class ToySwarm:
         await server.announce()
         self.servers.append(server)
         return server
+
+    def hush_directory(self, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+        """From now on the client's directory never answers; set once it has been asked."""
+        asked = asyncio.Event()
+
+        async def never(*_: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(self.client.directory, "view", never)
+        return asked
 
     def access(self, num_blocks: int, **options: object) -> SwarmAccess:
         """Another client's view on the same node; toys do not know each other."""

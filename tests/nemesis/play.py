@@ -443,7 +443,7 @@ def _in_short(error: BaseException) -> str:
 def _stacks() -> str:
     """Where the threads of this process and the tasks of its client stand."""
     threads = ["".join(traceback.format_stack(f)[-6:]) for f in sys._current_frames().values()]
-    return "\n".join([*threads, *bridge.run(_tasks())])
+    return "\n".join([*threads, *bridge.run(_tasks(), 5.0)])
 
 
 async def _tasks() -> list[str]:

@@ -209,13 +209,7 @@ async def test_a_repair_does_not_wait_for_the_directory(monkeypatch: pytest.Monk
         session = await open_one(access)
         await swarm.add(2, 4)
         await (await access.view()).refresh()
-        asked = asyncio.Event()
-
-        async def never(*_: object) -> None:
-            asked.set()
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(swarm.client.directory, "view", never)
+        asked = swarm.hush_directory(monkeypatch)
         swarm.net.kill(swarm.servers[1].peer_id)
         await session.step(states(1), (0,), (1,))
         assert asked.is_set()

@@ -1,6 +1,5 @@
 """Whole sequences through the swarm, split over routes and repaired where a server fails."""
 
-import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -288,13 +287,7 @@ async def test_who_takes_a_lost_servers_place_is_known_without_the_directory(
         begun = await lesson.begin(access)
         spare = await swarm.add(2, 4)
         await (await access.view()).refresh()
-        asked = asyncio.Event()
-
-        async def never(*_: object) -> None:
-            asked.set()
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(swarm.client.directory, "view", never)
+        asked = swarm.hush_directory(monkeypatch)
         swarm.net.kill(swarm.servers[1].peer_id)
         await lesson.end(begun)
         assert spare.backwards and asked.is_set()
