@@ -9,7 +9,8 @@ sessions and no steps.
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ _IDLE_SECONDS = 600.0
 _IDLE_REPLAY_SECONDS = 10.0
 
 OpenChannel = Callable[[PeerId, str, float], Awaitable[Channel]]
-OnLost = Callable[[], Awaitable[None]]
+OnLost = Callable[[], Coroutine[Any, Any, None]]
 
 
 class _Lane:
@@ -68,11 +69,9 @@ class _Sent:
         while self._unconfirmed[0][0] < channel.confirmed_at:
             self._unconfirmed.popleft()
 
-    async def tell_lost(self, channel: Channel) -> None:
-        """In the order in which they were sent."""
-        for sent_at, on_lost in self._unconfirmed:
-            if sent_at >= channel.confirmed_at:
-                await on_lost()
+    def lost(self, channel: Channel) -> list[OnLost]:
+        """Whom to tell, in the order in which they sent."""
+        return [told for sent_at, told in self._unconfirmed if sent_at >= channel.confirmed_at]
 
 
 class Links:
@@ -178,7 +177,8 @@ class Links:
             if isinstance(error, PeerTimeout):
                 # Nothing passes: whoever is told of a loss need not find that out by dialling.
                 lane.broken_until = self._clock.monotonic() + _REST_SECONDS
-            self._tasks.start(sent.tell_lost(channel), "telling what broke with a lane")
+            for on_lost in sent.lost(channel):  # a client that does not read holds up no other
+                self._tasks.start(on_lost(), "telling what broke with a lane")
         finally:
             if lane.channel is channel:
                 lane.channel = None

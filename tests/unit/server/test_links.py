@@ -190,6 +190,20 @@ async def test_a_lane_that_breaks_tells_in_order_what_may_be_lost() -> None:
     assert swarm.lost == messages[2:]
 
 
+async def test_one_that_cannot_be_told_holds_up_no_other() -> None:
+    swarm = Swarm()
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    await swarm.links.send(PEER, GetInfo(), (), never)
+    await swarm.send()
+    swarm.channels[0].die(PeerUnreachable("broken"))
+    await settle()
+    assert swarm.lost == [GetInfo()]
+    await swarm.links.close()
+
+
 async def test_who_is_told_of_silence_need_not_dial() -> None:
     swarm = Swarm()
     await swarm.send()
