@@ -1,6 +1,7 @@
 """Servers leave politely in the middle of sessions: nobody notices, nothing is lost."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 
 from failover_story import IMPATIENT, SPANS, STATE_BYTES, Fault, Story
 from petals.client import handover
+from petals.client.hop import HopSession
 from petals.client.session_rows import SessionRows
 from petals.client.terms import Terms
+from petals.server import stay
 from petals.testing.manual_clock import settle
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
@@ -29,10 +32,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def story_in(
-    folder: Path, *spans: BlockSpan, drain_seconds: float = 60.0, **options: object
+    folder: Path,
+    *spans: BlockSpan,
+    drain_seconds: float = 60.0,
+    outbox_bytes: int | None = None,
+    **options: object,
 ) -> AsyncIterator[Story]:
     """A session that is open and has not begun."""
-    async with real_swarm(folder, *spans, drain_seconds=drain_seconds) as swarm:
+    server = {"drain_seconds": drain_seconds, "outbox_bytes": outbox_bytes}
+    async with real_swarm(folder, *spans, **server) as swarm:
         access = swarm.access(**(PATIENT | options))
         session = SessionRows(access, ALL, max_length=60)
         await session.step(torch.empty(0, HIDDEN), (0, 0), (0, 0))
@@ -112,17 +120,48 @@ async def test_every_step_reorders_the_rows(folder: Path, index: int) -> None:
         assert reasons(story) == [LEAVES]
 
 
-@pytest.mark.parametrize("is_ring", [True, False], ids=["handed on", "come through us"])
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that cannot go on with each other's pages, as if they ran in several precisions."""
+    monkeypatch.setattr(stay, "page_form", lambda precision, layout: "")
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """Replays that hops were asked for: of pages, and of what was put out."""
+    asked: Counter[bool] = Counter()
+    replay = HopSession.replay
+
+    async def count(hop: HopSession, *args: object, pages: bool = False, **more: object) -> None:
+        asked[pages] += 1
+        await replay(hop, *args, pages=pages, **more)
+
+    monkeypatch.setattr(HopSession, "replay", count)
+    return asked
+
+
+@pytest.mark.parametrize("way", ["pages", "handed on", "come through us"])
 @pytest.mark.parametrize("leaving", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)])
 async def test_one_or_several_leave_at_once(
-    folder: Path, leaving: tuple[int, ...], is_ring: bool
+    folder: Path,
+    leaving: tuple[int, ...],
+    way: str,
+    given: Counter[bool],
+    request: pytest.FixtureRequest,
 ) -> None:
+    if way == "handed on":
+        request.getfixturevalue("no_pages")
+    is_ring = way != "come through us"
     async with story_in(folder, *SPANS, *SPANS, use_server_to_server=is_ring) as story:
         await story.prefill()
         before = peers(story)
         await decode_until(story, [story.swarm.stop(before[index]) for index in leaving])
         assert not {before[index] for index in leaving} & set(peers(story))
         assert set(reasons(story)) == {LEAVES}
+        if way == "pages":
+            assert given[True] >= len(leaving) and not given[False]
+        else:
+            assert not given[True]
         await story.reorder()
         await story.decode()
 
@@ -150,7 +189,12 @@ def kill_when_states_come(swarm: RealSwarm, victims: set[PeerId]) -> asyncio.Eve
     return died
 
 
-async def test_the_successor_dies_while_it_is_filled(folder: Path) -> None:
+@pytest.mark.parametrize("has_pages", [True, False], ids=["pages", "states"])
+async def test_the_successor_dies_while_it_is_filled(
+    folder: Path, has_pages: bool, request: pytest.FixtureRequest
+) -> None:
+    if not has_pages:
+        request.getfixturevalue("no_pages")
     async with story_in(folder, *SPANS, *SPANS, SPANS[1]) as story:
         await story.prefill()
         swarm = story.swarm
@@ -164,6 +208,7 @@ async def test_the_successor_dies_while_it_is_filled(folder: Path) -> None:
         await story.reorder()
 
 
+@pytest.mark.usefixtures("no_pages")
 async def test_the_server_before_dies_while_it_fills_the_successor(folder: Path) -> None:
     async with story_in(folder, *SPANS, *SPANS) as story:
         await story.prefill()
@@ -228,6 +273,7 @@ async def test_nobody_takes_over(folder: Path) -> None:
         await story.reorder()
 
 
+@pytest.mark.usefixtures("no_pages")
 async def test_a_successor_that_cannot_be_handed_to_is_filled_through_us(folder: Path) -> None:
     async with story_in(folder, *SPANS, SPANS[1]) as story:
         await story.prefill()
@@ -237,6 +283,54 @@ async def test_a_successor_that_cannot_be_handed_to_is_filled_through_us(folder:
         await decode_until(story, [story.swarm.stop(victim)])
         assert peers(story)[1] == spare
         assert reasons(story) == [LEAVES]
+        await story.reorder()
+
+
+async def test_the_server_dies_while_it_gives_its_pages(folder: Path) -> None:
+    async with story_in(folder, *SPANS, *SPANS) as story:
+        await story.prefill()
+        swarm = story.swarm
+        victim = peers(story)[1]
+        spares = set(swarm.peers) - set(peers(story))
+
+        def see(source: PeerId, target: PeerId, num_bytes: int) -> None:
+            if source == victim and target in spares and num_bytes > STATE_BYTES:
+                swarm.net.on_write = lambda source, target, num_bytes: None
+                swarm.net.kill(victim)
+
+        swarm.net.on_write = see
+        swarm.stop(victim)
+        while not reasons(story):
+            await story.decode()
+        assert victim not in peers(story)
+        assert reasons(story) == ["The stream ended."]
+        await story.reorder()
+
+
+async def test_pages_that_do_not_get_through_are_computed(
+    folder: Path, given: Counter[bool]
+) -> None:
+    async with story_in(folder, *SPANS, SPANS[1]) as story:
+        await story.prefill()
+        _, victim, _ = peers(story)
+        spare = next(p for p in story.swarm.peers if p not in peers(story))
+        story.swarm.net.cut(victim, spare)
+        await decode_until(story, [story.swarm.stop(victim)])
+        assert peers(story)[1] == spare
+        assert reasons(story) == [LEAVES]
+        assert given[True] == 1 and given[False]
+        await story.reorder()
+
+
+async def test_what_was_put_out_and_dropped_is_not_needed(
+    folder: Path, given: Counter[bool]
+) -> None:
+    async with story_in(folder, *SPANS, *SPANS, outbox_bytes=64) as story:
+        await story.prefill()
+        victim = peers(story)[1]
+        await decode_until(story, [story.swarm.stop(victim)])
+        assert victim not in peers(story)
+        assert reasons(story) == [LEAVES] and not given[False]
         await story.reorder()
 
 

@@ -1,9 +1,10 @@
 """A session leaves servers that are about to go, while these still serve.
 
 Successors are opened beside the old hops and get a copy of the rows while steps go on; between two
-steps they get what has come since and take the old hops' place. Where that fails the old hops
-serve on, it is tried again, and their end is a death like any other: `recovery` mends it. Knows
-rows and reservations; knows no text and no sampling.
+steps they get what has come since and take the old hops' place. A copy is what the old hops keep,
+if a successor can go on with that, and else states that it computes from. Where that fails the old
+hops serve on, it is tried again, and their end is a death like any other: `recovery` mends it.
+Knows rows and reservations; knows no text and no sampling.
 """
 
 import asyncio
@@ -22,9 +23,16 @@ from petals.client.path import SessionPath
 from petals.client.terms import Held, Terms
 from petals.client.trace import Repair
 from petals.client.waiting import Refilling
-from petals.errors import CacheFull, MissingBlocksError, NoCapacity, OutboxLost, PetalsError
+from petals.errors import (
+    CacheFull,
+    MissingBlocksError,
+    NoCapacity,
+    OutboxLost,
+    PetalsError,
+    SessionGap,
+)
 from petals.logs import get_logger
-from petals.types import BlockSpan
+from petals.types import BlockSpan, PeerId
 
 logger = get_logger(__name__)
 
@@ -32,6 +40,10 @@ _LITTLE_TOKENS = 2
 """Tokens of a row that a successor can get between two steps without anybody noticing."""
 _MAX_COPIES = 8
 """A successor that never catches up gets the rest between two steps all the same."""
+_ASSUMED_BYTES_PER_SECOND = 12.5e6
+"""Of the way between two servers: 100 Mbit/s."""
+_PAGES_SHARE = 0.25
+"""Pages may take so much of the time that the old server stays; states are fewer bytes."""
 _FIRST_PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 8.0
 
@@ -55,6 +67,8 @@ class HandOver:
         self._note = note
         self._held: Held | None = None
         """What the successors have or will have of the rows as they are now."""
+        self._unable: set[PeerId] = set()
+        """Servers whose pages did not get through: theirs are not asked for again."""
         self._task: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -121,15 +135,18 @@ class HandOver:
         """Successors, best of all such that the hop ``before`` can hand on to."""
         swarm = self._course.swarm
         leaving = frozenset(hop.peer_id for hop in path.hops if hop.leaving_seconds is not None)
+        givers = {hop.blocks: hop.peer_id for hop in path.leaving if self._may_give(hop)}
+        repair = Repairing(None, leaving, givers)
         if before is None:
-            return await open_hops(swarm, blocks, terms, Repairing(None, leaving))
+            return await open_hops(swarm, blocks, terms, repair)
+        repair = replace(repair, before=before.peer_id)
         now, peers = swarm.node.clock.monotonic(), {c.peer_id for c in swarm.candidates()}
         aside = {p for p in peers if not swarm.edges.is_direct(before.peer_id, p, now)}
         if aside - leaving:
             with contextlib.suppress(MissingBlocksError, NoCapacity, CacheFull):
-                repair = Repairing(before.peer_id, leaving | aside)
-                return await open_hops(swarm, blocks, terms, repair)
-        return await open_hops(swarm, blocks, terms, Repairing(before.peer_id, leaving))
+                fitting = replace(repair, unfit=leaving | aside)
+                return await open_hops(swarm, blocks, terms, fitting)
+        return await open_hops(swarm, blocks, terms, repair)
 
     async def _copy(self, succession: _Succession) -> None:
         """Copy what is missing, then what has come meanwhile, until it is little; then change."""
@@ -160,9 +177,50 @@ class HandOver:
     def _send(self, succession: _Succession, held: Held) -> Coroutine[Any, Any, None]:
         """Work that brings the successors from what they have to where the rows stand now."""
         told = self._course.told
+        pairs = list(zip(succession.leaving, succession.hops))
+        num_tokens = sum(held.missing(told.lengths))
+        is_one_to_one = len(succession.leaving) == len(succession.hops)
+        if (
+            num_tokens
+            and is_one_to_one
+            and all(self._can_give_pages(*p, num_tokens) for p in pairs)
+        ):
+            return self._give_pages(succession.path, pairs, held, told.lengths)
         if succession.before is None or not any(held.missing(told.lengths)):
             return self._fill(succession, held, told.lengths, told.since(held.lengths), None)
         return self._fill(succession, held, told.lengths, None, succession.before)
+
+    def _may_give(self, hop: HopSession) -> bool:
+        return self._course.swarm.config.use_server_to_server and hop.peer_id not in self._unable
+
+    def _can_give_pages(self, old: HopSession, new: HopSession, num_tokens: int) -> bool:
+        """Can a successor go on with what the old hop keeps, and get it in good time?"""
+        swarm, info = self._course.swarm, old.info
+        is_alike = old.blocks == new.blocks and info.page_form == new.info.page_form != ""
+        now = swarm.node.clock.monotonic()
+        is_direct = swarm.edges.is_direct(old.peer_id, new.peer_id, now)
+        share = len(old.blocks) / (info.blocks[1] - info.blocks[0])
+        seconds = num_tokens * info.page_bytes * share / _ASSUMED_BYTES_PER_SECOND
+        is_quick = seconds <= _PAGES_SHARE * (old.leaving_seconds or 0.0)
+        return is_alike and is_direct and is_quick and self._may_give(old)
+
+    async def _give_pages(
+        self,
+        path: SessionPath,
+        pairs: Sequence[tuple[HopSession, HopSession]],
+        held: Held,
+        lengths: tuple[int, ...],
+    ) -> None:
+        """Let every old hop give its successor what it keeps. Raises OutboxLost or SessionGap if
+        one cannot; next time the successors compute it.
+        """
+        for old, new in pairs:
+            try:
+                refilling = self._refilling(old, [new], held, lengths)
+                await self._replay(path, refilling, held, lengths, pages=True)
+            except (OutboxLost, SessionGap):
+                self._unable.add(old.peer_id)
+                raise
 
     async def _fill(
         self,
@@ -201,12 +259,19 @@ class HandOver:
         return fetched.part()
 
     async def _replay(
-        self, path: SessionPath, refilling: Refilling, held: Held, lengths: tuple[int, ...]
+        self,
+        path: SessionPath,
+        refilling: Refilling,
+        held: Held,
+        lengths: tuple[int, ...],
+        *,
+        pages: bool = False,
     ) -> None:
         source = refilling.source
         assert source is not None
         step_id, hops = refilling.step_id, refilling.next_hops
-        await path.refill(refilling, partial(source.replay, step_id, lengths, hops, held=held))
+        ask = partial(source.replay, step_id, lengths, hops, held=held, pages=pages)
+        await path.refill(refilling, ask)
 
     def _refilling(
         self,

@@ -196,9 +196,10 @@ class HopSession:
         *,
         reorder: tuple[int, ...] | None = None,
         held: Held | None = None,
+        pages: bool = False,
     ) -> None:
         """Have ``next_hops`` refilled from what this hop has put out before step ``step_id``; if
-        there are none, it comes to us.
+        there are none, it comes to us. With ``pages`` the one next hop gets what its blocks keep.
 
         lengths: tokens of each row, as the rows are before the ``reorder`` of that step. ``held``
         is what the next hops have already; None: all their rows begin anew.
@@ -213,6 +214,7 @@ class HopSession:
                 reorder=reorder,
                 starts=() if held is None else held.lengths,
                 onto=None if held is None else held.rows,
+                pages=pages,
             )
         )
 
@@ -300,7 +302,7 @@ class HopSession:
                 dtype=str(terms.dtype).removeprefix("torch."),
                 adapter=terms.adapter_name(self.blocks),
                 alloc_timeout_seconds=patience.alloc_seconds,
-                sources=() if neighbours.before is None else (neighbours.before,),
+                sources=neighbours.sources,
                 num_prompt_tokens=prompts[0].shape[1] if prompts else 0,
                 onward=neighbours.after,
             ),

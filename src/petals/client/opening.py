@@ -7,8 +7,8 @@ and reservations; knows no rows, no positions and no tokens.
 
 import asyncio
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from petals.client.bans import Cause
@@ -43,11 +43,13 @@ async def release(hops: Sequence[HopSession]) -> None:
 class Repairing:
     """What is opened takes the place of hops that are lost or will be, behind ``before``.
 
-    ``unfit`` are servers that cannot take it.
+    ``unfit`` are servers that cannot take it. ``givers`` serve exactly these blocks still, and may
+    give what they keep to whoever takes their place.
     """
 
     before: PeerId | None = None
     unfit: frozenset[PeerId] = frozenset()
+    givers: Mapping[BlockSpan, PeerId] = field(default_factory=dict)
 
 
 async def open_hops(
@@ -157,14 +159,13 @@ class _Opening:
         return None
 
     async def _open(self, hop: Hop, route: Route, alloc_seconds: float = 0.0) -> HopSession:
-        index = route.index(hop)
-        before = self._repair.before if self._repair is not None else None
-        after = None
+        index, repair = route.index(hop), self._repair or Repairing()
+        before, after = repair.before, None
         if index:
             before = route[index - 1].peer_id
         if self._swarm.config.use_server_to_server and hop is not route[-1]:
             after = route[index + 1].peer_id
-        neighbours = Neighbours(before, after)
+        neighbours = Neighbours(before, after, repair.givers.get(hop.blocks))
         node, terms, config = self._swarm.node, self._terms, self._swarm.config
         patience = Patience(
             connect_seconds=self._swarm.connect_seconds(hop.peer_id),

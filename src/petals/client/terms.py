@@ -88,10 +88,19 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The servers that a hop takes states from and hands them to, where there are any beside us."""
+    """The servers that a hop takes states from and hands them to, where there are any beside us.
+
+    ``giver`` is the one whose place it takes, if that is to give it what its blocks keep.
+    """
 
     before: PeerId | None = None
     after: PeerId | None = None
+    giver: PeerId | None = None
+
+    @property
+    def sources(self) -> tuple[PeerId, ...]:
+        """Whom the hop may take anything from."""
+        return tuple(peer for peer in (self.before, self.giver) if peer is not None)
 
 
 class Refill(Enum):

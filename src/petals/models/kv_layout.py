@@ -53,6 +53,20 @@ class KVLayout:
         parts = self.blocks[blocks.start - self.span.start : blocks.end - self.span.start]
         return sum(part.token_bytes for part in parts) + self.input_bytes
 
+    @property
+    def page_dtype(self) -> torch.dtype | None:
+        """The dtype of everything that is kept; None if that is more than so many values per token
+        (recurrent states, several dtypes): then it cannot be read out and written elsewhere.
+        """
+        dtypes = {part.dtype for part in self.blocks if part.token_bytes}
+        has_states = any(part.state_bytes for part in self.blocks)
+        return dtypes.pop() if len(dtypes) == 1 and not has_states else None
+
+    def page_width(self, blocks: BlockSpan) -> int:
+        """Values that one token of one row takes in ``blocks``, if there is a ``page_dtype``."""
+        dtype = self.page_dtype
+        return 0 if dtype is None else self.token_bytes(blocks) // dtype.itemsize
+
     def state_bytes(self, blocks: BlockSpan) -> int:
         """Bytes that one row takes in ``blocks`` before its first token, snapshots included."""
         parts = self.blocks[blocks.start - self.span.start : blocks.end - self.span.start]
@@ -155,6 +169,32 @@ class SlabRow:
         for slab in self._slabs:
             if slab is not None and slab.filled > length:
                 slab.filled = length
+
+    def read(self, start: int, end: int) -> torch.Tensor:
+        """A copy of positions ``start`` to ``end`` in all blocks: [end - start, page width].
+
+        Block by block, keys before values. Raises SessionGap beyond the row's end.
+        """
+        if end > self.length:
+            raise SessionGap(f"The row holds {self.length} tokens, {end} were asked for.")
+        kept = [tensor for slab in self._slabs if slab for tensor in (slab.keys, slab.values)]
+        return torch.cat([tensor[:, start:end].transpose(0, 1).flatten(1) for tensor in kept], 1)
+
+    def write(self, start: int, pages: torch.Tensor, layout: KVLayout) -> None:
+        """Let the row go on from ``start`` with what another one's ``read`` gave: [n, page width].
+
+        Raises what ``append`` raises.
+        """
+        width_done = 0
+        for block in range(self.blocks.start, self.blocks.end):
+            part, pair = layout.of(block), []
+            for heads, width in (part.key_shape, part.value_shape):
+                columns = pages[:, width_done : width_done + heads * width]
+                pair.append(columns.unflatten(1, (heads, width)).transpose(0, 1))
+                width_done += heads * width
+            if part.token_bytes:
+                self.append(block, start, *pair)
+        self.commit(start + len(pages))
 
     def truncate(self, length: int) -> None:
         """Forget positions from ``length`` on. Memory stays with the row."""

@@ -21,15 +21,23 @@ from petals.server.gathering import Gathering
 from petals.server.scheduler import Portion, Scheduler, Waiting
 from petals.server.steps import WorkKind
 from petals.server.walk import PassRun, Place, place_states
-from petals.server.work import Outcome, Part, PassTimes, Running, RunningPass, Work, outcome_of
+from petals.server.work import (
+    Outcome,
+    Part,
+    PassTimes,
+    Running,
+    RunningPass,
+    Work,
+    arrange_rows,
+    cut_rows,
+    outcome_of,
+)
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 _SMOOTHING = 0.2
 JOIN_SECONDS = 9.0
 """A call may be in the middle of something long when the end comes; so long it may finish."""
-GROWTH_TOKENS = 256
-"""A session opened without a length grows by so many tokens at a time."""
 
 
 class Executor:
@@ -186,13 +194,9 @@ class Executor:
         """Check the numbers, then bring the rows to where the work begins."""
         work = running.work
         running.hidden = place_states(self._place_or_fail(), work.hidden)
-        longest = max(work.plan.lengths_after, default=0)
-        if longest > work.kv.max_length:
-            work.kv.extend(-(-longest // GROWTH_TOKENS) * GROWTH_TOKENS)
-        if work.plan.reorder is not None:
-            work.kv.reorder(work.plan.reorder)
+        arrange_rows(work.kv, work.plan)
         work.begun = True
-        _cut(work)
+        cut_rows(work.kv, work.plan)
 
     def _accept_pass(self, running: RunningPass) -> None:
         work = running.work
@@ -313,7 +317,7 @@ class Executor:
             return
         self._gathering.forget(id(running.work.kv))
         self._scheduler.discard(running.key)
-        _log_failure(_attempt(lambda: _cut(running.work))[1])
+        _log_failure(_attempt(lambda: cut_rows(running.work.kv, running.work.plan))[1])
 
 
 def _as_petals_error(error: Exception) -> PetalsError:
@@ -324,12 +328,6 @@ def _as_petals_error(error: Exception) -> PetalsError:
         f"The server failed in the middle of a step: {type(error).__name__}.",
         hint="Its operator finds the reason in the server's log.",
     )
-
-
-def _cut(work: Work) -> None:
-    """Let every row end where the work begins."""
-    for row, start in enumerate(work.plan.starts):
-        work.kv.truncate(row, start)
 
 
 def _attempt(function: Callable[[], T]) -> tuple[Any, Exception | None]:

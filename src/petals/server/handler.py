@@ -155,6 +155,8 @@ class BlocksService:
             outbox_bytes_free=self._outboxes.free_bytes,
             trains=not offer.no_training,
             num_tasks=len(asyncio.all_tasks()),
+            page_form=offer.page_form,
+            page_bytes=self._pool.layout.token_bytes(offer.blocks),
         )
 
     async def drain(self, seconds: float) -> None:

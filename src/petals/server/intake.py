@@ -21,9 +21,10 @@ from petals.errors import (
     UnknownModel,
 )
 from petals.models.adapters import Adapter, LowRank, Slot, Slots, check_fits
+from petals.server.kv_pages import SessionKV
 from petals.types import BlockSpan, ModelId, PeerId
 from petals.wire import messages
-from petals.wire.messages import OpenSession
+from petals.wire.messages import OpenSession, Step
 from petals.wire.passes import Forward, PutAdapter
 from petals.wire.tensors import DTYPES
 
@@ -34,7 +35,8 @@ class Offer:
 
     max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: sequences of
     one session. no_training: why it gives no gradients; empty if it does. slots: the matrices that
-    adapters may be for.
+    adapters may be for. page_form: how the blocks compute and what they keep, if that can be handed
+    over.
     """
 
     model: ModelId
@@ -46,6 +48,7 @@ class Offer:
     max_rows: int
     no_training: str = ""
     slots: Slots = field(default_factory=dict)
+    page_form: str = ""
 
 
 def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
@@ -241,6 +244,28 @@ def only_states(offer: Offer, tensors: Sequence[torch.Tensor], num_tokens: int) 
             hint="Send hidden states [sum(counts), hidden_size] of this model.",
         )
     return hidden
+
+
+def pages_and_outputs(
+    offer: Offer, kv: SessionKV, out_dtype: torch.dtype, step: Step, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What another server's blocks keep of a step's tokens, [sum(counts), page width], and what
+    they have put out for them, [sum(counts), H], if it came, too. Raises BadInput.
+
+    The values of pages are looked at on the compute thread.
+    """
+    num_tokens, dtype = sum(step.counts), kv.layout.page_dtype
+    wanted = [
+        ((num_tokens, kv.layout.page_width(kv.blocks)), dtype),
+        ((num_tokens, offer.hidden_size), out_dtype),
+    ]
+    came = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    if dtype is None or came not in (wanted, wanted[:1]):
+        raise BadInput(
+            "The pages that came are not what these blocks keep.",
+            hint="Refill the rows from states; pages are for servers of the same form.",
+        )
+    return tensors[0], tensors[1] if len(tensors) > 1 else None
 
 
 class ByteAllowance:

@@ -122,6 +122,11 @@ class SessionKV:
         self._pool = pool
         self._closed = False
 
+    @property
+    def layout(self) -> KVLayout:
+        """What one token of a row is in memory."""
+        return self._pool.layout
+
     def extend(self, max_length: int) -> None:
         """Allow longer rows. Raises CacheFull or RequestTooLarge and changes nothing."""
         self._check_open()

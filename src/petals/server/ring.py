@@ -7,7 +7,8 @@ what is newer waits a moment for the announcement. Knows nothing of scheduling a
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,11 +22,13 @@ from petals.server import intake
 from petals.server.executor import Executor
 from petals.server.intake import ByteAllowance, Offer
 from petals.server.links import Links
+from petals.server.outbox import OutboxRows
 from petals.server.session import Session, SessionKey
 from petals.server.session_table import SessionTable
 from petals.server.steps import Piece, StepPlan
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.channel import Channel
+from petals.swarm.config import MIB
 from petals.swarm.node import SwarmNode
 from petals.types import PeerId, SessionId
 from petals.wire import messages
@@ -45,6 +48,10 @@ logger = get_logger(__name__)
 HOLD_SECONDS = 1.0
 """How long a push of a newer epoch waits for that epoch to be announced."""
 MAX_HELD_PER_PEER = 16
+_MAX_PAGE_BYTES = 4 * MIB
+"""So much is read from KV memory at once: batches of others wait for it."""
+
+_Replayed = AsyncGenerator[tuple[Step, Sequence[Tensor]], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -192,15 +199,24 @@ class Ring:
     async def _run(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> None:
         parts = self._parts
         try:
-            hidden = intake.only_states(parts.offer, tensors, sum(step.counts))
             # Held until the answer is on its way: a client that does not read runs out of it.
-            with parts.bytes.hold(session.key.peer_id, hidden.nbytes):
+            with parts.bytes.hold(session.key.peer_id, sum(tensor.nbytes for tensor in tensors)):
+                if step.replay and step.pages:
+                    await self._put_pages(session, step, tensors)
+                    return
+                hidden = intake.only_states(parts.offer, tensors, sum(step.counts))
                 answer = await session.step(step, hidden, parts.executor)
                 if answer is not None and step.epoch == session.epoch:
                     await self._hand_on(session, step, *answer)
         except PetalsError as error:
             if step.epoch >= session.epoch:
                 await session.tell(Refusal.of(error, step.step_id))
+
+    async def _put_pages(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> None:
+        offer, executor = self._parts.offer, self._parts.executor
+        given = intake.pages_and_outputs(offer, session.kv, session.out_dtype, step, tensors)
+        if await session.put_pages(step, *given, executor) and step.ends:
+            await session.tell(Replayed(step.session_id, step.epoch))
 
     async def _hand_on(
         self, session: Session, step: Step, result: StepResult, hidden: Tensor
@@ -209,7 +225,7 @@ class Ring:
         if step.next_hops:
             timing = (result.queue_seconds, result.compute_seconds, result.batch_tokens)
             onward = msgspec.structs.replace(step, timings=(*step.timings, timing))
-            undelivered = await self._pass_on(session, onward, hidden)
+            undelivered = await self._pass_on(session, onward, (hidden,))
             if not undelivered:
                 return
         if not step.replay:
@@ -218,13 +234,13 @@ class Ring:
         elif step.ends or undelivered:
             await session.tell(Replayed(step.session_id, step.epoch, undelivered))
 
-    async def _pass_on(self, session: Session, step: Step, hidden: Tensor) -> Route:
+    async def _pass_on(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> Route:
         """Hand a step to the first of its next hops. Returns those that it did not reach."""
         (next_hop, *rest), own_id = step.next_hops, self._parts.node.peer_id
         onward = msgspec.structs.replace(step, next_hops=tuple(rest))
         push = Push(session.key.peer_id, next_hop.blocks, onward)
         if next_hop.peer_id == own_id:
-            task = self._take(_Arrival(own_id, None, push, (hidden,)))
+            task = self._take(_Arrival(own_id, None, push, tensors))
             if step.replay and task is not None:
                 await asyncio.wait({task})
             return ()
@@ -232,7 +248,7 @@ class Ring:
         on_lost = partial(self._tell_of_loss, session, step)
         try:
             await self._links.send(
-                PeerId(next_hop.peer_id), push, (hidden,), on_lost, replay_of=replay_of
+                PeerId(next_hop.peer_id), push, tensors, on_lost, replay_of=replay_of
             )
         except PeerError as error:
             logger.info("a step of session %s goes via its client: %s", session.key, error.message)
@@ -245,26 +261,49 @@ class Ring:
             await session.tell(Undelivered(step.session_id, step.epoch, step.step_id, step.replay))
 
     async def _replay(self, session: Session, message: Replay) -> None:
+        steps = self._pages_of if message.pages else self._outputs_of
         try:
-            found = await session.outputs(message)
-            if found is None:
-                return
-            rows, plan, is_reordered = found
-            empty = torch.empty(0, self._parts.offer.hidden_size, dtype=session.out_dtype)
-            for step, pieces in _replay_steps(message, plan, self._parts.chunk_tokens):
-                if session.epoch != message.epoch:
-                    return
-                step = msgspec.structs.replace(step, reordered=is_reordered)
-                hidden = torch.cat([empty, *rows.read(pieces)])
-                if not step.next_hops:
-                    await session.tell(step, (hidden,))
-                    continue
-                undelivered = await self._pass_on(session, step, hidden)
-                if undelivered:
-                    await session.tell(Replayed(step.session_id, step.epoch, undelivered))
-                    return
+            async with aclosing(steps(session, message)) as given:
+                async for step, tensors in given:
+                    if session.epoch != message.epoch:
+                        return
+                    if not step.next_hops:
+                        await session.tell(step, tensors)
+                        continue
+                    undelivered = await self._pass_on(session, step, tensors)
+                    if undelivered:
+                        await session.tell(Replayed(step.session_id, step.epoch, undelivered))
+                        return
         except PetalsError as error:
             await session.tell(Refusal.of(error, message.step_id))
+
+    async def _outputs_of(self, session: Session, message: Replay) -> _Replayed:
+        """What the session has put out, step by step."""
+        found = await session.outputs(message)
+        if found is None:
+            return
+        rows, plan, is_reordered = found
+        for step, pieces in _replay_steps(message, plan, self._parts.chunk_tokens):
+            step = msgspec.structs.replace(step, reordered=is_reordered)
+            yield step, (self._joined(session, rows, pieces),)
+
+    async def _pages_of(self, session: Session, message: Replay) -> _Replayed:
+        """What the session's blocks keep, and what it has put out, unless that was dropped."""
+        found = await session.copy(message)
+        if found is None:
+            return
+        copy, rows = found
+        token_bytes = session.kv.layout.token_bytes(session.key.blocks)
+        num_tokens = min(self._parts.chunk_tokens, max(1, _MAX_PAGE_BYTES // max(1, token_bytes)))
+        for step, pieces in _replay_steps(message, copy.plan, num_tokens):
+            pages = await session.read(copy, pieces, self._parts.executor)
+            outputs = () if rows is None else (self._joined(session, rows, pieces),)
+            yield msgspec.structs.replace(step, pages=True), (pages, *outputs)
+
+    def _joined(self, session: Session, rows: OutboxRows, pieces: Sequence[Piece]) -> Tensor:
+        """These tokens of an outbox: [tokens, H]."""
+        empty = torch.empty(0, self._parts.offer.hidden_size, dtype=session.out_dtype)
+        return torch.cat([empty, *rows.read(pieces)])
 
 
 def _replay_steps(

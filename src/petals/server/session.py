@@ -10,9 +10,12 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from weakref import WeakSet
 
 import msgspec
 import torch
+from torch import Tensor
 
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
@@ -21,8 +24,9 @@ from petals.models.adapters import Adapter
 from petals.server.executor import Executor
 from petals.server.kv_pages import SessionKV
 from petals.server.outbox import Outbox, OutboxRows
+from petals.server.page_copies import PageCopy, read_pages, write_pages
 from petals.server.sinks import ClientSink
-from petals.server.steps import StepLimits, StepPlan, plan_step
+from petals.server.steps import Piece, StepLimits, StepPlan, plan_step
 from petals.server.work import Work
 from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.fields import Message
@@ -35,7 +39,7 @@ MAX_WAITING_STEPS = 16
 _KEPT_STEPS = 32
 """So many of the last steps are answered again, as long as their tokens stand."""
 
-Answer = tuple[StepResult, torch.Tensor]
+Answer = tuple[StepResult, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class Session:
         self.adapter: Adapter | None = None
         self.epoch = 0
         self.sources: frozenset[str] = frozenset()
-        self.prompts: torch.Tensor | None = None
+        self.prompts: Tensor | None = None
         self.held = ExitStack()
         self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
         self.closed = False
@@ -100,6 +104,7 @@ class Session:
         self._last_answer: Answer | None = None
         self._done: deque[_Done] = deque(maxlen=_KEPT_STEPS)
         self._reordered_by: int | None = None
+        self._copies: WeakSet[PageCopy] = WeakSet()
         self._turn = asyncio.Lock()
         self._num_waiting = 0
         self.sink: ClientSink | None = None
@@ -127,7 +132,7 @@ class Session:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def tell(self, message: Message, tensors: Sequence[torch.Tensor] = ()) -> None:
+    async def tell(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
         """Say something to the client, if it is there. Raises RequestTooLarge."""
         if self.sink is not None:
             await self.sink.answer(message, tensors)
@@ -143,7 +148,7 @@ class Session:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def step(self, message: Step, hidden: torch.Tensor, executor: Executor) -> Answer | None:
+    async def step(self, message: Step, hidden: Tensor, executor: Executor) -> Answer | None:
         """Run a step, or repeat the answer of an earlier one. None: a frame of an older epoch, to
         be dropped.
 
@@ -174,33 +179,84 @@ class Session:
         async with self._turn:
             if self._is_old(message.epoch):
                 return None
-            if self._reordered_by is not None and self._reordered_by > message.step_id:
-                raise SessionGap(
-                    "The rows were reordered since the replay was asked for.", hint="Ask again."
-                )
-            rows, lengths = self.outbox.rows(), message.lengths
-            is_reordered = self._reordered_by == message.step_id and message.reorder is not None
-            starts = (0,) * len(rows.lengths) if message.onto is None else message.starts
-            try:
-                if is_reordered and message.reorder is not None:
-                    lengths = tuple(lengths[row] for row in message.reorder)
-                # A step done already may have rolled rows back; it will do so again.
-                standing = zip(lengths, rows.lengths, starts, strict=True)
-                counts = tuple(max(0, min(asked, have) - start) for asked, have, start in standing)
-            except (IndexError, ValueError):
-                raise BadInput(
-                    f"A replay of {len(lengths)} rows was asked for, {len(rows.lengths)} are here.",
-                    hint="Give a length for every row the session had before the step.",
-                ) from None
-            return rows, StepPlan(starts, counts, message.onto), is_reordered
+            plan, is_reordered = self._asked_for(message)
+            return self.outbox.rows(), plan, is_reordered
 
-    async def _step(self, message: Step, hidden: torch.Tensor, executor: Executor) -> Answer | None:
+    async def copy(self, message: Replay) -> tuple[PageCopy, OutboxRows | None] | None:
+        """What a replay of pages is to read, and what was put out for it, if that is still kept.
+
+        None: a frame of an older epoch. Raises what ``outputs`` raises, but for OutboxLost, and
+        BadInput for blocks that keep more than pages.
+        """
+        if not self.kv.layout.page_width(self.key.blocks):
+            raise BadInput(
+                "What these blocks keep cannot be handed over.",
+                hint="Only servers that tell their page_form can be asked for pages.",
+            )
+        async with self._turn:
+            if self._is_old(message.epoch):
+                return None
+            copy = PageCopy(self._asked_for(message)[0])
+            self._copies.add(copy)
+            return copy, None if self.outbox.is_lost else self.outbox.rows()
+
+    async def read(self, copy: PageCopy, pieces: Sequence[Piece], executor: Executor) -> Tensor:
+        """Pages of a copy: [tokens, page width]. Raises SessionGap if it is spoilt."""
+        pages = await executor.call(partial(read_pages, self.kv, pieces))
+        copy.check()
+        return pages
+
+    async def put_pages(
+        self, message: Step, pages: Tensor, outputs: Tensor | None, executor: Executor
+    ) -> bool:
+        """Let the rows go on with pages that were read elsewhere, and with what was put out for
+        them. False: a frame of an older epoch, to be dropped.
+
+        Raises what ``step`` raises.
+        """
+        async with self._turn:
+            if self._is_old(message.epoch):
+                return False
+            self._begin_replay(message)
+            plan = self._plan(message)
+            await executor.at_place(partial(write_pages, kv=self.kv, plan=plan, pages=pages))
+            self._cut(plan, message.step_id)
+            self.lengths = plan.lengths_after
+            if outputs is None:
+                self.outbox.drop()
+            else:
+                self.outbox.append(plan.counts, outputs)
+            self._done.clear()
+            self._reordered_by = None
+            return True
+
+    def _asked_for(self, message: Replay) -> tuple[StepPlan, bool]:
+        """See ``outputs``."""
+        if self._reordered_by is not None and self._reordered_by > message.step_id:
+            raise SessionGap(
+                "The rows were reordered since the replay was asked for.", hint="Ask again."
+            )
+        lengths = message.lengths
+        is_reordered = self._reordered_by == message.step_id and message.reorder is not None
+        starts = (0,) * len(self.lengths) if message.onto is None else message.starts
+        try:
+            if is_reordered and message.reorder is not None:
+                lengths = tuple(lengths[row] for row in message.reorder)
+            # A step done already may have rolled rows back; it will do so again.
+            standing = zip(lengths, self.lengths, starts, strict=True)
+            counts = tuple(max(0, min(asked, have) - start) for asked, have, start in standing)
+        except (IndexError, ValueError):
+            raise BadInput(
+                f"A replay of {len(lengths)} rows was asked for, {len(self.lengths)} are here.",
+                hint="Give a length for every row the session had before the step.",
+            ) from None
+        return StepPlan(starts, counts, message.onto), is_reordered
+
+    async def _step(self, message: Step, hidden: Tensor, executor: Executor) -> Answer | None:
         if self._is_old(message.epoch):
             return None
         if message.replay:
-            # What the rows held is gone, and with it what was known of steps.
-            self._last_step_id, self._last_answer = message.step_id - 1, None
-            self._reordered_by = None
+            self._begin_replay(message)
             answer = await self._run(message, hidden, executor)
             self._done.clear()
             self._reordered_by = message.step_id if message.reordered else None
@@ -213,6 +269,11 @@ class Session:
             result, epoch=message.epoch, timings=message.timings, relayed=message.relayed
         )
         return result, output
+
+    def _begin_replay(self, message: Step) -> None:
+        """What the rows held is gone, and with it what was known of steps."""
+        self._last_step_id, self._last_answer = message.step_id - 1, None
+        self._reordered_by = None
 
     def _is_old(self, epoch: int) -> bool:
         if self.closed:
@@ -235,12 +296,8 @@ class Session:
             hint="Step ids only grow within a session.",
         )
 
-    async def _run(self, message: Step, hidden: torch.Tensor, executor: Executor) -> Answer:
-        # A step that has reordered the rows before (it failed after that, or they were replayed so)
-        # must not reorder the reordered.
-        reorder = None if self._reordered_by == message.step_id else message.reorder
-        plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
-        key = self.key
+    async def _run(self, message: Step, hidden: Tensor, executor: Executor) -> Answer:
+        plan, key = self._plan(message), self.key
         work = Work(
             kv=self.kv,
             blocks=key.blocks,
@@ -271,6 +328,16 @@ class Session:
         )
         self._done.append(_Done(plan, result))
         return result, outcome.hidden
+
+    def _plan(self, message: Step) -> StepPlan:
+        """A step begins. Raises what ``plan_step`` raises."""
+        # A step that has reordered the rows before (it failed after that, or they were replayed so)
+        # must not reorder the reordered.
+        reorder = None if self._reordered_by == message.step_id else message.reorder
+        plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
+        for copy in self._copies:
+            copy.see(plan)
+        return plan
 
     def _cut(self, plan: StepPlan, step_id: int) -> None:
         """The rows now end where the step begins."""

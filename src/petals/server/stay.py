@@ -216,6 +216,7 @@ class Stay:
             max_rows=limits.max_rows,
             slots=loaded.span.slots,
             no_training=self._why_no_training(loaded),
+            page_form=page_form(model.precision, loaded.span.layout),
         )
 
     def _why_no_training(self, loaded: _Loaded) -> str:
@@ -246,6 +247,13 @@ class Stay:
             "adapters": tuple(loaded.adapters),
             "trains": not self.offer.no_training,
         }
+
+
+def page_form(precision: Precision, layout: KVLayout) -> str:
+    """What two servers of a block have in common if one can go on with the other's pages."""
+    if layout.page_dtype is None:
+        return ""
+    return f"{precision.dtype} {precision.quant}, keeps {layout.page_dtype}".replace("torch.", "")
 
 
 def release_memory() -> None:

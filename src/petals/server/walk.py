@@ -264,6 +264,12 @@ class PassRun(Generic[W]):
 
 def place_states(place: Place, states: Tensor) -> Tensor:
     """States as the blocks want them. Raises BadInput if one is not finite."""
+    check_values(states)
+    return states.to(place.device, place.dtype)
+
+
+def check_values(states: Tensor) -> None:
+    """Raises BadInput if one of them is not finite."""
     if states.numel():
         low, high = torch.aminmax(states)
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
@@ -271,7 +277,6 @@ def place_states(place: Place, states: Tensor) -> Tensor:
                 "The states, prompts or gradients hold NaN or infinity.",
                 hint="Look at the inputs, at the loss, or at the blocks that ran before these.",
             )
-    return states.to(place.device, place.dtype)
 
 
 def place_adapter(place: Place, adapter: Adapter) -> Adapter:

@@ -17,6 +17,9 @@ from petals.server.steps import StepPlan, WorkKind
 from petals.server.walk import PassRun
 from petals.types import BlockSpan
 
+GROWTH_TOKENS = 256
+"""A session opened without a length grows by so many tokens at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -99,6 +102,21 @@ class Running:
         self.began = 0.0
         self.compute = 0.0
         self.batch = 0
+
+
+def arrange_rows(kv: SessionKV, plan: StepPlan) -> None:
+    """Room for a step, and its rows in its order. Raises CacheFull or RequestTooLarge."""
+    longest = max(plan.lengths_after, default=0)
+    if longest > kv.max_length:
+        kv.extend(-(-longest // GROWTH_TOKENS) * GROWTH_TOKENS)
+    if plan.reorder is not None:
+        kv.reorder(plan.reorder)
+
+
+def cut_rows(kv: SessionKV, plan: StepPlan) -> None:
+    """Let every row end where the step begins."""
+    for row, start in enumerate(plan.starts):
+        kv.truncate(row, start)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

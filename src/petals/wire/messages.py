@@ -13,6 +13,7 @@ row order. Knows no sockets and makes no decisions.
 | 4       | Leaving; a Replay may go on where an earlier one ended, or come to us  |
 | 5       | steps tell which edges are relayed; OpenSession names the next hop     |
 | 6       | Undelivered: what two hops may have lost; Info counts tasks            |
+| 7       | a Replay may bring what blocks keep, from a server that leaves         |
 """
 
 from typing import Annotated
@@ -148,7 +149,10 @@ class Step(Message):
     A ``replay`` refills rows: nobody gets its output but the next hops; the last hop answers the
     replay that ``ends`` with Replayed. Its ``step_id`` is the step that is to follow; if the rows
     are replayed as that step's reorder has left them, they are ``reordered`` and the step will not
-    reorder them again.
+    reorder them again. A replay of ``pages`` brings what the same blocks keep of the tokens
+    elsewhere, so that nothing is computed. Tensors: pages ``[sum(counts), page width]`` (block by
+    block, keys before values), and, if it is still kept, what was put out for them
+    ``[sum(counts), hidden_size]``.
     """
 
     session_id: Session
@@ -163,6 +167,7 @@ class Step(Message):
     ends: bool = False
     reordered: bool = False
     relayed: Relayed = ()
+    pages: bool = False
 
 
 class StepResult(Message):
@@ -219,6 +224,9 @@ class Replay(Message):
 
     With ``onto`` an earlier replay goes on: row r continues row ``onto[r]`` there, which is cut to
     ``starts[r]``, and only what follows is pushed. Without, all rows begin anew.
+
+    With ``pages``, what the blocks keep of these tokens is pushed instead, to one hop that has the
+    same blocks in the same form; it is refused if a step cuts or reorders the rows meanwhile.
     """
 
     session_id: Session
@@ -229,6 +237,7 @@ class Replay(Message):
     reorder: PerRow | None = None
     starts: PerRow = ()
     onto: PerRow | None = None
+    pages: bool = False
 
 
 class Replayed(Message):
@@ -291,6 +300,9 @@ class GetInfo(Message):
 class Info(Message):
     """A server's present state and its limits. ``trains``: it gives gradients. ``num_tasks`` run in
     its event loop: more and more of them would be a leak.
+
+    ``page_form`` says how its blocks compute and what they keep: who says the same can take pages
+    from it. Empty: nobody can. ``page_bytes``: of one token in all of its blocks.
     """
 
     model: Name
@@ -307,6 +319,8 @@ class Info(Message):
     outbox_bytes_free: Counter = 0
     trains: bool = False
     num_tasks: Count = 0
+    page_form: Name = ""
+    page_bytes: Count = 0
 
 
 class DialBack(Message):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from petals.errors import LengthExceeded, SessionGap
-from petals.models.kv_layout import MIN_SLAB_TOKENS, SlabRow
+from petals.models.kv_layout import MIN_SLAB_TOKENS, BlockLayout, KVLayout, SlabRow
 from petals.models.recurrent import RecurrentRow
 from petals.types import BlockSpan
 from tiny_spans import whole_model
@@ -32,6 +32,17 @@ class TestLearnedLayout:
         assert recurrent.token_bytes == 0 and recurrent.state_bytes > 0
         assert attending.token_bytes > 0 and attending.state_bytes == 0
         assert layout.input_bytes == 48 * 4
+
+    def test_pages_are_so_many_values_per_token(self) -> None:
+        layout = whole_model("llama").layout
+        assert layout.page_dtype == torch.float32
+        assert layout.page_width(BlockSpan(11, 13)) == 2 * (2 * 8 + 2 * 8)
+
+    def test_what_is_more_than_that_has_no_pages(self) -> None:
+        halves = BlockLayout(key_shape=(1, 2), value_shape=(1, 2), dtype=torch.float16)
+        mixed = KVLayout(span=SPAN, blocks=(halves, BlockLayout(key_shape=(1, 2))))
+        for layout in (mixed, whole_model("qwen3_next").layout):
+            assert layout.page_dtype is None and layout.page_width(layout.span) == 0
 
 
 class TestSlabRow:
@@ -84,6 +95,23 @@ class TestSlabRow:
         keys, _ = row.append(3, 5, *states(1, 2.0))
         assert keys[0, :, 0].tolist() == [1.0] * 5 + [2.0]
         assert not row.storages() & twin.storages()
+
+    @pytest.mark.parametrize("values", [(1, 3), (0, 0)], ids=["pairs", "keys alone"])
+    def test_what_one_row_reads_another_writes(self, values: tuple[int, int]) -> None:
+        parts = (BlockLayout(key_shape=(2, 4), value_shape=values), BlockLayout())
+        layout = KVLayout(span=SPAN, blocks=parts)
+        row, twin = SlabRow(SPAN, 100), SlabRow(SPAN, 100)
+        keys, pairs = torch.randn(2, 9, 4), torch.randn(values[0], 9, values[1])
+        row.append(3, 0, keys, pairs)
+        row.commit(9)
+        assert row.read(2, 5).shape == (3, layout.page_width(SPAN))
+        twin.write(0, row.read(0, 5), layout)
+        twin.write(5, row.read(5, 9), layout)
+        assert twin.length == 9 and torch.equal(twin.read(0, 9), row.read(0, 9))
+        copied = twin.append(3, 9, keys[:, :1], pairs[:, :1])
+        assert torch.equal(copied[0][:, :9], keys) and torch.equal(copied[1][:, :9], pairs)
+        with pytest.raises(SessionGap):
+            row.read(2, 10)
 
 
 def test_inputs_of_a_recurrent_row_never_pass_its_maximum() -> None:

@@ -49,9 +49,9 @@ def test_round_trip(message: fields.Message) -> None:
 def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     """An older peer reads these bytes; a change here needs a new PROTOCOL_VERSION."""
     step = messages.Step(SESSION, 1, 2, (3,), (1,))
-    fields = ["Step", SESSION, 1, 2, (3,), (1,), None, (), (), False, False, False, ()]
+    fields = ["Step", SESSION, 1, 2, (3,), (1,), None, (), (), False, False, False, (), False]
     expected = msgspec.msgpack.encode((fields, ()))
-    assert frames.PROTOCOL_VERSION == 6
+    assert frames.PROTOCOL_VERSION == 7
     assert messages.encode_message(step) == expected
 
 
