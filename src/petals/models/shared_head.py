@@ -62,7 +62,7 @@ class SharedHead(nn.Linear):
         if columns is not None and turned is None and not _is_faster_turned(weight, columns):
             columns = None
         self._columns = columns
-        self._copied_version = linear.weight._version
+        self._copied = self._state
         self._flipped = _is_faster_flipped(weight) if flipped is None else flipped
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -118,9 +118,14 @@ class SharedHead(nn.Linear):
             return logits if self.bias is None else logits + self.bias
         return functional.linear(rows, weight, self.bias)
 
+    @property
+    def _state(self) -> tuple[int, int]:
+        """Changes whenever the weight is trained, loaded anew or moved to another device."""
+        return self.weight._version, self.weight.data_ptr()
+
     def _is_unchanged(self) -> bool:
-        """Whether the turned copy still is a copy; a trained head has none."""
-        if self.weight._version != self._copied_version:
+        """Whether the turned copy still is a copy."""
+        if self._state != self._copied:
             self._columns = None
         return self._columns is not None
 

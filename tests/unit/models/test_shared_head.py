@@ -127,6 +127,17 @@ def test_a_head_that_learns_is_a_plain_layer_and_keeps_no_stale_copy() -> None:
         torch.testing.assert_close(head(hidden), functional.linear(hidden, linear.weight))
 
 
+def test_a_head_that_moves_keeps_no_copy_behind() -> None:
+    """As `model.to("cuda")` does: other memory for the same parameter."""
+    linear = nn.Linear(24, 100)
+    head = SharedHead(linear, turned=True)
+    token = torch.randn(1, 24)
+    with torch.inference_mode():
+        head(token)
+        head.weight.data = head.weight.data * 2
+        assert torch.equal(head(token), functional.linear(token, head.weight, head.bias))
+
+
 def test_inference_mode_of_one_caller_does_not_mark_what_others_get() -> None:
     head = SharedHead(a_linear(), turned=False, flipped=False)
     with torch.inference_mode():
