@@ -40,7 +40,8 @@ CLIENT, BOOT = "client", "boot"
 SUBNET = "44.128.0.0/16"
 """Looks public: what is private is neither announced through relays nor punched through."""
 
-SPANS = {
+Spans = dict[tuple[int, int], tuple[str, ...]]
+SPANS: Spans = {
     (0, 2): ("s02", "s03"),
     (2, 4): ("s07",),
     (4, 6): ("s08",),
@@ -64,10 +65,10 @@ class Run:
 
 
 class World:
-    """The processes on the laboratory's hosts; a context manager."""
+    """The processes on the laboratory's hosts, which serve ``spans``; a context manager."""
 
-    def __init__(self, lab: NetLab, folder: Path, model: Path) -> None:
-        self.lab, self.folder, self.model = lab, folder, model
+    def __init__(self, lab: NetLab, folder: Path, model: Path, spans: Spans) -> None:
+        self.lab, self.folder, self.model, self.spans = lab, folder, model, spans
         self.host_of: dict[str, str] = {}
         self.address = ""
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -98,7 +99,7 @@ class World:
         self._run(BOOT, ["bootstrap", "--port", str(PORT)])
         told = self._await(BOOT)["initial_peers"]
         self.address = next(a for a in told if self.lab.ip(BOOT) in a and "quic" in a)
-        spans = {host: span for span, hosts in SPANS.items() for host in hosts}
+        spans = {host: span for span, hosts in self.spans.items() for host in hosts}
         hidden = [host for host in spans if self.nat(host) != "none"]
         for group in ([host for host in spans if host not in hidden], hidden):
             for host in group:
@@ -168,7 +169,7 @@ def main() -> None:
             hidden_size=WIDTH,
         )
         began = time.monotonic()
-        with World(NetLab.attach(os.environ[ENV_LAB]), folder, path) as world:
+        with World(NetLab.attach(os.environ[ENV_LAB]), folder, path, SPANS) as world:
             print(f"online after {time.monotonic() - began:.0f} s", flush=True)
             text = measure(world, path, options)
     print(text)

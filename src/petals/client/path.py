@@ -30,8 +30,11 @@ from petals.errors import (
     RequestError,
     SessionClosed,
 )
+from petals.logs import get_logger
 from petals.types import Route
 from petals.wire.messages import Step
+
+logger = get_logger(__name__)
 
 _SIGNS_PER_LEASE = 3
 _MIN_SIGN_SECONDS = 0.05
@@ -357,6 +360,9 @@ class SessionPath:
     def _close_edges(self, hops: Sequence[HopSession]) -> None:
         """These neighbours hand nothing to each other for a while."""
         for near, far in zip(hops, hops[1:]):
+            logger.debug(
+                "…%s to …%s goes through us for a while", near.peer_id[-6:], far.peer_id[-6:]
+            )
             self._swarm.edges.close(near.peer_id, far.peer_id, self._now())
 
     def _judged(self, hop: HopSession, error: PetalsError | None) -> PetalsError:

@@ -177,6 +177,7 @@ class Recovery:
                 raise result
         back = [hop for hop in hops if hop.failure is None]
         for hop in back:
+            logger.debug("a stream to …%s broke and was opened anew", hop.peer_id[-6:])
             self._losses.pop(hop.hop, None)
             self._swarm.bans.lift(hop.peer_id)
         return bool(back)
