@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from petals.client import path
 from petals.client.routing import Needs
 from petals.client.session_rows import SessionRows
 from petals.errors import (
@@ -396,6 +397,38 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
         whole = torch.cat([text, states(1, 9)])
         torch.testing.assert_close(output, expected(whole, ALL)[8:])
         assert [hop.peer_id for hop in session.trace.hops][1] == slow.peer_id
+        await session.close()
+
+
+async def test_a_server_that_lives_and_never_answers_is_left_if_another_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(path, "_HUNG_SECONDS", 0.3)
+    async with toy_swarm(*THREE) as swarm:
+        access = swarm.access(6, step_timeout=0.02)
+        session = SessionRows(access, ALL, max_length=20)
+        text = states(4)
+        await session.step(text[:3], (0,), (3,))
+        hung = swarm.servers[1]
+        hung.held = asyncio.Event()
+        waiting = asyncio.create_task(session.step(text[3:], (3,), (1,)))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.6):
+                await asyncio.shield(waiting)
+        hung.held.set()  # nobody else has its blocks: there was nothing better than waiting
+        torch.testing.assert_close(await waiting, expected(text, ALL)[3:])
+        spare = await swarm.add(2, 4)
+        view = await access.view()
+        await view.refresh()
+        await view.measure([spare.peer_id])
+        hung.held = asyncio.Event()
+        output = await session.step(states(1, 9), (4,), (1,))
+        whole = torch.cat([text, states(1, 9)])
+        torch.testing.assert_close(output, expected(whole, ALL)[4:])
+        (repair,) = session.trace.repairs
+        assert repair.peer_id == hung.peer_id and "It lives" in repair.reason
+        assert [hop.peer_id for hop in session.trace.hops][1] == spare.peer_id
+        hung.held.set()
         await session.close()
 
 

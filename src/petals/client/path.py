@@ -8,6 +8,7 @@ reservations; repairs nothing, and knows no rows and no tokens.
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +40,9 @@ logger = get_logger(__name__)
 _SIGNS_PER_LEASE = 3
 _MIN_SIGN_SECONDS = 0.05
 _LOOK_AGAIN_SECONDS = 0.2
+_HUNG_SECONDS = 10.0
+_HUNG_FACTOR = 4.0
+"""A server that lives may take so long, and so many times what a step's patience is."""
 _UNMEASURED_FACTOR = 10.0
 _UNMEASURED_TOKENS = 128
 """So often the shortest patience, for every so many tokens, before a route's pace is known."""
@@ -334,12 +338,28 @@ class SessionPath:
         if waiting.is_paced:
             return await waiting.hear(self.patience_seconds())
         seconds = self._swarm.config.request_timeout
-        heard = await waiting.hear(seconds)
+        patience = max(_HUNG_SECONDS, _HUNG_FACTOR * self.patience_seconds())
+        look = self._swarm.node.clock.call_later(
+            patience, partial(self._leave_if_hung, hop, patience)
+        )
+        try:
+            heard = await waiting.hear(seconds)
+        finally:
+            look.cancel()
         if heard is None:
             hop.fail(PeerTimeout(f"No answer to a step within {seconds:g} s."))
             assert hop.failure is not None
             raise hop.failure
         return heard
+
+    def _leave_if_hung(self, hop: HopSession, seconds: float) -> None:
+        """It lives and should have answered long ago: that is no reason to wait if somebody else,
+        measured and with room, can take its place.
+        """
+        room = (hop.terms.max_length or 0) * hop.terms.num_rows
+        if self._swarm.alternative_seconds(hop.hop, room) is not None:
+            hop.was_slow = True
+            hop.fail(PeerTimeout(f"It lives, but has not answered a step within {seconds:.0f} s."))
 
     def _note_progress(self, num_tokens: int, seconds: float) -> None:
         """So many tokens of the pieces under way are through: now we know how long silence of the
