@@ -171,8 +171,19 @@ def pages_for(worker: Worker, num_tokens: int) -> torch.Tensor:
         lambda pages, outputs: (pages, outputs, outputs),
         lambda pages, outputs: (),
         lambda pages, outputs: (pages / 0, outputs),
+        lambda pages, outputs: (pages, outputs / 0),
     ],
-    ids=["width", "count", "dtype", "outputs", "their dtype", "too many", "none", "NaN"],
+    ids=[
+        "width",
+        "count",
+        "dtype",
+        "outputs",
+        "their dtype",
+        "too many",
+        "none",
+        "NaN",
+        "infinity",
+    ],
 )
 async def test_pages_that_cannot_be_right_are_refused(spoil) -> None:
     async with ring_of_servers(4) as swarm:

@@ -177,47 +177,44 @@ class HandOver:
     def _send(self, succession: _Succession, held: Held) -> Coroutine[Any, Any, None]:
         """Work that brings the successors from what they have to where the rows stand now."""
         told = self._course.told
-        pairs = list(zip(succession.leaving, succession.hops))
         num_tokens = sum(held.missing(told.lengths))
-        is_one_to_one = len(succession.leaving) == len(succession.hops)
-        if (
-            num_tokens
-            and is_one_to_one
-            and all(self._can_give_pages(*p, num_tokens) for p in pairs)
-        ):
-            return self._give_pages(succession.path, pairs, held, told.lengths)
+        if num_tokens and self._can_give_pages(succession, num_tokens):
+            return self._give_pages(succession, held, told.lengths)
         if succession.before is None or not any(held.missing(told.lengths)):
             return self._fill(succession, held, told.lengths, told.since(held.lengths), None)
         return self._fill(succession, held, told.lengths, None, succession.before)
 
-    def _may_give(self, hop: HopSession) -> bool:
-        return self._course.swarm.config.use_server_to_server and hop.peer_id not in self._unable
+    def _can_give_pages(self, succession: _Succession, num_tokens: int) -> bool:
+        """Can successors go on with what the old hops keep, and get it in good time?"""
+        leaving, hops = succession.leaving, succession.hops
+        return len(leaving) == len(hops) and all(
+            self._can_give(old, new, num_tokens) for old, new in zip(leaving, hops)
+        )
 
-    def _can_give_pages(self, old: HopSession, new: HopSession, num_tokens: int) -> bool:
-        """Can a successor go on with what the old hop keeps, and get it in good time?"""
+    def _can_give(self, old: HopSession, new: HopSession, num_tokens: int) -> bool:
         swarm, info = self._course.swarm, old.info
         is_alike = old.blocks == new.blocks and info.page_form == new.info.page_form != ""
         now = swarm.node.clock.monotonic()
         is_direct = swarm.edges.is_direct(old.peer_id, new.peer_id, now)
-        share = len(old.blocks) / (info.blocks[1] - info.blocks[0])
-        seconds = num_tokens * info.page_bytes * share / _ASSUMED_BYTES_PER_SECOND
+        num_blocks = max(1, info.blocks[1] - info.blocks[0])
+        num_bytes = num_tokens * info.page_bytes * len(old.blocks) / num_blocks
+        seconds = num_bytes / _ASSUMED_BYTES_PER_SECOND
         is_quick = seconds <= _PAGES_SHARE * (old.leaving_seconds or 0.0)
         return is_alike and is_direct and is_quick and self._may_give(old)
 
+    def _may_give(self, hop: HopSession) -> bool:
+        return self._course.swarm.config.use_server_to_server and hop.peer_id not in self._unable
+
     async def _give_pages(
-        self,
-        path: SessionPath,
-        pairs: Sequence[tuple[HopSession, HopSession]],
-        held: Held,
-        lengths: tuple[int, ...],
+        self, succession: _Succession, held: Held, lengths: tuple[int, ...]
     ) -> None:
         """Let every old hop give its successor what it keeps. Raises OutboxLost or SessionGap if
         one cannot; next time the successors compute it.
         """
-        for old, new in pairs:
+        for old, new in zip(succession.leaving, succession.hops):
             try:
                 refilling = self._refilling(old, [new], held, lengths)
-                await self._replay(path, refilling, held, lengths, pages=True)
+                await self._replay(succession.path, refilling, held, lengths, pages=True)
             except (OutboxLost, SessionGap):
                 self._unable.add(old.peer_id)
                 raise

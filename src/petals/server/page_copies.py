@@ -49,12 +49,17 @@ def read_pages(kv: SessionKV, pieces: Iterable[Piece]) -> Tensor:
 
 
 @torch.inference_mode()
-def write_pages(place: Place, kv: SessionKV, plan: StepPlan, pages: Tensor) -> None:
+def write_pages(
+    place: Place, kv: SessionKV, plan: StepPlan, pages: Tensor, outputs: Tensor | None
+) -> None:
     """Bring the rows to where ``plan`` begins, and let them go on with ``pages``, read elsewhere.
 
-    Raises BadInput (NaN or infinity), CacheFull or RequestTooLarge; the rows are then as before.
+    Raises BadInput (NaN or infinity, in ``outputs``, too), CacheFull or RequestTooLarge; the rows
+    are then as before.
     """
-    check_values(pages)
+    for given in (pages, outputs):
+        if given is not None:
+            check_values(given)
     arrange_rows(kv, plan)
     cut_rows(kv, plan)
     placed = pages.to(place.device)

@@ -219,7 +219,8 @@ class Session:
                 return False
             self._begin_replay(message)
             plan = self._plan(message)
-            await executor.at_place(partial(write_pages, kv=self.kv, plan=plan, pages=pages))
+            write = partial(write_pages, kv=self.kv, plan=plan, pages=pages, outputs=outputs)
+            await executor.at_place(write)
             self._cut(plan, message.step_id)
             self.lengths = plan.lengths_after
             if outputs is None:
