@@ -322,6 +322,19 @@ async def test_pages_that_do_not_get_through_are_computed(
         await story.reorder()
 
 
+async def test_pages_that_would_take_too_long_are_computed(
+    folder: Path, given: Counter[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_ASSUMED_BYTES_PER_SECOND", 1.0)
+    async with story_in(folder, *SPANS, *SPANS) as story:
+        await story.prefill()
+        victim = peers(story)[1]
+        await decode_until(story, [story.swarm.stop(victim)])
+        assert victim not in peers(story)
+        assert reasons(story) == [LEAVES]
+        assert given[False] and not given[True]
+
+
 async def test_what_was_put_out_and_dropped_is_not_needed(
     folder: Path, given: Counter[bool]
 ) -> None:
