@@ -166,11 +166,12 @@ async def test_versions_differ_at_the_answering_side(server, client, monkeypatch
 
 async def test_a_hello_of_a_version_we_cannot_read(server, client):
     stream = await client.transport.open_stream(server.peer_id, STREAM_PROTOCOL, 1.0)
-    foreign = msgspec.msgpack.encode([["Hello", 7, {"new": "shape"}], [], "more"])
+    newer = PROTOCOL_VERSION + 1
+    foreign = msgspec.msgpack.encode([["Hello", newer, {"new": "shape"}], [], "more"])
     stream.write(frames.encode_frame(FrameKind.MESSAGE, foreign))
     answer = await read_message(stream)
     assert isinstance(answer, Refusal) and answer.code == "version_mismatch"
-    assert "7" in answer.message
+    assert f"the other {newer}" in answer.message
 
 
 async def test_versions_differ_at_the_opening_side(net, clock, client):
