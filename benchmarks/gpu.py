@@ -12,7 +12,7 @@ import datetime
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,12 +60,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    publish(report(options), options.out)
+
+
+def publish(found: Iterable[str], out: Path | None) -> None:
+    """Print and write lines as they are found: what was measured stays, whatever ends the rest."""
     lines: list[str] = []
-    for line in report(options):
+    for line in found:
         print(line, flush=True)
         lines.append(line)
-        if options.out:  # what was measured stays, whatever ends the rest
-            options.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        if out:
+            out.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def report(options: argparse.Namespace) -> Iterator[str]:

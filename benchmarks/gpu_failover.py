@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gpu import client_of, write_random
+from gpu import client_of, publish, write_random
 from machine import describe_machine
 from petals.client.inference_session import InferenceSession
 from petals.models.cost import deal
@@ -84,12 +84,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    lines: list[str] = []
-    for line in report(options):
-        print(line, flush=True)
-        lines.append(line)
-        if options.out:  # what was measured stays, whatever ends the rest
-            options.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    publish(report(options), options.out)
 
 
 def report(options: argparse.Namespace) -> Iterator[str]:

@@ -180,7 +180,7 @@ class HandOver:
         num_tokens = sum(held.missing(told.lengths))
         if num_tokens and self._can_give_pages(succession, num_tokens):
             return self._give_pages(succession, held, told.lengths)
-        if succession.before is None or not any(held.missing(told.lengths)):
+        if succession.before is None or not num_tokens:
             return self._fill(succession, held, told.lengths, told.since(held.lengths), None)
         return self._fill(succession, held, told.lengths, None, succession.before)
 

@@ -81,7 +81,7 @@ class _Opening:
         self._needs = Needs(
             blocks=blocks,
             model=swarm.model,
-            cache_tokens=(terms.max_length or 0) * terms.num_rows,
+            cache_tokens=terms.cache_tokens,
         )
         self._room_deadline = monotonic() + config.alloc_timeout
         self._full: dict[PeerId, CacheFull] = {}

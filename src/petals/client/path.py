@@ -356,7 +356,7 @@ class SessionPath:
         """It lives and should have answered long ago: that is no reason to wait if somebody else,
         measured and with room, can take its place.
         """
-        room = (hop.terms.max_length or 0) * hop.terms.num_rows
+        room = hop.terms.cache_tokens
         if self._swarm.alternative_seconds(hop.hop, room) is not None:
             hop.was_slow = True
             hop.fail(PeerTimeout(f"It lives, but has not answered a step within {seconds:.0f} s."))

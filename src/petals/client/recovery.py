@@ -348,7 +348,7 @@ class Recovery:
         for hop in path.hops:
             promises = (
                 partial(swarm.promised_seconds, hop.hop),
-                partial(swarm.alternative_seconds, hop.hop, self._cache_tokens),
+                partial(swarm.alternative_seconds, hop.hop, self._course.terms.cache_tokens),
             )
             if self._slow.should_leave(hop.blocks, hop.timings, promises, now):
                 hop.was_slow = True
@@ -356,14 +356,8 @@ class Recovery:
 
     def _meet_spares(self, path: SessionPath) -> None:
         self._meet_again_at = self._now() + self._swarm.config.update_period
-        work = self._swarm.meet_spares(path.route, self._cache_tokens)
+        work = self._swarm.meet_spares(path.route, self._course.terms.cache_tokens)
         self._swarm.node.background.start(work, "meeting spares")
-
-    @property
-    def _cache_tokens(self) -> int:
-        """Room that a hop needs for us in each block."""
-        terms = self._course.terms
-        return (terms.max_length or 0) * terms.num_rows
 
     def _now(self) -> float:
         return self._swarm.node.clock.monotonic()

@@ -48,6 +48,11 @@ class Terms:
     tuning: Tuning = Tuning()
     epoch: int = 0
 
+    @property
+    def cache_tokens(self) -> int:
+        """Room that a hop needs for the session in each block, in tokens; 0 if it is to grow."""
+        return (self.max_length or 0) * self.num_rows
+
     def adapter_name(self, blocks: BlockSpan) -> str | None:
         """The adapter that a server of ``blocks`` is to apply."""
         if self.tuning.adapter is None:
