@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from inference import Sample, concurrent_tokens_per_second, hop_overheads, tokens_per_second
 from machine import describe_machine
 from petals import AutoDistributedModelForCausalLM
-from petals.models.cost import deal
+from petals.models.loading.cost import deal
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from gpu import client_of, publish, write_random
 from machine import describe_machine
-from petals.client.inference_session import InferenceSession
-from petals.models.cost import deal
+from petals.client.model.inference_session import InferenceSession
+from petals.models.loading.cost import deal
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 

@@ -25,8 +25,8 @@ from machine import describe_machine
 from nemesis.arena import BOOTSTRAP_HOST, CLIENT_HOST, Arena
 from nemesis.netlab import NetLab
 from petals import AutoDistributedModelForCausalLM
-from petals.models.cost import deal
-from petals.models.demo_model import get_demo_model
+from petals.demo.model import get_demo_model
+from petals.models.loading.cost import deal
 from petals.testing.local_swarm import LocalSwarmConfig
 
 NUM_HOPS = 3

@@ -9,7 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-from petals.server.rebalancing import MovePolicy
+from petals.server.policies import MovePolicy
 from simulation import Scenario, run
 from simulation.report import describe
 

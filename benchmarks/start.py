@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from machine import describe_machine
-from petals.models.demo_model import get_demo_model
+from petals.demo.model import get_demo_model
 from petals.testing.local_swarm import COMMAND
 
 STAGES = ("Looking at", "Joining", "Loading blocks", "Online")

@@ -29,8 +29,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from machine import describe_machine
 from petals import AutoDistributedModel, AutoDistributedModelForCausalLM
-from petals.models.cost import deal
-from petals.models.demo_model import get_demo_model
+from petals.demo.model import get_demo_model
+from petals.models.loading.cost import deal
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 NUM_PROMPT_TOKENS = 16

@@ -15,8 +15,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from petals.models.demo_data import get_demo_data
-from petals.models.demo_model import get_demo_model
+from petals.demo.data import get_demo_data
+from petals.demo.model import get_demo_model
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan
 

@@ -8,12 +8,11 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from petals.client.routing import HOP_OVERHEAD_SECONDS, Candidate, Needs, find_route
+from petals.client.routing.route import HOP_OVERHEAD_SECONDS, Candidate, Needs, find_route
 from petals.errors import MissingBlocksError
-from petals.swarm import records
-from petals.swarm.directory import MORE_SHARDS
-from petals.swarm.reading import Reading
-from petals.swarm.records import ServerRecord
+from petals.swarm.directory.directory import MORE_SHARDS, records
+from petals.swarm.directory.records import ServerRecord
+from petals.swarm.directory.shard_reader import Reading
 from petals.types import BlockSpan, PeerId, Route, ServerState
 from simulation.directory import RECORD_BYTES
 from simulation.scenario import MODEL, REGION_MS, REGION_SHARES, Server

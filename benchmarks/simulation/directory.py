@@ -3,11 +3,11 @@
 import math
 from types import MappingProxyType
 
-from petals.server import placement
-from petals.server.placement import Picture
-from petals.swarm import records
+from petals.server.lifecycle import placement
+from petals.server.lifecycle.placement import Picture
+from petals.swarm.directory import records
+from petals.swarm.directory.records import ServerRecord, View
 from petals.swarm.identity import Identity
-from petals.swarm.records import ServerRecord, View
 from petals.types import BlockSpan, ModelId, PeerId, ServerState
 from simulation.scenario import MODEL, Scenario, Server
 

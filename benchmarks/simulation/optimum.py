@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from petals.server.placement import Rates
+from petals.server.lifecycle.placement import Rates
 from petals.types import BlockSpan
 from simulation.scenario import Server
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from petals.server.rebalancing import MovePolicy, Standing
-from petals.swarm.records import BLOCKS_PER_BUCKET, KEPT_SECONDS, shard_bits_for
+from petals.server.lifecycle.rebalancing import Standing
+from petals.server.policies import MovePolicy
+from petals.swarm.directory.records import BLOCKS_PER_BUCKET, KEPT_SECONDS, shard_bits_for
 from petals.types import BlockSpan, PeerId
 
 HOUR = 3600.0

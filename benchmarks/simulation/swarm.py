@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from petals.server import placement, rebalancing
-from petals.server.placement import Picture
-from petals.swarm.records import View
+from petals.server.lifecycle import placement, rebalancing
+from petals.server.lifecycle.placement import Picture
+from petals.swarm.directory.records import View
 from petals.types import BlockSpan, PeerId, ServerState
 from simulation.directory import Directory
 from simulation.optimum import best_placement, even_shares, most_flow

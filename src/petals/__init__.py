@@ -15,21 +15,21 @@ _FAMILIES = ("Bloom", "Falcon", "Llama", "Mixtral")
 _KINDS = ("Config", "Model", "ForCausalLM", "ForSequenceClassification")
 
 _HOMES: dict[str, str] = {
-    "AutoDistributedConfig": "petals.client.auto",
-    "AutoDistributedModel": "petals.client.auto",
-    "AutoDistributedModelForCausalLM": "petals.client.auto",
-    "AutoDistributedModelForSequenceClassification": "petals.client.auto",
-    "AutoDistributedSpeculativeModel": "petals.client.auto",
+    "AutoDistributedConfig": "petals.client.model.auto",
+    "AutoDistributedModel": "petals.client.model.auto",
+    "AutoDistributedModelForCausalLM": "petals.client.model.auto",
+    "AutoDistributedModelForSequenceClassification": "petals.client.model.auto",
+    "AutoDistributedSpeculativeModel": "petals.client.model.auto",
     "ClientConfig": "petals.client.config",
-    "DistributedLlamaForSpeculativeGeneration": "petals.client.legacy",
-    "InferenceSession": "petals.client.inference_session",
-    "LoraConfig": "petals.models.lora_config",
+    "DistributedLlamaForSpeculativeGeneration": "petals.client.model.legacy",
+    "InferenceSession": "petals.client.model.inference_session",
+    "LoraConfig": "petals.models.adapters.config",
     "PetalsError": "petals.errors",
-    "RemoteLora": "petals.client.adapters",
-    "RemoteSequenceManager": "petals.client.sequence_manager",
-    "RemoteSequential": "petals.client.remote_sequential",
+    "RemoteLora": "petals.client.tuning.lora",
+    "RemoteSequenceManager": "petals.client.routing.sequence_manager",
+    "RemoteSequential": "petals.client.model.remote_sequential",
     **{
-        f"Distributed{family}{kind}": "petals.client.legacy"
+        f"Distributed{family}{kind}": "petals.client.model.legacy"
         for family in _FAMILIES
         for kind in _KINDS
     },

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from local_blocks import LocalBlocks
-from petals.client import legacy
+from petals.client.model import legacy
 from petals.errors import ConfigError, ModelNotSupported
-from petals.models.arch import describe
+from petals.models.checkpoint.arch import describe
 from petals.testing.tiny_models import write_tiny_model
+from support.local_blocks import LocalBlocks
 
 KINDS = ("Config", "Model", "ForCausalLM", "ForSequenceClassification")
 
@@ -32,8 +32,8 @@ def served_here(remote, folder):
     [
         ("petals.client", ["ClientConfig", "InferenceSession", "RemoteSequential"]),
         ("petals.client", ["RemoteSequenceManager"]),
-        ("petals.client.remote_sequential", ["RemoteSequential"]),
-        ("petals.client.inference_session", ["InferenceSession"]),
+        ("petals.client.model.remote_sequential", ["RemoteSequential"]),
+        ("petals.client.model.inference_session", ["InferenceSession"]),
     ],
 )
 def test_import_paths(module, names):

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from petals import AutoDistributedModelForCausalLM
-from petals.models.demo_model import get_demo_model
+from petals.demo.model import get_demo_model
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan
 

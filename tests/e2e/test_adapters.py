@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_trainee import learn, train
-from peft_adapters import save_adapter
 from petals import AutoDistributedModelForCausalLM
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
+from support.lora_trainee import learn, train
+from support.peft_adapters import save_adapter
 
 IDS = torch.randint(5, 60, (4, 24), generator=torch.Generator().manual_seed(1))
 PROMPT = IDS[:1, :9]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from petals import AutoDistributedModelForCausalLM
 from petals.testing.local_swarm import LocalSwarm
 from petals.types import BlockSpan
-from tuned_reference import TunedReference
+from support.tuned_reference import TunedReference
 
 NUM_STEPS = 50
 NUM_TOKENS = 12

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from petals import AutoDistributedModelForCausalLM
-from petals.client.bridge import bridge
+from petals.client.connection.event_loop import bridge
 from petals.errors import (
     AdmissionDenied,
     BadInput,
@@ -33,10 +33,10 @@ from petals.errors import (
     RequestTooLarge,
     UnknownAdapter,
 )
-from petals.swarm.channel import Channel
 from petals.swarm.identity import create_swarm_key
 from petals.swarm.node import NodeConfig, SwarmNode
-from petals.swarm.rpc import STREAM_PROTOCOL
+from petals.swarm.rpc.channel import Channel
+from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
@@ -56,7 +56,7 @@ from petals.wire.messages import (
     decode_message,
     encode_message,
 )
-from tiny_tokenizer import write_tokenizer
+from support.tiny_tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -440,7 +440,7 @@ def test_a_client_that_is_killed_is_forgotten_when_its_lease_ends(world: World) 
 TIMED = """
 import sys, time
 import transformers
-import petals.cli.main, petals.client.auto, petals.server.server, petals.swarm.libp2p
+import petals.cli.main, petals.client.model.auto, petals.server.server, petals.swarm.libp2p.engine
 began = time.monotonic()
 try:
     petals.cli.main.main()

@@ -28,8 +28,8 @@ from nemesis.workload import (
     make_workload,
 )
 from petals import AutoDistributedModelForCausalLM
-from petals.client.bridge import bridge
-from petals.client.sequence_manager import RemoteSequenceManager
+from petals.client.connection.event_loop import bridge
+from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalServer

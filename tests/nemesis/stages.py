@@ -6,7 +6,7 @@ from pathlib import Path
 from nemesis.arena import BOOTSTRAP_HOST, CLIENT_HOST, NUM_LAB_HOSTS, Arena
 from nemesis.netlab import NetLab
 from nemesis.play import Director
-from petals.models.demo_model import get_demo_model
+from petals.demo.model import get_demo_model
 from petals.testing.local_swarm import LocalSwarmConfig
 from petals.testing.tiny_models import PUBLISHED, write_tiny_model
 from petals.types import BlockSpan

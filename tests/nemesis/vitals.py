@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import psutil
 
 from nemesis.arena import Arena, daemons, wait_until
-from petals.client.bridge import bridge
-from petals.client.sequence_manager import RemoteSequenceManager
+from petals.client.connection.event_loop import bridge
+from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.testing.local_swarm import LocalServer
 from petals.types import PeerId

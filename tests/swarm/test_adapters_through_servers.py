@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_adapters import save_adapter
 from petals import AutoDistributedModelForCausalLM, LoraConfig
-from petals.client.bridge import bridge
-from petals.client.sequence_manager import RemoteSequenceManager
-from petals.client.swarm_runner import SwarmRunner
+from petals.client.connection.event_loop import bridge
+from petals.client.model.swarm_runner import SwarmRunner
+from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import UnknownAdapter
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
-from real_swarm import ALL, RealSwarm, real_swarm
-from toy_blocks import config
+from support.fake_server import config
+from support.peft_adapters import save_adapter
+from support.swarm import ALL, RealSwarm, real_swarm
 
 IDS = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(1))
 PROMPT = IDS[:1, :7]

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.client.session_rows import SessionRows
+from petals.client.session.rows import SessionRows
 from petals.client.trace import Way
 from petals.swarm.identity import load_or_create_identity
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
-from real_swarm import ALL, RealSwarm, real_swarm, states
+from support.swarm import ALL, RealSwarm, real_swarm, states
 
 pytestmark = pytest.mark.slow
 

@@ -8,15 +8,15 @@ from time import monotonic
 import pytest
 
 from petals.client.config import ClientConfig
-from petals.client.nodes import NodePool
-from petals.client.sequence_manager import SwarmAccess
+from petals.client.connection.nodes import NodePool
+from petals.client.routing.sequence_manager import SwarmAccess
 from petals.errors import AdmissionDenied, BootstrapFailed, ConfigError, MissingBlocksError
-from petals.swarm.admission import SwarmKey
 from petals.swarm.config import NodeConfig
 from petals.swarm.identity import create_swarm_key
+from petals.swarm.membership import SwarmKey
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan
-from toy_blocks import ToyServer, open_one
+from support.fake_server import ToyServer, open_one
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWKjS9yJsQwDbD5oCqgKcKqEYvuQVvzJ3nSSBDeJXNbXhr"
 

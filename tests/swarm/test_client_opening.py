@@ -5,10 +5,9 @@ import asyncio
 import pytest
 import torch
 
-import toy_blocks
-from petals.client.bans import Bans, Cause
-from petals.client.sequence_manager import SwarmAccess
-from petals.client.session_rows import SessionRows
+from petals.client.routing.bans import Bans, Cause
+from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.session.rows import SessionRows
 from petals.errors import (
     AdmissionDenied,
     BadInput,
@@ -23,13 +22,14 @@ from petals.errors import (
 )
 from petals.swarm.transport import Stream
 from petals.types import BlockSpan, Hop, PeerId, ServerState
-from toy_blocks import expected, states, toy_swarm
+from support import fake_server
+from support.fake_server import expected, states, toy_swarm
 
 ALL = BlockSpan(0, 4)
 
 
 async def open_one(access: SwarmAccess, blocks: BlockSpan = ALL) -> SessionRows:
-    return await toy_blocks.open_one(access, blocks)
+    return await fake_server.open_one(access, blocks)
 
 
 async def test_a_model_that_nobody_serves() -> None:

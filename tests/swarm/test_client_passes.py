@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
-from petals.client.passes import _MAX_AT_ONCE as AT_ONCE
-from petals.client.passes import MAX_TOKENS, Pass, micro_batch_tokens, micro_batches
-from petals.client.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.training.batch import _MAX_AT_ONCE as AT_ONCE
+from petals.client.training.batch import MAX_TOKENS, Pass, micro_batch_tokens, micro_batches
 from petals.errors import (
     BatchTooLarge,
     MissingBlocksError,
@@ -19,9 +19,9 @@ from petals.errors import (
     PeerUnreachable,
     TrainingRefused,
 )
-from petals.swarm.channel import Channel
+from petals.swarm.rpc.channel import Channel
 from petals.types import BlockSpan, PeerId
-from toy_blocks import HIDDEN, ToyAdapter, ToySwarm, expected, run_call, states, toy_swarm
+from support.fake_server import HIDDEN, ToyAdapter, ToySwarm, expected, run_call, states, toy_swarm
 
 ALL = BlockSpan(0, 4)
 

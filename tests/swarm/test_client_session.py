@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
-from petals.client import path
-from petals.client.routing import Needs
-from petals.client.session_rows import SessionRows
+from petals.client.routing.route import Needs
+from petals.client.session import pipeline
+from petals.client.session.rows import SessionRows
 from petals.errors import (
     BadInput,
     BatchTooLarge,
@@ -22,7 +22,7 @@ from petals.errors import (
     SessionGap,
 )
 from petals.types import BlockSpan, Hop
-from toy_blocks import HIDDEN, expected, open_one, states, toy_swarm
+from support.fake_server import HIDDEN, expected, open_one, states, toy_swarm
 
 ALL = BlockSpan(0, 6)
 THREE = ((0, 2), (2, 4), (4, 6))
@@ -403,7 +403,7 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
 async def test_a_server_that_lives_and_never_answers_is_left_if_another_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(path, "_HUNG_SECONDS", 0.3)
+    monkeypatch.setattr(pipeline, "_HUNG_SECONDS", 0.3)
     async with toy_swarm(*THREE) as swarm:
         access = swarm.access(6, step_timeout=0.02)
         session = SessionRows(access, ALL, max_length=20)
@@ -511,7 +511,7 @@ async def test_a_repair_is_one_line_for_the_user(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("petals"), "propagate", True)
-    caplog.set_level("INFO", logger="petals.client.recovery")
+    caplog.set_level("INFO", logger="petals.client.session.failover")
     async with toy_swarm(*THREE) as swarm:
         session = SessionRows(swarm.access(6), ALL, max_length=20)
         await session.step(states(3), (0,), (3,))

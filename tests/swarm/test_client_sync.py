@@ -8,11 +8,11 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 
-from petals.client.autograd import run_whole
 from petals.client.block_runner import PassCall
-from petals.client.bridge import bridge
-from petals.client.inference_session import InferenceSession
-from petals.client.sequence_manager import RemoteSequenceManager
+from petals.client.connection.event_loop import bridge
+from petals.client.model.inference_session import InferenceSession
+from petals.client.routing.sequence_manager import RemoteSequenceManager
+from petals.client.training.autograd import run_whole
 from petals.errors import (
     BadInput,
     ConfigError,
@@ -24,7 +24,7 @@ from petals.errors import (
     SwarmError,
 )
 from petals.types import BlockSpan
-from toy_blocks import (
+from support.fake_server import (
     HIDDEN,
     MODEL,
     ToyAdapter,

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import PassCall
-from petals.client.session_rows import SessionRows
-from petals.client.terms import Tuning
+from petals.client.session.rows import SessionRows
+from petals.client.session.types import Tuning
 from petals.errors import BadInput
 from petals.types import BlockSpan
-from toy_blocks import HIDDEN, ToyAdapter, ToySwarm, run_call, states, toy_swarm
+from support.fake_server import HIDDEN, ToyAdapter, ToySwarm, run_call, states, toy_swarm
 
 ALL = BlockSpan(1, 6)
 PROMPTS = torch.randn(5, 3, HIDDEN, generator=torch.Generator().manual_seed(3))

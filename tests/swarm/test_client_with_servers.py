@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from petals.client.block_runner import PassCall
-from petals.client.passes import Pass
-from petals.client.session_rows import SessionRows
+from petals.client.session.rows import SessionRows
+from petals.client.training.batch import Pass
 from petals.errors import CacheFull, LengthExceeded, RequestTooLarge, UnknownAdapter
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
-from real_swarm import ALL, real_swarm, states
-from served_span import assert_close
+from support.service import assert_close
+from support.swarm import ALL, real_swarm, states
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from failover_story import IMPATIENT, SPANS, Story, session_id
-from petals.client.session_rows import SessionRows
+from petals.client.session.rows import SessionRows
 from petals.errors import RouteError
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.tiny_models import write_tiny_model
 from petals.wire.messages import GetInfo, Info
-from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm
+from support.session_script import IMPATIENT, SPANS, Story, session_id
+from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm
 
 TOKEN_BYTES = HIDDEN * 4
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from failover_story import IMPATIENT, SPANS, Fault, Story, strike
-from petals.client import path as path_module
-from petals.client.path import SessionPath
-from petals.client.session_rows import SessionRows
+from petals.client.session import pipeline as path_module
+from petals.client.session.pipeline import SessionPath
+from petals.client.session.rows import SessionRows
 from petals.client.trace import Way
-from petals.server import links, ring
-from petals.server.session import Session
+from petals.server.network import forwarding, peer_links
+from petals.server.session.session import Session
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import PeerId
 from petals.wire.messages import Step, Undelivered
-from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
-from served_span import assert_close
+from support.service import assert_close
+from support.session_script import IMPATIENT, SPANS, Fault, Story, strike
+from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
 
 LARGE = 1024
 """Bytes of a write that only states can fill: eight tokens."""
@@ -60,7 +60,7 @@ class Heard(logging.Handler):
 
 async def logged(words: str) -> None:
     """Return once a repair has said what begins with ``words``."""
-    heard, logger = Heard(words), logging.getLogger("petals.client.recovery")
+    heard, logger = Heard(words), logging.getLogger("petals.client.session.failover")
     logger.addHandler(heard)
     try:
         await heard.event.wait()
@@ -162,7 +162,7 @@ async def test_a_first_prompt_does_not_wait_for_a_pace_that_nobody_has_measured(
 ) -> None:
     async with real_swarm(folder, *SPANS) as swarm:
         monkeypatch.setattr(path_module, "_UNMEASURED_FACTOR", 1e9)
-        monkeypatch.setattr(links, "SILENCE_SECONDS", 0.5)
+        monkeypatch.setattr(peer_links, "SILENCE_SECONDS", 0.5)
         access = swarm.access(**IMPATIENT)
         session = SessionRows(access, ALL, max_length=60)
         prompt = states(96, 3)
@@ -185,9 +185,9 @@ async def test_a_server_that_cries_loss_and_never_answers_is_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with real_swarm(folder, *SPANS, SPANS[0]) as swarm:
-        hand_on, cries = ring.Ring._hand_on, []
+        hand_on, cries = forwarding.Ring._hand_on, []
 
-        async def cry(self: ring.Ring, served: Session, step: Step, *output: object) -> None:
+        async def cry(self: forwarding.Ring, served: Session, step: Step, *output: object) -> None:
             peer = self._parts.node.peer_id
             if peer not in cries[:1] or len(cries) > 50:
                 await hand_on(self, served, step, *output)
@@ -195,7 +195,7 @@ async def test_a_server_that_cries_loss_and_never_answers_is_replaced(
                 cries.append(peer)
                 await served.tell(Undelivered(step.session_id, step.epoch, step.step_id))
 
-        monkeypatch.setattr(ring.Ring, "_hand_on", cry)
+        monkeypatch.setattr(forwarding.Ring, "_hand_on", cry)
         access = swarm.access(**IMPATIENT, request_timeout=1.0)
         session = SessionRows(access, ALL, max_length=40)
         prompt = states(8, 3)

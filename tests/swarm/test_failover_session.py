@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from failover_story import IMPATIENT, SPANS, Fault, Story, session_id
-from petals.client.session_rows import SessionRows
+from petals.client.session.rows import SessionRows
 from petals.errors import MissingBlocksError
 from petals.testing.tiny_models import write_tiny_model
-from real_swarm import ALL, HIDDEN, real_swarm
+from support.session_script import IMPATIENT, SPANS, Fault, Story, session_id
+from support.swarm import ALL, HIDDEN, real_swarm
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from model_swarm import ModelSwarm, model_swarm
 from petals.errors import LengthExceeded, MissingBlocksError
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
+from support.model_swarm import ModelSwarm, model_swarm
 
 PROMPT = torch.tensor([[11, 54, 7, 11, 54, 23, 90]])
 FAMILIES = ("llama", "bloom", "mixtral", "gemma3_text")

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from failover_story import IMPATIENT, SPANS, STATE_BYTES, Fault, Story
-from petals.client import handover
-from petals.client.hop import HopSession
-from petals.client.session_rows import SessionRows
-from petals.client.terms import Terms
-from petals.server import stay
+from petals.client.session import migration
+from petals.client.session.hop import HopSession
+from petals.client.session.rows import SessionRows
+from petals.client.session.types import Terms
+from petals.server.lifecycle import served_span
 from petals.testing.manual_clock import settle
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
-from real_swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
+from support.session_script import IMPATIENT, SPANS, STATE_BYTES, Fault, Story
+from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
 
 LEAVES = "The server leaves."
 PATIENT = IMPATIENT | {"silence_timeout": 10.0, "repair_timeout": 20.0}
@@ -123,7 +123,7 @@ async def test_every_step_reorders_the_rows(folder: Path, index: int) -> None:
 @pytest.fixture
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers that cannot go on with each other's pages, as if they ran in several precisions."""
-    monkeypatch.setattr(stay, "page_form", lambda precision, layout: "")
+    monkeypatch.setattr(served_span, "page_form", lambda precision, layout: "")
 
 
 @pytest.fixture
@@ -234,13 +234,13 @@ async def test_nothing_is_handed_over_within_a_repair(
     async with story_in(folder, *SPANS, *SPANS) as story:
         await story.prefill()
         recovery = story.session._recovery
-        course, epochs, open_hops = recovery._course, [], handover.open_hops
+        course, epochs, open_hops = recovery._course, [], migration.open_hops
 
         async def count(swarm: object, blocks: object, terms: Terms, *more: object) -> object:
             epochs.append(terms.epoch)
             return await open_hops(swarm, blocks, terms, *more)
 
-        monkeypatch.setattr(handover, "open_hops", count)
+        monkeypatch.setattr(migration, "open_hops", count)
         async with course.turn:  # as whoever repairs
             victim = course.path.hops[1]
             course.epoch += 1
@@ -325,7 +325,7 @@ async def test_pages_that_do_not_get_through_are_computed(
 async def test_pages_that_would_take_too_long_are_computed(
     folder: Path, given: Counter[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "_ASSUMED_BYTES_PER_SECOND", 1.0)
+    monkeypatch.setattr(migration, "_ASSUMED_BYTES_PER_SECOND", 1.0)
     async with story_in(folder, *SPANS, *SPANS) as story:
         await story.prefill()
         victim = peers(story)[1]

@@ -19,15 +19,15 @@ from petals.errors import (
     PeerUnreachable,
     VersionMismatch,
 )
-from petals.swarm import records
-from petals.swarm.admission import SwarmKey
 from petals.swarm.config import NodeConfig
+from petals.swarm.directory import records
+from petals.swarm.directory.records import ServerRecord
 from petals.swarm.identity import Identity
-from petals.swarm.inflight import WINDOW_BYTES
-from petals.swarm.libp2p_daemon import Daemon
+from petals.swarm.libp2p.daemon import Daemon
+from petals.swarm.membership import SwarmKey
 from petals.swarm.node import SwarmNode
-from petals.swarm.records import ServerRecord
-from petals.swarm.rpc import answering
+from petals.swarm.rpc.dispatcher import answering
+from petals.swarm.rpc.receive_buffer import WINDOW_BYTES
 from petals.types import BlockSpan, ServerState
 from petals.wire.passes import Forward, ForwardResult
 

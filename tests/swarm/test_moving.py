@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from failover_story import IMPATIENT, Story
-from petals.client.session_rows import SessionRows
+from petals.client.session.rows import SessionRows
 from petals.server.config import AnnounceConfig, MovingConfig
-from petals.server.rebalancing import MovePolicy
+from petals.server.policies import MovePolicy
 from petals.server.server import OnlineInfo, Server, Watchers
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId, ServerState
-from real_swarm import ALL, HIDDEN, NUM_BLOCKS, RealSwarm, real_swarm
+from support.session_script import IMPATIENT, Story
+from support.swarm import ALL, HIDDEN, NUM_BLOCKS, RealSwarm, real_swarm
 
 PATIENT = IMPATIENT | {"silence_timeout": 10.0, "repair_timeout": 20.0}
 EAGER = MovingConfig(

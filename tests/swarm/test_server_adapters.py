@@ -6,10 +6,10 @@ import threading
 import pytest
 import torch
 
-from petals.models.adapters import Adapter, LowRank
-from petals.models.batch import Segment
+from petals.models.adapters.low_rank import Adapter, LowRank
+from petals.models.runtime.batch import Segment
+from petals.server.compute.executor import Outcome, Work
 from petals.server.config import DoorConfig
-from petals.server.executor import Outcome, Work
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.manual_clock import ManualClock
@@ -23,8 +23,8 @@ from petals.wire.passes import (
     ForwardResult,
     PutAdapter,
 )
-from served_span import MODEL, Served, Talk, assert_close, served, states
-from tiny_spans import WIDTH
+from support.models import WIDTH
+from support.service import MODEL, Served, Talk, assert_close, served, states
 
 FORWARD = Forward(MODEL, (10, 14), (6,))
 

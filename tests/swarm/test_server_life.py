@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from petals.errors import BlocksNotServed, ConfigError, ModelNotFound, PeerUnreachable
-from petals.models.span import Span
-from petals.models.split import load_blocks
+from petals.models.loading.split import load_blocks
+from petals.models.runtime.span import Span
 from petals.server.config import (
     AnnounceConfig,
     ComputeConfig,
@@ -20,7 +20,6 @@ from petals.server.config import (
     ServerConfig,
     SourceConfig,
 )
-from petals.server.handler import BLOCKS_SERVICE
 from petals.server.server import OnlineInfo, Server, Watchers
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
@@ -28,7 +27,8 @@ from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, ServerState
 from petals.wire.messages import Leaving, SessionEnded
-from served_span import Talk, assert_close
+from petals.wire.services import BLOCKS_SERVICE
+from support.service import Talk, assert_close
 
 NUM_BLOCKS = 5
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from petals.errors import PeerUnreachable
-from petals.server.links import RING_SERVICE
-from petals.server.ring import HOLD_SECONDS, MAX_HELD_PER_PEER
-from petals.server.scheduler import SchedulerConfig
-from petals.server.session import MAX_WAITING_STEPS
+from petals.server.network.forwarding import HOLD_SECONDS, MAX_HELD_PER_PEER
+from petals.server.policies import SchedulerConfig
+from petals.server.session.session import MAX_WAITING_STEPS
 from petals.testing.manual_clock import ManualClock
 from petals.wire.messages import (
     CloseSession,
@@ -22,8 +21,9 @@ from petals.wire.messages import (
     StepResult,
     Undelivered,
 )
-from ring_of_servers import Ring, RingOfServers, Worker, ring_of_servers
-from served_span import assert_close, states
+from petals.wire.services import RING_SERVICE
+from support.linked_services import Ring, RingOfServers, Worker, ring_of_servers
+from support.service import assert_close, states
 
 THIRDS = ((10, 11), (11, 13), (13, 14))
 

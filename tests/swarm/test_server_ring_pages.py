@@ -5,13 +5,13 @@ import asyncio
 import pytest
 import torch
 
-from petals.server.links import RING_SERVICE
 from petals.swarm.config import MIB
 from petals.types import BlockSpan
 from petals.wire.messages import Push, Refusal, Replay, Replayed, Step
-from ring_of_servers import Leg, RingOfServers, Worker, ring_of_servers
-from ring_story import HISTORIES, PARTS, Told, plain, ring_for
-from served_span import states
+from petals.wire.services import RING_SERVICE
+from support.linked_script import HISTORIES, PARTS, Told, plain, ring_for
+from support.linked_services import Leg, RingOfServers, Worker, ring_of_servers
+from support.service import states
 
 
 async def successor(told: Told) -> Leg:
@@ -231,7 +231,9 @@ async def test_long_rows_are_read_bit_by_bit(monkeypatch: pytest.MonkeyPatch) ->
             sizes.append(len(pages))
             return pages
 
-        monkeypatch.setattr("petals.server.ring._MAX_PAGE_BYTES", 3 * pages_for(old, 1).nbytes)
+        monkeypatch.setattr(
+            "petals.server.network.forwarding._MAX_PAGE_BYTES", 3 * pages_for(old, 1).nbytes
+        )
         monkeypatch.setattr(old.session, "read", measured)
         await give(told, new, 10)
         assert sizes == [3] * 30

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from petals.server.links import RING_SERVICE
 from petals.wire.messages import Refusal, Replay, Replayed, Step, StepResult
-from ring_of_servers import Leg, Ring, Worker, ring_of_servers
-from ring_story import HISTORIES, PARTS, ring_for
-from served_span import assert_close, states
+from petals.wire.services import RING_SERVICE
+from support.linked_script import HISTORIES, PARTS, ring_for
+from support.linked_services import Leg, Ring, Worker, ring_of_servers
+from support.service import assert_close, states
 
 
 async def replace(ring: Ring, failed: slice, workers: Sequence[Worker], rows: int = 1) -> list[Leg]:

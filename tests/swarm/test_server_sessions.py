@@ -5,11 +5,11 @@ import asyncio
 import pytest
 import torch
 
-from petals.server.scheduler import SchedulerConfig
+from petals.server.policies import SchedulerConfig
 from petals.types import BlockSpan
 from petals.wire.messages import CloseSession, GetInfo, Info, SessionEnded, Step, StepResult
 from petals.wire.passes import Forward, ForwardResult
-from served_span import assert_close, served, states
+from support.service import assert_close, served, states
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom", "mistral", "qwen3_next"])

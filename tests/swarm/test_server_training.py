@@ -5,9 +5,9 @@ import asyncio
 import pytest
 import torch
 
-from lessons import COUNTS, assert_equal, assert_right, lesson
-from petals.server.scheduler import SchedulerConfig
-from served_span import served, states
+from petals.server.policies import SchedulerConfig
+from support.service import served, states
+from support.training_case import COUNTS, assert_equal, assert_right, lesson
 
 MODELS = (
     "llama",

@@ -10,7 +10,7 @@ import torch
 
 from petals.errors import ERRORS_BY_CODE, PeerUnreachable
 from petals.server.config import DoorConfig
-from petals.server.scheduler import SchedulerConfig
+from petals.server.policies import SchedulerConfig
 from petals.testing.manual_clock import ManualClock, settle
 from petals.types import ServerState
 from petals.wire import frames
@@ -27,8 +27,8 @@ from petals.wire.messages import (
     StepResult,
 )
 from petals.wire.passes import Forward, ForwardResult
-from served_span import FussySpan, Served, Talk, assert_close, served, states
-from tiny_spans import WIDTH
+from support.models import WIDTH
+from support.service import FussySpan, Served, Talk, assert_close, served, states
 
 
 async def still_serves(swarm: Served) -> None:

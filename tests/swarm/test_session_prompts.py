@@ -5,12 +5,12 @@ import asyncio
 import pytest
 import torch
 
-from lessons import assert_equal, lesson, prompted
 from petals.server.config import DoorConfig
-from petals.server.scheduler import SchedulerConfig
+from petals.server.policies import SchedulerConfig
 from petals.types import BlockSpan
-from served_span import Served, served, states
-from tiny_spans import WIDTH
+from support.models import WIDTH
+from support.service import Served, served, states
+from support.training_case import assert_equal, lesson, prompted
 
 PROMPTS = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(3))
 

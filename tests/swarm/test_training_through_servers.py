@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_swarm import ModelSwarm, model_swarm
-from petals.client.bridge import bridge
+from petals.client.connection.event_loop import bridge
 from petals.errors import TrainingRefused
 from petals.server.config import LimitsConfig
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
-from tuned_reference import TunedReference
+from support.model_swarm import ModelSwarm, model_swarm
+from support.tuned_reference import TunedReference
 
 pytestmark = pytest.mark.slow
 

@@ -10,18 +10,18 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
-from petals.client.auto import (
+from petals.client.connection.event_loop import bridge
+from petals.client.model.auto import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
 )
-from petals.client.bridge import bridge
-from petals.client.sequence_manager import RemoteSequenceManager
-from petals.client.swarm_runner import SwarmRunner
+from petals.client.model.swarm_runner import SwarmRunner
+from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
-from real_swarm import ALL, RealSwarm, real_swarm
-from toy_blocks import config
-from tuned_reference import TunedReference
+from support.fake_server import config
+from support.swarm import ALL, RealSwarm, real_swarm
+from support.tuned_reference import TunedReference
 
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 NUM_PROMPTS = 4

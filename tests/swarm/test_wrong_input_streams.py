@@ -7,10 +7,10 @@ import msgspec
 import pytest
 import torch
 
-from petals.client.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmAccess
 from petals.errors import VersionMismatch
 from petals.server.config import DoorConfig
-from petals.swarm.rpc import STREAM_PROTOCOL
+from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL
 from petals.testing.manual_clock import settle
 from petals.types import BlockSpan
 from petals.wire import frames, tensors
@@ -26,8 +26,8 @@ from petals.wire.messages import (
     encode_message,
 )
 from petals.wire.passes import Forward
-from served_span import Served, assert_close, served, states
-from toy_blocks import config, open_one, toy_swarm
+from support.fake_server import config, open_one, toy_swarm
+from support.service import Served, assert_close, served, states
 
 LEASE_SECONDS = 0.1
 DOOR = DoorConfig(lease_seconds=LEASE_SECONDS)

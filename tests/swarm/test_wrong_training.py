@@ -5,15 +5,15 @@ import asyncio
 import pytest
 import torch
 
-from lessons import Lesson, assert_equal, assert_right, lesson
 from petals.errors import PeerUnreachable
 from petals.server.config import DoorConfig
-from petals.server.scheduler import SchedulerConfig
+from petals.server.policies import SchedulerConfig
 from petals.testing.manual_clock import ManualClock, settle
 from petals.wire.messages import GetInfo, Refusal
 from petals.wire.passes import Backward, Forward
-from served_span import FussySpan, Served, served, states
-from tiny_spans import WIDTH
+from support.models import WIDTH
+from support.service import FussySpan, Served, served, states
+from support.training_case import Lesson, assert_equal, assert_right, lesson
 
 
 def nan(num_tokens: int) -> torch.Tensor:

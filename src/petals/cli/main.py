@@ -6,8 +6,8 @@ Must not import torch, transformers or hivemind: `petals --help` answers at once
 import typer
 
 import petals
-from petals.cli import bootstrap, chat, demo, drain, generate, models, serve, status, swarm
-from petals.cli.console import print_data, run_as_command
+from petals.cli.commands import bootstrap, chat, demo, drain, generate, models, serve, status, swarm
+from petals.cli.terminal.console import print_data, run_as_command
 
 app = typer.Typer(
     name="petals",

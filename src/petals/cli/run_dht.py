@@ -7,9 +7,9 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from petals.cli.bootstrap import run_bootstrap
-from petals.cli.console import run_as_command, say
-from petals.cli.options import read_swarm_key
+from petals.cli.commands.bootstrap import run_bootstrap
+from petals.cli.terminal.console import run_as_command, say
+from petals.cli.terminal.options import read_swarm_key
 from petals.errors import ConfigError
 
 

@@ -7,10 +7,10 @@ honoured, or accepted with one warning that names its replacement.
 from typing import TYPE_CHECKING, Any
 
 from petals import constants
-from petals.cli import options
-from petals.cli.console import run_as_command, say
-from petals.cli.server_flags import DROPPED, read_flags
-from petals.cli.serving import run_server
+from petals.cli.terminal import options
+from petals.cli.terminal.console import run_as_command, say
+from petals.cli.terminal.server_flags import DROPPED, read_flags
+from petals.cli.terminal.serving import run_server
 from petals.errors import ConfigError
 from petals.types import BlockSpan, ModelId
 
@@ -119,7 +119,7 @@ def _announcement(flags: Flags) -> "AnnounceConfig":
 
 def _moving(flags: Flags) -> "MovingConfig":
     from petals.server.config import MovingConfig
-    from petals.server.rebalancing import MovePolicy
+    from petals.server.policies import MovePolicy
 
     eagerness: dict[str, Any] = _given(flags, look_seconds="mean_balance_check_period")
     quality = flags.get("balance_quality")

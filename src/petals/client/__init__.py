@@ -7,9 +7,9 @@ from importlib import import_module
 
 _HOMES = {
     "ClientConfig": "petals.client.config",
-    "InferenceSession": "petals.client.inference_session",
-    "RemoteSequenceManager": "petals.client.sequence_manager",
-    "RemoteSequential": "petals.client.remote_sequential",
+    "InferenceSession": "petals.client.model.inference_session",
+    "RemoteSequenceManager": "petals.client.routing.sequence_manager",
+    "RemoteSequential": "petals.client.model.remote_sequential",
 }
 
 __all__ = sorted(_HOMES)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from petals.models.adapters import Adapter
+from petals.models.adapters.low_rank import Adapter
 from petals.types import BlockSpan
 
 

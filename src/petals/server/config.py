@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from petals.constants import DTYPE_NAMES
 from petals.errors import ConfigError
-from petals.server.rebalancing import MovePolicy
-from petals.server.scheduler import SchedulerConfig
+from petals.server.policies import MovePolicy, SchedulerConfig
 from petals.swarm.config import MIB, NodeConfig
 from petals.types import BlockSpan, ModelId
 

@@ -19,19 +19,19 @@ from petals import constants
 from petals.clock import Clock, SystemClock
 from petals.errors import BlocksNotServed, SessionClosed
 from petals.logs import get_logger
-from petals.models import cost
-from petals.models.quantize import QuantKind
-from petals.models.sources import HubAccess, open_checkpoint
-from petals.server import memory, placement, throughput
-from petals.server.announcer import Announcer
+from petals.models.checkpoint.sources import HubAccess, open_checkpoint
+from petals.models.loading import cost
+from petals.models.loading.quantize import QuantKind
+from petals.server.compute.executor import Executor
+from petals.server.compute.scheduler import Scheduler
 from petals.server.config import ServerConfig
-from petals.server.executor import Executor
-from petals.server.moving import Mover
-from petals.server.scheduler import Scheduler
-from petals.server.stay import Model, Site, Stay, release_memory
+from petals.server.lifecycle import memory, placement, throughput
+from petals.server.lifecycle.announcer import Announcer
+from petals.server.lifecycle.mover import Mover
+from petals.server.lifecycle.served_span import Model, Site, Stay, release_memory
 from petals.swarm.config import Engine
+from petals.swarm.directory.records import ServerRecord
 from petals.swarm.node import SwarmNode
-from petals.swarm.records import ServerRecord
 from petals.types import BlockSpan, ModelId, PeerId, ServerState
 from petals.wire.frames import PROTOCOL_VERSION
 

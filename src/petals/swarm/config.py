@@ -9,8 +9,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from petals.clock import Clock
-from petals.swarm.admission import Admission, SwarmKey
 from petals.swarm.identity import Identity
+from petals.swarm.membership import Admission, SwarmKey
 from petals.swarm.transport import Transport
 
 MIB = 1024 * 1024

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 
 from petals.errors import ConfigError
-from petals.swarm.admission import SwarmKey
+from petals.swarm.membership import SwarmKey
 from petals.types import PeerId
 
 _RSA, _ED25519 = 0, 1

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Sequence
 from petals.clock import Clock, SystemClock
 from petals.errors import PetalsError
 from petals.logs import get_logger
-from petals.swarm.admission import Admission
 from petals.swarm.background import BackgroundTasks
-from petals.swarm.channel import Channel
 from petals.swarm.config import Engine, EngineParts, NodeConfig
-from petals.swarm.directory import Directory
+from petals.swarm.directory.directory import Directory
 from petals.swarm.identity import Identity, load_or_create_identity
-from petals.swarm.inflight import Budget
-from petals.swarm.peer_memory import PeerMemory
+from petals.swarm.known_peers import PeerMemory
+from petals.swarm.membership import Admission
 from petals.swarm.reachability import (
     NODE_SERVICE,
     Reachability,
@@ -24,7 +22,9 @@ from petals.swarm.reachability import (
     choose_relays,
     node_service,
 )
-from petals.swarm.rpc import STREAM_PROTOCOL, RpcParts, RpcServer, Service, open_channel
+from petals.swarm.rpc.channel import Channel
+from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL, RpcParts, RpcServer, Service, open_channel
+from petals.swarm.rpc.receive_buffer import Budget
 from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Transport
 from petals.types import PeerId
 from petals.wire.messages import DialBack, DialedBack
@@ -205,6 +205,6 @@ class SwarmNode:
 
 
 def _libp2p(parts: EngineParts) -> Transport:
-    from petals.swarm.libp2p import Libp2pTransport  # the engine costs seconds to import
+    from petals.swarm.libp2p.engine import Libp2pTransport  # the engine costs seconds to import
 
     return Libp2pTransport(parts)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from petals.clock import Clock
 from petals.errors import PeerBusy, PetalsError, ProtocolError
-from petals.swarm.channel import Channel
-from petals.swarm.rpc import Service
+from petals.swarm.rpc.channel import Channel
+from petals.swarm.rpc.dispatcher import Service
 from petals.swarm.transport import CIRCUIT, Transport
 from petals.types import PeerId
 from petals.wire.messages import DialBack, DialedBack

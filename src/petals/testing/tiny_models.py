@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from petals.models.tiny import tiny_config
+from petals.models.verify.tiny import tiny_config
 
 INDEX_FILE = "model.safetensors.index.json"
 

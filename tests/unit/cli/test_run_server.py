@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from petals.cli.run_server import translate
-from petals.cli.server_flags import read_flags
+from petals.cli.terminal.server_flags import read_flags
 from petals.errors import ConfigError
 from petals.server.config import DoorConfig, LimitsConfig, ServerConfig
 from petals.types import BlockSpan

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from petals.cli.console import run_as_command
 from petals.cli.main import app
+from petals.cli.terminal.console import run_as_command
 from petals.testing.tiny_models import write_tiny_model
-from tiny_tokenizer import write_tokenizer
+from support.tiny_tokenizer import write_tokenizer
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWKjS9yJsQwDbD5oCqgKcKqEYvuQVvzJ3nSSBDeJXNbXhr"
 GENERATE = ("generate", "MODEL", "--prompt", "Once", "--join", NOBODY)
@@ -116,7 +116,7 @@ def test_a_full_disk_while_converting(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("petals.models.convert._write_shards", full)
+    monkeypatch.setattr("petals.models.checkpoint.convert._write_shards", full)
     folder = pickled(tiny, tmp_path / "old")
     failed = Failed(capsys, "models", "convert", str(folder), str(tmp_path / "new"))
     assert failed.status == 2

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from local_blocks import tiny_pair
 from petals.errors import BadInput, MissingBlocksError, NotSupported
+from support.local_blocks import tiny_pair
 
 PROMPT = torch.tensor([[11, 54, 7, 33, 54, 23, 90]])
 REPLY = torch.tensor([[8, 41, 77]])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from local_blocks import tiny_pair
 from petals.errors import BadInput, NotSupported
+from support.local_blocks import tiny_pair
 
 HIDDEN = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = torch.randn(5, 2, 3, 32, generator=torch.Generator().manual_seed(1))

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from local_blocks import tiny_pair
-from petals.client.ptune import TuningConfig, add_prompts
-from petals.models.head import EndsKind
-from tuned_reference import TunedReference
+from petals.client.tuning.prompts import TuningConfig, add_prompts
+from petals.models.loading.head import EndsKind
+from support.local_blocks import tiny_pair
+from support.tuned_reference import TunedReference
 
 pytestmark = pytest.mark.slow
 

@@ -1,13 +1,11 @@
 """Tiny checkpoints, written once per run and never changed by a test."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from petals.testing.tiny_models import Layout, write_tiny_model
-
-WriteModel = Callable[..., Path]
+from support.models import WriteModel
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import torch
 from torch.nn import init
 from transformers import PreTrainedModel
 
-from petals.models.arch import build_on_meta, describe
-from tiny_spans import CONFIGS
+from petals.models.checkpoint.arch import build_on_meta, describe
+from support.models import CONFIGS
 
 
 def test_threads_that_build_at_once_leave_nothing_behind() -> None:

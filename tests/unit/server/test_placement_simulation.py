@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from petals.server.rebalancing import MovePolicy
+from petals.server.policies import MovePolicy
 from simulation import Scenario, run
 
 

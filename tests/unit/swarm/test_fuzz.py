@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from petals.errors import PetalsError, ProtocolError
 from petals.swarm.config import ChannelLimits, NodeConfig
-from petals.swarm.inflight import Budget, Inbox
 from petals.swarm.node import SwarmNode
-from petals.swarm.rpc import STREAM_PROTOCOL, answering
+from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL, answering
+from petals.swarm.rpc.receive_buffer import Budget, Inbox
 from petals.testing.manual_clock import ManualClock, settle
 from petals.testing.memory_net import MemoryNet
 from petals.types import PeerId

@@ -5,11 +5,11 @@ import asyncio
 import pytest
 
 from petals.clock import SystemClock
-from petals.swarm import libp2p
-from petals.swarm.admission import Admission
 from petals.swarm.config import EngineParts, NodeConfig
 from petals.swarm.identity import Identity
-from petals.swarm.libp2p import Libp2pTransport
+from petals.swarm.libp2p import engine
+from petals.swarm.libp2p.engine import Libp2pTransport
+from petals.swarm.membership import Admission
 from petals.types import PeerId
 
 PEER = PeerId("peer")
@@ -73,7 +73,7 @@ async def test_a_direct_connection_follows(transport):
 
 
 async def test_it_stays_relayed(transport, monkeypatch):
-    monkeypatch.setattr(libp2p, "_PUNCH_SECONDS", 0.25)
+    monkeypatch.setattr(engine, "_PUNCH_SECONDS", 0.25)
     stream = await transport.open_stream(PEER, "p", 30.0)
     assert stream.remote_address == RELAYED and not stream.was_reset
     num_looks = transport._daemon.num_looks

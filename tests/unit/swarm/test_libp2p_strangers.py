@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from petals.clock import SystemClock
-from petals.swarm import libp2p_records
-from petals.swarm.libp2p_records import DhtRecords
+from petals.swarm.libp2p import dht
+from petals.swarm.libp2p.dht import DhtRecords
 
 PEER = "12D3KooWStranger"
 ANSWER = {"key": (None, {})}
@@ -32,7 +32,7 @@ class Member:
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> DhtRecords:
-    monkeypatch.setattr(libp2p_records, "_STRANGER_SECONDS", 0.0)
+    monkeypatch.setattr(dht, "_STRANGER_SECONDS", 0.0)
     return DhtRecords(SimpleNamespace(), SystemClock())
 
 

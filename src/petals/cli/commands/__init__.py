@@ -1,0 +1,4 @@
+"""The subcommands of `petals`, one file each.
+
+A command reads options, calls the library and prints.
+"""

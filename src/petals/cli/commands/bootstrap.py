@@ -1,0 +1,67 @@
+"""`petals bootstrap`: a peer that holds no blocks and tells others who is there.
+
+Knows the swarm layer only; what it runs is a node and nothing else.
+"""
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from petals.cli.terminal import options
+from petals.cli.terminal.console import print_data, say
+from petals.cli.terminal.lifetime import stop_when_stdin_closes, write_ready_file
+from petals.imports import collector_at_rest
+
+if TYPE_CHECKING:
+    from petals.swarm.config import NodeConfig
+
+
+def bootstrap(
+    join: options.Join = None,
+    host: options.Host = "0.0.0.0",
+    port: options.Port = 0,
+    announce: options.Announce = None,
+    identity: options.IdentityFile = None,
+    swarm_key: options.SwarmKeyFile = None,
+    ready_file: options.ReadyFile = None,
+    until_stdin_closes: options.UntilStdinCloses = False,
+) -> None:
+    """Run the first peer of a swarm (or one more meeting point); prints its addresses."""
+    from petals.swarm.config import NodeConfig
+
+    if until_stdin_closes:
+        stop_when_stdin_closes()
+    config = NodeConfig(
+        initial_peers=tuple(join or ()),
+        host=host,
+        port=port,
+        announce_maddrs=tuple(announce or ()),
+        identity_path=identity,
+        swarm_key=options.read_swarm_key(swarm_key),
+        agent="petals-bootstrap",
+    )
+    asyncio.run(run_bootstrap(config, ready_file))
+
+
+async def run_bootstrap(config: "NodeConfig", ready_file: Path | None = None) -> None:
+    """Be a member until SIGINT or SIGTERM. Prints one address per line on stdout.
+
+    Raises BootstrapFailed if there are initial peers and none answers.
+    """
+    with collector_at_rest():
+        from petals.swarm.node import SwarmNode
+
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stopped.set)
+    async with SwarmNode(config) as node:
+        await node.become_reachable()
+        addresses = await node.addresses()
+        say("The swarm can be joined at:")
+        for address in addresses:
+            print_data(address)
+        write_ready_file(ready_file, {"peer_id": node.peer_id, "initial_peers": list(addresses)})
+        await stopped.wait()
+        say("Leaving")

@@ -1,0 +1,74 @@
+"""`petals chat`: a conversation in the terminal. Knows the client's public names only."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from petals.cli.terminal import options
+from petals.cli.terminal.answer import Message, WordStream, ask, describe, encode_chat
+from petals.cli.terminal.client_model import ClientModel, load_client
+from petals.cli.terminal.console import report, say
+from petals.errors import RequestError, RouteError, SessionError
+
+HELP = "Type a line to ask, /new to forget the conversation, /quit or Ctrl-D to leave."
+
+
+def chat(
+    model: options.Model,
+    join: options.Join = None,
+    swarm_key: options.SwarmKeyFile = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: no chance at play.")] = 0.0,
+    system: Annotated[str, typer.Option(help="What the model should know about its role.")] = "",
+) -> None:
+    """Talk with a model that a swarm serves."""
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    with load_client(model, join, swarm_key) as client:
+        say(HELP)
+        messages = list(opening)
+        while (line := _read_line()) is not None:
+            if line == "/quit":
+                break
+            if line == "/new":
+                messages = list(opening)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                _reply(client, messages, max_new_tokens, temperature)
+
+
+def _read_line() -> str | None:
+    """The next line, None at the end of input. The prompt sign is for people only."""
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _reply(
+    client: ClientModel, messages: list[Message], max_new_tokens: int, temperature: float
+) -> None:
+    """Stream the answer and append it; a question that fails is forgotten and told."""
+    stream = WordStream(client.tokenizer, _show)
+    try:
+        answer = ask(
+            client.model,
+            encode_chat(client.tokenizer, messages),
+            stream,
+            max_new_tokens=max_new_tokens,
+            **client.sampling(temperature, seed=None),
+        )
+    except (RequestError, RouteError, SessionError) as error:
+        _show("\n")
+        report(error)
+        messages.pop()
+        return
+    _show("\n")
+    say(describe(answer))
+    messages.append({"role": "assistant", "content": answer.text})
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

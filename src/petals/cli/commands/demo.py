@@ -1,0 +1,68 @@
+"""`petals demo`: from nothing to a real answer, served by real processes on this machine.
+
+Puts the demo model, a local swarm and a client together; knows no tensors and no messages.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from petals.cli.commands.swarm import introduce, spans_of, stay_up
+from petals.cli.terminal import options
+from petals.cli.terminal.answer import WordStream, ask, describe, encode_chat
+from petals.cli.terminal.client_model import open_client
+from petals.cli.terminal.console import interrupted_by_sigterm, say, stage
+from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
+
+DEMO_MODEL = "smollm2"
+
+
+def demo(
+    prompt: Annotated[
+        str, typer.Option(help="What to ask.")
+    ] = "Why is the sky blue? Answer in one short paragraph.",
+    servers: Annotated[int, typer.Option(min=1, metavar="N", help="How many servers.")] = 3,
+    max_new_tokens: options.MaxNewTokens = 96,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Another model: a folder or repository.")
+    ] = None,
+    dtype: options.Dtype = "auto",
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up and print the address.")] = False,
+) -> None:
+    """Start a small swarm on this machine, ask it a question, stop it again."""
+    with interrupted_by_sigterm():
+        source = model or _demo_model()
+        with stage("Starting the swarm") as change:
+            swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=change)
+            swarm.start(lambda: spans_of(source, servers, None))
+        with swarm:
+            introduce(swarm)
+            _ask(source, swarm, prompt, max_new_tokens)
+            if keep:
+                stay_up(swarm)
+            say("Stopping the swarm")
+
+
+def _demo_model() -> str:
+    from petals.demo.model import get_demo_model
+
+    with stage("Looking for the demo model") as change:
+        return str(get_demo_model(DEMO_MODEL, say=change))
+
+
+def _ask(source: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int) -> None:
+    with open_client(source, swarm.initial_peers, swarm.config.swarm_key) as client:
+        say(f"You: {prompt}")
+        input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
+        stream = WordStream(client.tokenizer, _show)
+        answer = ask(
+            client.model, input_ids, stream, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    _show("\n")
+    say(describe(answer))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,70 @@
+"""`petals status`: who serves which blocks, and where the swarm is thinnest.
+
+Reads the directory once and leaves; `block_map` makes values and lines of it. Knows the swarm
+layer only.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from petals import constants
+from petals.cli.terminal import options
+from petals.cli.terminal.block_map import block_map, draw_map
+from petals.cli.terminal.console import print_data, print_json, stage
+from petals.errors import MissingBlocksError
+
+if TYPE_CHECKING:
+    from petals.swarm.config import NodeConfig
+    from petals.swarm.directory.records import View
+
+
+def status(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Only this model's name.")
+    ] = None,
+    join: options.Join = None,
+    swarm_key: options.SwarmKeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show which block is served by whom; the thinnest place is marked."""
+    from petals.swarm.config import NodeConfig
+
+    config = NodeConfig(
+        initial_peers=options.peers_to_join(join),
+        swarm_key=options.read_swarm_key(swarm_key),
+        peer_memory=constants.peers_dir(),
+        client_mode=True,
+        agent="petals-status",
+    )
+    with stage("Reading the directory"):
+        views = asyncio.run(_read_views(config, model))
+    if as_json:
+        print_json({"models": [block_map(view) for view in views]})
+        return
+    if not views:
+        print_data("Nobody serves a model in this swarm yet.")
+    for view in views:
+        for line in draw_map(block_map(view)):
+            print_data(line)
+
+
+async def _read_views(config: "NodeConfig", model: str | None) -> list["View"]:
+    """Views of all models, or of those that `model` names by directory name or repository.
+
+    Raises BootstrapFailed, AdmissionDenied, and MissingBlocksError if nobody serves `model`.
+    """
+    from petals.swarm.node import SwarmNode
+
+    async with SwarmNode(config) as node:
+        found = await node.directory.models()
+        wanted = [each for each in found if model in (None, each.model, each.repository)]
+        if model is not None and not wanted:
+            names = ", ".join(each.model for each in found) or "none"
+            raise MissingBlocksError(
+                f"Nobody serves {model} in this swarm.", hint=f"Models announced here: {names}."
+            )
+        return [
+            await node.directory.view(each.model, each.num_blocks, whole=True) for each in wanted
+        ]

@@ -1,0 +1,117 @@
+"""`petals swarm`: a whole swarm on this machine, and keys for closed swarms.
+
+Starts processes through `testing.local_swarm`; knows no tensors and no messages.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petals.cli.terminal import options
+from petals.cli.terminal.console import interrupted_by_sigterm, print_data, say, stage
+from petals.errors import SwarmError
+from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
+from petals.types import BlockSpan
+
+app = typer.Typer(help="Run a whole swarm on this machine; make swarm keys.", no_args_is_help=True)
+
+_CHECK_SECONDS = 0.5
+
+
+@app.command("up")
+def up(
+    model: options.Model,
+    servers: Annotated[int, typer.Option(min=1, metavar="N", help="How many servers.")] = 3,
+    dtype: options.Dtype = "auto",
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A:B", help="One span per server instead of --servers even ones."),
+    ] = None,
+    swarm_key: options.SwarmKeyFile = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads of each server.")
+    ] = None,
+    state_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON with addresses and servers, once all are online."),
+    ] = None,
+) -> None:
+    """Start a bootstrap peer and N servers here; stay up until Ctrl-C."""
+    config = LocalSwarmConfig(model=model, dtype=dtype, swarm_key=swarm_key, num_threads=threads)
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
+    with interrupted_by_sigterm():
+        with stage(f"Starting a swarm for {Path(model).name}") as change:
+            swarm = LocalSwarm(config, say=change)
+            swarm.start(lambda: spans_of(model, servers, blocks))
+        with swarm:
+            if state_file is not None:
+                _write_whole(state_file, json.dumps(swarm.state(), indent=2))
+            introduce(swarm)
+            stay_up(swarm)
+            say("Stopping the swarm")
+            if state_file is not None:
+                state_file.unlink(missing_ok=True)
+
+
+@app.command("new-key")
+def new_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the key.")],
+) -> None:
+    """Make the key of a closed swarm: only who has the file can join."""
+    from petals.swarm.identity import create_swarm_key
+
+    create_swarm_key(file)
+    say("Give this file to every server and client of the swarm, and to nobody else.")
+    print_data(str(file))
+
+
+def introduce(swarm: LocalSwarm) -> None:
+    """Who serves what."""
+    for server in swarm.servers:
+        say(f"  server …{server.peer_id[-6:]}  blocks {server.blocks}  pid {server.pid}")
+
+
+def stay_up(swarm: LocalSwarm) -> None:
+    """Tell how to join; return at Ctrl-C or SIGTERM.
+
+    Raises SwarmError once no process of the swarm is left.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        say("Join with:")
+        for address in swarm.initial_peers:
+            print_data(address)
+        say("Up. Ctrl-C stops everything.")
+        _watch(swarm)
+
+
+def _watch(swarm: LocalSwarm) -> None:
+    told: set[str] = set()
+    while len(told) <= len(swarm.servers):
+        time.sleep(_CHECK_SECONDS)
+        for name in swarm.exited() - told:
+            say(f"{name} ended by itself; the others stay up.")
+            told.add(name)
+    raise SwarmError("Every process of the swarm ended.")
+
+
+def spans_of(model: str, num_servers: int, blocks: list[str] | None) -> tuple[BlockSpan, ...]:
+    """The spans typed, or an even cut of the model. Raises ConfigError, ModelNotFound."""
+    if blocks:
+        return tuple(BlockSpan.parse(text) for text in blocks)
+    from petals.models.checkpoint.arch import describe
+    from petals.models.checkpoint.sources import open_checkpoint
+    from petals.models.loading.cost import deal
+
+    return deal(describe(open_checkpoint(model).config).num_blocks, num_servers)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Others wait for this file: it must never be seen half written."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,69 @@
+"""Open channels that wait for their next request, so that a request need not begin with a greeting.
+
+Knows peers and services; knows no messages.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from petals.errors import RequestError, SessionError
+from petals.swarm.node import SwarmNode
+from petals.swarm.rpc.channel import Channel
+from petals.types import PeerId
+
+_KEPT_PER_PEER = 4
+
+
+class ChannelPool:
+    """Idle channels by peer and service. Lives in one event loop; ``close`` ends them.
+
+    ``silence_seconds``: how long a peer may give no sign of life while an answer is due.
+    """
+
+    def __init__(self, node: SwarmNode, silence_seconds: float) -> None:
+        self._node = node
+        self._silence_seconds = silence_seconds
+        self._idle: dict[tuple[PeerId, str], list[Channel]] = {}
+
+    async def take(self, peer: PeerId, service: str, timeout: float) -> Channel:
+        """A channel for the caller alone: ``give`` it back clean, or close it.
+
+        Raises what ``SwarmNode.open_channel`` raises.
+        """
+        idle = self._idle.get((peer, service), [])
+        while idle:
+            channel = idle.pop()
+            if not channel.is_closed:
+                return channel
+        channel = await self._node.open_channel(peer, service, timeout)
+        channel.silence_seconds = self._silence_seconds
+        return channel
+
+    @asynccontextmanager
+    async def lent(self, peer: PeerId, service: str, timeout: float) -> AsyncIterator[Channel]:
+        """A channel for whole exchanges; a refusal is an answer, too. Raises like ``take``."""
+        channel = await self.take(peer, service, timeout)
+        try:
+            yield channel
+        except (RequestError, SessionError):
+            await self.give(channel)
+            raise
+        except BaseException:
+            await channel.close()  # its answer may still come, and would be taken for another's
+            raise
+        await self.give(channel)
+
+    async def give(self, channel: Channel) -> None:
+        """Take back a channel on which nothing is under way."""
+        idle = self._idle.setdefault((channel.peer_id, channel.service), [])
+        if len(idle) < _KEPT_PER_PEER:
+            idle.append(channel)
+        else:
+            await channel.close()
+
+    async def close(self) -> None:
+        """End all idle channels."""
+        channels = [channel for idle in self._idle.values() for channel in idle]
+        self._idle.clear()
+        await asyncio.gather(*(channel.close() for channel in channels))

@@ -1,0 +1,226 @@
+"""A session's rows in the event loop: where each stands, and what a step may ask.
+
+Rolling back and reordering are recorded here and ride on the next step. The layers of a step, from
+outside in: check, run until it is whole (``recovery``), walk the path, one hop. Knows no text and
+no sampling.
+"""
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from petals.client.connection.tensor_checks import check_states, check_width
+from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.swarm_state import show
+from petals.client.session.attempt import Attempt
+from petals.client.session.failover import Recovery
+from petals.client.session.input_log import KeptInputs, Part
+from petals.client.session.types import Terms, Tuning
+from petals.client.trace import SessionTrace
+from petals.errors import (
+    BadInput,
+    BatchTooLarge,
+    LengthExceeded,
+    PetalsError,
+    SessionClosed,
+    SessionGap,
+)
+from petals.logs import get_logger
+from petals.types import SESSION_ID_BYTES, BlockSpan, SessionId
+from petals.wire.fields import MAX_ROWS
+
+logger = get_logger(__name__)
+
+_TRAVELLING = (torch.float32, torch.float16, torch.bfloat16)
+_KEPT_STEPS = 1024
+
+
+class SessionRows:
+    """One session through ``blocks``, opened at its first step. Await its methods in one loop."""
+
+    def __init__(
+        self,
+        access: SwarmAccess,
+        blocks: BlockSpan,
+        *,
+        max_length: int | None,
+        num_rows: int | None = None,
+        tuning: Tuning | None = None,
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise BadInput("A session's max_length is at least 1.", hint="Pass max_length=2048.")
+        self.blocks = blocks
+        self.max_length = max_length
+        self.lengths: tuple[int, ...] = (0,) * (num_rows or 0)
+        """Tokens in every row; servers may hold more of a row that was rolled back."""
+        self._access = access
+        self._num_reserved = num_rows
+        self._tuning = tuning or Tuning()
+        self._dtype: torch.dtype | None = None
+        self._recovery: Recovery | None = None
+        self._inputs = KeptInputs(num_rows or 0)
+        self._num_rows_told = 0
+        self._reorder: tuple[int, ...] | None = None
+        """What servers have not been told yet: new row r continues their row ``_reorder[r]``."""
+        self._turn = asyncio.Lock()
+        self._end: PetalsError | None = None
+        self._step_seconds: deque[float] = deque(maxlen=_KEPT_STEPS)
+
+    @property
+    def is_open(self) -> bool:
+        """True while servers hold room for us."""
+        return self._recovery is not None and self._end is None
+
+    @property
+    def trace(self) -> SessionTrace:
+        """The route, the latest timings and repairs."""
+        recovery = self._recovery
+        if recovery is None:
+            return SessionTrace((), ())
+        path = recovery.path
+        return SessionTrace(
+            hops=() if path is None else tuple(hop.trace for hop in path.hops),
+            step_seconds=tuple(self._step_seconds),
+            edges=() if path is None else path.edges,
+            repairs=tuple(recovery.repairs),
+        )
+
+    def rewind(self, position: int) -> None:
+        """Roll rows longer than ``position`` back to it. Raises SessionGap if none is that long."""
+        longest = max(self.lengths, default=0)
+        if not 0 <= position <= longest:
+            raise SessionGap(
+                f"Position {position} was never reached; the session stands at {longest}.",
+                hint="A session's position can only be set back.",
+            )
+        self.lengths = tuple(min(length, position) for length in self.lengths)
+
+    async def step(
+        self,
+        hidden: Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        reorder: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See ``InferenceSession.step_rows``. A step that fails changes nothing."""
+        async with self._turn:
+            began = perf_counter()
+            self._check(hidden, starts, counts, reorder)
+            check_states(hidden)
+            recovery = await self._ready(hidden, len(counts))
+            check_width(hidden, self._hidden_size)
+            inputs = self._inputs.branch(starts, reorder)
+            untold = _after(self._reorder, reorder)
+            if hidden.shape[0]:
+                attempt = Attempt(
+                    inputs=inputs,
+                    # A copy: it is kept, and the caller may write into his own.
+                    rest=Part(tuple(starts), tuple(counts), hidden.to(self._dtype, copy=True)),
+                    reorder=untold,
+                    cuts_rows=untold is not None or inputs.lengths != self._inputs.lengths,
+                    num_rows_told=self._num_rows_told,
+                )
+                output = await recovery.run(attempt)
+                untold, self._num_rows_told = None, len(counts)
+                self._step_seconds.append(perf_counter() - began)
+            else:
+                output = hidden
+            if not inputs.is_dropped and not self._kept.book(id(self), inputs.num_bytes):
+                logger.warning("a session is too long to be kept here: it survives fewer failures")
+                inputs.drop()
+            self._inputs, self._reorder = inputs, untold
+            self.lengths = inputs.lengths
+            return output.to(hidden.dtype)
+
+    async def close(self) -> None:
+        """Free what the servers hold; a step under way fails. Idempotent."""
+        if self._end is None:
+            self._end = SessionClosed("The session was closed.", hint="Open a new one.")
+        if self._recovery is not None:
+            self._kept.forget(id(self))
+            await self._recovery.close()
+
+    async def _ready(self, hidden: Tensor, num_rows: int) -> Recovery:
+        """The way to the servers; opens it at the first step."""
+        if self._recovery is not None:
+            return self._recovery
+        self._dtype = hidden.dtype if hidden.dtype in _TRAVELLING else torch.float32
+        if self._tuning.prompts is not None:
+            check_width(self._tuning.prompts, hidden.shape[-1])
+        view = await self._access.view()
+        terms = Terms(
+            session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
+            model=view.model,
+            num_rows=self._num_reserved or num_rows,
+            max_length=self.max_length,
+            dtype=self._dtype,
+            active_adapter=view.config.active_adapter,
+            tuning=self._tuning,
+        )
+        recovery = Recovery(view, self.blocks, terms)
+        path = await recovery.open()
+        if self._end is not None:
+            await recovery.close()
+            raise self._end
+        self._recovery, self._hidden_size = recovery, path.hidden_size
+        self._kept = view.kept
+        self._inputs, self._num_rows_told = KeptInputs(num_rows), num_rows
+        self.max_length = path.max_length
+        if view.config.show_route == "inference":
+            logger.info("session through %s", show(path.route))
+        return recovery
+
+    def _check(
+        self,
+        hidden: Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        reorder: Sequence[int] | None,
+    ) -> None:
+        """Raise unless the step can follow; nothing has been sent or recorded yet."""
+        if self._end is not None:
+            raise self._end
+        lengths = self.lengths or (0,) * len(counts)
+        if reorder is not None:
+            if not all(0 <= row < len(lengths) for row in reorder):
+                raise BadInput(f"A reorder names rows 0 to {len(lengths) - 1}.", hint="hypo_ids")
+            lengths = tuple(lengths[row] for row in reorder)
+        if len(counts) > MAX_ROWS:
+            raise BatchTooLarge(
+                f"{len(counts)} rows in one session; {MAX_ROWS} is the most.",
+                hint="Use several sessions.",
+            )
+        if not len(starts) == len(counts) == len(lengths):
+            raise BadInput(
+                f"The session has {len(lengths)} rows; the step names {len(counts)}.",
+                hint="A session keeps its batch size; use reorder to change it.",
+            )
+        if hidden.dim() != 2 or hidden.shape[0] != sum(counts) or min(counts, default=0) < 0:
+            raise BadInput(
+                f"Hidden states {list(hidden.shape)} for {sum(counts)} tokens.",
+                hint="They are packed: [sum(counts), hidden_size].",
+            )
+        for start, count, length in zip(starts, counts, lengths):
+            if not 0 <= start <= length:
+                raise SessionGap(
+                    f"A step from position {start} does not follow position {length}.",
+                    hint="Begin where the row ends, or before (that rolls it back).",
+                )
+            if self.max_length is not None and start + count > self.max_length:
+                raise LengthExceeded(
+                    f"{start + count} tokens in a session of max_length={self.max_length}.",
+                    hint="Open the session with a larger max_length.",
+                )
+
+
+def _after(first: Sequence[int] | None, second: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Two reorders, one after the other, as one."""
+    if first is None or second is None:
+        chosen = second if first is None else first
+        return None if chosen is None else tuple(chosen)
+    return tuple(first[row] for row in second)

@@ -1,0 +1,167 @@
+"""One server's part of a pass: whole sequences through some blocks, and gradients back.
+
+What comes back is checked (number, shape, dtype, finite) before anybody uses it. Decides nothing:
+repairs and other routes are its caller's. Knows no model and no tokens.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from petals.client.block_runner import PassCall, PassOutput
+from petals.client.connection.tensor_checks import is_finite
+from petals.client.routing.swarm_state import SwarmView
+from petals.errors import (
+    PassExpired,
+    PeerMisbehaved,
+    UnknownAdapter,
+)
+from petals.types import BlockSpan, Hop
+from petals.wire.fields import Message
+from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
+from petals.wire.services import BLOCKS_SERVICE
+
+_PASS_ID_BYTES = 16
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """Of hidden [sum(counts), H], of prompts in their shape, of an adapter's tensors in order."""
+
+    hidden: Tensor
+    prompts: Tensor | None = None
+    adapter: tuple[Tensor, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Leg:
+    """A hop with what it is given, and until when (monotonic) it keeps what the way back needs.
+
+    hidden: [sum(counts), H]; call: cut to the hop's blocks. ``wants_adapter``: the gradients of its
+    adapter's tensors are asked for, if it has one.
+    """
+
+    hop: Hop
+    hidden: Tensor
+    call: PassCall
+    wants_adapter: bool = False
+    kept_until: float = 0.0
+    pass_id: bytes = field(default_factory=lambda: secrets.token_bytes(_PASS_ID_BYTES))
+
+
+def within(call: PassCall, whole: BlockSpan, blocks: BlockSpan) -> PassCall:
+    """The part of a call for ``whole`` that ``blocks`` need."""
+    first = blocks.start - whole.start
+    prompts, adapter = call.prompts, call.adapter
+    return PassCall(
+        counts=call.counts,
+        prompts=None if prompts is None else prompts[first : first + len(blocks)],
+        adapter=None if adapter is None else adapter.within(blocks),
+        taps=tuple(block for block in call.taps if blocks.start <= block < blocks.end),
+    )
+
+
+async def run_forward(view: SwarmView, leg: Leg, *, is_training: bool) -> PassOutput:
+    """What the hop makes of the leg's hidden states.
+
+    In training the server is asked to keep what ``run_backward`` needs. Raises the server's refusal
+    and PeerError.
+    """
+    message = _forward(view, leg, leg.pass_id if is_training else None)
+    answer, tensors = await _ask(view, leg, message, _inputs(leg), ForwardResult)
+    if answer.kept:
+        leg.kept_until = view.node.clock.monotonic() + answer.lease_seconds
+    likes = [leg.hidden] * (1 + len(leg.call.taps))
+    hidden, *tapped = _checked(leg, tensors, likes, "states")
+    return PassOutput(hidden, dict(zip(leg.call.taps, tapped)))
+
+
+async def run_backward(view: SwarmView, leg: Leg, grads: PassOutput) -> Gradients:
+    """Gradients of what went in, from those of what came out and was tapped.
+
+    A server that has kept the pass needs nothing else; any other gets the inputs and runs it again.
+    Raises the server's refusal and PeerError.
+    """
+    forward, taps = _forward(view, leg, leg.pass_id), leg.call.taps
+    given = (grads.hidden, *(grads.tapped[block] for block in taps))
+    is_kept = view.node.clock.monotonic() < leg.kept_until
+    leg.kept_until = 0.0  # it serves one backward pass
+    adapter = leg.call.adapter if leg.wants_adapter else None
+    message = Backward(forward, kept=is_kept, wants_adapter=adapter is not None)
+    try:
+        tensors = (*given,) if is_kept else (*given, *_inputs(leg))
+        _, answers = await _ask(view, leg, message, tensors, BackwardResult)
+    except PassExpired as error:
+        if not is_kept:
+            raise _misbehaved(leg, "has lost a pass that it was just given") from error
+        return await run_backward(view, leg, grads)
+    prompts = leg.call.prompts
+    likes = [leg.hidden] if prompts is None else [leg.hidden, prompts]
+    if adapter is not None:
+        likes += adapter.tensors
+    hidden, *rest = _checked(leg, answers, likes, "gradients")
+    return Gradients(hidden, None if prompts is None else rest.pop(0), tuple(rest))
+
+
+def _forward(view: SwarmView, leg: Leg, pass_id: bytes | None) -> Forward:
+    call, blocks = leg.call, leg.hop.blocks
+    adapter = view.config.active_adapter if call.adapter is None else call.adapter.digest
+    return Forward(
+        model=view.model,
+        blocks=(blocks.start, blocks.end),
+        counts=call.counts,
+        adapter=adapter,
+        num_prompt_tokens=0 if call.prompts is None else call.prompts.shape[2],
+        taps=call.taps,
+        pass_id=pass_id,
+    )
+
+
+def _inputs(leg: Leg) -> tuple[Tensor, ...]:
+    prompts = leg.call.prompts
+    return (leg.hidden,) if prompts is None else (leg.hidden, prompts)
+
+
+async def _ask(
+    view: SwarmView, leg: Leg, message: Message, tensors: Sequence[Tensor], expect: type[M]
+) -> tuple[M, list[Tensor]]:
+    config, peer, adapter = view.config, leg.hop.peer_id, leg.call.adapter
+
+    async def ask() -> tuple[M, list[Tensor]]:
+        async with view.channels.lent(peer, BLOCKS_SERVICE, view.connect_seconds(peer)) as channel:
+            return await channel.request(
+                message, tensors, expect=expect, timeout=config.request_timeout
+            )
+
+    if adapter is None:
+        return await ask()
+    await view.adapters.deliver(peer, adapter)
+    try:
+        return await ask()
+    except UnknownAdapter:
+        await view.adapters.deliver(peer, adapter, again=True)
+        return await ask()
+
+
+def _checked(
+    leg: Leg, tensors: Sequence[Tensor], likes: Sequence[Tensor], what: str
+) -> list[Tensor]:
+    """``tensors`` in the dtypes of ``likes``, if they can be right. Raises PeerMisbehaved."""
+    if len(tensors) != len(likes):
+        raise _misbehaved(leg, f"answered with {len(tensors)} tensors instead of {len(likes)}")
+    for tensor, like in zip(tensors, likes):
+        if tensor.shape != like.shape or not tensor.is_floating_point() or not is_finite(tensor):
+            raise _misbehaved(leg, f"answered with {what} that cannot be right")
+    return [tensor.to(like.dtype) for tensor, like in zip(tensors, likes)]
+
+
+def _misbehaved(leg: Leg, what: str) -> PeerMisbehaved:
+    return PeerMisbehaved(
+        f"The server of blocks {leg.hop.blocks} {what}.",
+        hint="It is avoided from now on; report it to whoever runs the swarm.",
+        peer_id=leg.hop.peer_id,
+    )

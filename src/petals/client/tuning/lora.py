@@ -1,0 +1,197 @@
+"""LoRA inside remote blocks, seen from a model: its matrices are ordinary parameters here.
+
+What they hold travels to the servers with each pass and session; gradients come back, the optimizer
+stays at home. Reads and writes peft's format. Knows no servers and no routes.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petals.errors import AdapterRefused
+from petals.models.adapters.config import LoraConfig
+from petals.models.adapters.files import SavedAdapter, read_adapter, slots_wanted, write_adapter
+from petals.models.adapters.low_rank import Adapter, LowRank, Slot, Slots, check_finite, check_fits
+from petals.models.checkpoint.arch import describe
+from petals.models.checkpoint.sources import HubAccess
+from petals.models.runtime.lora_hooks import slots_of_model
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+_SHOWN_NAMES = 12
+
+
+class RemoteLora(nn.Module):
+    """The matrices of one adapter, as f32 parameters ``BLOCK.PATH.lora_A`` and ``lora_B``."""
+
+    def __init__(self, config: LoraConfig, adapter: Adapter, *, is_trainable: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self._slots: dict[Slot, float] = {}
+        for (block, path), part in adapter.parts.items():
+            pair = nn.Module()
+            for name, tensor in (("lora_A", part.a), ("lora_B", part.b)):
+                values = tensor.detach().to(torch.float32, copy=True)
+                pair.register_parameter(name, nn.Parameter(values, requires_grad=is_trainable))
+            _put(self, f"{block}.{path}", pair)
+            self._slots[block, path] = part.scaling
+        if is_trainable and config.lora_dropout:
+            warnings.warn(
+                "lora_dropout has no effect inside remote blocks: servers do not drop anything.",
+                stacklevel=3,
+            )
+
+    @classmethod
+    def new(cls, config: LoraConfig, slots: Slots, blocks_path: str) -> "RemoteLora":
+        """Fresh matrices, A random and B zero, for the ``slots`` that the config names.
+
+        blocks_path: where the model keeps its layers. Raises AdapterRefused if none is named.
+        """
+        wanted = slots_wanted(config, slots, blocks_path)
+        if not wanted:
+            names = sorted({path for _, path in slots})
+            raise AdapterRefused(
+                f"No matrix of the blocks is named by target_modules={config.target_modules!r}.",
+                hint=f"They have {', '.join(names[:_SHOWN_NAMES])}; experts take no adapter.",
+            )
+        parts = {}
+        for slot, path in wanted.items():
+            (num_in, num_out), rank = slots[slot], config.rank(path)
+            a = nn.init.kaiming_uniform_(torch.empty(rank, num_in), a=math.sqrt(5))
+            parts[slot] = LowRank(a, torch.zeros(num_out, rank), config.scaling(path))
+        return cls(config, Adapter(parts))
+
+    def live(self) -> Adapter:
+        """The parameters themselves, for a pass that may be differentiated."""
+        parts: dict[Slot, LowRank] = {}
+        for (block, path), scaling in self._slots.items():
+            pair = self.get_submodule(f"{block}.{path}")
+            a, b = pair.get_parameter("lora_A"), pair.get_parameter("lora_B")
+            parts[block, path] = LowRank(a, b, scaling)
+        return Adapter(parts)
+
+    def snapshot(self) -> Adapter:
+        """A copy that stays as it is while training goes on, for sessions and files."""
+        return self.live().mapped(lambda tensor: tensor.detach().clone())
+
+    def extra_repr(self) -> str:
+        ranks = sorted({part.rank for part in self.live().parts.values()})
+        return f"{len(self._slots)} matrices, rank {', '.join(map(str, ranks))}"
+
+
+class AdaptedModel:
+    """Mixin: a model whose remote blocks can take a LoRA adapter of the client's own.
+
+    One at a time; it is used in every call and session that begins after it was added.
+    """
+
+    def add_adapter(self: Any, adapter_config: object, adapter_name: str | None = None) -> None:
+        """Begin a new trainable adapter. adapter_config: a LoraConfig, of petals or of peft.
+
+        Its matrices are among ``model.parameters()`` from now on, and ``modules_to_save`` (a score
+        head) become trainable. Raises AdapterRefused for what servers cannot apply.
+        """
+        config = LoraConfig.of(adapter_config)
+        slots, transposed = slots_of_model(self.remote_blocks.config)
+        config = replace(config, fan_in_fan_out=transposed)
+        lora = RemoteLora.new(config, slots, self.blocks_path)
+        for parameter in _whole_modules(self, config).values():
+            parameter.requires_grad_(True)
+        self.remote_blocks.lora = lora
+
+    def load_adapter(
+        self: Any,
+        peft_model_id: str | Path,
+        adapter_name: str | None = None,
+        *,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Use an adapter that peft or ``save_adapter`` has written: a folder or a repository.
+
+        It is sent to the servers of this client's sessions and passes, and to nobody else's. Raises
+        ModelNotFound, AdapterRefused (pickle, another kind, another model).
+        """
+        access = HubAccess(revision=revision, token=token, cache_dir=cache_dir)
+        layers_path = describe(self.remote_blocks.config).layers_path
+        saved = read_adapter(str(peft_model_id), layers_path, None, access)
+        slots, _ = slots_of_model(self.remote_blocks.config)
+        check_fits(saved.adapter, slots)
+        check_finite(saved.adapter)
+        whole = _matching(self, saved.rest)
+        self.remote_blocks.lora = RemoteLora(saved.config, saved.adapter, is_trainable=is_trainable)
+        with torch.no_grad():
+            for name, parameter in whole.items():
+                parameter.copy_(saved.rest[name])
+                parameter.requires_grad_(is_trainable)
+
+    def delete_adapter(self: Any, adapter_names: object = None) -> None:
+        """Go on without the adapter."""
+        self.remote_blocks.lora = None
+
+    def save_adapter(self: Any, save_directory: str | Path) -> None:
+        """Write the adapter as peft does, whole modules that were trained with it included.
+
+        Raises AdapterRefused if there is none.
+        """
+        lora: RemoteLora | None = self.remote_blocks.lora
+        if lora is None:
+            raise AdapterRefused(
+                "The model has no adapter to save.", hint="Begin one: model.add_adapter(config)."
+            )
+        saved = SavedAdapter(lora.config, lora.snapshot(), _whole_modules(self, lora.config))
+        kind = type(self).__name__
+        settings = {
+            "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
+            "base_model_name_or_path": getattr(self.config, "_name_or_path", None),
+        }
+        write_adapter(Path(save_directory), saved, self.blocks_path, settings)
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register ``module`` at ``path``, with empty modules on the way to it."""
+    *way, last = path.split(".")
+    for name in way:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(last, module)
+
+
+def _whole_modules(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """Parameters of the modules that are trained whole. Raises AdapterRefused for unknown ones."""
+    found: dict[str, Tensor] = {}
+    for wanted in config.modules_to_save:
+        own = {
+            f"{path}.{name}": parameter
+            for path, module in model.named_modules()
+            if path == wanted or path.endswith(f".{wanted}")
+            for name, parameter in module.named_parameters()
+        }
+        if not own:
+            raise AdapterRefused(
+                f"The client has no module {wanted!r} to train whole (modules_to_save).",
+                hint="Embeddings, final norm and head are here; the blocks are on servers.",
+            )
+        found |= own
+    return found
+
+
+def _matching(model: nn.Module, rest: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The model's parameters that ``rest`` has values for. Raises AdapterRefused."""
+    own = dict(model.named_parameters())
+    for name, tensor in rest.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise AdapterRefused(
+                f"The adapter brings {name} {list(tensor.shape)}, which this model does not have.",
+                hint="Load it with the class it was made for (a classifier's with "
+                "AutoDistributedModelForSequenceClassification).",
+            )
+    return {name: own[name] for name in rest}

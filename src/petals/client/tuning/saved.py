@@ -1,0 +1,174 @@
+"""What was trained, in files: written alone, without the model it was trained on, and read again.
+
+A folder holds ``model.safetensors`` (every parameter that requires gradients, under its name in
+``state_dict``), ``config.json`` (of the whole model, with a note of where it came from) and, where
+peft has a word for it, the same once more as an adapter of peft: a LoRA inside the blocks, or
+prompts before the input. Must not know the network, nor how a model is loaded.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from petals.client.config import ClientConfig
+from petals.client.tuning.prompts import DEEP_PROMPTS, PROMPTS, TuningConfig
+from petals.errors import ConfigError, ModelFilesBroken
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_NOTE = "petals_tuned"
+_OF_THE_HEAD = ("id2label", "label2id", "problem_type", "pad_token_id")
+"""Settings of a model's config that a classifier is usually given after the base model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A folder of ``save_pretrained``. base, options: what ``from_pretrained`` is to be told."""
+
+    folder: Path
+    base: str
+    model_class: str
+    has_lora: bool
+    options: dict[str, Any]
+
+    @torch.no_grad()
+    def restore(self, model: Any) -> None:
+        """Put what was trained into the model; it is trainable again.
+
+        Raises ModelFilesBroken for a damaged file and for one that belongs to another model, and
+        AdapterRefused likewise.
+        """
+        try:
+            tensors = load_file(self.folder / WEIGHTS_FILE)
+        except (OSError, SafetensorError) as error:
+            raise ModelFilesBroken(
+                f"{self.folder / WEIGHTS_FILE} cannot be read: {error}"
+            ) from error
+        if self.has_lora:
+            model.load_adapter(self.folder, is_trainable=any(".lora_A" in name for name in tensors))
+        parameters = dict(model.named_parameters())
+        for name, tensor in tensors.items():
+            parameter = parameters.get(name)
+            if parameter is None or parameter.shape != tensor.shape:
+                shape = "no such parameter" if parameter is None else list(parameter.shape)
+                raise ModelFilesBroken(
+                    f"{self.folder} holds {name} {list(tensor.shape)}, and "
+                    f"{type(model).__name__} has {shape}.",
+                    hint=f"It was saved by a {self.model_class}; load it as one, on its own base.",
+                )
+            parameter.copy_(tensor)
+            parameter.requires_grad_()
+
+
+def find_tuned(source: str) -> Tuned | None:
+    """What ``save_pretrained`` left in the folder ``source``; None if that is something else.
+
+    Raises ModelFilesBroken if its config makes no sense.
+    """
+    folder = Path(source)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    note = config.get(_NOTE) if isinstance(config, dict) else None
+    if note is None:
+        return None
+    try:
+        options = {name: config[name] for name in _OF_THE_HEAD if config.get(name) is not None}
+        if "id2label" in options:  # JSON has no keys that are numbers
+            options["id2label"] = {int(key): label for key, label in options["id2label"].items()}
+        options |= {entry.name: config[entry.name] for entry in fields(TuningConfig)}
+        return Tuned(folder, str(note["base"]), str(note["class"]), bool(note["lora"]), options)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelFilesBroken(
+            f"{folder / CONFIG_FILE} was not written by save_pretrained: {_NOTE} or what belongs "
+            f"to it is damaged ({error!r}).",
+            hint="Take the folder from where it was saved again.",
+        ) from error
+
+
+def save_tuned(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write what of ``model`` requires gradients; values from ``state`` where it has them.
+
+    Raises ConfigError if there is nothing.
+    """
+    trained = {
+        name: (state or {}).get(name, parameter).detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if not trained:
+        raise ConfigError(
+            "Nothing of this model is trained here, so there is nothing to save.",
+            hint="Load it with tuning_mode and pre_seq_len, or unfreeze what you train with "
+            "requires_grad_(). The model itself is where it was loaded from: "
+            f"{model.config._name_or_path}.",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(trained, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    _write_json(folder / CONFIG_FILE, _config_of(model))
+    for name in (ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)  # of an earlier state
+    prompts = _as_peft(trained)
+    if model.remote_blocks.lora is not None:
+        model.save_adapter(folder)
+    elif prompts is not None:
+        save_file(prompts, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(folder / ADAPTER_CONFIG_FILE, _peft_config(model))
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    """The model's config without the client's settings, which are of this machine and swarm."""
+    config = copy.deepcopy(model.config)
+    for entry in fields(ClientConfig):
+        if hasattr(config, entry.name):
+            delattr(config, entry.name)
+    original = type(model).__name__.removeprefix("Distributed")
+    config.architectures = [original]
+    note = {
+        "base": model.config._name_or_path,
+        "class": type(model).__name__,
+        "lora": model.remote_blocks.lora is not None,
+    }
+    return json.loads(config.to_json_string(use_diff=False)) | {_NOTE: note}
+
+
+def _as_peft(trained: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors of a prompt-tuning adapter of peft; None if it could not hold all of them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in trained.items():
+        if name.endswith(f"{PROMPTS}.weight") and DEEP_PROMPTS not in name:
+            found[PROMPTS] = tensor.clone()
+        elif name == "score.weight":
+            found["base_model.score.weight"] = tensor.clone()
+        else:
+            return None
+    return found if PROMPTS in found else None
+
+
+def _peft_config(model: Any) -> dict[str, Any]:
+    text = model.config.get_text_config(decoder=True)
+    prompts = model.blocks_host._modules[PROMPTS]
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM" if model.can_generate() else "SEQ_CLS",
+        "base_model_name_or_path": model.config._name_or_path,
+        "num_virtual_tokens": prompts.num_embeddings,
+        "token_dim": prompts.embedding_dim,
+        "num_transformer_submodules": 1,
+        "num_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "inference_mode": True,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

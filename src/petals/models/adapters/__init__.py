@@ -1,0 +1,4 @@
+"""LoRA adapters: their config, their files and their low-rank matrices.
+
+Knows no network.
+"""

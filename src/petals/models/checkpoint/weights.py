@@ -1,0 +1,147 @@
+"""Which tensors of a checkpoint a part of a model needs, read lazily and from no other file.
+
+The names are mapped with transformers' own rename rules, the same that load them later, so
+published and saved namings, fused experts and prefixes need no rule of ours. Knows nothing of spans
+or servers.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from petals.errors import ModelFilesBroken
+from petals.models.checkpoint.sources import Checkpoint
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read so far, bytes to read); may come from any thread."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16}
+_DTYPE_BITS |= {"BF16": 16, "I16": 16, "U16": 16, "BOOL": 8}
+
+
+def needed_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Those checkpoint keys that load into ``model``, a meta build already pruned to one part.
+
+    For a quantized checkpoint the companions of a needed tensor (scales, packed blocks, quantizer
+    state) are kept too: their owner module, or the tensor they hang on, is in the part.
+    """
+    wanted = model.state_dict()
+    owners = {name.rpartition(".")[0] for name in wanted} | set(wanted)
+    owners.discard("")
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+
+    def is_needed(key: str) -> bool:
+        target, _ = rename_source_key(key, renamings, converters, prefix, wanted)
+        bare, _ = rename_source_key(key, [], [], prefix, wanted)
+        if target in wanted or bare in wanted:
+            return True
+        return quantized and any(
+            _hangs_on(name.removeprefix(f"{prefix}."), owners) for name in (target, bare)
+        )
+
+    return [key for key in keys if is_needed(key)]
+
+
+def _hangs_on(name: str, owners: set[str]) -> bool:
+    while name:
+        name = name.rpartition(".")[0]
+        if name in owners:
+            return True
+    return False
+
+
+@dataclass(slots=True)
+class LazyTensors:
+    """Tensors by checkpoint name, none in memory yet, and the files they come from."""
+
+    tensors: dict[str, "LazyTensor"]
+    opened_files: tuple[str, ...]
+    num_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The first floating dtype found, or None."""
+        kinds = (tensor.get_dtype() for tensor in self.tensors.values())
+        return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), None)
+
+
+@dataclass(slots=True)
+class _Meter:
+    total: int = 0
+    done: int = 0
+    report: Progress | None = None
+
+    def add(self, num_bytes: int) -> None:
+        self.done += num_bytes
+        if self.report is not None:
+            self.report(self.done, self.total)
+
+
+@dataclass(slots=True)
+class LazyTensor:
+    """One tensor of a safetensors file, read when it is indexed; counts what was read."""
+
+    view: Any
+    meter: _Meter = field(repr=False)
+
+    def get_shape(self) -> list[int]:
+        return self.view.get_shape()
+
+    def get_dtype(self) -> str:
+        return self.view.get_dtype()
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.get_shape()) * _DTYPE_BITS.get(self.get_dtype(), 8) // 8
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self.view[index]
+        self.meter.add(tensor.numel() * tensor.element_size())
+        return tensor
+
+
+@contextmanager
+def open_tensors(
+    checkpoint: Checkpoint, keys: Iterable[str], progress: Progress | None = None
+) -> Iterator[LazyTensors]:
+    """Open the files that hold ``keys``, and only those; they stay open inside the context.
+
+    Raises ModelFilesBroken for a damaged file or a tensor that its file does not hold.
+    """
+    by_file: dict[str, list[str]] = {}
+    for key in keys:
+        by_file.setdefault(checkpoint.weight_map[key], []).append(key)
+    meter = _Meter(report=progress)
+    tensors: dict[str, LazyTensor] = {}
+    with ExitStack() as stack:
+        for file_name in sorted(by_file):
+            path = checkpoint.path(file_name)
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                for key in by_file[file_name]:
+                    tensors[key] = LazyTensor(file.get_slice(key), meter)
+            except SafetensorError as error:
+                raise ModelFilesBroken(
+                    f"{file_name} of {checkpoint.name} is damaged: {error}",
+                    hint="Delete the file and download it again.",
+                ) from error
+        meter.total = sum(tensor.num_bytes for tensor in tensors.values())
+        yield LazyTensors(tensors, tuple(sorted(by_file)), meter.total)

@@ -1,0 +1,203 @@
+"""A client's part of a model: the real transformers class with its blocks somewhere else.
+
+Embeddings, final norm and head are loaded; the layer list is replaced by one module the caller
+makes. Knows nothing of routes, sessions or servers.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from petals.errors import ModelNotSupported
+from petals.models.checkpoint.arch import ModelArch, build_on_meta, describe, parent_of
+from petals.models.checkpoint.sources import Checkpoint, opened
+from petals.models.loading.shared_head import MIN_BYTES, SharedHead
+from petals.models.loading.split import LoadOptions, Stub, load_part, pruned_class
+
+RemoteFactory = Callable[[ModelArch, PretrainedConfig], nn.Module]
+"""Makes the module that stands in the place of the layer list. transformers' forward slices it
+(``[:num_hidden_layers]``), iterates over it, and calls what it yields like a decoder layer."""
+
+GENERATION_FILE = "generation_config.json"
+_PROBE_ROWS = 4096
+_PROBE_REPEATS = 3
+
+
+class EndsKind(StrEnum):
+    """Which of transformers' classes the client wears."""
+
+    BASE = "base"
+    CAUSAL_LM = "causal-lm"
+    SEQUENCE_CLASSIFICATION = "sequence-classification"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndsOptions:
+    """``chunked`` None measures once whether the head is faster in f32 chunks; a chunk has
+    ``chunk_rows`` rows of the vocabulary."""
+
+    load: LoadOptions = field(default_factory=LoadOptions)
+    chunked: bool | None = None
+    chunk_rows: int = 16384
+
+
+class ChunkedHead(nn.Linear):
+    """A head with narrow weights on a machine slow in them: f32 arithmetic, chunk by chunk.
+
+    hidden ``[..., H]`` of any float dtype -> logits ``[..., V]`` in f32. It shares the weight it
+    was made from, so that tied embeddings stay tied; only one chunk exists in f32 at a time.
+    """
+
+    def __init__(self, linear: nn.Linear, chunk_rows: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.chunk_rows = chunk_rows
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        parts = [
+            nn.functional.linear(wide, chunk.float())
+            for chunk in self.weight.split(self.chunk_rows)
+        ]
+        logits = torch.cat(parts, dim=-1)
+        return logits if self.bias is None else logits + self.bias.float()
+
+
+def load_ends(
+    source: str | Checkpoint,
+    kind: EndsKind,
+    make_remote: RemoteFactory,
+    options: EndsOptions | None = None,
+) -> PreTrainedModel:
+    """The model of ``kind`` in eval mode, its layer list replaced by ``make_remote``'s module.
+
+    Loaded weights are frozen. A classifier's missing score head is newly initialised and stays
+    trainable, as in transformers; any other missing tensor raises ModelFilesBroken. Raises
+    ModelNotFound, ModelNotSupported, PickleCheckpointRefused as ``open_checkpoint`` does.
+    """
+    options = options or EndsOptions()
+    load = options.load
+    checkpoint = opened(source, load.access)
+    arch = describe(checkpoint.config)
+    whole_class = class_for(kind, checkpoint.config, arch)
+    part = pruned_class(whole_class, lambda model: _keep_ends(model, arch))
+    is_classifier = kind is EndsKind.SEQUENCE_CLASSIFICATION
+
+    def is_score(name: str) -> bool:
+        return is_classifier and not name.startswith(f"{whole_class.base_model_prefix}.")
+
+    model, _ = load_part(checkpoint, part, load, may_be_new=is_score)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_score(name))
+    parent, attribute = parent_of(base_within(model, arch), arch.layers_path)
+    setattr(parent, attribute, make_remote(arch, model.config))
+    model.config._name_or_path = checkpoint.name
+    if model.can_generate():
+        model.generation_config = _generation_config(checkpoint, model.generation_config)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and _wants_chunks(head, options):
+        model.set_output_embeddings(ChunkedHead(head, options.chunk_rows))
+    elif isinstance(head, nn.Linear) and _can_be_shared(head):
+        model.set_output_embeddings(SharedHead(head))
+    return model.eval()
+
+
+def class_for(kind: EndsKind, config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:
+    """The transformers class of ``kind`` that contains the architecture's base class.
+
+    Raises ModelNotSupported if transformers has none.
+    """
+    if kind is EndsKind.BASE:
+        return arch.base_class
+    tables = {
+        EndsKind.CAUSAL_LM: (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING),
+        EndsKind.SEQUENCE_CLASSIFICATION: (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
+    }
+    for table in tables[kind]:
+        if type(config) in table and _contains(table[type(config)], config, arch):
+            return table[type(config)]
+    raise ModelNotSupported(
+        f"transformers has no {kind} class for models of type {config.model_type}.",
+        hint="Load the base model and put a head of your own on its hidden states.",
+    )
+
+
+def base_within(model: PreTrainedModel, arch: ModelArch) -> nn.Module:
+    """The instance of the architecture's base class inside ``model`` (or ``model`` itself)."""
+    return next(module for module in model.modules() if isinstance(module, arch.base_class))
+
+
+def prefers_chunks(weight: torch.Tensor) -> bool:
+    """Whether one token's logits come faster from f32 chunks than from the narrow ``weight``.
+
+    ``weight`` is [V, H]. Measured on a slice of it in some milliseconds: CPUs differ by a factor
+    of ten in bf16 arithmetic.
+    """
+    probe = weight.detach()[:_PROBE_ROWS]
+    narrow = torch.ones(1, probe.shape[1], dtype=probe.dtype)
+    wide = narrow.float()
+
+    def seconds(run: Callable[[], torch.Tensor]) -> float:
+        taken = []
+        for _ in range(_PROBE_REPEATS):
+            started = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - started)
+        return min(taken)
+
+    with torch.inference_mode():
+        as_is = seconds(lambda: nn.functional.linear(narrow, probe))
+        chunked = seconds(lambda: nn.functional.linear(wide, probe.float()))
+    return chunked < as_is
+
+
+def _wants_chunks(head: nn.Linear, options: EndsOptions) -> bool:
+    weight = head.weight
+    narrow = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
+    if not narrow or options.chunked is not None:
+        return narrow and bool(options.chunked)
+    return prefers_chunks(weight)
+
+
+def _can_be_shared(head: nn.Linear) -> bool:
+    weight = head.weight
+    is_plain = weight.dtype is torch.float32 and weight.device.type == "cpu"
+    return is_plain and weight.is_contiguous() and weight.nbytes >= MIN_BYTES
+
+
+def _contains(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, arch: ModelArch
+) -> bool:
+    model = build_on_meta(model_class, config)
+    return any(isinstance(module, arch.base_class) for module in model.modules())
+
+
+def _keep_ends(model: PreTrainedModel, arch: ModelArch) -> None:
+    base = base_within(model, arch)
+    text_root = arch.host_path.partition(".")[0]
+    for name, child in list(base.named_children()):
+        # In a multimodal wrapper only the text side and the head are a client's; towers go.
+        is_tower = bool(text_root) and name != text_root
+        if is_tower and child is not model.get_output_embeddings():
+            setattr(base, name, Stub())
+    setattr(*parent_of(base, arch.layers_path), Stub())
+
+
+def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
+    path = checkpoint.find(GENERATION_FILE)
+    if path is None:
+        return copy.deepcopy(default)
+    return GenerationConfig.from_pretrained(str(path.parent))

@@ -1,0 +1,4 @@
+"""Checks that split, packed execution equals the plain model.
+
+Knows no network.
+"""

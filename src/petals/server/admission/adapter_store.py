@@ -1,0 +1,137 @@
+"""The adapters a server can add to its blocks: its operator's, for everybody, and clients' own.
+
+What a client has put here is for that client alone, counts against its budget, and goes when it
+was not used for longer than the lease. Knows no streams and no blocks' insides.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from petals.clock import Clock
+from petals.errors import AdapterRefused, PeerBusy, UnknownAdapter
+from petals.models.adapters.low_rank import Adapter
+from petals.server.config import DoorConfig
+from petals.types import PeerId
+
+_PART_COST_BYTES = 2048
+"""What a part costs beside its numbers, so that many tiny ones are bounded, too."""
+
+Key = tuple[PeerId, str]
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """An adapter, and how many sessions and passes use it now."""
+
+    adapter: Adapter
+    num_bytes: int = 0
+    used_at: float = 0.0
+    num_users: int = 0
+
+
+class AdapterStore:
+    """``preload`` is for everybody; ``put`` keeps those of clients."""
+
+    def __init__(self, config: DoorConfig, clock: Clock) -> None:
+        self._config = config
+        self._clock = clock
+        self._preloaded: dict[str, _Kept] = {}
+        self._kept: dict[Key, _Kept] = {}
+
+    def preload(self, name: str, adapter: Adapter) -> None:
+        """Offer an adapter to everybody for as long as the server runs."""
+        self._preloaded[name] = _Kept(adapter)
+
+    @property
+    def num_bytes(self) -> int:
+        """What clients' adapters take."""
+        return sum(kept.num_bytes for kept in self._kept.values())
+
+    def has(self, peer: PeerId, name: str) -> bool:
+        """Whether this client has put ``name`` here; if so, it counts as used now."""
+        kept = self._kept.get((peer, name))
+        if kept is not None:
+            kept.used_at = self._clock.monotonic()
+        return kept is not None
+
+    @contextmanager
+    def using(self, peer: PeerId, name: str | None) -> Iterator[Adapter | None]:
+        """The adapter that ``name`` means to this client; it stays here while the block runs.
+
+        None for no name. Raises UnknownAdapter.
+        """
+        if name is None:
+            yield None
+            return
+        kept = self._kept.get((peer, name)) or self._preloaded.get(name)
+        if kept is None:
+            raise self._unknown(name)
+        kept.num_users += 1
+        try:
+            yield kept.adapter
+        finally:
+            kept.num_users -= 1
+            kept.used_at = self._clock.monotonic()
+
+    def check_size(self, adapter: Adapter) -> None:
+        """Raises AdapterRefused for what no client may keep here."""
+        cost, limit = _cost(adapter), self._config.max_adapter_bytes_per_peer
+        if cost > limit:
+            raise AdapterRefused(
+                f"The adapter takes {cost} bytes in these blocks, {limit} is the limit.",
+                hint="Use a smaller rank or fewer modules, or have the operator preload it.",
+            )
+
+    def put(self, peer: PeerId, name: str, adapter: Adapter) -> None:
+        """Keep a checked adapter for ``peer``; what is unused longest makes room.
+
+        Raises AdapterRefused (too large) and PeerBusy (adapters in use fill the room).
+        """
+        self.check_size(adapter)
+        if self.has(peer, name):
+            return
+        cost = _cost(adapter)
+        mine = {key: kept for key, kept in self._kept.items() if key[0] == peer}
+        leaving = _leaving(mine, cost, self._config.max_adapter_bytes_per_peer)
+        others = {key: kept for key, kept in self._kept.items() if key not in leaving}
+        leaving |= _leaving(others, cost, self._config.max_adapter_bytes)
+        for key in leaving:
+            del self._kept[key]
+        self._kept[peer, name] = _Kept(adapter, cost, self._clock.monotonic())
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        names = ", ".join(self._preloaded)
+        return UnknownAdapter(
+            f"This server has no adapter {name[:80]!r}.",
+            hint=f"It has {names}." if names else "Send it first: model.load_adapter(FOLDER).",
+        )
+
+    def drop_unused(self) -> None:
+        """Forget what nobody has used for longer than the lease."""
+        oldest = self._clock.monotonic() - self._config.lease_seconds
+        for key, kept in list(self._kept.items()):
+            if not kept.num_users and kept.used_at < oldest:
+                del self._kept[key]
+
+
+def _leaving(among: Mapping[Key, _Kept], cost: int, limit: int) -> set[Key]:
+    """Who must go so that ``cost`` more bytes fit: the longest unused. Raises PeerBusy."""
+    excess = sum(kept.num_bytes for kept in among.values()) + cost - limit
+    idle = sorted((kept.used_at, key) for key, kept in among.items() if not kept.num_users)
+    leaving: set[Key] = set()
+    for _, key in idle:
+        if excess <= 0:
+            break
+        leaving.add(key)
+        excess -= among[key].num_bytes
+    if excess > 0:
+        raise PeerBusy(
+            "The room for adapters is full of such as are in use.",
+            hint="Close sessions that use other adapters, or use another server.",
+        )
+    return leaving
+
+
+def _cost(adapter: Adapter) -> int:
+    return adapter.num_bytes + _PART_COST_BYTES * (1 + len(adapter.parts))

@@ -1,0 +1,243 @@
+"""Checks of what peers ask for, before anything of theirs is kept or computed.
+
+Each check raises the typed error that its peer will read. Knows no streams, no sessions and no
+waiting.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from petals.errors import (
+    AdapterRefused,
+    BadInput,
+    BatchTooLarge,
+    BlocksNotServed,
+    LengthExceeded,
+    UnknownModel,
+)
+from petals.models.adapters.low_rank import Adapter, LowRank, Slot, check_fits
+from petals.server.admission.offer import Offer
+from petals.server.compute.kv_pool import SessionKV
+from petals.types import BlockSpan
+from petals.wire import messages
+from petals.wire.messages import OpenSession, Step
+from petals.wire.passes import Forward, PutAdapter
+from petals.wire.tensors import DTYPES
+
+
+def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
+    """Do we serve these blocks of this model? Returns them as a span.
+
+    Raises UnknownModel, BlocksNotServed, ProtocolError.
+    """
+    check_model(offer, request.model)
+    blocks = messages.span(request.blocks)
+    if not offer.blocks.covers(blocks):
+        raise BlocksNotServed(
+            f"This server has blocks {offer.blocks}, not {blocks}.",
+            hint="Its record was read before it moved; look again.",
+        )
+    return blocks
+
+
+def check_model(offer: Offer, model: str) -> None:
+    """Raises UnknownModel."""
+    if model != offer.model:
+        raise UnknownModel(
+            f"This server runs {offer.model}, not {model}.",
+            hint="Compare the names in petals status: a repository, or a folder and its config.",
+        )
+
+
+def adapter_of(offer: Offer, message: PutAdapter, tensors: Sequence[torch.Tensor]) -> Adapter:
+    """The adapter that came with a message, its names and shapes checked against our blocks.
+
+    Its values are looked at on the compute thread. Raises UnknownModel, AdapterRefused.
+    """
+    check_model(offer, message.model)
+    parts = message.parts
+    if len(tensors) != 2 * len(parts) or not parts:
+        raise AdapterRefused(
+            f"{len(tensors)} tensors came for {len(parts)} matrices.",
+            hint="Send A [rank, in] and B [out, rank] of each.",
+        )
+    found: dict[Slot, LowRank] = {}
+    for part, a, b in zip(parts, tensors[::2], tensors[1::2]):
+        if (part.block, part.module) in found or a.shape[:1] != (part.rank,):
+            raise AdapterRefused(
+                f"The matrices for {part.module[:80]!r} of block {part.block} came twice, or not "
+                f"with the rank {part.rank} they were announced with.",
+                hint="Send A [rank, in] and B [out, rank] of each, once.",
+            )
+        found[part.block, part.module] = LowRank(a, b, part.scaling)
+    adapter = Adapter(found)
+    check_fits(adapter, offer.slots)
+    return adapter
+
+
+def check_size(offer: Offer, num_rows: int, max_length: int) -> None:
+    """Raises BatchTooLarge or LengthExceeded."""
+    if num_rows > offer.max_rows:
+        raise BatchTooLarge(
+            f"This server takes {offer.max_rows} rows at once, not {num_rows}.",
+            hint="Use a smaller batch or fewer beams.",
+        )
+    if max_length > offer.max_length:
+        raise LengthExceeded(
+            f"This server takes sequences of up to {offer.max_length} tokens, not {max_length}.",
+            hint="Ask for a smaller max_length, or for a server with a larger one.",
+        )
+
+
+def check_pass(offer: Offer, request: Forward) -> BlockSpan:
+    """Can this pass be? Returns its blocks.
+
+    Raises what ``check_request`` raises, BatchTooLarge, LengthExceeded, BadInput.
+    """
+    blocks = check_request(offer, request)
+    counts = request.counts
+    check_size(offer, len(counts), max(counts, default=0))
+    if sum(counts) > offer.max_step_tokens:
+        raise BatchTooLarge(
+            f"A pass of {sum(counts)} tokens is too much, {offer.max_step_tokens} is the limit.",
+            hint="Split it into smaller batches.",
+        )
+    check_num_prompt_tokens(offer, request.num_prompt_tokens)
+    taps = request.taps
+    if len(set(taps)) < len(taps) or any(block not in blocks for block in taps):
+        raise BadInput(
+            f"The outputs of blocks {list(taps)[:8]} were asked for, the pass runs {blocks}.",
+            hint="Name blocks of the pass, each once.",
+        )
+    return blocks
+
+
+def check_num_prompt_tokens(offer: Offer, num_tokens: int) -> None:
+    """Raises LengthExceeded for deep prompts longer than any row may be."""
+    if num_tokens > offer.max_length:
+        raise LengthExceeded(
+            f"Prompts of {num_tokens} tokens; this server takes {offer.max_length} in a row.",
+            hint="Use shorter prompts.",
+        )
+
+
+def pass_tensors(
+    offer: Offer, request: Forward, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states [sum(counts), H] and deep prompts of a pass. Raises BadInput."""
+    num_prompts = 1 if request.num_prompt_tokens else 0
+    hidden = only_states(offer, tensors[: len(tensors) - num_prompts], sum(request.counts))
+    if not num_prompts:
+        return hidden, None
+    start, end = request.blocks
+    shapes: set[tuple[int, ...]] = {
+        (end - start, num_rows, request.num_prompt_tokens, offer.hidden_size)
+        for num_rows in (1, len(request.counts))
+    }
+    return hidden, _prompts(tensors[-1], shapes)
+
+
+def session_prompts(
+    offer: Offer, request: OpenSession, tensors: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """Deep prompts [len(blocks), P, H] of a session, if it has any. Raises BadInput."""
+    if not request.num_prompt_tokens:
+        check_nothing_more(tensors)
+        return None
+    check_num_prompt_tokens(offer, request.num_prompt_tokens)
+    if len(tensors) != 1:
+        raise BadInput(
+            f"{len(tensors)} tensors came where the prompts are expected.",
+            hint="Send prompts [blocks, prompt tokens, hidden_size].",
+        )
+    start, end = request.blocks
+    return _prompts(tensors[0], {(end - start, request.num_prompt_tokens, offer.hidden_size)})
+
+
+def _prompts(prompts: torch.Tensor, shapes: set[tuple[int, ...]]) -> torch.Tensor:
+    if tuple(prompts.shape) not in shapes or not prompts.dtype.is_floating_point:
+        raise BadInput(
+            f"Prompts of shape {list(prompts.shape)} and {prompts.dtype} do not fit.",
+            hint=f"Floating point of shape {list(min(shapes))} is expected.",
+        )
+    return prompts
+
+
+def check_gradients(offer: Offer, request: Forward, gradients: Sequence[torch.Tensor]) -> None:
+    """Raises BadInput unless there is one [sum(counts), H] for the output and for each tap."""
+    expected = 1 + len(request.taps)
+    if len(gradients) != expected:
+        raise BadInput(
+            f"{len(gradients)} gradients came where {expected} are expected.",
+            hint="Send one for the output and one for each tap; zeros where there is none.",
+        )
+    for gradient in gradients:
+        only_states(offer, (gradient,), sum(request.counts))
+
+
+def check_nothing_more(tensors: Sequence[torch.Tensor]) -> None:
+    """Raises BadInput if tensors came that nobody asked for."""
+    if tensors:
+        raise BadInput(
+            f"{len(tensors)} tensors came that are not wanted.",
+            hint="num_prompt_tokens announces prompts; a kept pass needs no inputs.",
+        )
+
+
+def state_dtype(name: str) -> torch.dtype:
+    """The dtype states travel in. Raises BadInput for anything that is not floating point."""
+    dtype = DTYPES.get(name)
+    if dtype is None or not dtype.is_floating_point:
+        raise BadInput(
+            f"Hidden states cannot travel as {name[:32]!r}.",
+            hint="Use float32, bfloat16 or float16.",
+        )
+    return dtype
+
+
+def only_states(offer: Offer, tensors: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor:
+    """The hidden states that came with a message: [num_tokens, H], floating. Raises BadInput.
+
+    Their values are looked at on the compute thread.
+    """
+    if len(tensors) != 1:
+        raise BadInput(
+            f"{len(tensors)} tensors came where one is expected.",
+            hint="Send hidden states [tokens, hidden_size].",
+        )
+    hidden = tensors[0]
+    if not hidden.dtype.is_floating_point:
+        raise BadInput(
+            f"Hidden states are floating point, not {str(hidden.dtype).removeprefix('torch.')}.",
+            hint="Token ids go through the model's embeddings first.",
+        )
+    if tuple(hidden.shape) != (num_tokens, offer.hidden_size):
+        raise BadInput(
+            f"Hidden states of shape {list(hidden.shape)} came for {num_tokens} tokens of "
+            f"{offer.hidden_size} values.",
+            hint="Send hidden states [sum(counts), hidden_size] of this model.",
+        )
+    return hidden
+
+
+def pages_and_outputs(
+    offer: Offer, kv: SessionKV, out_dtype: torch.dtype, step: Step, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What another server's blocks keep of a step's tokens, [sum(counts), page width], and what
+    they have put out for them, [sum(counts), H], if it came, too. Raises BadInput.
+
+    The values of pages are looked at on the compute thread.
+    """
+    num_tokens, dtype = sum(step.counts), kv.layout.page_dtype
+    wanted = [
+        ((num_tokens, kv.layout.page_width(kv.blocks)), dtype),
+        ((num_tokens, offer.hidden_size), out_dtype),
+    ]
+    came = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    if dtype is None or came not in (wanted, wanted[:1]):
+        raise BadInput(
+            "The pages that came are not what these blocks keep.",
+            hint="Refill the rows from states; pages are for servers of the same form.",
+        )
+    return tensors[0], tensors[1] if len(tensors) > 1 else None

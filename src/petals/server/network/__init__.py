@@ -1,0 +1,4 @@
+"""The server's services: requests from clients and steps forwarded between servers.
+
+Computes nothing itself.
+"""

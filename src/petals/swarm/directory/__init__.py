@@ -1,0 +1,4 @@
+"""The directory of signed, expiring records: reading, writing, validating.
+
+Knows no sessions.
+"""

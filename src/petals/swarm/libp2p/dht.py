@@ -1,0 +1,254 @@
+"""The record store on hivemind's Kademlia, inside our own event loop.
+
+Every request and answer between peers carries a ticket that covers its bytes, so a peer without the
+swarm key can neither read nor store; what is stored must be a sound signed record
+(``records.check_stored``). Knows records' keys and bytes; knows no streams.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils.auth import AuthorizerBase, AuthRole, AuthRPCWrapper
+
+from petals.clock import Clock
+from petals.errors import AdmissionDenied, BootstrapFailed, RecordInvalid, RequestTooLarge
+from petals.logs import get_logger
+from petals.swarm.config import MIB
+from petals.swarm.directory.records import check_stored
+from petals.swarm.libp2p.dht_storage import BoundedStorage
+from petals.swarm.membership import Admission
+from petals.swarm.transport import StoredValue
+from petals.types import PeerId
+
+logger = get_logger(__name__)
+
+_CALL_TIMEOUT_SECONDS = 3.0
+_STRANGER_SECONDS = 1.0
+"""A member that others name and that has never answered us may be gone: no search waits longer for
+its first answer, unless even those whom we joined through take that long.
+"""
+_STRANGER_PINGS = 8
+_MAX_STORED_BYTES = 64 * MIB
+_MAX_HINT_BYTES = MIB
+_MAX_CALL_BYTES = {"rpc_ping": 4096, "rpc_find": 64 * 1024, "rpc_store": 256 * 1024}
+
+
+class DhtRecords:
+    """This peer's part of the distributed dictionary."""
+
+    def __init__(self, admission: Admission, clock: Clock) -> None:
+        self._admission = admission
+        self._clock = clock
+        self._node: Any = None
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._answered: set[str] = set()
+        self._stranger_seconds = _STRANGER_SECONDS
+        self._id = DHTID.generate()
+
+    async def start(self, p2p: Any, only_asks: bool) -> None:
+        """Attach to a (re)started daemon. What was kept for others before is kept on.
+
+        With ``only_asks`` we keep out of other peers' tables.
+        """
+        previous = self._node
+        node = await DHTNode.create(
+            p2p=p2p,
+            node_id=self._id,
+            client_mode=True,  # the guarded handlers are added below
+            wait_timeout=_CALL_TIMEOUT_SECONDS,
+            record_validator=_SoundRecords(self._clock),
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+            cache_refresh_before_expiry=0,
+        )
+        protocol = node.protocol
+        protocol.storage = BoundedStorage(_MAX_STORED_BYTES)
+        protocol.cache = BoundedStorage(_MAX_HINT_BYTES)  # peers may fill it, too
+        if previous is not None:
+            previous.is_alive = False
+            protocol.storage = previous.protocol.storage
+        open_stub = super(DHTProtocol, protocol).get_stub  # type: ignore[misc]
+
+        def guarded_stub(peer: Any) -> AuthRPCWrapper:
+            self._note_call()
+            tickets = _Tickets(self._admission, self._clock, PeerId(peer.to_base58()))
+            return AuthRPCWrapper(open_stub(p2p, peer), AuthRole.CLIENT, tickets)
+
+        protocol.get_stub = guarded_stub
+        protocol.call_find = partial(self._find_others, protocol.call_find)
+        if not only_asks:
+            protocol.client_mode = False
+            protocol.node_info = dht_pb2.NodeInfo(node_id=self._id.to_bytes())
+            await protocol.add_p2p_handlers(p2p, _Guard(protocol, self._admission, self._clock))
+        self._node = node
+
+    async def join(self, peers: Sequence[PeerId]) -> None:
+        """Enter the tables of these members, find our neighbours. Raises BootstrapFailed if none
+        answers.
+        """
+        protocol, began = self._node.protocol, self._clock.monotonic()
+        answers = await asyncio.gather(
+            *(protocol.call_ping(PeerID.from_base58(peer)) for peer in peers)
+        )
+        seconds = _STRANGER_PINGS * (self._clock.monotonic() - began)
+        self._stranger_seconds = min(_CALL_TIMEOUT_SECONDS, max(_STRANGER_SECONDS, seconds))
+        if peers and not any(answer is not None for answer in answers):
+            raise BootstrapFailed(
+                "The initial peers are there, but their directory does not answer."
+            )
+        await self._node.find_nearest_nodes([self._id])
+
+    async def close(self) -> None:
+        """End the calls under way: hivemind starts tasks that outlive their search."""
+        if self._node is not None:
+            self._node.is_alive = False
+        calls = self._calls - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        if calls:
+            await asyncio.wait(calls)
+
+    async def _find_others(self, find: Any, peer: Any, keys: Any) -> Any:
+        """What a peer knows of ``keys`` and whom it names, without ourselves: hivemind gives up
+        where it meets itself. None if it does not answer.
+        """
+        call = asyncio.create_task(find(peer, keys), name="asking a member")
+        seconds = None if str(peer) in self._answered else self._stranger_seconds
+        try:
+            await asyncio.wait({call}, timeout=seconds)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        if not call.done():
+            call.add_done_callback(partial(self._note_answer, peer))
+            return None
+        self._note_answer(peer, call)
+        found = call.result()
+        for _, nearest in (found or {}).values():
+            nearest.pop(self._id, None)
+        return found
+
+    def _note_answer(self, peer: Any, call: "asyncio.Task[Any]") -> None:
+        if not call.cancelled() and call.exception() is None and call.result() is not None:
+            self._answered.add(str(peer))
+        else:
+            self._answered.discard(str(peer))
+
+    def _note_call(self) -> None:
+        task = asyncio.current_task()
+        if task is not None and task not in self._calls:
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+
+    async def store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        if self._node is None:
+            return False
+        return bool(await self._node.store(key, value, expires_at, subkey=subkey))
+
+    async def get(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, StoredValue]]:
+        found = {}
+        if self._node is not None:
+            # An infinite wish for freshness makes the search ask all replicas and merge them.
+            found = await self._node.get_many(keys, sufficient_expiration_time=float("inf"))
+        return {key: _values(found.get(key)) for key in keys}
+
+
+def _values(found: Any) -> dict[str, StoredValue]:
+    if found is None or not isinstance(found.value, dict):
+        return {}
+    return {
+        subkey: StoredValue(entry.value, entry.expiration_time)
+        for subkey, entry in found.value.items()
+        if isinstance(subkey, str) and isinstance(entry.value, bytes)
+    }
+
+
+class _SoundRecords(RecordValidatorBase):
+    """Refuses what is no signed record of the peer that its subkey names."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            subkey = msgspec.msgpack.decode(record.subkey, type=str)
+            value = msgspec.msgpack.decode(record.value, type=bytes)
+            check_stored(subkey, value, record.expiration_time, self._clock.now())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecordInvalid) as error:
+            logger.debug("refused a record: %s", error)
+            return False
+        return True
+
+
+class _Tickets(AuthorizerBase):
+    """Our side of a call to one peer: a ticket on the request, a check of the answer's."""
+
+    def __init__(self, admission: Admission, clock: Clock, peer: PeerId) -> None:
+        self._admission, self._clock, self._peer = admission, clock, peer
+
+    async def sign_request(self, request: Any, service_public_key: object) -> None:
+        _sign(request, self._admission, self._peer, self._clock.now())
+
+    async def validate_response(self, response: Any, request: Any) -> bool:
+        try:
+            _check(response, self._admission, self._peer, self._clock.now())
+        except AdmissionDenied as error:
+            logger.debug("peer %s is not of this swarm: %s", self._peer, error)
+            return False
+        return True
+
+    async def validate_request(self, request: Any) -> bool:
+        return False
+
+    async def sign_response(self, response: Any, request: Any) -> None:
+        """Only ``_Guard`` answers."""
+
+
+class _Guard:
+    """The answering side: hands a call to the protocol only if its ticket is good for the calling
+    peer.
+    """
+
+    def __init__(self, protocol: Any, admission: Admission, clock: Clock) -> None:
+        self._protocol, self._admission, self._clock = protocol, admission, clock
+
+    async def rpc_ping(self, request: Any, context: Any) -> Any:
+        return await self._answer("rpc_ping", request, context)
+
+    async def rpc_store(self, request: Any, context: Any) -> Any:
+        return await self._answer("rpc_store", request, context)
+
+    async def rpc_find(self, request: Any, context: Any) -> Any:
+        return await self._answer("rpc_find", request, context)
+
+    async def _answer(self, method: str, request: Any, context: Any) -> Any:
+        caller, now = PeerId(context.remote_id.to_base58()), self._clock.now()
+        _check(request, self._admission, caller, now)
+        if request.ByteSize() > _MAX_CALL_BYTES[method]:
+            raise RequestTooLarge("A call to the directory is too long.")
+        response = await getattr(self._protocol, method)(request, context)
+        _sign(response, self._admission, caller, now)
+        return response
+
+
+def _sign(message: Any, admission: Admission, verifier: PeerId, now: float) -> None:
+    message.auth.signature = b""
+    bound = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+    message.auth.signature = admission.issue(verifier, now, bound)
+
+
+def _check(message: Any, admission: Admission, holder: PeerId, now: float) -> None:
+    ticket, message.auth.signature = message.auth.signature, b""
+    bound = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+    admission.check(ticket, holder, now, bound)

@@ -1,0 +1,335 @@
+"""The libp2p engine behind ``swarm.transport``.
+
+Joins the daemon (streams, addresses, NAT traversal) and the distributed dictionary into one
+transport, and starts the daemon again under the same id and ports if it dies. No engine type leaves
+this package. Knows no frames.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+
+from petals.errors import BootstrapFailed, ConfigError, PeerTimeout, PeerUnreachable, PetalsError
+from petals.logs import get_logger
+from petals.swarm.background import BackgroundTasks
+from petals.swarm.config import EngineParts
+from petals.swarm.libp2p.daemon import Daemon, DaemonError, DaemonStream
+from petals.swarm.libp2p.dht import DhtRecords
+from petals.swarm.transport import BOOTSTRAP_TIMEOUT_SECONDS, CIRCUIT, StreamHandler
+from petals.types import PeerId
+
+logger = get_logger(__name__)
+
+_LOOKUP_SECONDS = 2.0
+"""A peer that nobody seems to know may just not have been heard of yet: ask again for so long."""
+
+_LOOKUP_PAUSE_SECONDS = 0.2
+_PUNCH_SECONDS = 1.5
+"""A direct connection follows a relayed one after 0.3 to 0.8 s, or never."""
+
+_PUNCH_PAUSE_SECONDS = 0.1
+_PUNCH_AGAIN_SECONDS = 60.0
+_CIRCUIT_SECONDS = 5.0
+_STRAGGLER_SECONDS = 0.3
+_RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+_MULTISTREAM = b"\x13/multistream/1.0.0\n"
+_MAX_KNOWN_PEERS = 20_000
+_MAX_ADDRESSES = 8
+_PEER_PART = re.compile(r"/p2p/([1-9A-HJ-NP-Za-km-z]{32,64})$")
+_DIALLABLE = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/[^/]+/(tcp|udp)/\d{1,5}(/|$)")
+"""A /dnsaddr, for one, may stand for any number of others."""
+
+_TCP_PART = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
+
+
+class Libp2pTransport:
+    """One peer on the real network."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.peer_id = parts.identity.peer_id
+        self._parts = parts
+        self._dht = DhtRecords(parts.admission, parts.clock)
+        self._relays: tuple[str, ...] = ()
+        self._daemon = self._new_daemon()
+        self._up = asyncio.Event()
+        self._listen = parts.config.listen_maddrs
+        self._handlers: dict[str, StreamHandler] = {}
+        self._known: dict[PeerId, tuple[str, ...]] = {}
+        self._relayed_since: dict[PeerId, float] = {}
+        self._on_restart: list[Callable[[], None]] = []
+        self._background = BackgroundTasks()
+        self._closed = False
+
+    @property
+    def records(self) -> DhtRecords:
+        return self._dht
+
+    async def start(self, others: Sequence[str] = ()) -> tuple[PeerId, ...]:
+        initial = [(address, _peer_of(address)) for address in self._parts.config.initial_peers]
+        more = [(other, _peer_of(other)) for other in others if _PEER_PART.search(other)]
+        await self._start_daemon()
+        self._listen = await self._fixed_ports()
+        self._up.set()
+        try:
+            return await self._connect_first(initial)
+        except BootstrapFailed:
+            if not more:
+                raise
+        logger.warning(
+            "no initial peer answers; trying %d addresses of members met before", len(more)
+        )
+        return await self._connect_first([*initial, *more])
+
+    async def join(self, peers: Sequence[PeerId]) -> None:
+        await self._dht.join(peers)
+        if self._parts.config.initial_peers:
+            self._background.start(self._keep_joined(), "staying in touch with initial peers")
+
+    async def addresses(self) -> tuple[str, ...]:
+        return await self._daemon.addresses()
+
+    async def connect(self, address: str) -> PeerId:
+        peer = _peer_of(address)
+        try:
+            async with asyncio.timeout(BOOTSTRAP_TIMEOUT_SECONDS):
+                await self._daemon.connect(peer, [address])
+        except (DaemonError, TimeoutError) as error:
+            raise PeerUnreachable("Nobody answers there.", peer_id=peer) from error
+        return peer
+
+    def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        usable = tuple(a for a in addresses if _DIALLABLE.match(a))[:_MAX_ADDRESSES]
+        if usable:
+            while len(self._known) >= _MAX_KNOWN_PEERS:
+                self._known.pop(next(iter(self._known)))
+            self._known.pop(peer, None)  # the latest are at the end
+            self._known[peer] = usable
+
+    def known(self) -> tuple[str, ...]:
+        return tuple(
+            address if _PEER_PART.search(address) else f"{address}/p2p/{peer}"
+            for peer, addresses in reversed(self._known.items())
+            for address in addresses
+        )
+
+    async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> DaemonStream:
+        give_up_at = self._parts.clock.monotonic() + timeout / 2
+        try:
+            async with asyncio.timeout(timeout):
+                await self._up.wait()
+                stream = await self._open(peer, protocol)
+                if CIRCUIT in stream.remote_address:
+                    stream = await self._straightened(stream, protocol, give_up_at)
+                return stream
+        except TimeoutError:
+            raise PeerTimeout(f"No stream within {timeout:g} s.", peer_id=peer) from None
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        self._handlers[protocol] = handler
+        await self._daemon.serve(protocol, self._accept)
+
+    async def peers(self) -> frozenset[PeerId]:
+        return frozenset(peer for peer, _ in await self._daemon.connections())
+
+    async def use_relays(self, relays: Sequence[str]) -> None:
+        """Starts the daemon anew: it learns only at its start that it is not reachable."""
+        self._relays = tuple(relays)
+        self._up.clear()
+        await self._restart()
+        clock = self._parts.clock
+        give_up_at = clock.monotonic() + _CIRCUIT_SECONDS
+        while not any(CIRCUIT in address for address in await self.addresses()):
+            if clock.monotonic() > give_up_at:
+                logger.warning("no relay has taken us yet")
+                return
+            await clock.sleep(_LOOKUP_PAUSE_SECONDS)
+
+    async def probe(self, address: str, timeout: float) -> bool:
+        """Connects over TCP, beside the daemon: it would use the connection the asker made."""
+        match = _TCP_PART.match(address)
+        if match is None:
+            return False
+        writer = None
+        try:
+            async with asyncio.timeout(timeout):
+                reader, writer = await asyncio.open_connection(match[2], int(match[3]))
+                writer.write(_MULTISTREAM)
+                return await reader.readexactly(len(_MULTISTREAM)) == _MULTISTREAM
+        except (OSError, OverflowError, TimeoutError, asyncio.IncompleteReadError):
+            return False
+        finally:
+            if writer is not None:
+                writer.transport.abort()
+
+    def on_restart(self, callback: Callable[[], None]) -> None:
+        self._on_restart.append(callback)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await self._background.close()
+        await self._dht.close()
+        await self._daemon.close()
+
+    # -- connecting ----------------------------------------------------------------------------
+
+    async def _connect_first(self, initial: Sequence[tuple[str, PeerId]]) -> tuple[PeerId, ...]:
+        """Dial all initial peers; returns those that answered when the first did, or soon after."""
+        tasks = {asyncio.create_task(self.connect(address)) for address, _ in initial}
+        reached: set[PeerId] = set()
+        pending, patience = tasks, BOOTSTRAP_TIMEOUT_SECONDS
+        try:
+            while pending:
+                done, pending = await asyncio.wait(
+                    pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                )
+                reached |= {task.result() for task in done if task.exception() is None}
+                if not done or (reached and patience == _STRAGGLER_SECONDS):
+                    break
+                patience = _STRAGGLER_SECONDS if reached else patience
+        finally:
+            for task in pending:
+                task.cancel()
+        if initial and not reached:
+            tried = ", ".join(address for address, _ in initial[:3])
+            raise BootstrapFailed(
+                f"None of the initial peers answers ({tried}).",
+                hint="Check the address, that the peer runs, and that its port is open.",
+            )
+        return tuple(sorted(reached))
+
+    async def _open(self, peer: PeerId, protocol: str) -> DaemonStream:
+        clock = self._parts.clock
+        give_up_at = clock.monotonic() + _LOOKUP_SECONDS
+        known = self._known.get(peer, ())
+        while True:
+            try:
+                return await self._daemon.open_stream(peer, protocol)
+            except DaemonError as error:
+                unknown = "failed to dial" not in str(error)
+                if known:
+                    addresses, known = known, ()
+                    with contextlib.suppress(DaemonError):
+                        await self._daemon.connect(peer, addresses)
+                        continue
+                if not unknown or clock.monotonic() > give_up_at:
+                    raise PeerUnreachable("The peer cannot be reached.", peer_id=peer) from error
+            await clock.sleep(_LOOKUP_PAUSE_SECONDS)
+
+    async def _straightened(
+        self, stream: DaemonStream, protocol: str, give_up_at: float
+    ) -> DaemonStream:
+        """A direct stream in place of a relayed one, if the two daemons manage to meet: they try
+        as soon as a relay has brought them together, and only new streams profit.
+        """
+        clock, peer = self._parts.clock, stream.remote
+        now = clock.monotonic()
+        since = self._relayed_since.pop(peer, now)
+        if now - since > _PUNCH_AGAIN_SECONDS:
+            since = now
+        while len(self._relayed_since) >= _MAX_KNOWN_PEERS:
+            self._relayed_since.pop(next(iter(self._relayed_since)))
+        self._relayed_since[peer] = since
+        give_up_at = min(since + _PUNCH_SECONDS, give_up_at)
+        try:
+            while clock.monotonic() < give_up_at:
+                await clock.sleep(_PUNCH_PAUSE_SECONDS)
+                ways = [way for other, way in await self._daemon.connections() if other == peer]
+                if any(CIRCUIT not in way for way in ways):
+                    direct = await self._daemon.open_stream(peer, protocol)
+                    stream.reset()
+                    return direct
+        except BaseException:
+            stream.reset()
+            raise
+        return stream
+
+    async def _accept(self, protocol: str, stream: DaemonStream) -> None:
+        await self._handlers[protocol](stream)
+
+    async def _keep_joined(self) -> None:
+        """An initial peer that was restarted knows nobody: tell it, or the swarm falls in two."""
+        while True:
+            await self._parts.clock.sleep(self._parts.config.rejoin_seconds)
+            if self._up.is_set():
+                await self._rejoin(self._parts.config.initial_peers)
+
+    async def _rejoin(self, addresses: Sequence[str]) -> None:
+        reached = []
+        for address in addresses:
+            with contextlib.suppress(PetalsError):
+                reached.append(await self.connect(address))
+        with contextlib.suppress(PetalsError):
+            await self._dht.join(reached)
+
+    # -- life of the daemon --------------------------------------------------------------------
+
+    def _new_daemon(self) -> Daemon:
+        parts = self._parts
+        return Daemon(parts.config, parts.identity, self._on_daemon_exit, self._relays)
+
+    async def _start_daemon(self) -> None:
+        await self._daemon.start(self._listen)
+        # Who is behind a relay only asks: the directory must not wait for relayed answers.
+        only_asks = self._parts.config.client_mode or bool(self._relays)
+        await self._dht.start(self._daemon.p2p, only_asks)
+
+    def _on_daemon_exit(self) -> None:
+        if not self._closed and self._up.is_set():
+            self._up.clear()
+            logger.warning("the network daemon ended; starting it again")
+            self._background.start(self._restart(), "restart of the network daemon")
+
+    async def _restart(self) -> None:
+        attempt = 0
+        while not self._closed:
+            pause = _RESTART_SECONDS[min(attempt, len(_RESTART_SECONDS) - 1)]
+            await self._parts.clock.sleep(pause)
+            await self._daemon.close()
+            self._daemon = self._new_daemon()
+            try:
+                await self._revive()
+            except (PetalsError, P2PDaemonError, OSError) as error:
+                attempt += 1
+                logger.warning("the network daemon does not start: %s", error)
+                continue
+            break
+        for callback in self._on_restart:
+            callback()
+
+    async def _revive(self) -> None:
+        await self._start_daemon()
+        for protocol in self._handlers:
+            await self._daemon.serve(protocol, self._accept)
+        if self._daemon.has_ended:
+            raise DaemonError("The network daemon ended at once.")
+        self._up.set()
+        recent = [a for known in list(self._known.values())[-20:] for a in known[:1]]
+        await self._rejoin([*self._parts.config.initial_peers, *recent])
+
+    async def _fixed_ports(self) -> tuple[str, ...]:
+        """What we listen on, with the ports that port 0 became, so that a restart keeps our
+        addresses.
+        """
+        ports: dict[str, str] = {}
+        for address in await self._daemon.addresses():
+            for kind, port in re.findall(r"/(tcp|udp)/(\d+)", address.split("/p2p-circuit")[0]):
+                ports.setdefault(kind, port)
+        return tuple(
+            re.sub(r"/(tcp|udp)/0(?=/|$)", lambda m: f"/{m[1]}/{ports.get(m[1], '0')}", address)
+            for address in self._listen
+        )
+
+
+def _peer_of(address: str) -> PeerId:
+    match = _PEER_PART.search(address)
+    if match is None or not address.startswith("/"):
+        raise ConfigError(
+            f"{address!r} is not an address of a peer.",
+            hint="It looks like /ip4/1.2.3.4/tcp/31337/p2p/12D3KooW…; the peer prints it.",
+        )
+    return PeerId(match[1])

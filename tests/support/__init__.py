@@ -1,0 +1,1 @@
+"""What tests share: reference models, fake servers, swarms in one process, faults."""

@@ -1,0 +1,213 @@
+"""A test double: the blocks of a whole tiny model in this process, behind the client's seam.
+
+Each row has an exact cache of its own; sessions record what they were sent.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from transformers import DynamicCache
+
+from petals.client.block_runner import PassOutput
+from petals.client.model.load import distribute, layers_return_tuple
+from petals.client.model.remote_sequential import RemoteSequential
+from petals.errors import LengthExceeded, SessionClosed, SessionGap
+from petals.models.checkpoint.arch import describe, parent_of
+from petals.models.loading.head import EndsKind, class_for
+from petals.models.verify.tiny import tiny_config
+
+
+class Captured(Exception):
+    pass
+
+
+class LocalBlocks:
+    """Runs any consecutive blocks of ``base``, one row at a time, exactly as the model would."""
+
+    def __init__(self, base, arch):
+        self.host = base.get_submodule(arch.host_path)
+        self.layers = base.get_submodule(arch.layers_path)
+        self.num_blocks = arch.num_blocks
+        is_hybrid = "linear_attention" in (getattr(self.host.config, "layer_types", None) or ())
+        self.cache_config = {"config": self.host.config} if is_hybrid else {}
+        self.width = self.host.get_input_embeddings().embedding_dim
+        self.sessions = []
+        self.num_whole = 0
+
+    def open_session(self, blocks, call):
+        self.sessions.append(LocalSession(self, blocks, call))
+        return self.sessions[-1]
+
+    def run_whole(self, blocks, hidden, call):
+        self.num_whole += 1
+        prompts = call.prompts
+        if prompts is not None:
+            prompts = prompts.expand(-1, len(call.counts), -1, -1).unbind(1)
+        rows, tapped = [], {block: [] for block in call.taps}
+        for number, row in enumerate(hidden.split(list(call.counts))):
+            extras = Extras(prompts[number] if prompts else None, call.adapter)
+            rows.append(self.run(row, blocks, self.new_cache(), extras))
+            for block, parts in tapped.items():
+                parts.append(extras.outputs.get(block, row[:0]))
+        return PassOutput(
+            torch.cat(rows), {block: torch.cat(parts) for block, parts in tapped.items()}
+        )
+
+    def new_cache(self):
+        # Without a config no layer forgets what left its window, so that all can roll back.
+        return DynamicCache(**self.cache_config)
+
+    def sequence_manager(self, blocks):
+        return None
+
+    def run(self, hidden, blocks, cache, extras=None):
+        """[n, H] -> [n, H] behind the tokens in ``cache``."""
+        hidden = hidden.float()
+        if not len(hidden) or not len(blocks):
+            return hidden
+        extras = extras or Extras()
+        handles = extras.attach(self.layers, blocks, hidden)
+        try:
+            self.host(
+                inputs_embeds=torch.zeros(1, len(hidden), self.width),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except Captured:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return extras.outputs[blocks.end - 1]
+
+
+@dataclass
+class Extras:
+    """What is done around the blocks of one row: prompts [blocks, P, H] from ``start``, adapter."""
+
+    prompts: torch.Tensor | None = None
+    adapter: object | None = None
+    start: int = 0
+    outputs: dict = field(default_factory=dict)
+    """What each block put out, [n, H]."""
+
+    def attach(self, layers, blocks, hidden):
+        def enter(block, layer, args, kwargs):
+            given = args[0] if args else kwargs["hidden_states"]
+            states = self.prompted(hidden if block == blocks.start else given[0], block, blocks)
+            if args:
+                return (states[None], *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": states[None]}
+
+        def leave(block, layer, args, output):
+            self.outputs[block] = (output[0] if isinstance(output, tuple) else output)[0]
+            if block == blocks.end - 1:
+                raise Captured
+
+        handles = []
+        for block in range(blocks.start, blocks.end):
+            layer = layers[block]
+            handles.append(layer.register_forward_pre_hook(partial(enter, block), with_kwargs=True))
+            handles.append(layer.register_forward_hook(partial(leave, block)))
+        adapter = None if self.adapter is None else self.adapter.within(blocks)
+        if adapter is not None:
+            pairs = zip(adapter.tensors[::2], adapter.tensors[1::2])
+            for ((block, path), part), (a, b) in zip(adapter.parts.items(), pairs):
+                adapt = partial(_adapt, part.scaling, a, b)
+                handles.append(layers[block].get_submodule(path).register_forward_hook(adapt))
+        return handles
+
+    def prompted(self, states, block, blocks):
+        if self.prompts is None or self.start >= self.prompts.shape[1]:
+            return states
+        prompt = self.prompts[block - blocks.start, self.start : self.start + len(states)]
+        return torch.cat([states[: len(prompt)] + prompt, states[len(prompt) :]])
+
+
+def _adapt(scaling, a, b, module, args, output):
+    return output + scaling * (args[0] @ a.T) @ b.T
+
+
+class LocalSession:
+    """Ragged rows with rollback and reorder, as a session of the swarm promises them."""
+
+    def __init__(self, runner, blocks, call):
+        self.runner, self.blocks, self.call = runner, blocks, call
+        self.max_length, self.num_rows = call.max_length, call.num_rows
+        self.caches, self.lengths = [], []
+        self.output_ids = None
+        self.past_key_values = None
+        self.is_closed = False
+        self.steps = []  # (starts, counts, reorder)
+
+    @property
+    def position(self):
+        return max(self.lengths, default=0)
+
+    @position.setter
+    def position(self, value):
+        for row, length in enumerate(self.lengths):
+            self._roll_back(row, min(value, length))
+
+    def step(self, inputs, prompts=None, hypo_ids=None):
+        if not self.lengths:
+            self.lengths = [0] * inputs.shape[0]
+        counts = [inputs.shape[1]] * inputs.shape[0]
+        reorder = None if hypo_ids is None else hypo_ids.tolist()
+        packed = inputs.reshape(-1, inputs.shape[-1])
+        outputs = self.step_rows(packed, starts=tuple(self.lengths), counts=counts, reorder=reorder)
+        return outputs.view(inputs.shape)
+
+    @torch.no_grad()
+    def step_rows(self, hidden, *, starts, counts, reorder=None):
+        if self.is_closed:
+            raise SessionClosed("The session is closed.")
+        longest = max(start + count for start, count in zip(starts, counts))
+        if self.max_length is not None and longest > self.max_length:
+            raise LengthExceeded(f"{longest} tokens in a session for {self.max_length}.")
+        assert hidden.shape[0] == sum(counts)
+        self.steps.append((tuple(starts), tuple(counts), reorder))
+        if not self.caches:
+            self.caches = [self.runner.new_cache() for _ in counts]
+            self.lengths = [0] * len(counts)
+        if reorder is not None:
+            self.caches = [copy.deepcopy(self.caches[row]) for row in reorder]
+            self.lengths = [self.lengths[row] for row in reorder]
+        self.num_rows = len(counts)
+        outputs = []
+        for row, part in enumerate(hidden.split(list(counts))):
+            self._roll_back(row, starts[row])
+            extras = Extras(self.call.prompts, self.call.adapter, self.lengths[row])
+            outputs.append(self.runner.run(part, self.blocks, self.caches[row], extras))
+            self.lengths[row] += counts[row]
+        return torch.cat(outputs)
+
+    def _roll_back(self, row, length):
+        if length > self.lengths[row]:
+            raise SessionGap(f"{length} > {self.lengths[row]}")
+        if length < self.lengths[row]:
+            self.caches[row].crop(length - self.lengths[row])
+            self.lengths[row] = length
+
+    def close(self):
+        self.is_closed = True
+
+
+def tiny_pair(model_type, kind=EndsKind.CAUSAL_LM, **overrides):
+    """(the model as it is, the same with its blocks behind LocalBlocks)."""
+    torch.manual_seed(0)
+    config = tiny_config(model_type, **overrides)
+    arch = describe(config)
+    local = class_for(kind, config, arch)(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for parameter in local.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    remote = copy.deepcopy(local).requires_grad_(False)
+    base = remote.base_model
+    runner = LocalBlocks(copy.deepcopy(base), arch)
+    blocks = RemoteSequential(remote.config, runner=runner)
+    blocks.returns_tuple = layers_return_tuple(arch, config)
+    setattr(*parent_of(base, arch.layers_path), blocks)
+    return local, distribute(remote, arch)

@@ -1,0 +1,111 @@
+"""What befalls a session: a story of steps that must come out right, and faults to put into it."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from petals.client.session.rows import SessionRows
+from petals.types import BlockSpan, PeerId
+from support.service import assert_close
+from support.swarm import HIDDEN, RealSwarm, states
+
+SPANS = (BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(4, 5))
+STATE_BYTES = HIDDEN * 4
+"""Whatever is written at once and is longer carries states."""
+
+IMPATIENT = {"silence_timeout": 1.0, "max_pinged": 0, "connect_timeout": 1.0, "show_route": False}
+"""Four servers and their client share one loop here, which the sums of all of them can hold up for
+some tenths of a second: less patience would take that for a death.
+"""
+
+
+@dataclass
+class Fault:
+    """Happens once, at the next states that ``victim`` is sent, or sends."""
+
+    swarm: RealSwarm
+    victim: PeerId
+    kind: str
+    when: str
+    is_armed: bool = False
+    happened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def arm(self) -> None:
+        self.is_armed = True
+        self.swarm.net.on_write = self._see
+
+    def _see(self, source: PeerId, target: PeerId, num_bytes: int) -> None:
+        who = target if self.when == "asked" else source
+        if self.is_armed and num_bytes > STATE_BYTES and who == self.victim:
+            self.is_armed = False
+            self.happened.set()
+            strike(self.swarm, self.victim, self.kind)
+
+
+def strike(swarm: RealSwarm, victim: PeerId, kind: str) -> None:
+    match kind:
+        case "kill":
+            swarm.net.kill(victim)
+        case "drain":
+            swarm.stop(victim)
+        case "pause":
+            swarm.net.pause(victim)
+        case "cut":
+            for other in list(swarm.net.transports):
+                swarm.net.cut(victim, other)
+        case "mute":
+            for other in list(swarm.net.transports):
+                swarm.net.cut(victim, other, one_way=True)
+
+
+def session_id(session: SessionRows) -> bytes:
+    """What servers know the session by; a path that is built anew has another."""
+    assert session._recovery is not None and session._recovery.path is not None
+    return session._recovery.path.hops[0].terms.session_id
+
+
+@dataclass
+class Story:
+    """A session of two rows and what each of them holds."""
+
+    swarm: RealSwarm
+    session: SessionRows
+    rows: list[Tensor]
+
+    async def step(self, starts: list[int], news: list[Tensor], reorder: object = None) -> None:
+        counts = [len(new) for new in news]
+        output = await self.session.step(torch.cat(news), starts, counts, reorder)
+        before = self.rows if reorder is None else [self.rows[row] for row in reorder]
+        self.rows = [torch.cat([row[:at], new]) for row, at, new in zip(before, starts, news)]
+        for row, at, part in zip(self.rows, starts, torch.split(output, counts)):
+            assert_close(part, self.swarm.expected(row)[at:])
+
+    async def prefill(self) -> None:
+        await self.step([0, 0], [states(23, 1), states(9, 2)])
+
+    async def decode(self, seed: int = 3) -> None:
+        at = [len(row) for row in self.rows]
+        await self.step(at, [states(1, seed + row) for row in range(len(at))])
+
+    async def rollback(self) -> None:
+        await self.step([5, 9], [states(2, 7), states(1, 8)])
+
+    async def reorder(self) -> None:
+        news = [states(1, 4), states(2, 5), states(1, 6)]
+        length = len(self.rows[1])
+        await self.step([length, 3, length], news, reorder=(1, 0, 1))
+
+    async def tell(self, phase: str, strikes: Callable[[], None]) -> None:
+        """Prefill, decode, ``phase`` with a fault in it, and on."""
+        if phase == "prefill":
+            strikes()
+        await self.prefill()
+        await self.decode()
+        if phase != "prefill":
+            strikes()
+            await getattr(self, phase)()
+        await self.decode(11)
+        await self.rollback() if len(self.rows) == 2 else await self.decode(17)

@@ -1,0 +1,82 @@
+"""Errors are a sentence and a hint on stderr; data goes to stdout; ready files appear whole."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from petals.cli.terminal import options
+from petals.cli.terminal.console import (
+    EXIT_FAILED,
+    EXIT_WRONG_INPUT,
+    interrupted_by_sigterm,
+    print_json,
+    report,
+    stage,
+)
+from petals.cli.terminal.lifetime import write_ready_file
+from petals.errors import BadInput, BootstrapFailed, ConfigError, PetalsError
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("That is wrong.", hint="Say it otherwise."), EXIT_WRONG_INPUT),
+        (BadInput("The prompt is empty.", hint="Say something."), EXIT_WRONG_INPUT),
+        (BootstrapFailed("Nobody answers.", hint="Check the address."), EXIT_FAILED),
+    ],
+)
+def test_an_error_is_a_sentence_and_a_hint(
+    error: PetalsError, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(error) == status
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == f"error: {error.message}\nhint: {error.hint}\n"
+
+
+def test_square_brackets_in_an_error_survive(capsys: pytest.CaptureFixture[str]) -> None:
+    report(ConfigError("Shapes [2, 3] and [bold] differ."))
+    assert "[2, 3] and [bold]" in capsys.readouterr().err
+
+
+def test_json_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"text": "größer"})
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"text": "größer"}
+    assert told.err == ""
+
+
+def test_stages_are_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with stage("first") as change:
+        change("second")
+    assert capsys.readouterr().err == "first\nsecond\n"
+
+
+def test_sigterm_unwinds_like_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interrupted_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_ready_file_names_the_process(tmp_path: Path) -> None:
+    file = tmp_path / "ready.json"
+    write_ready_file(file, {"peer_id": "x"})
+    assert json.loads(file.read_text()) == {"pid": os.getpid(), "peer_id": "x"}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_command_without_a_swarm_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PETALS_INITIAL_PEERS", raising=False)
+    with pytest.raises(ConfigError, match="No swarm was named") as caught:
+        options.peers_to_join(None)
+    assert "--join" in caught.value.hint
+
+
+def test_the_environment_names_a_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETALS_INITIAL_PEERS", "/a, /b\n/c")
+    assert options.peers_to_join(None) == ("/a", "/b", "/c")
+    assert options.peers_to_join(["/d"]) == ("/d",)

@@ -1,0 +1,160 @@
+import asyncio
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from petals.client.connection.event_loop import Bridge
+from petals.errors import BadInput, PeerTimeout, SwarmError
+
+
+@pytest.fixture
+def bridge() -> Iterator[Bridge]:
+    bridge = Bridge()
+    yield bridge
+    bridge.close()
+
+
+async def echo(value: int) -> int:
+    await asyncio.sleep(0)
+    return value
+
+
+def test_results_and_errors_come_back(bridge: Bridge) -> None:
+    async def fail() -> None:
+        raise BadInput("no")
+
+    assert bridge.run(echo(3)) == 3
+    with pytest.raises(BadInput):
+        bridge.run(fail())
+
+
+def test_many_threads_share_one_loop(bridge: Bridge) -> None:
+    async def where(value: int) -> tuple[int, int]:
+        return await echo(value), threading.get_ident()
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda value: bridge.run(where(value)), range(200)))
+    assert [value for value, _ in results] == list(range(200))
+    assert len({thread for _, thread in results}) == 1
+
+
+def test_timeout_cancels_the_work(bridge: Bridge) -> None:
+    ended: list[bool] = []
+
+    async def forever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    with pytest.raises(PeerTimeout):
+        bridge.run(forever(), timeout=0.01)
+    assert ended == [True]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_cancels_the_work_and_waits_for_its_end(bridge: Bridge) -> None:
+    ended: list[bool] = []
+
+    async def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        bridge.run(interrupted())
+    assert ended == [True]
+    assert bridge.run(echo(1)) == 1
+
+
+def test_interrupt_before_the_work_is_handed_over(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over = bridge.loop.call_soon_threadsafe
+    orders: list[object] = []
+
+    def interrupted_once(*order: object) -> None:
+        orders.append(order)
+        if len(orders) == 1:
+            raise KeyboardInterrupt
+        hand_over(*order)
+
+    monkeypatch.setattr(bridge.loop, "call_soon_threadsafe", interrupted_once)
+    work = echo(1)
+    with pytest.raises(KeyboardInterrupt):
+        bridge.run(work)
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
+
+
+def test_waiting_for_oneself_is_refused(bridge: Bridge) -> None:
+    async def inside() -> None:
+        bridge.run(echo(1))
+
+    with pytest.raises(RuntimeError, match="await instead"):
+        bridge.run(inside())
+
+
+def test_close_runs_the_closers_and_frees_the_waiting(bridge: Bridge) -> None:
+    closed: list[int] = []
+    started = threading.Event()
+
+    async def close(number: int) -> None:
+        closed.append(number)
+
+    async def wait() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    bridge.run(echo(0))
+    bridge.at_exit(lambda: close(1))
+    bridge.at_exit(lambda: close(2))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: bridge.run(wait()))
+        started.wait(5)
+        bridge.close()
+        with pytest.raises(SwarmError, match="shut down"):
+            waiting.result(5)
+    assert closed == [2, 1]
+    assert bridge.run(echo(5)) == 5
+
+
+def test_nothing_hangs_at_exit() -> None:
+    program = (
+        "import asyncio\n"
+        "from petals.client.connection.event_loop import bridge\n"
+        "async def start():\n"
+        "    bridge.task = asyncio.create_task(asyncio.sleep(1000))\n"
+        "async def say(): print('closed')\n"
+        "bridge.run(start()); bridge.at_exit(say)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "closed\n"
+    assert done.stderr == ""
+
+
+def test_a_forked_child_has_a_loop_of_its_own(bridge: Bridge) -> None:
+    assert bridge.run(echo(1)) == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(bridge.run(echo(7)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -1,0 +1,303 @@
+"""A tuned model equals prompt tuning done by hand on the whole model: losses, gradients, words."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from petals.client.tuning.prompts import TuningConfig, add_prompts
+from petals.errors import ConfigError, NotSupported
+from petals.models.loading.head import EndsKind
+from support.local_blocks import tiny_pair
+from support.tuned_reference import TunedReference
+
+pytestmark = pytest.mark.slow
+
+IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
+LEFT = torch.tensor([[0] * 4 + [1] * 5, [0] + [1] * 8, [1] * 9])
+NUM_PROMPTS = 4
+FAMILIES = (
+    "llama",
+    "bloom",
+    "gpt2",
+    "opt",
+    "falcon",
+    "mpt",
+    "gptj",
+    "mixtral",
+    "gemma",
+    "gemma3_text",
+    "qwen3",
+    "phi3",
+    "deepseek_v3",
+    "gpt_oss",
+    "qwen3_next",
+)
+MODES = ("ptune", "deep_ptune")
+
+
+def tuned_pair(family, mode, kind=EndsKind.CAUSAL_LM):
+    """(the reference, the model with remote blocks), with the same prompts."""
+    local, remote = tiny_pair(family, kind)
+    torch.manual_seed(3)
+    tuning = TuningConfig(tuning_mode=mode, pre_seq_len=NUM_PROMPTS)
+    add_prompts(remote.blocks_host, tuning, len(remote.remote_blocks))
+    if mode == "deep_ptune":
+        with torch.no_grad():
+            remote.intermediate_prompt_embeddings.weight.normal_(std=0.5)
+    return TunedReference.of(local, remote), remote
+
+
+def prompts_of(remote):
+    return [p for name, p in remote.named_parameters() if "prompt_embeddings" in name]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    scale = expected.abs().max()
+    assert scale > 0
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+def causal_loss(logits, ids):
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def assert_same_gradients(reference, remote):
+    output = remote(IDS, labels=IDS)
+    output.loss.backward()
+    expected = reference.logits(IDS)
+    assert_close(output.logits, expected)
+    causal_loss(expected, IDS).backward()
+    trained, gradients = prompts_of(remote), reference.gradients()
+    assert len(trained) == len(gradients)
+    for parameter, gradient in zip(trained, gradients):
+        assert_close(parameter.grad, gradient)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def pair(request):
+    return tuned_pair("llama", request.param)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def of_family(request):
+    return tuned_pair(request.param, "deep_ptune")
+
+
+class TestFamilies:
+    def test_loss_and_gradients(self, of_family):
+        reference, remote = of_family
+        assert remote(IDS).logits.shape[:2] == IDS.shape
+        assert_same_gradients(reference, remote)
+
+    def test_padding_changes_no_row(self, of_family):
+        reference, remote = of_family
+        for mask in (LEFT, LEFT.flip(1)):
+            actual = remote(IDS * mask, attention_mask=mask).logits
+            for row, real in enumerate(mask.bool()):
+                assert_close(actual[row, real], reference.logits(IDS[row : row + 1, real])[0])
+
+    def test_generates_what_the_reference_generates(self, of_family):
+        reference, remote = of_family
+        for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+            options = {"max_new_tokens": 6} | more
+            actual = remote.generate(IDS[:1], **options)
+            assert torch.equal(actual, reference.generate(IDS[:1], **options))
+
+
+class TestGeneration:
+    def test_a_padded_batch(self, pair):
+        reference, remote = pair
+        for mask in (LEFT, LEFT.flip(1)):
+            actual = remote.generate(IDS * mask, attention_mask=mask, max_new_tokens=5)
+            for row, real in enumerate(mask.bool()):
+                expected = reference.generate(IDS[row : row + 1, real], max_new_tokens=5)
+                assert torch.equal(actual[row, -5:], expected[0, -5:])
+
+    def test_the_session_has_room_for_the_prompts_and_no_more(self, pair):
+        _, remote = pair
+        remote.remote_blocks.runner.sessions.clear()
+        remote.generate(IDS[:1], max_new_tokens=5)
+        (session,) = remote.remote_blocks.runner.sessions
+        assert session.max_length == NUM_PROMPTS + IDS.shape[1] + 5 - 1
+        assert session.lengths == [session.max_length]
+        assert session.steps[0][1] == (NUM_PROMPTS + IDS.shape[1],)
+
+    def test_a_prompt_in_chunks(self, pair):
+        reference, remote = pair
+        actual = remote.generate(IDS, max_new_tokens=5, prefill_chunk_size=2)
+        assert torch.equal(actual, reference.generate(IDS, max_new_tokens=5))
+
+    def test_prompt_lookup_and_an_assistant(self, pair):
+        reference, remote = pair
+        loop = IDS[:1, :3].repeat(1, 4)
+        expected = reference.generate(loop, max_new_tokens=8)
+        for more in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": reference.model}):
+            assert torch.equal(remote.generate(loop, max_new_tokens=8, **more), expected)
+
+    def test_a_conversation_and_a_way_back(self, pair):
+        reference, remote = pair
+        first, second = IDS[:1, :5], IDS[:1, 5:]
+        with remote.inference_session(max_length=30) as session:
+            assert session.max_length == 30 + NUM_PROMPTS
+            told = remote.generate(first, max_new_tokens=4)
+            answer = remote.generate(second, max_new_tokens=4)
+            assert session.position == NUM_PROMPTS + told.shape[1] + answer.shape[1] - 1
+            session.position = NUM_PROMPTS + told.shape[1]
+            again = remote.generate(None, max_new_tokens=3)
+            session.position = 0
+            anew = remote.generate(first, max_new_tokens=4)
+        whole = reference.generate(torch.cat([told, second], dim=1), max_new_tokens=4)
+        assert torch.equal(torch.cat([told, answer], dim=1), whole)
+        assert torch.equal(again, reference.generate(told, max_new_tokens=3)[:, told.shape[1] :])
+        assert torch.equal(anew, told)
+
+    def test_steps_with_a_cache(self, pair):
+        reference, remote = pair
+        expected = reference.logits(IDS).detach()
+        with torch.no_grad():
+            first = remote(IDS[:, :4], use_cache=True)
+            with first.past_key_values as cache:
+                assert cache.get_seq_length() == 4
+                second = remote(IDS[:, 4:7], past_key_values=cache)
+                cache.crop(-2)
+                third = remote(IDS[:, 5:], past_key_values=cache)
+                cache.reset()
+                anew = remote(IDS, past_key_values=cache)
+        assert_close(torch.cat([first.logits, second.logits[:, :1], third.logits], 1), expected)
+        assert_close(anew.logits, expected)
+
+    def test_prompts_are_prompts_only_at_the_beginning(self, pair):
+        """A session set back into its prompts gets the missing ones again."""
+        reference, remote = pair
+        expected = reference.generate(IDS[:1], max_new_tokens=3)
+        with remote.inference_session(max_length=30) as session:
+            remote.generate(IDS[:1], max_new_tokens=3)
+            session.position = NUM_PROMPTS - 2
+            assert torch.equal(remote.generate(IDS[:1], max_new_tokens=3), expected)
+
+
+class TestTraining:
+    def test_a_plain_loop_follows_the_reference(self, pair):
+        reference, remote = pair
+        rates = {"lr": 0.05}
+        ours = torch.optim.AdamW([p for p in remote.parameters() if p.requires_grad], **rates)
+        theirs = torch.optim.AdamW(reference.leaves, **rates)
+        for _ in range(5):
+            loss, expected = remote(IDS, labels=IDS).loss, causal_loss(reference.logits(IDS), IDS)
+            assert abs(loss.item() - expected.item()) < 1e-4
+            for optimizer, value in ((ours, loss), (theirs, expected)):
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+
+    def test_only_prompts_train(self, pair):
+        _, remote = pair
+        trained = [name for name, p in remote.named_parameters() if p.requires_grad]
+        assert trained
+        assert all("prompt_embeddings" in name for name in trained)
+        assert all(p.dtype == torch.float32 for p in prompts_of(remote))
+
+    def test_embeddings_instead_of_ids(self, pair):
+        _, remote = pair
+        embeds = remote.get_input_embeddings()(IDS).requires_grad_()
+        output = remote(inputs_embeds=embeds, labels=IDS)
+        output.loss.backward()
+        assert embeds.grad.abs().sum() > 0
+        assert_close(output.logits, remote(IDS).logits)
+
+    def test_a_session_gives_no_gradients(self, pair):
+        _, remote = pair
+        with remote.inference_session(max_length=20), pytest.raises(NotSupported, match="session"):
+            remote(IDS)
+
+    def test_tuples(self, pair):
+        _, remote = pair
+        assert_close(remote(IDS, return_dict=False)[0], remote(IDS).logits)
+
+    def test_gradient_checkpointing_is_a_word(self, pair):
+        _, remote = pair
+        remote.gradient_checkpointing_enable()
+        remote.activation_checkpointing_enable()
+        assert not remote.is_activation_checkpointing
+        remote(IDS, labels=IDS).loss.backward()
+        remote.gradient_checkpointing_disable()
+
+
+def test_the_text_side_of_a_multimodal_model():
+    reference, remote = tuned_pair("gemma3", "deep_ptune")
+    assert_same_gradients(reference, remote)
+    words = remote.generate(IDS[:1], max_new_tokens=1)
+    assert words[0, -1] == reference.logits(IDS[:1])[0, -1].argmax()
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "opt", "falcon", "mixtral"])
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_classifiers(family, mode):
+    kind = EndsKind.SEQUENCE_CLASSIFICATION
+    reference, remote = classifier_pair(family, mode, kind)
+    labels = torch.tensor([1, 0, 1])
+    mask = LEFT.flip(1)
+    ids = IDS * mask  # 0 is the token of padding
+    output = remote(ids, attention_mask=mask, labels=labels)
+    output.loss.backward()
+    rows = [reference.states(IDS[row : row + 1, real]) for row, real in enumerate(mask.bool())]
+    head = reference.model.score.weight.requires_grad_()
+    logits = torch.cat([states[:, -1] for states in rows]) @ head.T
+    assert_close(output.logits, logits)
+    cross_entropy(logits, labels).backward()
+    assert_close(remote.score.weight.grad, head.grad)
+    if mode is not None:
+        for parameter, gradient in zip(prompts_of(remote), reference.gradients()):
+            assert_close(parameter.grad, gradient)
+    trained = {name for name, p in remote.named_parameters() if p.grad is not None}
+    assert len(trained) == 1 + len(prompts_of(remote))
+
+
+def classifier_pair(family, mode, kind):
+    if mode is not None:
+        reference, remote = tuned_pair(family, mode, kind)
+    else:
+        local, remote = tiny_pair(family, kind)
+        nothing = torch.zeros(0, remote.get_input_embeddings().embedding_dim)
+        layers = local.get_submodule(remote.blocks_path)
+        reference = TunedReference(local, layers, nothing)
+    remote.score.requires_grad_()
+    return reference, remote
+
+
+class TestAsked:
+    def test_prompts_begin_as_tokens_and_as_nothing(self):
+        _, remote = tiny_pair("gemma3_text")
+        plain = remote(IDS).logits
+        tuning = TuningConfig(tuning_mode="deep_ptune", pre_seq_len=2)
+        add_prompts(remote.blocks_host, tuning, 5)
+        deep = remote.intermediate_prompt_embeddings.weight
+        assert deep.shape == (2, 5 * 32) and not deep.any()
+        vocabulary = remote.get_input_embeddings()(torch.arange(96))
+        for prompt in remote.prompt_embeddings.weight:
+            assert (prompt == vocabulary).all(1).any()
+        assert not torch.equal(remote(IDS).logits, plain)
+
+    def test_old_names(self):
+        _, remote = tuned_pair("bloom", "deep_ptune")
+        assert remote.transformer.prompt_embeddings is remote.prompt_embeddings
+        names = dict(remote.named_parameters())
+        assert "transformer.prompt_embeddings.weight" in names
+        assert "transformer.intermediate_prompt_embeddings.weight" in names
+        _, plain = tiny_pair("bloom")
+        assert not hasattr(plain, "prompt_embeddings")
+        assert not hasattr(plain.transformer, "prompt_embeddings")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"tuning_mode": "lora", "pre_seq_len": 4}, "no tuning_mode 'lora'"),
+            ({"tuning_mode": "ptune"}, "no token"),
+            ({"tuning_mode": "ptune", "pre_seq_len": -1}, "no token"),
+            ({"tuning_mode": "ptune", "pre_seq_len": 1.5}, "no token"),
+        ],
+    )
+    def test_wrong_options(self, options, message):
+        with pytest.raises(ConfigError, match=message) as refusal:
+            TuningConfig(**options)
+        assert refusal.value.hint

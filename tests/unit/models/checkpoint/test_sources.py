@@ -1,0 +1,228 @@
+"""Names become files, and whatever is wrong with them has a type, a sentence and a hint."""
+
+import json
+import logging
+import shutil
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from petals.errors import (
+    ModelFilesBroken,
+    ModelNotFound,
+    ModelNotSupported,
+    NotEnoughDisk,
+    PickleCheckpointRefused,
+)
+from petals.models.checkpoint import sources
+from petals.models.checkpoint.sources import HubAccess, open_checkpoint
+from petals.models.loading.split import LoadOptions, load_blocks
+from petals.testing.tiny_models import PUBLISHED
+from petals.types import BlockSpan
+from support.models import WriteModel
+
+
+class FakeHub:
+    """A hub of one folder per repository; remembers what was asked of it."""
+
+    def __init__(self, repositories: dict[str, Path]) -> None:
+        self.repositories = repositories
+        self.downloaded: list[str] = []
+        self.error: Exception | None = None
+
+    def exists(self, repo: str, file_name: str, **access: object) -> bool:
+        return (self.repositories[repo] / file_name).is_file()
+
+    def download(self, repo: str, file_name: str, **access: object) -> str:
+        if self.error is not None:
+            raise self.error
+        answer = SimpleNamespace(headers={}, request=None)
+        if repo not in self.repositories:
+            raise RepositoryNotFoundError("no such repository", response=answer)
+        if access["revision"] == "nowhere":
+            raise RevisionNotFoundError("no such revision", response=answer)
+        path = self.repositories[repo] / file_name
+        if not path.is_file():
+            raise RemoteEntryNotFoundError("no such file", response=answer)
+        self.downloaded.append(file_name)
+        return str(path)
+
+
+@pytest.fixture
+def hub(tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    bloom = tiny_folder("bloom", PUBLISHED["bloom"])
+    hub = FakeHub({"bigscience/bloom": bloom, "someone/tiny": tiny_folder("llama")})
+    monkeypatch.setattr(sources, "hf_hub_download", hub.download)
+    monkeypatch.setattr(sources, "file_exists", hub.exists)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", lambda *name: [])
+    return hub
+
+
+def test_only_needed_files_are_downloaded(hub: FakeHub) -> None:
+    loaded = load_blocks("bigscience/bloom", BlockSpan(2, 3))
+    weights = {name for name in hub.downloaded if name.endswith(".safetensors")}
+    assert weights == set(loaded.opened_files)
+    assert len(weights) < PUBLISHED["bloom"].num_shards // 2
+
+
+def test_old_names_give_one_notice(
+    hub: FakeHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_announced_aliases", set())
+    with caplog.at_level(logging.WARNING, logger="petals"):
+        names = [open_checkpoint("bigscience/bloom-petals").name for _ in range(2)]
+    assert names == ["bigscience/bloom"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "bigscience/bloom-petals is an old name: using bigscience/bloom"
+    ]
+
+
+@pytest.mark.parametrize("source", ["someone/unknown", "no-such-folder"])
+def test_unknown_name(source: str, hub: FakeHub) -> None:
+    with pytest.raises(ModelNotFound, match="neither a folder here nor a repository") as caught:
+        open_checkpoint(source)
+    assert "spelling" in caught.value.hint
+
+
+def test_path_that_is_no_repository_name() -> None:
+    with pytest.raises(ModelNotFound):
+        open_checkpoint("./no/such/folder/anywhere")
+
+
+def test_unknown_revision(hub: FakeHub) -> None:
+    with pytest.raises(ModelNotFound, match="no revision nowhere"):
+        open_checkpoint("someone/tiny", HubAccess(revision="nowhere"))
+
+
+def test_hub_out_of_reach(hub: FakeHub) -> None:
+    hub.error = LocalEntryNotFoundError("no connection")
+    with pytest.raises(ModelNotFound, match="cannot be reached") as caught:
+        open_checkpoint("someone/tiny")
+    assert "HF_HUB_OFFLINE" in caught.value.hint
+
+
+def test_disk_full_while_downloading(hub: FakeHub) -> None:
+    hub.error = OSError(28, "No space left on device")
+    with pytest.raises(NotEnoughDisk, match="full") as caught:
+        open_checkpoint("someone/tiny")
+    assert "HF_HOME" in caught.value.hint
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked to be", "without a network"])
+def test_offline_from_the_cache(
+    asked: bool, tiny_folder: WriteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_such_name(*name: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", asked)
+    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", no_such_name)
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_folder("llama"), repository / "snapshots" / commit)
+    access = HubAccess(cache_dir=str(tmp_path))
+    loaded = load_blocks("someone/tiny", BlockSpan(0, 1), LoadOptions(access=access))
+    assert loaded.opened_files == ("model.safetensors",)
+    with pytest.raises(ModelNotFound, match="not in the cache"):
+        open_checkpoint("someone/other", access)
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama", "hidden_size": "wide"}'])
+def test_broken_config(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelFilesBroken, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "brand_new"}, "does not know the model type 'brand_new'"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "c.C"}}, "trust_remote_code"),
+    ],
+)
+def test_foreign_code_is_refused(settings: dict, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "c.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelNotSupported, match=reason):
+        open_checkpoint(str(tmp_path))
+
+
+def test_pickle_is_refused_with_the_command(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(PickleCheckpointRefused) as caught:
+        load_blocks(str(tmp_path), BlockSpan(0, 1))
+    expected = f"petals models convert {tmp_path} {tmp_path.name}-safetensors"
+    assert caught.value.hint.endswith(expected)
+
+
+def test_pickle_on_the_hub_is_refused_before_it_is_downloaded(
+    hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    hub.repositories["someone/old"] = tmp_path
+    with pytest.raises(PickleCheckpointRefused) as caught:
+        load_blocks("someone/old", BlockSpan(0, 1))
+    assert caught.value.hint.endswith("petals models convert someone/old old-safetensors")
+    assert hub.downloaded == ["config.json"]
+
+
+def test_no_weights_at_all(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
+    with pytest.raises(ModelFilesBroken, match="no safetensors weights"):
+        load_blocks(str(tmp_path), BlockSpan(0, 1))
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "model.bin"])
+def test_index_that_points_elsewhere(file: str, tiny_folder: WriteModel, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
+    index = {"weight_map": {"model.norm.weight": file}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFilesBroken, match="not a safetensors file beside it"):
+        load_blocks(str(tmp_path), BlockSpan(0, 1))
+
+
+def test_missing_shard(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("bloom", PUBLISHED["bloom"]), folder)
+    for path in folder.glob("model-*"):
+        path.unlink()
+    with pytest.raises(ModelFilesBroken, match="the file is missing"):
+        load_blocks(str(folder), BlockSpan(0, 1))
+
+
+def test_model_id(hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path) -> None:
+    assert open_checkpoint("someone/tiny").model_id == "someone--tiny"
+    assert open_checkpoint("bigscience/bloom-petals").model_id == "bigscience--bloom"
+    branch = open_checkpoint("someone/tiny", HubAccess(revision="v2"))
+    assert branch.model_id == "someone--tiny@v2"
+    folder = tmp_path / "elsewhere" / "tiny"
+    shutil.copytree(tiny_folder("llama"), folder)
+    first = open_checkpoint(str(folder)).model_id
+    settings = json.loads((folder / "config.json").read_text())
+    settings["transformers_version"] = "6.0"
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert open_checkpoint(str(folder) + "/").model_id == first
+    settings["rms_norm_eps"] = 0.5
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert open_checkpoint(str(folder)).model_id != first

@@ -1,0 +1,103 @@
+"""Only the tensors of a part are read, and only the files that hold them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from petals.errors import ModelFilesBroken
+from petals.models.checkpoint.arch import build_on_meta, describe
+from petals.models.checkpoint.sources import open_checkpoint
+from petals.models.checkpoint.weights import needed_keys, open_tensors
+from petals.models.loading.split import LoadOptions, load_blocks
+from petals.models.verify.tiny import tiny_config
+from petals.testing.tiny_models import PUBLISHED
+from petals.types import BlockSpan
+from support.models import WriteModel
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("span", [BlockSpan(0, 1), BlockSpan(2, 4), BlockSpan(4, 5)], ids=str)
+def test_other_files_are_never_opened(
+    model_type: str, span: BlockSpan, tiny_folder: WriteModel, tmp_path: Path
+) -> None:
+    published = tiny_folder(model_type, PUBLISHED[model_type])
+    folder = tmp_path / "model"
+    shutil.copytree(published, folder)
+    weight_map = open_checkpoint(str(folder)).weight_map
+    holding = {
+        file
+        for key, file in weight_map.items()
+        if any(f"h.{block}." in key or f"layers.{block}." in key for block in span_blocks(span))
+    }
+    others = set(weight_map.values()) - holding
+    assert len(others) >= 2
+    for name in others:
+        (folder / name).write_bytes(b"never read")
+    loaded = load_blocks(str(folder), span)
+    assert set(loaded.opened_files) == holding
+
+
+def span_blocks(span: BlockSpan) -> range:
+    return range(span.start, span.end)
+
+
+def test_published_names_are_as_on_the_hub(tiny_folder: WriteModel) -> None:
+    bloom = open_checkpoint(str(tiny_folder("bloom", PUBLISHED["bloom"]))).weight_map
+    assert "h.0.self_attention.query_key_value.weight" in bloom
+    assert "word_embeddings_layernorm.weight" in bloom
+    mixtral = open_checkpoint(str(tiny_folder("mixtral", PUBLISHED["mixtral"]))).weight_map
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in mixtral
+    deepseek = open_checkpoint(str(tiny_folder("deepseek_v3", PUBLISHED["deepseek_v3"]))).weight_map
+    assert "model.layers.2.mlp.experts.0.gate_proj.weight" in deepseek
+
+
+def test_block_10_is_not_block_1() -> None:
+    config = tiny_config("llama", num_hidden_layers=12)
+    model = build_on_meta(describe(config).base_class, config)
+    for index in range(12):
+        if index != 1:
+            model.layers[index] = torch.nn.Identity()
+    names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(13)]
+    assert needed_keys(model, names) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_scales_of_a_quantized_checkpoint_come_along() -> None:
+    config = tiny_config("llama")
+    config.quantization_config = {"quant_method": "fp8"}
+    model = build_on_meta(describe(config).base_class, config)
+    model.layers[1] = torch.nn.Identity()
+    names = [f"model.layers.{index}.mlp.up_proj.weight_scale_inv" for index in range(2)]
+    assert needed_keys(model, names) == names[:1]
+
+
+def test_progress_counts_every_byte_once(tiny_folder: WriteModel) -> None:
+    seen: list[tuple[int, int]] = []
+    options = LoadOptions(progress=lambda done, total: seen.append((done, total)))
+    loaded = load_blocks(str(tiny_folder("llama")), BlockSpan(1, 3), options)
+    num_bytes = sum(p.numel() * p.element_size() for p in loaded.layers.parameters())
+    assert max(seen) == (num_bytes, num_bytes)
+    assert {total for _, total in seen} == {num_bytes}
+
+
+def test_damaged_file(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("bloom", PUBLISHED["bloom"]), folder)
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ModelFilesBroken, match="damaged"):
+        load_blocks(str(folder), BlockSpan(0, 5))
+
+
+def test_tensor_listed_but_absent(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("bloom", PUBLISHED["bloom"]), folder)
+    checkpoint = open_checkpoint(str(folder))
+    key, file = next(iter(checkpoint.weight_map.items()))
+    tensors = load_file(folder / file)
+    del tensors[key]
+    save_file(tensors, folder / file)
+    with pytest.raises(ModelFilesBroken, match="damaged"), open_tensors(checkpoint, [key]):
+        pass

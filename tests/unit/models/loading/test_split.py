@@ -1,0 +1,180 @@
+"""A chain of spans is the whole model, bit by bit, and a span holds nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from petals.errors import BlocksNotServed, ModelFilesBroken
+from petals.models.checkpoint.arch import ModelArch, describe
+from petals.models.loading.head import base_within
+from petals.models.loading.split import LoadedBlocks, LoadOptions, load_blocks
+from petals.models.verify.tiny import NUM_BLOCKS
+from petals.testing.tiny_models import PUBLISHED
+from petals.types import BlockSpan
+from support.models import WriteModel
+
+CUTS = (BlockSpan(0, 1), BlockSpan(1, 4), BlockSpan(4, NUM_BLOCKS))
+CHECKPOINTS = [
+    ("llama", False),
+    ("bloom", False),
+    ("bloom", True),
+    ("mixtral", True),
+    ("deepseek_v3", True),
+    ("gemma3", False),
+    ("llama4", False),
+    ("falcon", False),
+    ("gpt2", False),
+    ("opt", False),
+    ("gpt_oss", False),
+    ("qwen3_next", False),
+]
+
+
+def first_output(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def whole_model(folder: Path, arch: ModelArch) -> nn.Module:
+    auto = AutoModelForImageTextToText if arch.is_multimodal else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
+    return base_within(model, arch)
+
+
+def border_states(base: nn.Module, arch: ModelArch, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states before block 0, between blocks, and after the last."""
+    layers = base.get_submodule(arch.layers_path)
+    states: list[torch.Tensor] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+    layers[-1].register_forward_hook(
+        lambda module, args, output: states.append(first_output(output))
+    )
+    base.get_submodule(arch.host_path)(input_ids=ids, use_cache=False)
+    return states
+
+
+def run_span(loaded: LoadedBlocks, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's own forward with ``hidden`` put in before the first local block."""
+    captured: list[torch.Tensor] = []
+
+    def inject(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
+
+    hooks = [
+        loaded.layers[0].register_forward_pre_hook(inject, with_kwargs=True),
+        loaded.layers[-1].register_forward_hook(
+            lambda module, args, output: captured.append(first_output(output))
+        ),
+    ]
+    loaded.base(inputs_embeds=hidden, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return captured[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "published"), CHECKPOINTS)
+def test_spans_are_the_whole_model(
+    model_type: str, published: bool, tiny_folder: WriteModel
+) -> None:
+    folder = tiny_folder(model_type, PUBLISHED[model_type] if published else None)
+    loaded = [load_blocks(str(folder), span) for span in CUTS]
+    arch = loaded[0].arch
+    ids = torch.randint(3, 90, (2, 13), generator=torch.Generator().manual_seed(1))
+    states = border_states(whole_model(folder, arch), arch, ids)
+    hidden = states[0]
+    for part in loaded:
+        hidden = run_span(part, hidden)
+        assert torch.equal(hidden, states[part.blocks.end])
+
+
+def test_a_span_holds_nothing_else(tiny_folder: WriteModel) -> None:
+    loaded = load_blocks(str(tiny_folder("gemma3")), BlockSpan(1, 3))
+    inside = sum(p.numel() for p in loaded.layers.parameters())
+    assert sum(p.numel() for p in loaded.base.parameters()) == inside
+    assert len(loaded.layers) == 2
+    assert loaded.config.num_hidden_layers == NUM_BLOCKS
+    assert loaded.base.config.num_hidden_layers == 2
+    assert loaded.base.config.layer_types == loaded.config.layer_types[1:3]
+
+
+def test_blocks_are_numbered_from_zero(tiny_folder: WriteModel) -> None:
+    loaded = load_blocks(str(tiny_folder("bloom")), BlockSpan(3, 5))
+    assert [layer.self_attention.layer_idx for layer in loaded.layers] == [0, 1]
+
+
+def test_frozen_and_in_eval_mode(tiny_folder: WriteModel) -> None:
+    loaded = load_blocks(str(tiny_folder("gpt2")), BlockSpan(0, 2))
+    assert not any(p.requires_grad for p in loaded.base.parameters())
+    assert not any(module.training for module in loaded.base.modules())
+
+
+def test_dtype_and_attention_are_chosen(tiny_folder: WriteModel) -> None:
+    options = LoadOptions(dtype=torch.bfloat16, attn_implementation="eager")
+    loaded = load_blocks(str(tiny_folder("llama")), BlockSpan(0, 1), options)
+    assert loaded.dtype is torch.bfloat16
+    assert {p.dtype for p in loaded.layers.parameters()} == {torch.bfloat16}
+    assert loaded.base.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("span", [BlockSpan(0, 6), BlockSpan(5, 5), BlockSpan(7, 9)], ids=str)
+def test_blocks_the_model_does_not_have(span: BlockSpan, tiny_folder: WriteModel) -> None:
+    with pytest.raises(BlocksNotServed, match="0:5"):
+        load_blocks(str(tiny_folder("llama")), span)
+
+
+@pytest.mark.parametrize(
+    "dropped", ["model.layers.2.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"]
+)
+def test_a_missing_tensor_is_fatal(dropped: str, tiny_folder: WriteModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[dropped]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelFilesBroken, match="lacks 1 needed"):
+        load_blocks(str(folder), BlockSpan(2, 3))
+    assert load_blocks(str(folder), BlockSpan(3, 5)).blocks == BlockSpan(3, 5)
+
+
+def test_a_missing_expert_is_fatal(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("mixtral"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelFilesBroken):
+        load_blocks(str(folder), BlockSpan(1, 2))
+
+
+def test_weights_of_another_size_are_fatal(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["intermediate_size"] = 64
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelFilesBroken, match="do not fit"):
+        load_blocks(str(folder), BlockSpan(0, 1))
+
+
+def test_extra_prediction_layers_are_left_out(tiny_folder: WriteModel, tmp_path: Path) -> None:
+    # DeepSeek-V3 publishes its multi-token-prediction layer as one block more than the model has.
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("deepseek_v3"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.{NUM_BLOCKS}.eh_proj.weight"] = torch.ones(2, 2)
+    save_file(tensors, folder / "model.safetensors")
+    loaded = load_blocks(str(folder), BlockSpan(3, 5))
+    assert describe(loaded.base.config).num_blocks == 2

@@ -1,0 +1,31 @@
+"""Counting what autograd keeps."""
+
+import torch
+
+from petals.server.compute.activation_budget import Allowance, Meter
+
+
+def test_saved_storages_count_once_and_weights_not_at_all() -> None:
+    weight, states = torch.ones(8, 8), torch.ones(4, 8, requires_grad=True)
+    meter = Meter(frozenset([weight.untyped_storage().data_ptr()]))
+    with meter.running():
+        product = states @ weight
+        output = product.square() + product[:2].exp().sum() + (product * product).sum()
+    # The product once, however often it is used, and what exp put out.
+    assert meter.num_bytes == product.nbytes + product[:2].nbytes
+    (gradient,) = torch.autograd.grad(output.sum(), states)
+    assert gradient.abs().sum() > 0
+
+
+def test_an_allowance_learns_what_a_token_costs() -> None:
+    allowance = Allowance(1000)
+    assert allowance.has_room(10, 10)
+    allowance.take_graph(400, num_tokens=10, num_blocks=2)
+    assert allowance.tokens_within() == 30
+    assert allowance.has_room(15, 2) and not allowance.has_room(16, 2)
+    allowance.give_back(400)
+    assert allowance.used_bytes == 0 and allowance.has_room(25, 2)
+
+
+def test_without_memory_nothing_has_room() -> None:
+    assert not Allowance(0).has_room(1, 1)

@@ -1,0 +1,238 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from petals.errors import CacheFull, LengthExceeded, RequestTooLarge, SessionClosed
+from petals.models.runtime.kv_layout import BlockLayout, KVLayout
+from petals.server.compute.kv_pool import PAGE_TOKENS, KVPool, SessionKV
+from petals.types import BlockSpan
+
+SPAN = BlockSpan(4, 7)
+LAYOUT = KVLayout(
+    span=SPAN,
+    blocks=(
+        BlockLayout(key_shape=(2, 4), value_shape=(2, 4)),
+        BlockLayout(key_shape=(1, 6), value_shape=(1, 2)),
+        BlockLayout(),
+    ),
+)
+
+
+def write(session: SessionKV, row: int, count: int, mark: float) -> None:
+    kept = session.rows[row]
+    for block in range(session.blocks.start, session.blocks.end):
+        layout = LAYOUT.of(block)
+        (key_heads, key_width), (value_heads, value_width) = layout.key_shape, layout.value_shape
+        if key_heads:
+            key = torch.full((key_heads, count, key_width), mark)
+            value = torch.full((value_heads, count, value_width), -mark)
+            kept.append(block, kept.length, key, value)
+    kept.commit(kept.length + count)
+
+
+def marks(session: SessionKV, row: int) -> list[float]:
+    """What is written at each position of one row."""
+    kept = session.rows[row]
+    layout = LAYOUT.of(session.blocks.start)
+    (key_heads, key_width), (value_heads, value_width) = layout.key_shape, layout.value_shape
+    no_key = torch.empty((key_heads, 0, key_width))
+    no_value = torch.empty((value_heads, 0, value_width))
+    keys, values = kept.append(session.blocks.start, kept.length, no_key, no_value)
+    assert torch.equal(keys[0, :, 0], -values[0, :, 0])
+    return keys[0, :, 0].tolist()
+
+
+def test_a_reservation_takes_whole_pages_of_its_blocks_only() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 10 * PAGE_TOKENS)
+    whole = LAYOUT.token_bytes(SPAN) * PAGE_TOKENS
+    part = LAYOUT.token_bytes(BlockSpan(5, 6)) * PAGE_TOKENS
+    with pool.reserve(2, PAGE_TOKENS + 1, SPAN), pool.reserve(1, 1, BlockSpan(5, 6)):
+        assert pool.reserved_bytes == 2 * 2 * whole + part
+    assert pool.tokens_free == pool.tokens_total == 10 * PAGE_TOKENS
+
+
+def test_full_is_not_the_same_as_too_large() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 4 * PAGE_TOKENS)
+    with pool.reserve(1, 3 * PAGE_TOKENS, SPAN):
+        with pytest.raises(CacheFull) as full:
+            pool.reserve(1, 2 * PAGE_TOKENS, SPAN)
+        with pytest.raises(RequestTooLarge) as large:
+            pool.reserve(1, 5 * PAGE_TOKENS, SPAN)
+        assert full.value.retryable and not large.value.retryable
+        assert full.value.hint and large.value.hint
+        pool.check_integrity()
+    pool.reserve(1, 4 * PAGE_TOKENS, SPAN).free()
+    assert pool.num_sessions == 0
+
+
+def test_memory_follows_use_up_to_the_reservation() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 4096)
+    session = pool.reserve(1, 1000, SPAN)
+    assert pool.used_bytes == 0
+    write(session, 0, 5, 1.0)
+    early = pool.used_bytes
+    assert 0 < early < pool.reserved_bytes / 8
+    write(session, 0, 995, 2.0)
+    assert early < pool.used_bytes <= pool.reserved_bytes
+    assert marks(session, 0) == [1.0] * 5 + [2.0] * 995
+    session.free()
+    assert pool.used_bytes == 0
+
+
+def test_reorder_moves_copies_and_drops() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 1000)
+    session = pool.reserve(3, 32, SPAN)
+    for row in range(3):
+        write(session, row, 2, float(row + 1))
+    moved = session.rows[2]
+    session.reorder([2, 0, 2, 0])
+    assert session.rows[0] is moved
+    for row in range(4):
+        write(session, row, 1, 10.0 + row)
+    expected = [[3, 3, 10], [1, 1, 11], [3, 3, 12], [1, 1, 13]]
+    assert [marks(session, row) for row in range(4)] == expected
+    pool.check_integrity()
+
+
+def test_a_refused_reorder_changes_nothing() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 2 * PAGE_TOKENS)
+    session = pool.reserve(1, PAGE_TOKENS, SPAN)
+    write(session, 0, 3, 1.0)
+    with pytest.raises(RequestTooLarge):
+        session.reorder([0, 0, 0])
+    with pytest.raises(LengthExceeded):
+        session.reorder([1])
+    assert marks(session, 0) == [1.0] * 3
+    pool.check_integrity()
+
+
+def test_extending_keeps_what_was_written() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 20 * PAGE_TOKENS)
+    session = pool.reserve(1, PAGE_TOKENS, SPAN)
+    write(session, 0, PAGE_TOKENS, 1.0)
+    with pytest.raises(LengthExceeded):
+        write(session, 0, 1, 2.0)
+    session.extend(10 * PAGE_TOKENS)
+    write(session, 0, 1, 2.0)
+    assert marks(session, 0) == [1.0] * PAGE_TOKENS + [2.0]
+    pool.check_integrity()
+
+
+def test_a_freed_session_is_closed() -> None:
+    session = KVPool.for_tokens(LAYOUT, 100).reserve(1, 10, SPAN)
+    session.free()
+    session.free()
+    with pytest.raises(SessionClosed):
+        session.reorder([0])
+    with pytest.raises(SessionClosed):
+        session.extend(11)
+
+
+def test_recurrent_states_are_paid_for() -> None:
+    layout = KVLayout(span=BlockSpan(0, 1), blocks=(BlockLayout(state_bytes=1000),), input_bytes=8)
+    pool = KVPool(layout, budget_bytes=6000)
+    with pool.reserve(1, PAGE_TOKENS, BlockSpan(0, 1)):
+        assert pool.reserved_bytes == 5 * 1000 + PAGE_TOKENS * 8
+        with pytest.raises(CacheFull):
+            pool.reserve(1, PAGE_TOKENS, BlockSpan(0, 1))
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Any sequence of operations; a model of plain lists says what each row must hold."""
+
+    sessions = Bundle("sessions")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = KVPool.for_tokens(LAYOUT, 20 * PAGE_TOKENS)
+        self.expected: dict[int, list[list[float]]] = {}
+        self.mark = 0.0
+
+    @rule(
+        target=sessions,
+        num_rows=st.integers(1, 4),
+        max_length=st.integers(1, 200),
+        start=st.integers(4, 5),
+        end=st.integers(5, 7),
+    )
+    def reserve(self, num_rows: int, max_length: int, start: int, end: int) -> SessionKV | None:
+        if start >= end:
+            return None
+        try:
+            session = self.pool.reserve(num_rows, max_length, BlockSpan(start, end))
+        except (CacheFull, RequestTooLarge):
+            return None
+        self.expected[id(session)] = [[] for _ in range(num_rows)]
+        return session
+
+    @rule(session=sessions, row=st.integers(0, 3), count=st.integers(1, 70))
+    def write(self, session: SessionKV | None, row: int, count: int) -> None:
+        if session is None or row >= len(session.rows):
+            return
+        self.mark += 1.0
+        held = self.expected[id(session)][row]
+        if len(held) + count > session.max_length:
+            with pytest.raises(LengthExceeded):
+                write(session, row, count, self.mark)
+            return
+        write(session, row, count, self.mark)
+        held.extend([self.mark] * count)
+
+    @rule(session=sessions, row=st.integers(0, 3), share=st.floats(0, 1))
+    def truncate(self, session: SessionKV | None, row: int, share: float) -> None:
+        if session is None or row >= len(session.rows):
+            return
+        held = self.expected[id(session)][row]
+        kept = int(len(held) * share)
+        session.truncate(row, kept)
+        del held[kept:]
+
+    @rule(session=sessions, picks=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+    def reorder(self, session: SessionKV | None, picks: list[int]) -> None:
+        if session is None:
+            return
+        sources = [pick % len(session.rows) for pick in picks]
+        try:
+            session.reorder(sources)
+        except (CacheFull, RequestTooLarge):
+            return
+        held = self.expected[id(session)]
+        self.expected[id(session)] = [list(held[source]) for source in sources]
+
+    @rule(session=sessions, more=st.integers(0, 60))
+    def extend(self, session: SessionKV | None, more: int) -> None:
+        if session is not None:
+            try:
+                session.extend(session.max_length + more)
+            except (CacheFull, RequestTooLarge):
+                return
+
+    @rule(session=consumes(sessions))
+    def free(self, session: SessionKV | None) -> None:
+        if session is not None:
+            session.free()
+            del self.expected[id(session)]
+
+    @invariant()
+    def accounts_and_contents_are_right(self) -> None:
+        self.pool.check_integrity()
+        assert self.pool.used_bytes <= self.pool.reserved_bytes
+        for session in self.pool._sessions:
+            held = self.expected[id(session)]
+            assert [row.length for row in session.rows] == [len(row) for row in held]
+            for row, expected in enumerate(held):
+                if expected:
+                    assert marks(session, row) == expected
+
+
+PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+@given(num_tokens=st.integers(1, 500))
+def test_what_is_said_to_be_free_can_be_reserved(num_tokens: int) -> None:
+    pool = KVPool.for_tokens(LAYOUT, num_tokens)
+    pool.reserve(1, pool.tokens_free, SPAN).free()
+    assert pool.tokens_free >= num_tokens

@@ -1,0 +1,85 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals.errors import BadInput, BatchTooLarge, LengthExceeded, SessionGap
+from petals.server.compute.step_plan import Piece, StepLimits, StepPlan, WorkKind, plan_step
+
+LIMITS = StepLimits(max_rows=4, max_length=100, max_step_tokens=150)
+
+
+def test_a_step_goes_on_or_rolls_back() -> None:
+    plan = plan_step((5, 2), (1, 3), None, (5, 7), LIMITS)
+    assert plan.lengths_after == (6, 5)
+    assert plan.num_tokens == 4
+
+
+def test_a_reorder_comes_first_and_sets_the_rows() -> None:
+    plan = plan_step((7, 5, 7), (1, 1, 1), (1, 0, 1), (5, 7), LIMITS)
+    assert plan.lengths_after == (8, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("starts", "counts", "reorder", "error"),
+    [
+        ((6, 7), (1, 1), None, SessionGap),
+        ((7, 7), (1, 1), (1, 0), SessionGap),
+        ((5,), (1, 1), None, BadInput),
+        ((5, 7), (1,), None, BadInput),
+        ((5, 7, 7), (1, 1, 1), None, BadInput),
+        ((5, 7), (1, 1), (0, 2), BadInput),
+        ((), (), (), BadInput),
+        ((5, 7), (1, 94), None, LengthExceeded),
+        ((0, 0), (100, 60), None, BatchTooLarge),
+        ((5,) * 5, (1,) * 5, (0,) * 5, BatchTooLarge),
+    ],
+)
+def test_numbers_that_cannot_be(
+    starts: tuple[int, ...],
+    counts: tuple[int, ...],
+    reorder: tuple[int, ...] | None,
+    error: type[Exception],
+) -> None:
+    with pytest.raises(error) as caught:
+        plan_step(starts, counts, reorder, (5, 7), LIMITS)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("counts", "kind"),
+    [
+        ((1,), WorkKind.DECODE),
+        ((0, 0), WorkKind.DECODE),
+        ((), WorkKind.DECODE),
+        ((16, 3), WorkKind.DECODE),
+        ((17, 0), WorkKind.PREFILL),
+        ((1,) * 128, WorkKind.DECODE),
+        ((1,) * 129, WorkKind.PREFILL),
+    ],
+)
+def test_short_steps_are_decoding(counts: tuple[int, ...], kind: WorkKind) -> None:
+    assert StepPlan((0,) * len(counts), counts).kind is kind
+
+
+def test_a_piece_ends_with_its_row() -> None:
+    plan = StepPlan((10, 0, 4), (3, 0, 5))
+    assert list(plan.pieces(1, 4)) == [Piece(0, 11, 1, 2), Piece(2, 4, 3, 2)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=6), st.data())
+def test_pieces_cover_every_token_once_and_in_order(
+    rows: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    plan = StepPlan(tuple(start for start, _ in rows), tuple(count for _, count in rows))
+    done, covered = 0, []
+    while done < plan.num_tokens:
+        num_tokens = data.draw(st.integers(1, plan.num_tokens - done))
+        pieces = list(plan.pieces(done, num_tokens))
+        assert sum(piece.count for piece in pieces) == num_tokens
+        assert len({piece.row for piece in pieces}) == len(pieces)
+        for piece in pieces:
+            for i in range(piece.count):
+                covered.append((piece.offset + i, piece.row, piece.start + i))
+        done += num_tokens
+    packed = [(row, start + i) for row, (start, count) in enumerate(rows) for i in range(count)]
+    assert covered == [(index, row, position) for index, (row, position) in enumerate(packed)]

@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+
+from petals.errors import ConfigError
+from petals.models.loading.cost import BlockCost
+from petals.server.lifecycle.memory import (
+    DEFAULT_CACHE_TOKENS,
+    LEAST_CACHE_TOKENS,
+    RESERVE_BYTES,
+    Capacity,
+    free_memory_bytes,
+    plan_capacity,
+)
+
+GB = 10**9
+
+
+def block(weight_bytes: int, kv_bytes: int = 10_000) -> BlockCost:
+    return BlockCost(
+        num_parameters=1,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes,
+        window_tokens=None,
+        flops_per_token=1,
+    )
+
+
+BLOCKS = [block(GB)] * 5 + [block(2 * GB)] * 5
+CACHE = DEFAULT_CACHE_TOKENS * 10_000
+
+
+def test_blocks_are_counted_at_the_price_of_the_dearest() -> None:
+    room = RESERVE_BYTES + 3 * (2 * GB + CACHE)
+    assert plan_capacity(BLOCKS, room) == Capacity(3, DEFAULT_CACHE_TOKENS)
+    assert plan_capacity(BLOCKS, room - 1).num_blocks == 2
+
+
+def test_never_more_blocks_than_the_model_has() -> None:
+    assert plan_capacity(BLOCKS, 1000 * GB).num_blocks == 10
+
+
+def test_a_number_of_blocks_is_kept_and_the_cache_gets_the_rest() -> None:
+    room = RESERVE_BYTES + 4 * 2 * GB + 4 * 5000 * 10_000
+    assert plan_capacity(BLOCKS, room, num_blocks=4) == Capacity(4, 5000)
+
+
+def test_one_block_may_have_little_cache() -> None:
+    room = RESERVE_BYTES + 2 * GB + LEAST_CACHE_TOKENS * 10_000
+    assert plan_capacity(BLOCKS, room) == Capacity(1, LEAST_CACHE_TOKENS)
+
+
+@pytest.mark.parametrize("num_blocks", [None, 1, 4])
+def test_what_does_not_fit_is_refused(num_blocks: int | None) -> None:
+    with pytest.raises(ConfigError, match="are free") as caught:
+        plan_capacity(BLOCKS, RESERVE_BYTES + 2 * GB, num_blocks=num_blocks)
+    assert "--num-blocks" in caught.value.hint
+
+
+def test_a_cache_that_was_asked_for_is_what_is_planned() -> None:
+    room = RESERVE_BYTES + 10 * 2 * GB
+    assert plan_capacity(BLOCKS, room, cache_tokens=100).cache_tokens == 100
+
+
+def test_blocks_without_cache_can_be_planned() -> None:
+    assert plan_capacity([block(GB, 0)], RESERVE_BYTES + 2 * GB).num_blocks == 1
+
+
+class TestContainers:
+    def write(self, folder: Path, most: str, used: int, droppable: int) -> Path:
+        (folder / "memory.max").write_text(most)
+        (folder / "memory.current").write_text(str(used))
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {droppable}\n")
+        return folder
+
+    def test_a_limit_counts(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "1000000", 700_000, 200_000)
+        assert free_memory_bytes("cpu", tmp_path) == 500_000
+
+    def test_a_limit_that_is_used_up_leaves_nothing(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "1000", 2000, 0)
+        assert free_memory_bytes("cpu", tmp_path) == 0
+
+    def test_no_limit_leaves_what_the_machine_has(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "max", 700_000, 0)
+        assert free_memory_bytes("cpu", tmp_path) > 2**20
+        assert free_memory_bytes("cpu", tmp_path / "absent") > 2**20
+
+    def test_the_older_layout_is_read_too(self, tmp_path: Path) -> None:
+        (tmp_path / "memory").mkdir()
+        (tmp_path / "memory" / "memory.limit_in_bytes").write_text("900000\n")
+        (tmp_path / "memory" / "memory.usage_in_bytes").write_text("300000\n")
+        (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 1000\n")
+        assert free_memory_bytes("cpu", tmp_path) == 601_000

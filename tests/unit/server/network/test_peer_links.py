@@ -1,0 +1,226 @@
+"""Channels to next hops: opened on demand, shared, reopened once, closed when idle."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from petals.errors import PeerBusy, PeerError, PeerTimeout, PeerUnreachable
+from petals.server.network import peer_links
+from petals.server.network.peer_links import Links
+from petals.testing.manual_clock import ManualClock, settle
+from petals.types import PeerId
+from petals.wire.fields import Message
+from petals.wire.messages import GetInfo, KeepSession
+
+PEER = PeerId("peer")
+
+
+class FakeChannel:
+    """Takes messages until it breaks."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.sent: list[Message] = []
+        self.is_broken = self.is_closed = False
+        self.confirmed_at = 0.0
+        self.silence_seconds = 0.0
+        self.end: asyncio.Future[PeerError] = asyncio.get_running_loop().create_future()
+
+    async def send(self, message: Message, tensors: Sequence[object]) -> None:
+        await asyncio.sleep(0)
+        if self.is_broken:
+            raise PeerUnreachable("broken")
+        self.sent.append(message)
+
+    async def receive(self, timeout: float) -> tuple[Message, list[object]]:
+        timer = self.clock.call_later(timeout, lambda: self.end.done() or self._rest())
+        try:
+            raise await self.end
+        finally:
+            timer.cancel()
+
+    def _rest(self) -> None:
+        self.end.set_result(PeerTimeout("nothing"))
+        self.end = asyncio.get_running_loop().create_future()
+
+    def die(self, error: PeerError) -> None:
+        self.is_broken = self.is_closed = True
+        self.end.set_result(error)
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+class Swarm:
+    """Opens channels and counts the attempts."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.channels: list[FakeChannel] = []
+        self.num_dials = 0
+        self.is_reachable = True
+        self.lost: list[Message] = []
+        self.links = Links(self.open_channel, self.clock)
+
+    async def open_channel(self, peer: PeerId, service: str, timeout: float) -> FakeChannel:
+        self.num_dials += 1
+        await asyncio.sleep(0)
+        if not self.is_reachable:
+            raise PeerUnreachable("nobody")
+        self.channels.append(FakeChannel(self.clock))
+        return self.channels[-1]
+
+    async def send(self, message: Message | None = None, replay_of: bytes = b"") -> None:
+        message = message or GetInfo()
+
+        async def on_lost() -> None:
+            self.lost.append(message)
+
+        await self.links.send(PEER, message, (), on_lost, replay_of=replay_of)
+
+
+async def test_all_share_one_channel_and_keep_their_order() -> None:
+    swarm = Swarm()
+    messages = [KeepSession(bytes([i]) * 16) for i in range(5)]
+    await asyncio.gather(*map(swarm.send, messages))
+    (channel,) = swarm.channels
+    assert channel.sent == messages
+    assert swarm.links.num_open == 1
+    await swarm.links.close()
+    assert channel.is_closed
+
+
+async def test_a_replay_has_a_channel_of_its_own() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    await swarm.send(replay_of=b"s")
+    assert swarm.links.num_open == 2
+    await swarm.links.close()
+
+
+async def test_a_broken_channel_is_opened_again_but_once() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    swarm.channels[0].is_broken = True
+    await swarm.send()
+    assert [len(channel.sent) for channel in swarm.channels] == [1, 1]
+    swarm.channels[1].is_broken, swarm.is_reachable = True, False
+    with pytest.raises(PeerUnreachable):
+        await swarm.send()
+    assert swarm.num_dials == 3
+    await swarm.links.close()
+
+
+async def test_those_in_line_do_not_all_dial_in_vain() -> None:
+    swarm = Swarm()
+    swarm.is_reachable = False
+    results = await asyncio.gather(*[swarm.send() for _ in range(5)], return_exceptions=True)
+    assert all(isinstance(result, PeerUnreachable) for result in results)
+    assert swarm.num_dials == 1
+    swarm.is_reachable = True
+    await swarm.clock.advance(1.0)
+    await swarm.send()
+    await swarm.links.close()
+
+
+async def test_a_channel_that_rests_for_long_is_closed() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    await swarm.send(replay_of=b"s")
+    await swarm.clock.advance(peer_links._IDLE_REPLAY_SECONDS)
+    assert [channel.is_closed for channel in swarm.channels] == [False, True]
+    await swarm.send()
+    await swarm.clock.advance(peer_links._IDLE_SECONDS - 1)
+    assert swarm.links.num_open == 1
+    await swarm.clock.advance(peer_links._IDLE_SECONDS)
+    assert swarm.links.num_open == 0
+    await swarm.send()
+    assert swarm.num_dials == 3
+    await swarm.links.close()
+
+
+async def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_links, "MAX_LANES", 2)
+    swarm = Swarm()
+    await swarm.send(replay_of=b"1")
+    await swarm.send(replay_of=b"2")
+    with pytest.raises(PeerBusy):
+        await swarm.send(replay_of=b"3")
+    await swarm.clock.advance(peer_links._IDLE_REPLAY_SECONDS)
+    await swarm.send(replay_of=b"3")
+    assert swarm.links.num_open == 1
+    await swarm.links.close()
+
+
+async def test_a_next_hop_is_met_in_good_time() -> None:
+    swarm = Swarm()
+    swarm.links.meet(PEER)
+    swarm.links.meet(PEER)
+    await swarm.send()
+    assert swarm.num_dials == 1 and len(swarm.channels[0].sent) == 1
+    swarm.links.meet(PEER)
+    assert swarm.num_dials == 1
+    await swarm.links.close()
+
+
+async def test_a_next_hop_that_cannot_be_met_harms_nobody() -> None:
+    swarm = Swarm()
+    swarm.is_reachable = False
+    swarm.links.meet(PEER)
+    with pytest.raises(PeerUnreachable):
+        await swarm.send()
+    await swarm.links.close()
+
+
+async def test_a_lane_that_breaks_tells_in_order_what_may_be_lost() -> None:
+    swarm = Swarm()
+    messages = [KeepSession(bytes([i]) * 16) for i in range(4)]
+    for message in messages:
+        await swarm.send(message)
+        await swarm.clock.advance(1.0)
+    (channel,) = swarm.channels
+    channel.confirmed_at = 1.5
+    channel.die(PeerUnreachable("broken"))
+    await settle()
+    assert swarm.lost == messages[2:]
+    await swarm.send()
+    assert swarm.num_dials == 2
+    await swarm.links.close()
+    assert swarm.lost == messages[2:]
+
+
+async def test_one_that_cannot_be_told_holds_up_no_other() -> None:
+    swarm = Swarm()
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    await swarm.links.send(PEER, GetInfo(), (), never)
+    await swarm.send()
+    swarm.channels[0].die(PeerUnreachable("broken"))
+    await settle()
+    assert swarm.lost == [GetInfo()]
+    await swarm.links.close()
+
+
+async def test_who_is_told_of_silence_need_not_dial() -> None:
+    swarm = Swarm()
+    await swarm.send()
+    (channel,) = swarm.channels
+    assert channel.silence_seconds == peer_links.SILENCE_SECONDS
+    channel.die(PeerTimeout("silent"))
+    await settle()
+    assert len(swarm.lost) == 1
+    with pytest.raises(PeerUnreachable):
+        await swarm.send()
+    assert swarm.num_dials == 1
+    await swarm.links.close()
+
+
+async def test_a_lane_that_rests_has_lost_nothing() -> None:
+    swarm = Swarm()
+    await swarm.send(replay_of=b"s")
+    await swarm.clock.advance(peer_links._IDLE_REPLAY_SECONDS)
+    assert swarm.channels[0].is_closed and not swarm.lost
+    await swarm.links.close()
