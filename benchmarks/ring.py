@@ -115,7 +115,7 @@ def report(at_home: Samples, far: Samples, options: argparse.Namespace) -> str:
     ideal = (n * rtt + c) / ((n + 1) * rtt / 2 + c)
     gain = median(far["star"]) / median(far["ring"])
     lines = [
-        f"# Ring against star, {datetime.date.today()}",
+        f"# StepForwarder against star, {datetime.date.today()}",
         "",
         f"- at {options.rtt_ms:.0f} ms between all: the ring is **{gain:.3f}** times as fast as "
         f"the star; {ideal:.3f} is ideal with {n} hops and c = {1e3 * c:.0f} ms: "

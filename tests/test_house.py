@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 50
 MAX_PARAMETERS = 6
+MAX_MODULES = 12
 FORBIDDEN_ROOMS = {"utils", "common", "helpers", "misc", "manager", "base", "core", "shared"}
 BACKGROUND_ROOTS = {
     # The only places that catch everything: work started there has no caller who could.
@@ -256,3 +258,29 @@ def test_the_architecture_names_files_that_exist() -> None:
     assert len(named) > 20
     for name in named:
         assert (SRC / name).with_suffix(".py").is_file(), name
+
+
+def test_a_folder_holds_few_modules() -> None:
+    for folder in {path.parent for path in MODULES}:
+        modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MAX_MODULES, f"{folder.name}: {len(modules)} modules"
+
+
+def top_level_types(tree: ast.Module) -> Iterator[str]:
+    """Classes, and type aliases: assignments to a name in CapWords."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                if isinstance(target, ast.Name) and re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", target.id):
+                    yield target.id
+
+
+def test_a_type_name_means_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for path, tree in TREES.items():
+        for name in top_level_types(tree):
+            homes.setdefault(name.lstrip("_"), []).append(name_of(path))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}

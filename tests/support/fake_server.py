@@ -19,7 +19,7 @@ from torch import Tensor
 
 from petals.client.block_runner import PassCall
 from petals.client.config import ClientConfig
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.errors import (
     BatchTooLarge,
@@ -248,7 +248,7 @@ class ToyServer:
                     self._freed.notify_all()
                 await self._notify()
                 return wire.SessionEnded(message.session_id), ()
-            case wire.SetRoute():
+            case wire.BeginEpoch():
                 return None, ()
             case wire.Replay():
                 return self._replay(message, mine[message.session_id])
@@ -461,10 +461,10 @@ class ToySwarm:
         monkeypatch.setattr(self.client.directory, "view", never)
         return asked
 
-    def access(self, num_blocks: int, **options: object) -> SwarmAccess:
+    def access(self, num_blocks: int, **options: object) -> SwarmConnection:
         """Another client's view on the same node; toys do not know each other."""
         options = {"use_server_to_server": False} | options
-        return SwarmAccess(config(**options), MODEL, num_blocks, self.client)
+        return SwarmConnection(config(**options), MODEL, num_blocks, self.client)
 
     async def at_rest(self) -> bool:
         """True once no server holds a session."""
@@ -491,7 +491,7 @@ async def toy_swarm(*spans: Sequence[int], **options: object) -> AsyncIterator[T
         yield swarm
 
 
-async def open_one(access: SwarmAccess, blocks: BlockSpan) -> SessionRows:
+async def open_one(access: SwarmConnection, blocks: BlockSpan) -> SessionRows:
     """A session of one row, opened by a step of no tokens."""
     session = SessionRows(access, blocks, max_length=20)
     await session.step(torch.empty(0, HIDDEN), (0,), (0,))

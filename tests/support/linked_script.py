@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from support.linked_services import Ring, RingOfServers
+from support.linked_services import RingOfServers, StepForwarder
 from support.service import assert_close, states
 
 PARTS = ((10, 11), (11, 13), (13, 14))
@@ -13,7 +13,7 @@ PARTS = ((10, 11), (11, 13), (13, 14))
 class Told:
     """Rows as the client knows them; what is put out must equal the whole model's."""
 
-    def __init__(self, ring: Ring, num_rows: int) -> None:
+    def __init__(self, ring: StepForwarder, num_rows: int) -> None:
         self.ring = ring
         self.rows = [states(0) for _ in range(num_rows)]
         self.step_id = -1

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 import torch
 
 from petals.clock import Clock
-from petals.server.admission.offer import Offer
-from petals.server.compute.activation_budget import Allowance
-from petals.server.compute.device import Place
+from petals.server.admission.offer import ServedModel
+from petals.server.compute.activation_budget import ActivationBudget
+from petals.server.compute.device import DeviceContext
 from petals.server.compute.executor import Executor
 from petals.server.compute.kv_pool import KVPool
 from petals.server.compute.scheduler import Scheduler
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.server.network.handler import BlocksService
 from petals.server.policies import SchedulerConfig
-from petals.server.session.output_log import Outboxes
+from petals.server.session.output_log import OutputLogBudget
 from petals.server.session.session import Session
 from petals.swarm.config import MIB, NodeConfig
 from petals.swarm.node import SwarmNode
@@ -25,14 +25,14 @@ from petals.testing.memory_net import MemoryNet
 from petals.types import PeerId, ServerState
 from petals.wire.messages import (
     AnyMessage,
+    BeginEpoch,
+    ForwardFailed,
     NextHop,
     OpenSession,
     Replayed,
     SessionOpened,
-    SetRoute,
     Step,
     StepResult,
-    Undelivered,
 )
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
 from support.models import WIDTH, whole_model
@@ -50,7 +50,7 @@ class Worker:
     service: BlocksService
     runner: FussySpan
     pool: KVPool
-    outboxes: Outboxes
+    outboxes: OutputLogBudget
 
     @property
     def peer_id(self) -> PeerId:
@@ -78,7 +78,7 @@ class Leg:
         """The next answer. That a lane broke is left out: here nobody waits for what it took."""
         while True:
             message, tensors = await self.channel.receive(10.0)
-            if not isinstance(message, Undelivered):
+            if not isinstance(message, ForwardFailed):
                 return message, tensors
 
     @property
@@ -87,7 +87,7 @@ class Leg:
 
 
 @dataclass
-class Ring:
+class StepForwarder:
     """One session of a client through ``legs``."""
 
     swarm: "RingOfServers"
@@ -160,7 +160,7 @@ class Ring:
         for leg in legs:
             index = self.legs.index(leg)
             sources = (self.legs[index - 1].worker.peer_id,) if index else ()
-            await leg.channel.send(SetRoute(self.session_id, self.epoch, sources))
+            await leg.channel.send(BeginEpoch(self.session_id, self.epoch, sources))
 
     async def replayed(self, leg: Leg) -> None:
         answer, _ = await leg.hear()
@@ -178,9 +178,11 @@ class RingOfServers:
         """What the whole model makes of [n, H], without any cache."""
         return self.workers[0].runner.span.reference(hidden)
 
-    async def ring(self, *blocks: Blocks, rows: int = 1, session_id: bytes = SESSION) -> Ring:
+    async def ring(
+        self, *blocks: Blocks, rows: int = 1, session_id: bytes = SESSION
+    ) -> StepForwarder:
         """A session through the first workers, one for every range."""
-        ring = Ring(self, self.client, session_id)
+        ring = StepForwarder(self, self.client, session_id)
         for worker, part in zip(self.workers, blocks):
             await ring.add(worker, part, rows)
         return ring
@@ -211,7 +213,7 @@ async def ring_of_servers(
         for _ in range(num_workers):
             span = whole_model(model)
             runner, pool = FussySpan(span), KVPool.for_tokens(span.layout, 1024)
-            offer = Offer(
+            offer = ServedModel(
                 model=MODEL,
                 blocks=span.blocks,
                 hidden_size=WIDTH,
@@ -220,12 +222,12 @@ async def ring_of_servers(
                 max_step_tokens=512,
                 max_rows=8,
             )
-            node, outboxes = await member(first), Outboxes(outbox_bytes)
+            node, outboxes = await member(first), OutputLogBudget(outbox_bytes)
             executor = await stack.enter_async_context(
                 Executor(Scheduler(scheduling or SchedulerConfig()))
             )
-            executor.attach(Place(runner, span.device, span.dtype, Allowance(MIB)))
-            door = DoorConfig(replay_chunk_tokens=5)
+            executor.attach(DeviceContext(runner, span.device, span.dtype, ActivationBudget(MIB)))
+            door = ClientLimits(replay_chunk_tokens=5)
             service = BlocksService(offer, executor, pool, outboxes, node, door)
             service.state = ServerState.ONLINE
             node.serve(BLOCKS_SERVICE, service.serve)

@@ -9,16 +9,16 @@ import torch
 from petals.clock import Clock
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Span
-from petals.server.admission.offer import Offer
-from petals.server.compute.activation_budget import Allowance
-from petals.server.compute.device import Place
+from petals.server.admission.offer import ServedModel
+from petals.server.compute.activation_budget import ActivationBudget
+from petals.server.compute.device import DeviceContext
 from petals.server.compute.executor import Executor
 from petals.server.compute.kv_pool import KVPool
 from petals.server.compute.scheduler import Scheduler
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.server.network.handler import BlocksService
 from petals.server.policies import SchedulerConfig
-from petals.server.session.output_log import Outboxes
+from petals.server.session.output_log import OutputLogBudget
 from petals.swarm.config import MIB, NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
@@ -81,7 +81,7 @@ class Served:
     server: SwarmNode
     client: SwarmNode
     clock: Clock
-    place: Place
+    place: DeviceContext
     _talks: list["Talk"] = field(default_factory=list)
 
     async def talk(self, client: SwarmNode | None = None) -> "Talk":
@@ -176,7 +176,7 @@ async def served(
     model: str = "llama",
     *,
     num_tokens: int = 1024,
-    door: DoorConfig | None = None,
+    door: ClientLimits | None = None,
     scheduling: SchedulerConfig | None = None,
     clock: Clock | None = None,
     training_bytes: int = 64 * MIB,
@@ -187,7 +187,7 @@ async def served(
     span, reference = whole_model(model), whole_model(model)
     runner = FussySpan(span)
     pool = KVPool.for_tokens(span.layout, num_tokens)
-    offer = Offer(
+    offer = ServedModel(
         model=MODEL,
         blocks=span.blocks,
         hidden_size=WIDTH,
@@ -201,10 +201,10 @@ async def served(
     scheduler = Scheduler(scheduling or SchedulerConfig())
     server = SwarmNode(NodeConfig(), engine=net.engine, clock=clock)
     async with server, Executor(scheduler) as executor:
-        place = Place(runner, span.device, span.dtype, Allowance(training_bytes))
+        place = DeviceContext(runner, span.device, span.dtype, ActivationBudget(training_bytes))
         executor.attach(place)
-        outboxes = Outboxes(MIB)
-        service = BlocksService(offer, executor, pool, outboxes, server, door or DoorConfig())
+        outboxes = OutputLogBudget(MIB)
+        service = BlocksService(offer, executor, pool, outboxes, server, door or ClientLimits())
         service.state = ServerState.ONLINE
         server.serve(BLOCKS_SERVICE, service.serve)
         joined = NodeConfig(initial_peers=await server.addresses())

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.models.loading.split import load_blocks
 from petals.models.runtime.span import Span
 from petals.server.config import (
+    ClientLimits,
     ComputeConfig,
-    DoorConfig,
     LimitsConfig,
     MemoryConfig,
     ServerConfig,
@@ -43,8 +43,8 @@ class RealSwarm:
     peers: list[PeerId] = field(default_factory=list)
     running: list[tuple[Server, "asyncio.Task[None]"]] = field(default_factory=list)
 
-    def access(self, **options: object) -> SwarmAccess:
-        return SwarmAccess(config(**options), self.model, NUM_BLOCKS, self.client)
+    def access(self, **options: object) -> SwarmConnection:
+        return SwarmConnection(config(**options), self.model, NUM_BLOCKS, self.client)
 
     def expected(self, row: torch.Tensor) -> torch.Tensor:
         return self.local.reference(row)
@@ -97,7 +97,7 @@ async def real_swarm(
             compute=ComputeConfig(device="cpu", num_threads=1),
             memory=MemoryConfig(cache_tokens=cache_tokens, outbox_bytes=outbox_bytes),
             limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
-            door=DoorConfig(replay_chunk_tokens=16, lease_seconds=lease_seconds),
+            door=ClientLimits(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),
             drain_seconds=drain_seconds,
         )

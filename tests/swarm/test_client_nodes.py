@@ -9,7 +9,7 @@ import pytest
 
 from petals.client.config import ClientConfig
 from petals.client.connection.nodes import NodePool
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.errors import AdmissionDenied, BootstrapFailed, ConfigError, MissingBlocksError
 from petals.swarm.config import NodeConfig
 from petals.swarm.identity import create_swarm_key
@@ -45,12 +45,12 @@ async def test_a_session_over_real_streams(seed: SwarmNode) -> None:
     seed.serve("blocks", server.serve)
     await server.announce()
     config = ClientConfig(initial_peers=await seed.addresses())
-    access = SwarmAccess(config, "toy", 2)
+    access = SwarmConnection(config, "toy", 2)
     session = await open_one(access, BlockSpan(0, 2))
     assert server.sessions
     await access.close()
     assert not server.sessions
-    nobody = SwarmAccess(config, "nobody", 2)
+    nobody = SwarmConnection(config, "nobody", 2)
     began = monotonic()
     with pytest.raises(MissingBlocksError, match="0:2 of nobody"):
         await open_one(nobody, BlockSpan(0, 2))
@@ -76,12 +76,12 @@ async def test_the_swarm_key_opens_a_private_swarm(tmp_path: Path) -> None:
         await server.announce()
         peers = (await seed.addresses())[:1]
         config = ClientConfig(initial_peers=peers, swarm_key=tmp_path / "swarm.key")
-        access = SwarmAccess(config, "toy", 2)
+        access = SwarmConnection(config, "toy", 2)
         await open_one(access, BlockSpan(0, 2))
         await access.close()
         (tmp_path / "other.key").write_text(SwarmKey.generate().format())
         wrong = ClientConfig(initial_peers=peers, swarm_key=tmp_path / "other.key", max_retries=0)
-        access = SwarmAccess(wrong, "toy", 2)
+        access = SwarmConnection(wrong, "toy", 2)
         with pytest.raises(AdmissionDenied):
             await open_one(access, BlockSpan(0, 2))
         await access.close()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from petals.client.routing.bans import Bans, Cause
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.errors import (
     AdmissionDenied,
@@ -28,7 +28,7 @@ from support.fake_server import expected, states, toy_swarm
 ALL = BlockSpan(0, 4)
 
 
-async def open_one(access: SwarmAccess, blocks: BlockSpan = ALL) -> SessionRows:
+async def open_one(access: SwarmConnection, blocks: BlockSpan = ALL) -> SessionRows:
     return await fake_server.open_one(access, blocks)
 
 
@@ -192,7 +192,7 @@ async def test_the_dead_are_not_dialled_while_their_ban_lasts_whatever_their_rec
         await view.refresh()
         assert dead.peer_id in (await view.records()).records
         await view.measure(view._worth_measuring())
-        await view.meet_spares((Hop(spare.peer_id, BlockSpan(2, 4)),))
+        await view.warm_spares((Hop(spare.peer_id, BlockSpan(2, 4)),))
         swarm.net.kill(spare.peer_id)
         with pytest.raises(MissingBlocksError):
             await session.step(states(1), (1,), (1,))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.training.batch import _MAX_AT_ONCE as AT_ONCE
 from petals.client.training.batch import MAX_TOKENS, Pass, micro_batch_tokens, micro_batches
 from petals.errors import (
@@ -27,7 +27,7 @@ ALL = BlockSpan(0, 4)
 
 
 async def run_rows(
-    access: SwarmAccess, blocks: BlockSpan, hidden: Tensor, counts: tuple[int, ...]
+    access: SwarmConnection, blocks: BlockSpan, hidden: Tensor, counts: tuple[int, ...]
 ) -> Tensor:
     output = await Pass(access, blocks, PassCall(counts), is_training=False).forward(hidden)
     return output.hidden
@@ -59,7 +59,7 @@ class Lesson:
         lesson = await self.begin(swarm.access(4, **options))
         await self.end(lesson)
 
-    async def begin(self, access: SwarmAccess) -> Pass:
+    async def begin(self, access: SwarmConnection) -> Pass:
         lesson = Pass(access, ALL, self.call, is_training=True)
         output = await lesson.forward(self.hidden.detach())
         found = [output.hidden, *(output.tapped[block] for block in self.call.taps)]

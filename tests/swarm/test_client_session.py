@@ -500,7 +500,7 @@ async def test_spares_are_asked_until_one_has_room(monkeypatch: pytest.MonkeyPat
             await spare.announce(inference_rps=rate)
         await view.refresh()
         peer = swarm.servers[1].peer_id
-        await view.meet_spares((Hop(peer, BlockSpan(2, 4)),), cache_tokens=10)
+        await view.warm_spares((Hop(peer, BlockSpan(2, 4)),), cache_tokens=10)
         assert [spare.num_asked for spare in spares] == [1, 1, 1, 0]
         needs = Needs(blocks=BlockSpan(2, 4), cache_tokens=10, exclude=frozenset({peer}))
         assert (await view.route(needs))[0].peer_id == spares[2].peer_id

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from petals.client.session import pipeline as path_module
-from petals.client.session.pipeline import SessionPath
+from petals.client.session.pipeline import HopPipeline
 from petals.client.session.rows import SessionRows
 from petals.client.trace import Way
 from petals.server.network import forwarding, peer_links
 from petals.server.session.session import Session
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import PeerId
-from petals.wire.messages import Step, Undelivered
+from petals.wire.messages import ForwardFailed, Step
 from support.service import assert_close
 from support.session_script import IMPATIENT, SPANS, Fault, Story, strike
 from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
@@ -139,13 +139,13 @@ async def test_pieces_that_came_tell_how_long_the_others_may_take(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with real_swarm(folder, *SPANS) as swarm:
-        note_progress = SessionPath._note_progress
+        note_progress = HopPipeline._note_progress
 
-        def cut_first(path: SessionPath, *progress: float) -> None:
+        def cut_first(path: HopPipeline, *progress: float) -> None:
             swarm.net.cut(path.hops[1].peer_id, path.hops[2].peer_id)
             note_progress(path, *progress)
 
-        monkeypatch.setattr(SessionPath, "_note_progress", cut_first)
+        monkeypatch.setattr(HopPipeline, "_note_progress", cut_first)
         monkeypatch.setattr(path_module, "_UNMEASURED_FACTOR", 1e9)
         access = swarm.access(**IMPATIENT, step_timeout=0.2)
         session = SessionRows(access, ALL, max_length=60)
@@ -185,17 +185,19 @@ async def test_a_server_that_cries_loss_and_never_answers_is_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with real_swarm(folder, *SPANS, SPANS[0]) as swarm:
-        hand_on, cries = forwarding.Ring._hand_on, []
+        hand_on, cries = forwarding.StepForwarder._deliver_inbound, []
 
-        async def cry(self: forwarding.Ring, served: Session, step: Step, *output: object) -> None:
+        async def cry(
+            self: forwarding.StepForwarder, served: Session, step: Step, *output: object
+        ) -> None:
             peer = self._parts.node.peer_id
             if peer not in cries[:1] or len(cries) > 50:
                 await hand_on(self, served, step, *output)
             else:
                 cries.append(peer)
-                await served.tell(Undelivered(step.session_id, step.epoch, step.step_id))
+                await served.tell(ForwardFailed(step.session_id, step.epoch, step.step_id))
 
-        monkeypatch.setattr(forwarding.Ring, "_hand_on", cry)
+        monkeypatch.setattr(forwarding.StepForwarder, "_deliver_inbound", cry)
         access = swarm.access(**IMPATIENT, request_timeout=1.0)
         session = SessionRows(access, ALL, max_length=40)
         prompt = states(8, 3)

@@ -12,7 +12,7 @@ import torch
 from petals.client.session import migration
 from petals.client.session.hop import HopSession
 from petals.client.session.rows import SessionRows
-from petals.client.session.types import Terms
+from petals.client.session.types import SessionSpec
 from petals.server.lifecycle import served_span
 from petals.testing.manual_clock import settle
 from petals.testing.tiny_models import write_tiny_model
@@ -123,7 +123,7 @@ async def test_every_step_reorders_the_rows(folder: Path, index: int) -> None:
 @pytest.fixture
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers that cannot go on with each other's pages, as if they ran in several precisions."""
-    monkeypatch.setattr(served_span, "page_form", lambda precision, layout: "")
+    monkeypatch.setattr(served_span, "kv_format", lambda precision, layout: "")
 
 
 @pytest.fixture
@@ -234,13 +234,13 @@ async def test_nothing_is_handed_over_within_a_repair(
     async with story_in(folder, *SPANS, *SPANS) as story:
         await story.prefill()
         recovery = story.session._recovery
-        course, epochs, open_hops = recovery._course, [], migration.open_hops
+        course, epochs, reserve_route = recovery._course, [], migration.reserve_route
 
-        async def count(swarm: object, blocks: object, terms: Terms, *more: object) -> object:
+        async def count(swarm: object, blocks: object, terms: SessionSpec, *more: object) -> object:
             epochs.append(terms.epoch)
-            return await open_hops(swarm, blocks, terms, *more)
+            return await reserve_route(swarm, blocks, terms, *more)
 
-        monkeypatch.setattr(migration, "open_hops", count)
+        monkeypatch.setattr(migration, "reserve_route", count)
         async with course.turn:  # as whoever repairs
             victim = course.path.hops[1]
             course.epoch += 1

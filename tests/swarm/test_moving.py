@@ -25,7 +25,7 @@ EAGER = MovingConfig(
         turn_seconds=0.1,
         min_stay_seconds=0.0,
     ),
-    heard_seconds=0.2,
+    propagation_seconds=0.2,
 )
 RIGHT = BlockSpan(3, 5)
 
@@ -125,7 +125,7 @@ async def test_one_of_three_moves_and_sessions_go_on(folder: Path) -> None:
 async def test_it_stays_if_nobody_would_hold_its_blocks(folder: Path) -> None:
     """Those it relied on die while it waits to be heard."""
     async with real_swarm(folder) as swarm:
-        restless = Restless(swarm, replace(EAGER, heard_seconds=1.0))
+        restless = Restless(swarm, replace(EAGER, propagation_seconds=1.0))
         await restless.is_online(1)
         peer = restless.stays[0].peer_id
         await add(swarm, BlockSpan(2, 5), 30.0)

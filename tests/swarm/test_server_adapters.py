@@ -9,7 +9,7 @@ import torch
 from petals.models.adapters.low_rank import Adapter, LowRank
 from petals.models.runtime.batch import Segment
 from petals.server.compute.executor import Outcome, Work
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.manual_clock import ManualClock
@@ -177,7 +177,7 @@ async def test_adapters_that_cannot_be(changes, tensors, code: str) -> None:
 
 async def test_a_client_has_so_much_room_and_no_more() -> None:
     small = random_adapter(1)
-    room = DoorConfig(max_adapter_bytes_per_peer=2 * (small.num_bytes + 5 * 2048))
+    room = ClientLimits(max_adapter_bytes_per_peer=2 * (small.num_bytes + 5 * 2048))
     async with served(door=room) as swarm:
         talk = await swarm.talk()
         large = random_adapter(40)
@@ -250,7 +250,7 @@ async def test_gradients_of_an_adapter_come_in_the_order_it_was_sent_in() -> Non
 
 async def test_an_adapter_that_went_during_a_pass_is_asked_for_again() -> None:
     small = random_adapter(1)
-    room = DoorConfig(max_adapter_bytes_per_peer=small.num_bytes + 6 * 2048)
+    room = ClientLimits(max_adapter_bytes_per_peer=small.num_bytes + 6 * 2048)
     async with served(door=room) as swarm:
         talk = await swarm.talk()
         name = await put(talk, small)

@@ -26,7 +26,7 @@ from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, ServerState
-from petals.wire.messages import Leaving, SessionEnded
+from petals.wire.messages import Draining, SessionEnded
 from petals.wire.services import BLOCKS_SERVICE
 from support.service import Talk, assert_close
 
@@ -98,7 +98,7 @@ async def test_a_server_comes_serves_and_goes(folder: Path, seed: SwarmNode) -> 
         assert_close(output, local.reference(text))
         await talk.close()
     assert [stage.split()[0] for stage in stages] == [
-        *("Looking", "Joining", "Loading", "Online:", "Leaving")
+        *("Looking", "Joining", "Loading", "Online:", "Draining")
     ]
     assert progress[-1][0] == progress[-1][1] > 0
     assert await states_seen(seed, info.model) == []
@@ -117,7 +117,7 @@ async def test_clients_are_told_when_a_server_leaves(folder: Path, seed: SwarmNo
         talk = Talk(await seed.open_channel(info.peer_id, BLOCKS_SERVICE), info.blocks)
         await talk.open(model=info.model)
     word, _ = await talk.channel.receive(5.0)
-    assert isinstance(word, Leaving)
+    assert isinstance(word, Draining)
     message, _ = await talk.channel.receive(5.0)
     assert isinstance(message, SessionEnded)
     assert "stopped" in message.reason
@@ -133,7 +133,7 @@ async def test_a_leaving_server_serves_the_sessions_it_has_and_no_others(
         await talk.open(model=info.model)
         server.stop()
         word, _ = await talk.channel.receive(5.0)
-        assert isinstance(word, Leaving)
+        assert isinstance(word, Draining)
         assert 50 < word.seconds <= 60
         assert await states_seen(seed, info.model) == [ServerState.DRAINING]
         other = Talk(await seed.open_channel(info.peer_id, BLOCKS_SERVICE), info.blocks, b"o" * 16)
@@ -155,7 +155,7 @@ async def test_who_asks_twice_does_not_wait_for_sessions(folder: Path, seed: Swa
         talk = Talk(channel, server.info.blocks)
         await talk.open(model=server.info.model)
         server.stop()
-        assert isinstance((await channel.receive(5.0))[0], Leaving)
+        assert isinstance((await channel.receive(5.0))[0], Draining)
         server.stop()
         assert isinstance((await channel.receive(5.0))[0], SessionEnded)
 

@@ -11,18 +11,18 @@ from petals.server.policies import SchedulerConfig
 from petals.server.session.session import MAX_WAITING_STEPS
 from petals.testing.manual_clock import ManualClock
 from petals.wire.messages import (
+    BeginEpoch,
     CloseSession,
+    ForwardedStep,
+    ForwardFailed,
     KeepSession,
-    Push,
     Refusal,
     SessionEnded,
-    SetRoute,
     Step,
     StepResult,
-    Undelivered,
 )
 from petals.wire.services import RING_SERVICE
-from support.linked_services import Ring, RingOfServers, Worker, ring_of_servers
+from support.linked_services import RingOfServers, StepForwarder, Worker, ring_of_servers
 from support.service import assert_close, states
 
 THIRDS = ((10, 11), (11, 13), (13, 14))
@@ -75,7 +75,7 @@ async def test_rollback_and_reorder_ride_along() -> None:
 async def test_one_server_may_be_several_hops() -> None:
     async with ring_of_servers(2) as swarm:
         one, other = swarm.workers
-        ring, text = Ring(swarm, swarm.client), states(7)
+        ring, text = StepForwarder(swarm, swarm.client), states(7)
         for worker, blocks in (
             (one, (10, 11)),
             (one, (11, 12)),
@@ -180,7 +180,7 @@ class TestFaults:
             await until_idle(swarm, step_id=1, workers=[head])
             lane.channel.abort(PeerUnreachable("reset"))
             told, _ = await ring.legs[0].channel.receive(10.0)
-            assert told == Undelivered(ring.session_id, 0, 1)
+            assert told == ForwardFailed(ring.session_id, 0, 1)
 
     async def test_nobody_is_told_of_what_an_older_epoch_has_lost(self) -> None:
         async with ring_of_servers(2) as swarm:
@@ -212,7 +212,7 @@ class TestFaults:
             assert_close(output, swarm.expected(text)[5:])
             assert [worker.num_batches for worker in swarm.workers] == batches
 
-    @pytest.mark.parametrize("message", [KeepSession(b"x" * 16), SetRoute(b"x" * 16, 3, ())])
+    @pytest.mark.parametrize("message", [KeepSession(b"x" * 16), BeginEpoch(b"x" * 16, 3, ())])
     async def test_who_speaks_of_a_session_that_is_gone_is_told(self, message: object) -> None:
         async with ring_of_servers(1) as swarm:
             ring = await swarm.ring((10, 14))
@@ -243,12 +243,14 @@ class TestStrangers:
             worker = swarm.workers[1]
             before = snapshot(worker)
             channel = await swarm.stranger.open_channel(worker.peer_id, RING_SERVICE)
-            push = Push(swarm.client.peer_id, (12, 14), Step(ring.session_id, epoch, 1, (2,), (3,)))
+            push = ForwardedStep(
+                swarm.client.peer_id, (12, 14), Step(ring.session_id, epoch, 1, (2,), (3,))
+            )
             answer, tensors = await request(channel, push, states(3))
             assert isinstance(answer, Refusal) and not tensors
             assert (answer.code, answer.step_id) == ("session_closed", 1)
             assert snapshot(worker) == before
-            absent = Push(swarm.client.peer_id, (11, 14), push.step)
+            absent = ForwardedStep(swarm.client.peer_id, (11, 14), push.step)
             told, _ = await request(channel, absent, states(3))
             assert (told.code, told.message) == (answer.code, answer.message)
             (last,) = await ring.step(1, [5], [text[5:]])
@@ -262,8 +264,8 @@ class TestStrangers:
             channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
             step = Step(b"s" * 16, 0, 0, (0,), (3,))
             for push in (
-                Push(swarm.stranger.peer_id, (12, 14), step),
-                Push(swarm.client.peer_id, (12, 13), step),
+                ForwardedStep(swarm.stranger.peer_id, (12, 14), step),
+                ForwardedStep(swarm.client.peer_id, (12, 13), step),
             ):
                 answer, _ = await request(channel, push, states(3))
                 assert isinstance(answer, Refusal) and answer.code == "session_closed"
@@ -273,7 +275,7 @@ class TestStrangers:
             await swarm.ring((10, 12), (12, 14))
             head, tail = swarm.workers
             channel = await tail.node.open_channel(head.peer_id, RING_SERVICE)
-            push = Push(swarm.client.peer_id, (10, 12), Step(b"s" * 16, 0, 0, (0,), (3,)))
+            push = ForwardedStep(swarm.client.peer_id, (10, 12), Step(b"s" * 16, 0, 0, (0,), (3,)))
             answer, _ = await request(channel, push, states(3))
             assert isinstance(answer, Refusal) and answer.code == "session_closed"
 
@@ -294,7 +296,9 @@ class TestEpochs:
             await ring.announce(*ring.legs)
             # The head's client has spoken; what the head says for the old epoch is dropped.
             channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
-            old = Push(swarm.client.peer_id, (12, 14), Step(ring.session_id, 0, 1, (2,), (3,)))
+            old = ForwardedStep(
+                swarm.client.peer_id, (12, 14), Step(ring.session_id, 0, 1, (2,), (3,))
+            )
             (last,) = await ring.step(1, [5], [text[5:]])
             before = snapshot(tail)
             await channel.send(old, (states(3),))
@@ -316,11 +320,11 @@ class TestEpochs:
             for step_id, at in ((1, 3), (2, 4), (3, 5)):
                 step = Step(ring.session_id, 1, step_id, (at,), (1,))
                 await channel.send(
-                    Push(swarm.client.peer_id, (12, 14), step), (hidden[at : at + 1],)
+                    ForwardedStep(swarm.client.peer_id, (12, 14), step), (hidden[at : at + 1],)
                 )
             await channel.ping()
             before = snapshot(tail.worker)
-            await tail.channel.send(SetRoute(ring.session_id, 1, (new.peer_id,)))
+            await tail.channel.send(BeginEpoch(ring.session_id, 1, (new.peer_id,)))
             outputs = [(await tail.hear())[1][0] for _ in range(3)]
             assert_close(torch.cat(outputs), swarm.expected(text)[3:])
             assert before[0] == (3,)
@@ -334,7 +338,9 @@ class TestEpochs:
             channel = await swarm.stranger.open_channel(tail.peer_id, RING_SERVICE)
             for step_id in range(MAX_HELD_PER_PEER + 1):
                 step = Step(ring.session_id, 3, step_id, (0,), (3,))
-                await channel.send(Push(swarm.client.peer_id, (12, 14), step), (states(3),))
+                await channel.send(
+                    ForwardedStep(swarm.client.peer_id, (12, 14), step), (states(3),)
+                )
             answer, _ = await channel.receive()
             assert isinstance(answer, Refusal)
             assert (answer.code, answer.step_id) == ("peer_busy", MAX_HELD_PER_PEER)

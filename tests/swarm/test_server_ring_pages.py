@@ -7,7 +7,7 @@ import torch
 
 from petals.swarm.config import MIB
 from petals.types import BlockSpan
-from petals.wire.messages import Push, Refusal, Replay, Replayed, Step
+from petals.wire.messages import ForwardedStep, Refusal, Replay, Replayed, Step
 from petals.wire.services import RING_SERVICE
 from support.linked_script import HISTORIES, PARTS, Told, plain, ring_for
 from support.linked_services import Leg, RingOfServers, Worker, ring_of_servers
@@ -156,7 +156,7 @@ async def test_only_whom_the_client_has_named_gives_pages() -> None:
 
 
 def pages_for(worker: Worker, num_tokens: int) -> torch.Tensor:
-    return torch.zeros(num_tokens, worker.pool.layout.page_width(BlockSpan(*PARTS[1])))
+    return torch.zeros(num_tokens, worker.pool.layout.kv_width(BlockSpan(*PARTS[1])))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ async def test_pages_that_cannot_be_right_are_refused(spoil) -> None:
 async def say(swarm: RingOfServers, new: Leg, step: Step, tensors) -> None:
     """As the one in the middle would."""
     channel = await swarm.workers[1].node.open_channel(new.worker.peer_id, RING_SERVICE)
-    await channel.send(Push(swarm.client.peer_id, PARTS[1], step), tensors)
+    await channel.send(ForwardedStep(swarm.client.peer_id, PARTS[1], step), tensors)
 
 
 async def test_recurrent_blocks_give_no_pages() -> None:

@@ -9,11 +9,13 @@ import torch
 from petals.wire.messages import Refusal, Replay, Replayed, Step, StepResult
 from petals.wire.services import RING_SERVICE
 from support.linked_script import HISTORIES, PARTS, ring_for
-from support.linked_services import Leg, Ring, Worker, ring_of_servers
+from support.linked_services import Leg, StepForwarder, Worker, ring_of_servers
 from support.service import assert_close, states
 
 
-async def replace(ring: Ring, failed: slice, workers: Sequence[Worker], rows: int = 1) -> list[Leg]:
+async def replace(
+    ring: StepForwarder, failed: slice, workers: Sequence[Worker], rows: int = 1
+) -> list[Leg]:
     """The legs ``failed`` die; ``workers`` get their blocks, one each; a new epoch begins."""
     ring.epoch += 1
     lost = ring.legs[failed]
@@ -32,7 +34,7 @@ async def replace(ring: Ring, failed: slice, workers: Sequence[Worker], rows: in
 
 
 async def refill(
-    ring: Ring,
+    ring: StepForwarder,
     new: Sequence[Leg],
     lengths: Sequence[int],
     step_id: int,
@@ -317,7 +319,7 @@ async def test_a_replay_holds_nobody_up() -> None:
         await told.step([60, 55])
         ring = told.ring
         (leg,) = await replace(ring, slice(1, 2), swarm.workers[3:], rows=2)
-        other = Ring(swarm, swarm.client, b"o" * 16)
+        other = StepForwarder(swarm, swarm.client, b"o" * 16)
         for worker, blocks in ((swarm.workers[0], (10, 11)), (swarm.workers[3], (11, 14))):
             await other.add(worker, blocks)
         text = states(6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petals.errors import ERRORS_BY_CODE, PeerUnreachable
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
 from petals.testing.manual_clock import ManualClock, settle
 from petals.types import ServerState
@@ -273,7 +273,7 @@ async def test_messages_of_other_services_end_the_channel() -> None:
     ids=["random", "too long", "no message", "a chunk of nothing"],
 )
 async def test_garbage_costs_the_channel_and_nothing_else(garbage: bytes) -> None:
-    async with served(door=DoorConfig(lease_seconds=0.05)) as swarm:
+    async with served(door=ClientLimits(lease_seconds=0.05)) as swarm:
         talk = await swarm.talk()
         await talk.open()
         await talk.step(0, [0], [states(3)])
@@ -302,7 +302,7 @@ async def test_leaving_servers_open_nothing_and_finish_what_runs() -> None:
 
 
 async def test_a_peer_has_only_its_share_of_sessions() -> None:
-    async with served(door=DoorConfig(max_sessions_per_peer=2)) as swarm:
+    async with served(door=ClientLimits(max_sessions_per_peer=2)) as swarm:
         talk = await swarm.talk()
         opened = []
         for number in range(3):
@@ -316,7 +316,7 @@ async def test_a_peer_has_only_its_share_of_sessions() -> None:
 
 async def test_a_peer_has_only_its_share_of_waiting_bytes() -> None:
     limit = 4 * WIDTH * 10
-    async with served(door=DoorConfig(max_bytes_per_peer=limit)) as swarm:
+    async with served(door=ClientLimits(max_bytes_per_peer=limit)) as swarm:
         talk = await swarm.talk()
         await talk.open()
         release = _hold_compute(swarm)
@@ -389,7 +389,7 @@ class TestFullCache:
 
     async def test_patience_is_capped(self) -> None:
         clock = ManualClock()
-        door = DoorConfig(max_alloc_seconds=1.0)
+        door = ClientLimits(max_alloc_seconds=1.0)
         async with served(num_tokens=256, door=door, clock=clock) as swarm:
             await self.full(swarm)
             late = await swarm.talk(swarm.server)
@@ -457,7 +457,7 @@ class TestLease:
 
     async def test_silence_ends_a_session(self) -> None:
         clock = ManualClock()
-        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+        async with served(clock=clock, door=ClientLimits(lease_seconds=2.0)) as swarm:
             talk = await swarm.talk()
             assert (await talk.open()).lease_seconds == 2.0
             await clock.advance(1.5)
@@ -469,7 +469,7 @@ class TestLease:
 
     async def test_signs_of_life_keep_it(self) -> None:
         clock = ManualClock()
-        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+        async with served(clock=clock, door=ClientLimits(lease_seconds=2.0)) as swarm:
             talk = await swarm.talk()
             await talk.open()
             for _ in range(5):
@@ -479,7 +479,7 @@ class TestLease:
 
     async def test_a_vanished_client_is_forgotten(self) -> None:
         clock = ManualClock()
-        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+        async with served(clock=clock, door=ClientLimits(lease_seconds=2.0)) as swarm:
             talk = await swarm.talk()
             await talk.open()
             swarm.net.kill(swarm.client.peer_id)
@@ -490,7 +490,7 @@ class TestLease:
 
     async def test_a_running_step_is_a_sign_of_life(self) -> None:
         clock = ManualClock()
-        async with served(clock=clock, door=DoorConfig(lease_seconds=2.0)) as swarm:
+        async with served(clock=clock, door=ClientLimits(lease_seconds=2.0)) as swarm:
             talk = await swarm.talk()
             await talk.open()
             release = _hold_compute(swarm)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
 from petals.types import BlockSpan
 from support.models import WIDTH
@@ -95,7 +95,7 @@ async def test_prompts_that_cannot_be(
 
 
 async def test_prompts_count_while_their_session_lives() -> None:
-    async with served(door=DoorConfig(max_bytes_per_peer=2 * PROMPTS.nbytes - 1)) as swarm:
+    async with served(door=ClientLimits(max_bytes_per_peer=2 * PROMPTS.nbytes - 1)) as swarm:
         talk, other = await swarm.talk(), await swarm.talk()
         other.session_id = b"o" * 16
         opening = talk.opening(num_prompt_tokens=5), other.opening(num_prompt_tokens=5)

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 import torch
 
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.errors import VersionMismatch
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL
 from petals.testing.manual_clock import settle
 from petals.types import BlockSpan
@@ -30,7 +30,7 @@ from support.fake_server import config, open_one, toy_swarm
 from support.service import Served, assert_close, served, states
 
 LEASE_SECONDS = 0.1
-DOOR = DoorConfig(lease_seconds=LEASE_SECONDS)
+DOOR = ClientLimits(lease_seconds=LEASE_SECONDS)
 
 
 async def until_at_rest(swarm: Served) -> None:
@@ -169,7 +169,7 @@ async def test_a_client_gives_up_on_servers_of_another_version() -> None:
             stream.write(frames.encode_frame(FrameKind.MESSAGE, welcome))
 
         await server.node.transport.serve(STREAM_PROTOCOL, newer)
-        access = SwarmAccess(config(max_retries=2), "toy", 4, swarm.client)
+        access = SwarmConnection(config(max_retries=2), "toy", 4, swarm.client)
         with pytest.raises(VersionMismatch, match="99") as caught:
             await open_one(access, BlockSpan(0, 4))
         assert "Update Petals" in caught.value.hint

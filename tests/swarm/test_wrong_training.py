@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from petals.errors import PeerUnreachable
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
 from petals.testing.manual_clock import ManualClock, settle
 from petals.wire.messages import GetInfo, Refusal
@@ -120,7 +120,7 @@ async def test_a_repeated_forward_keeps_one_pass() -> None:
 
 async def test_what_nobody_comes_back_for_is_dropped() -> None:
     clock = ManualClock()
-    async with served(clock=clock, door=DoorConfig(lease_seconds=60.0)) as swarm:
+    async with served(clock=clock, door=ClientLimits(lease_seconds=60.0)) as swarm:
         talk, task = await swarm.talk(), lesson(prompts=(1, 4))
         answer, _ = await task.forward(talk)
         assert answer.kept and answer.lease_seconds == 60.0
@@ -192,7 +192,7 @@ async def test_a_server_may_give_no_gradients() -> None:
 
 
 async def test_a_peer_has_only_its_share_of_bytes() -> None:
-    async with served(door=DoorConfig(max_bytes_per_peer=4 * WIDTH * 100)) as swarm:
+    async with served(door=ClientLimits(max_bytes_per_peer=4 * WIDTH * 100)) as swarm:
         talk, task = await swarm.talk(), lesson(taps=(10, 11, 12, 13))
         answer = await talk.refused(task.request, *task.inputs)
         assert answer.code == "peer_busy"

@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
 def translate(flags: Flags) -> "ServerConfig":
     """Old flags -> ServerConfig; warns on stderr. Raises ConfigError for contradictions."""
     from petals.server.config import (
+        ClientLimits,
         ComputeConfig,
-        DoorConfig,
         LimitsConfig,
         MemoryConfig,
         ServerConfig,
@@ -64,7 +64,7 @@ def translate(flags: Flags) -> "ServerConfig":
             max_length=flags.get("inference_max_length"),
             **_given(flags, max_step_tokens="max_batch_size"),
         ),
-        door=DoorConfig(
+        door=ClientLimits(
             **_given(flags, lease_seconds="step_timeout", max_alloc_seconds="max_alloc_timeout")
         ),
         announce=_announcement(flags),

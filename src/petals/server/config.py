@@ -96,7 +96,7 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DoorConfig:
+class ClientLimits:
     """How much one client may take, and how long we wait for it.
 
     ``max_alloc_seconds`` caps what a client may wait for cache. ``lease_seconds``: how long a
@@ -135,12 +135,12 @@ class AnnounceConfig:
 class MovingConfig:
     """Whether a server that chose its blocks itself may go to others later, and how eagerly.
 
-    ``heard_seconds``: how long DRAINING needs to be read by everybody, records being cached.
+    ``propagation_seconds``: how long DRAINING needs to be read by everybody, records being cached.
     """
 
     enabled: bool = True
     policy: MovePolicy = MovePolicy()
-    heard_seconds: float = 45.0
+    propagation_seconds: float = 45.0
 
     def __post_init__(self) -> None:
         if self.policy.look_seconds <= 0:
@@ -164,7 +164,7 @@ class ServerConfig:
     compute: ComputeConfig = ComputeConfig()
     memory: MemoryConfig = MemoryConfig()
     limits: LimitsConfig = LimitsConfig()
-    door: DoorConfig = DoorConfig()
+    door: ClientLimits = ClientLimits()
     scheduling: SchedulerConfig = SchedulerConfig()
     announce: AnnounceConfig = AnnounceConfig()
     moving: MovingConfig = field(default_factory=MovingConfig)

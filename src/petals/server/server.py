@@ -28,7 +28,7 @@ from petals.server.config import ServerConfig
 from petals.server.lifecycle import memory, placement, throughput
 from petals.server.lifecycle.announcer import Announcer
 from petals.server.lifecycle.mover import Mover
-from petals.server.lifecycle.served_span import Model, Site, Stay, release_memory
+from petals.server.lifecycle.served_span import ModelPlan, ServedSpan, ServerContext, release_memory
 from petals.swarm.config import Engine
 from petals.swarm.directory.records import ServerRecord
 from petals.swarm.node import SwarmNode
@@ -153,7 +153,7 @@ class Server:
         await stack.enter_async_context(node)
         await self._become_reachable(node, model)
         announcer = await self._join(stack, node, model)
-        site = Site(
+        site = ServerContext(
             config=config,
             model=model,
             scheduler=scheduler,
@@ -167,18 +167,18 @@ class Server:
         while blocks is not None:
             blocks = await self._stay(site, blocks)
 
-    async def _stay(self, site: Site, blocks: BlockSpan) -> BlockSpan | None:
+    async def _stay(self, site: ServerContext, blocks: BlockSpan) -> BlockSpan | None:
         """Serve ``blocks`` until it is time to leave; returns where to, None for away."""
         say = self._watchers.on_stage
         say(f"Loading blocks {blocks} of {len(site.model.costs)}")
-        async with Stay(site, blocks) as stay:
+        async with ServedSpan(site, blocks) as stay:
             self.info = await self._online_info(site, stay)
             self._online.set()
             say(f"Online: blocks {blocks} ({stay.mode})")
             self._watchers.on_online(self.info)
             moves_to = await self._until_it_is_time(site, stay)
             num_sessions = len(stay.service.sessions)
-            say("Leaving" if moves_to is None else f"Moving to blocks {moves_to}")
+            say("Draining" if moves_to is None else f"Moving to blocks {moves_to}")
             if num_sessions:
                 say(f"{num_sessions} sessions may stay for up to {self.config.drain_seconds:g} s")
             await stay.leave(self._at_once, moves_to)
@@ -190,7 +190,7 @@ class Server:
         await site.announcer.announce(state=ServerState.JOINING, spans=spans, next_spans=())
         return moves_to
 
-    async def _until_it_is_time(self, site: Site, stay: Stay) -> BlockSpan | None:
+    async def _until_it_is_time(self, site: ServerContext, stay: ServedSpan) -> BlockSpan | None:
         """Returns at ``stop``, or with the blocks to move to."""
         stopped = asyncio.create_task(self._stop.wait())
         if self.config.blocks is not None or not self.config.moving.enabled:
@@ -207,7 +207,7 @@ class Server:
                 task.cancel()
             await asyncio.wait({stopped, moved})
 
-    def _look_at_model(self) -> Model:
+    def _look_at_model(self) -> ModelPlan:
         source, compute = self.config.source, self.config.compute
         torch.set_num_threads(throughput.choose_threads(compute.num_threads))
         access = HubAccess(revision=source.revision, token=source.token, cache_dir=source.cache_dir)
@@ -224,15 +224,15 @@ class Server:
                 hint=f"Choose START:END inside 0:{len(costs)}.",
             )
         name = source.name or checkpoint.model_id
-        return Model(checkpoint, name, precision, device, costs)
+        return ModelPlan(checkpoint, name, precision, device, costs)
 
-    async def _become_reachable(self, node: SwarmNode, model: Model) -> None:
+    async def _become_reachable(self, node: SwarmNode, model: ModelPlan) -> None:
         view = await node.directory.view(model.id, len(model.costs))
         members = [PeerId(r.peer_id) for r in view.records.values() if not r.relayed]
         if await node.become_reachable(members):
             self._watchers.on_stage("Others cannot dial this server: it is reached through relays")
 
-    async def _join(self, stack: AsyncExitStack, node: SwarmNode, model: Model) -> Announcer:
+    async def _join(self, stack: AsyncExitStack, node: SwarmNode, model: ModelPlan) -> Announcer:
         """Choose blocks and announce that they are coming."""
         blocks = self.config.blocks or await self._choose_blocks(node, model, ())
         announcer = Announcer(
@@ -252,7 +252,7 @@ class Server:
         return announcer
 
     async def _choose_blocks(
-        self, node: SwarmNode, model: Model, without: Sequence[PeerId]
+        self, node: SwarmNode, model: ModelPlan, without: Sequence[PeerId]
     ) -> BlockSpan:
         budget = self.config.memory
         capacity = memory.plan_capacity(
@@ -265,7 +265,7 @@ class Server:
         picture = placement.picture_of(view, without)
         return placement.choose_blocks(picture, capacity.num_blocks)
 
-    def _first_record(self, node: SwarmNode, model: Model, blocks: BlockSpan) -> ServerRecord:
+    def _first_record(self, node: SwarmNode, model: ModelPlan, blocks: BlockSpan) -> ServerRecord:
         precision = model.precision
         return ServerRecord(
             peer_id=node.peer_id,
@@ -286,7 +286,7 @@ class Server:
         if self._stop.is_set():
             raise SessionClosed("The start was broken off.", hint="Start the server again.")
 
-    async def _online_info(self, site: Site, stay: Stay) -> OnlineInfo:
+    async def _online_info(self, site: ServerContext, stay: ServedSpan) -> OnlineInfo:
         offer = stay.offer
         return OnlineInfo(
             peer_id=site.node.peer_id,

@@ -27,7 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class CheckpointLayout:
     """How a checkpoint is written: ``rename`` maps saved names to published ones.
 
     With ``num_shards`` > 1 the tensors go, in the order of their blocks, into files of about equal
@@ -38,16 +38,21 @@ class Layout:
     num_shards: int = 1
 
 
-PUBLISHED: dict[str, Layout] = {
-    "bloom": Layout(rename=lambda name: name.removeprefix("transformer."), num_shards=6),
-    "mixtral": Layout(num_shards=5),
-    "deepseek_v3": Layout(num_shards=5),
+PUBLISHED: dict[str, CheckpointLayout] = {
+    "bloom": CheckpointLayout(rename=lambda name: name.removeprefix("transformer."), num_shards=6),
+    "mixtral": CheckpointLayout(num_shards=5),
+    "deepseek_v3": CheckpointLayout(num_shards=5),
 }
 """Layouts of the hub's checkpoints: BLOOM without prefix, experts one by one, several files."""
 
 
 def write_tiny_model(
-    folder: Path, model_type: str, *, layout: Layout | None = None, seed: int = 0, **overrides: Any
+    folder: Path,
+    model_type: str,
+    *,
+    layout: CheckpointLayout | None = None,
+    seed: int = 0,
+    **overrides: Any,
 ) -> Path:
     """Write a random checkpoint of ``model_type`` into ``folder``; returns the folder.
 
@@ -80,7 +85,7 @@ def perturb(model: PreTrainedModel) -> None:
             tensor.add_(torch.randn_like(tensor) * 0.1)
 
 
-def rewrite(folder: Path, layout: Layout) -> None:
+def rewrite(folder: Path, layout: CheckpointLayout) -> None:
     """Write a saved checkpoint again in another layout, its old weight files removed."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):

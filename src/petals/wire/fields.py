@@ -14,17 +14,17 @@ MAX_ROWS = 1024
 MAX_TENSORS = 4096
 MAX_POSITION = 2**31 - 1
 
-Name = Annotated[str, Meta(max_length=256)]
+ShortText = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
 Ticket = Annotated[bytes, Meta(max_length=512)]
-Session = Annotated[bytes, Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
-Count = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
+SessionKeyBytes = Annotated[bytes, Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
+Position = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
 Counter = Annotated[int, Meta(ge=0, le=2**53)]
-PerRow = Annotated[tuple[Count, ...], Meta(max_length=MAX_ROWS)]
-PerBlock = Annotated[tuple[Count, ...], Meta(max_length=1024)]
+PerRow = Annotated[tuple[Position, ...], Meta(max_length=MAX_ROWS)]
+PerBlock = Annotated[tuple[Position, ...], Meta(max_length=1024)]
 PassId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Blocks = tuple[Count, Count]
+WireBlocks = tuple[Position, Position]
 """``(start, end)`` as it travels; ``span()`` turns it into a BlockSpan."""
 
 

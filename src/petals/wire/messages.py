@@ -26,16 +26,16 @@ from petals.types import BlockSpan
 from petals.wire.fields import (
     MAX_ROWS,
     MAX_TENSORS,
-    Blocks,
-    Count,
     Counter,
     Message,
-    Name,
     PerRow,
+    Position,
     Seconds,
-    Session,
+    SessionKeyBytes,
+    ShortText,
     Text,
     Ticket,
+    WireBlocks,
 )
 from petals.wire.passes import (
     AdapterKept,
@@ -51,24 +51,24 @@ from petals.wire.specs import TensorSpec
 class Hello(Message):
     """First frame of every stream, from the side that opened it."""
 
-    version: Count
-    service: Name
+    version: Position
+    service: ShortText
     ticket: Ticket = b""
-    agent: Name = ""
+    agent: ShortText = ""
 
 
 class Welcome(Message):
     """The stream is admitted; the ticket proves that the answering side is a member, too."""
 
-    version: Count
-    agent: Name = ""
+    version: Position
+    agent: ShortText = ""
     ticket: Ticket = b""
 
 
 class Refusal(Message):
     """The last message of a stream, or the answer to one request: a typed error."""
 
-    code: Name
+    code: ShortText
     message: Text
     hint: Text = ""
     step_id: Counter | None = None
@@ -84,13 +84,13 @@ class Refusal(Message):
 class NextHop(Message):
     """A later hop of an arc: consecutive hops that hand states on directly."""
 
-    peer_id: Name
-    blocks: Blocks
+    peer_id: ShortText
+    blocks: WireBlocks
 
 
-Route = Annotated[tuple[NextHop, ...], Meta(max_length=256)]
-Sources = Annotated[tuple[Name, ...], Meta(max_length=16)]
-Timing = tuple[Seconds, Seconds, Count]
+NextHops = Annotated[tuple[NextHop, ...], Meta(max_length=256)]
+Sources = Annotated[tuple[ShortText, ...], Meta(max_length=16)]
+Timing = tuple[Seconds, Seconds, Position]
 """What a hop measured of one step: seconds queued, seconds computed, tokens in its batch."""
 Timings = Annotated[tuple[Timing, ...], Meta(max_length=256)]
 Relayed = Annotated[tuple[bool, ...], Meta(max_length=256)]
@@ -109,18 +109,18 @@ class OpenSession(Message):
     hidden_size]``, added to positions 0..P-1 of every row on entering each block.
     """
 
-    session_id: Session
+    session_id: SessionKeyBytes
     epoch: Counter
-    model: Name
-    blocks: Blocks
+    model: ShortText
+    blocks: WireBlocks
     num_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
-    max_length: Count
-    dtype: Name
-    adapter: Name | None = None
+    max_length: Position
+    dtype: ShortText
+    adapter: ShortText | None = None
     alloc_timeout_seconds: Seconds = 0.0
     sources: Sources = ()
-    num_prompt_tokens: Count = 0
-    onward: Name | None = None
+    num_prompt_tokens: Position = 0
+    onward: ShortText | None = None
 
 
 class SessionOpened(Message):
@@ -128,8 +128,8 @@ class SessionOpened(Message):
     ``lease_seconds`` beyond the last.
     """
 
-    session_id: Session
-    max_length: Count
+    session_id: SessionKeyBytes
+    max_length: Position
     lease_seconds: Seconds
 
 
@@ -155,13 +155,13 @@ class Step(Message):
     ``[sum(counts), hidden_size]``.
     """
 
-    session_id: Session
+    session_id: SessionKeyBytes
     epoch: Counter
     step_id: Counter
     starts: PerRow
     counts: PerRow
     reorder: PerRow | None = None
-    next_hops: Route = ()
+    next_hops: NextHops = ()
     timings: Timings = ()
     replay: bool = False
     ends: bool = False
@@ -178,36 +178,36 @@ class StepResult(Message):
     ``undelivered``: the hops that this output was meant for and could not be handed to.
     """
 
-    session_id: Session
+    session_id: SessionKeyBytes
     epoch: Counter
     step_id: Counter
     queue_seconds: Seconds
     compute_seconds: Seconds
-    batch_tokens: Count
+    batch_tokens: Position
     timings: Timings = ()
-    undelivered: Route = ()
+    undelivered: NextHops = ()
     relayed: Relayed = ()
 
 
-class Push(Message):
+class ForwardedStep(Message):
     """A hop hands its output to the next one. Tensors: hidden ``[sum(counts), hidden_size]``.
 
     The session is the one that ``client`` has opened there for ``blocks``. Only its sources are
     heard, and only a refusal ever comes back.
     """
 
-    client: Name
-    blocks: Blocks
+    client: ShortText
+    blocks: WireBlocks
     step: Step
 
 
-class SetRoute(Message):
+class BeginEpoch(Message):
     """From the client: a new epoch begins, in which states come from ``sources``. Not answered.
 
     Frames of older epochs are dropped from now on.
     """
 
-    session_id: Session
+    session_id: SessionKeyBytes
     epoch: Counter
     sources: Sources
 
@@ -229,11 +229,11 @@ class Replay(Message):
     same blocks in the same form; it is refused if a step cuts or reorders the rows meanwhile.
     """
 
-    session_id: Session
+    session_id: SessionKeyBytes
     epoch: Counter
     step_id: Counter
     lengths: PerRow
-    next_hops: Route
+    next_hops: NextHops
     reorder: PerRow | None = None
     starts: PerRow = ()
     onto: PerRow | None = None
@@ -246,17 +246,17 @@ class Replayed(Message):
     ``undelivered``: they are not, because these hops could not be reached from here.
     """
 
-    session_id: Session
+    session_id: SessionKeyBytes
     epoch: Counter
-    undelivered: Route = ()
+    undelivered: NextHops = ()
 
 
-class Undelivered(Message):
+class ForwardFailed(Message):
     """From a hop, unasked: its channel to the next hop has broken, and the output of this step (or
     of this ``replay``) may not have arrived there. Means nothing once the step is answered.
     """
 
-    session_id: Session
+    session_id: SessionKeyBytes
     epoch: Counter
     step_id: Counter
     replay: bool = False
@@ -269,27 +269,27 @@ class KeepSession(Message):
     if there is no such session.
     """
 
-    session_id: Session
-    blocks: Blocks | None = None
+    session_id: SessionKeyBytes
+    blocks: WireBlocks | None = None
 
 
-class Leaving(Message):
+class Draining(Message):
     """From the server, unasked: it is going away, and serves the session for ``seconds`` more."""
 
-    session_id: Session
+    session_id: SessionKeyBytes
     seconds: Seconds
 
 
 class CloseSession(Message):
     """Free everything that the session of this channel holds."""
 
-    session_id: Session
+    session_id: SessionKeyBytes
 
 
 class SessionEnded(Message):
     """Answer to CloseSession; also sent unasked before a server drops a session."""
 
-    session_id: Session
+    session_id: SessionKeyBytes
     reason: Text = ""
 
 
@@ -301,32 +301,32 @@ class Info(Message):
     """A server's present state and its limits. ``trains``: it gives gradients. ``num_tasks`` run in
     its event loop: more and more of them would be a leak.
 
-    ``page_form`` says how its blocks compute and what they keep: who says the same can take pages
+    ``kv_format`` says how its blocks compute and what they keep: who says the same can take pages
     from it. Empty: nobody can. ``page_bytes``: of one token in all of its blocks.
     """
 
-    model: Name
-    blocks: Blocks
-    state: Name
-    hidden_size: Count
-    dtype: Name
-    max_length: Count
-    max_batch_tokens: Count
+    model: ShortText
+    blocks: WireBlocks
+    state: ShortText
+    hidden_size: Position
+    dtype: ShortText
+    max_length: Position
+    max_batch_tokens: Position
     tokens_free: Counter
-    num_sessions: Count
-    queue_tokens: Count
+    num_sessions: Position
+    queue_tokens: Position
     step_seconds: Seconds
     outbox_bytes_free: Counter = 0
     trains: bool = False
-    num_tasks: Count = 0
-    page_form: Name = ""
-    page_bytes: Count = 0
+    num_tasks: Position = 0
+    kv_format: ShortText = ""
+    page_bytes: Position = 0
 
 
 class DialBack(Message):
     """Ask a peer to open a stream to us at these addresses (are we reachable?)."""
 
-    addresses: Annotated[tuple[Name, ...], Meta(max_length=16)]
+    addresses: Annotated[tuple[ShortText, ...], Meta(max_length=16)]
 
 
 class DialedBack(Message):
@@ -346,13 +346,13 @@ AnyMessage = (
     | SessionOpened
     | Step
     | StepResult
-    | Push
-    | SetRoute
+    | ForwardedStep
+    | BeginEpoch
     | Replay
     | Replayed
-    | Undelivered
+    | ForwardFailed
     | KeepSession
-    | Leaving
+    | Draining
     | CloseSession
     | SessionEnded
     | Forward
@@ -387,10 +387,10 @@ def decode_message(payload: bytes) -> tuple[AnyMessage, tuple[TensorSpec, ...]]:
         raise ProtocolError(f"A message could not be read: {error}") from error
 
 
-def span(blocks: Blocks) -> BlockSpan:
+def span(blocks: WireBlocks) -> BlockSpan:
     """``(start, end)`` off the wire -> BlockSpan. Raises ProtocolError if it is empty or
     reversed.
     """
     if blocks[0] >= blocks[1]:
-        raise ProtocolError(f"Blocks {blocks[0]}:{blocks[1]} are not a span.")
+        raise ProtocolError(f"WireBlocks {blocks[0]}:{blocks[1]} are not a span.")
     return BlockSpan(*blocks)

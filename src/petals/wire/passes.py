@@ -10,14 +10,14 @@ from msgspec import Meta
 
 from petals.wire.fields import (
     MAX_TENSORS,
-    Blocks,
-    Count,
     Message,
-    Name,
     PassId,
     PerBlock,
     PerRow,
+    Position,
     Seconds,
+    ShortText,
+    WireBlocks,
 )
 
 
@@ -29,11 +29,11 @@ class Forward(Message, frozen=True):
     followed by Backward: what this needs is kept for a while, if there is room.
     """
 
-    model: Name
-    blocks: Blocks
+    model: ShortText
+    blocks: WireBlocks
     counts: PerRow
-    adapter: Name | None = None
-    num_prompt_tokens: Count = 0
+    adapter: ShortText | None = None
+    num_prompt_tokens: Position = 0
     taps: PerBlock = ()
     pass_id: PassId | None = None
 
@@ -80,8 +80,8 @@ class AdapterPart(Message, frozen=True):
     Its output gains ``scaling * (x @ A.T) @ B.T``.
     """
 
-    block: Count
-    module: Name
+    block: Position
+    module: ShortText
     rank: Annotated[int, Meta(ge=1, le=4096)]
     scaling: Annotated[float, Meta(ge=-1e6, le=1e6)]
 
@@ -93,13 +93,13 @@ class PutAdapter(Message, frozen=True):
     Answered by AdapterKept, also if it was there already.
     """
 
-    model: Name
-    adapter: Name
+    model: ShortText
+    adapter: ShortText
     parts: Annotated[tuple[AdapterPart, ...], Meta(max_length=MAX_TENSORS // 2)]
 
 
 class AdapterKept(Message, frozen=True):
     """The adapter can be named from now on, until ``lease_seconds`` after the client's last use."""
 
-    adapter: Name
+    adapter: ShortText
     lease_seconds: Seconds

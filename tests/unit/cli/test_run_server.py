@@ -7,7 +7,7 @@ import pytest
 from petals.cli.run_server import translate
 from petals.cli.terminal.server_flags import read_flags
 from petals.errors import ConfigError
-from petals.server.config import DoorConfig, LimitsConfig, ServerConfig
+from petals.server.config import ClientLimits, LimitsConfig, ServerConfig
 from petals.types import BlockSpan
 
 PEER = "/ip4/192.0.2.1/tcp/31337/p2p/12D3KooWHCFSQDHRotPdtmYRoyA1zHivs92tCoRFk9Z7bHe7DRNj"
@@ -29,7 +29,7 @@ def test_a_new_swarm_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.source.model == "bigscience/bloom"
     assert config.network.initial_peers == ()
     assert config.limits == LimitsConfig()
-    assert config.door == DoorConfig()
+    assert config.door == ClientLimits()
     assert capsys.readouterr().err == ""
 
 

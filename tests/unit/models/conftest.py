@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from petals.testing.tiny_models import Layout, write_tiny_model
+from petals.testing.tiny_models import CheckpointLayout, write_tiny_model
 from support.models import WriteModel
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> WriteModel:
     """``tiny_folder(model_type, layout=None)`` -> folder; the same arguments, the same folder."""
-    written: dict[tuple[str, Layout | None], Path] = {}
+    written: dict[tuple[str, CheckpointLayout | None], Path] = {}
 
-    def write(model_type: str, layout: Layout | None = None) -> Path:
+    def write(model_type: str, layout: CheckpointLayout | None = None) -> Path:
         key = (model_type, layout)
         if key not in written:
             folder = tmp_path_factory.mktemp(model_type)

@@ -64,4 +64,4 @@ async def run_bootstrap(config: "NodeConfig", ready_file: Path | None = None) ->
             print_data(address)
         write_ready_file(ready_file, {"peer_id": node.peer_id, "initial_peers": list(addresses)})
         await stopped.wait()
-        say("Leaving")
+        say("Draining")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from petals.cli.terminal import options
-from petals.cli.terminal.answer import Message, WordStream, ask, describe, encode_chat
+from petals.cli.terminal.answer import ChatMessage, WordStream, ask, describe, encode_chat
 from petals.cli.terminal.client_model import ClientModel, load_client
 from petals.cli.terminal.console import report, say
 from petals.errors import RequestError, RouteError, SessionError
@@ -15,7 +15,7 @@ HELP = "Type a line to ask, /new to forget the conversation, /quit or Ctrl-D to 
 
 
 def chat(
-    model: options.Model,
+    model: options.ModelArgument,
     join: options.Join = None,
     swarm_key: options.SwarmKeyFile = None,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -23,7 +23,7 @@ def chat(
     system: Annotated[str, typer.Option(help="What the model should know about its role.")] = "",
 ) -> None:
     """Talk with a model that a swarm serves."""
-    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    opening: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
     with load_client(model, join, swarm_key) as client:
         say(HELP)
         messages = list(opening)
@@ -47,7 +47,7 @@ def _read_line() -> str | None:
 
 
 def _reply(
-    client: ClientModel, messages: list[Message], max_new_tokens: int, temperature: float
+    client: ClientModel, messages: list[ChatMessage], max_new_tokens: int, temperature: float
 ) -> None:
     """Stream the answer and append it; a question that fails is forgotten and told."""
     stream = WordStream(client.tokenizer, _show)

@@ -28,7 +28,9 @@ def demo(
         str | None, typer.Option(metavar="PATH", help="Another model: a folder or repository.")
     ] = None,
     dtype: options.Dtype = "auto",
-    keep: Annotated[bool, typer.Option("--keep", help="Stay up and print the address.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="ServedSpan up and print the address.")
+    ] = False,
 ) -> None:
     """Start a small swarm on this machine, ask it a question, stop it again."""
     with interrupted_by_sigterm():

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from petals.cli.terminal import options
-from petals.cli.terminal.answer import Answer, WordStream, ask, describe, encode_chat
+from petals.cli.terminal.answer import ChatReply, WordStream, ask, describe, encode_chat
 from petals.cli.terminal.client_model import load_client
 from petals.cli.terminal.console import print_json, say
 from petals.errors import BadInput
 
 
 def generate(
-    model: options.Model,
+    model: options.ModelArgument,
     prompt: Annotated[str, typer.Option(help="What to continue, or to ask with --chat.")],
     join: options.Join = None,
     swarm_key: options.SwarmKeyFile = None,
@@ -66,7 +66,7 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _as_json(model: str, prompt: str, answer: Answer) -> dict[str, object]:
+def _as_json(model: str, prompt: str, answer: ChatReply) -> dict[str, object]:
     return {
         "model": model,
         "prompt": prompt,

@@ -40,7 +40,7 @@ def get(
 
 @app.command("plan")
 def plan(
-    model: options.Model,
+    model: options.ModelArgument,
     servers: Annotated[int, typer.Option(min=1, metavar="N", help="How many servers.")] = 1,
     dtype: options.Dtype = "auto",
     as_json: Json = False,
@@ -91,7 +91,7 @@ def check(
 
 @app.command("convert")
 def convert(
-    model: options.Model,
+    model: options.ModelArgument,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder.")],
 ) -> None:
     """Turn pickled weights (.bin) into safetensors, without running what is inside them."""

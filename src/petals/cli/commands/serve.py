@@ -13,7 +13,7 @@ from petals.cli.terminal.lifetime import stop_when_stdin_closes
 from petals.cli.terminal.serving import run_server
 from petals.types import BlockSpan, ModelId
 
-Blocks = Annotated[
+BlocksOption = Annotated[
     str | None, typer.Option("--blocks", metavar="A:B", help="Exactly these blocks.")
 ]
 NumBlocks = Annotated[
@@ -54,8 +54,8 @@ Rebalance = Annotated[
 RebalanceEvery = Annotated[
     float, typer.Option(min=1, metavar="SECONDS", help="How often to look for such blocks.")
 ]
-Name = Annotated[
-    str | None, typer.Option("--name", help="Name of the model in the directory, if another.")
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="NameOption of the model in the directory, if another.")
 ]
 Adapters = Annotated[
     list[str] | None,
@@ -68,9 +68,9 @@ Adapters = Annotated[
 
 
 def serve(
-    model: options.Model,
+    model: options.ModelArgument,
     join: options.Join = None,
-    blocks: Blocks = None,
+    blocks: BlocksOption = None,
     num_blocks: NumBlocks = None,
     dtype: options.Dtype = "auto",
     quant: Quant = "none",
@@ -85,7 +85,7 @@ def serve(
     rebalance: Rebalance = True,
     rebalance_every: RebalanceEvery = 60.0,
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
-    name: Name = None,
+    name: NameOption = None,
     adapters: Adapters = None,
     public_name: Annotated[str | None, typer.Option(help="Shown by petals status.")] = None,
     host: options.Host = "0.0.0.0",
@@ -100,8 +100,8 @@ def serve(
     """Serve blocks of MODEL; without --join, as the first peer of a new swarm."""
     from petals.server.config import (
         AnnounceConfig,
+        ClientLimits,
         ComputeConfig,
-        DoorConfig,
         LimitsConfig,
         MemoryConfig,
         MovingConfig,
@@ -139,7 +139,7 @@ def serve(
             training_bytes=None if training_cache is None else training_cache * MIB,
         ),
         limits=LimitsConfig(max_length=max_length, allow_training=not no_training),
-        door=DoorConfig(lease_seconds=lease),
+        door=ClientLimits(lease_seconds=lease),
         announce=AnnounceConfig(public_name=public_name),
         moving=MovingConfig(enabled=rebalance, policy=MovePolicy(look_seconds=rebalance_every)),
         drain_seconds=drain_seconds,

@@ -24,7 +24,7 @@ _CHECK_SECONDS = 0.5
 
 @app.command("up")
 def up(
-    model: options.Model,
+    model: options.ModelArgument,
     servers: Annotated[int, typer.Option(min=1, metavar="N", help="How many servers.")] = 3,
     dtype: options.Dtype = "auto",
     blocks: Annotated[

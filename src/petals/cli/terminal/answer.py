@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class ChatReply:
     """What came back, by whom and how fast. Seconds are measured at the client."""
 
     text: str
@@ -78,7 +78,9 @@ class WordStream:
         self._shown = text
 
 
-def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> "torch.Tensor":
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[ChatMessage]
+) -> "torch.Tensor":
     """Token ids `[1, n]` of a conversation; plain lines for a model without a chat template."""
     if tokenizer.chat_template:
         encoded = tokenizer.apply_chat_template(
@@ -96,7 +98,7 @@ def ask(
     input_ids: "torch.Tensor",
     stream: WordStream,
     **generation: object,
-) -> Answer:
+) -> ChatReply:
     """Generate from `input_ids` `[1, n]` in a session of its own.
 
     Raises what `generate` of a distributed model raises: RouteError, PeerError, RequestError.
@@ -108,7 +110,7 @@ def ask(
     with model.inference_session(max_length=num_prompt_tokens + limit) as session:
         model.generate(input_ids, session=session, streamer=stream, **generation)
         trace = session.trace
-    return Answer(
+    return ChatReply(
         text=stream.text,
         num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=stream.num_tokens,
@@ -118,7 +120,7 @@ def ask(
     )
 
 
-def describe(answer: Answer) -> str:
+def describe(answer: ChatReply) -> str:
     """Which peer served which blocks (with its median time a step) and how fast, in one line."""
     return (
         f"{answer.num_new_tokens} tokens through {answer.trace}; "

@@ -14,7 +14,7 @@ from petals.errors import ConfigError
 if TYPE_CHECKING:
     from petals.swarm.membership import SwarmKey
 
-Model = Annotated[
+ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face repository or a local folder.")
 ]
 Join = Annotated[

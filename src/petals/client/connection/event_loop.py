@@ -25,7 +25,7 @@ _CANCEL_SECONDS = 5.0
 _CLOSE_SECONDS = 10.0
 
 
-class _Call(Generic[T]):
+class _LoopCall(Generic[T]):
     """One crossing: made by the caller, started in the loop, awaited by the caller on a lock."""
 
     __slots__ = ("_ended", "_task", "_work")
@@ -84,7 +84,7 @@ class Bridge:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("This call waits for the event loop it was made in: await instead.")
-        call = _Call(work)
+        call = _LoopCall(work)
         try:
             loop.call_soon_threadsafe(call.start)
             ended = call.wait(timeout)
@@ -141,7 +141,7 @@ class Bridge:
             self._loop = self._thread = None
         if loop is None or thread is None or self._process != os.getpid():
             return
-        call = _Call(_close_all(closers))
+        call = _LoopCall(_close_all(closers))
         loop.call_soon_threadsafe(call.start)
         call.wait(_CLOSE_SECONDS)
         loop.call_soon_threadsafe(loop.stop)
@@ -161,7 +161,7 @@ class Bridge:
         return loop
 
     @staticmethod
-    def _cancel(loop: asyncio.AbstractEventLoop, call: _Call[Any]) -> None:
+    def _cancel(loop: asyncio.AbstractEventLoop, call: _LoopCall[Any]) -> None:
         """Let the work end before its caller goes on and uses the same objects."""
         loop.call_soon_threadsafe(call.cancel)
         call.wait(_CANCEL_SECONDS)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from petals.client.block_runner import Session
+from petals.client.block_runner import SessionView
 from petals.client.model.hidden_states import HiddenStates
-from petals.client.model.padding import Layout, Rows, read_columns
+from petals.client.model.padding import ColumnLayout, Rows, read_columns
 from petals.client.model.remote_cache import RemoteCache
 from petals.client.model.remote_sequential import ModelPass, RemoteSequential
 from petals.client.tuning.lora import AdaptedModel
@@ -84,7 +84,7 @@ class DistributedModel(AdaptedModel):
         return num_prompt_tokens(self.blocks_host)
 
     @property
-    def active_session(self) -> Session | None:
+    def active_session(self) -> SessionView | None:
         """The session opened by ``inference_session`` or ``use_session`` around this call."""
         return self.remote_blocks.active_session
 
@@ -92,7 +92,9 @@ class DistributedModel(AdaptedModel):
     def position(self) -> int:
         return self.remote_blocks.position
 
-    def use_session(self, session: Session | None) -> AbstractContextManager[Session | None]:
+    def use_session(
+        self, session: SessionView | None
+    ) -> AbstractContextManager[SessionView | None]:
         """Continue ``session`` in all calls inside the ``with`` block."""
         return self.remote_blocks.use_session(session)
 
@@ -101,7 +103,7 @@ class DistributedModel(AdaptedModel):
         *,
         max_length: int | None = None,
         num_rows: int | None = None,
-    ) -> AbstractContextManager[Session]:
+    ) -> AbstractContextManager[SessionView]:
         """A session of at most ``max_length`` tokens per row; calls inside continue it.
 
         A tuned model's prompts, as they are now, come on top of that length; ``position`` counts
@@ -116,14 +118,14 @@ class DistributedModel(AdaptedModel):
     def new_cache(self) -> RemoteCache:
         """``past_key_values`` for a batch to come, with a session of its own."""
 
-        def open_session(num_rows: int, max_length: int | None) -> Session:
+        def open_session(num_rows: int, max_length: int | None) -> SessionView:
             return self.remote_blocks.open_session(
                 max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
             )
 
         return RemoteCache(open_session, num_prompt_tokens=self.num_prompt_tokens)
 
-    def cache_of(self, session: Session) -> RemoteCache:
+    def cache_of(self, session: SessionView) -> RemoteCache:
         """``past_key_values`` that continue ``session``."""
         return RemoteCache.of(session, self.num_prompt_tokens)
 
@@ -203,7 +205,7 @@ class RemoteForward(DistributedModel):
         ids = call.get("input_ids")
         given: Any = ids if ids is not None else call["inputs_embeds"]
         num_rows, num_columns = given.shape[:2]
-        layout = Layout(
+        layout = ColumnLayout(
             num_columns=num_columns,
             attention_mask=call.get("attention_mask"),
             position_ids=call.get("position_ids"),

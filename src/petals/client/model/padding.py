@@ -67,7 +67,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class ColumnLayout:
     """What a caller says of the new columns, as transformers' models take it.
 
     ``follows_mask``: without ``position_ids`` this model numbers tokens by the mask, not by column.
@@ -79,7 +79,7 @@ class Layout:
     follows_mask: bool = False
 
 
-def read_columns(past: Rows, layout: Layout) -> Rows:
+def read_columns(past: Rows, layout: ColumnLayout) -> Rows:
     """The new columns of a batch whose earlier columns are ``past``.
 
     Raises BadInput for a mask or positions of the wrong shape, NotSupported for masks that are not
@@ -117,7 +117,7 @@ def to_left_padding(mask: Tensor) -> Tensor | None:
     return mask.argsort(dim=1, stable=True)
 
 
-def _read_mask(past: Rows, layout: Layout) -> Tensor:
+def _read_mask(past: Rows, layout: ColumnLayout) -> Tensor:
     num_rows, num_past = past.real.shape
     mask = layout.attention_mask
     if mask is None:
@@ -148,7 +148,7 @@ def _read_mask(past: Rows, layout: Layout) -> Tensor:
     return real[:, num_past:]
 
 
-def _positions(past: Rows, real: Tensor, layout: Layout) -> Tensor:
+def _positions(past: Rows, real: Tensor, layout: ColumnLayout) -> Tensor:
     """Positions [rows, columns] of the new columns, as the model will number them."""
     num_rows, num_columns = real.shape
     positions = layout.position_ids

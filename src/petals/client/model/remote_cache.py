@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from petals.client.model.padding import Layout, Rows, pack, read_columns, unpack
+from petals.client.model.padding import ColumnLayout, Rows, pack, read_columns, unpack
 from petals.errors import BadInput, NotSupported, SessionClosed
 
 
@@ -41,7 +41,7 @@ class RowSession(Protocol):
     def close(self) -> None: ...
 
 
-OpenSession = Callable[[int, int | None], RowSession]
+SessionOpener = Callable[[int, int | None], RowSession]
 """(rows, max_length) -> an open session; without a length it grows as it goes."""
 
 
@@ -58,7 +58,7 @@ class RemoteCache(Cache):
 
     def __init__(
         self,
-        open_session: OpenSession,
+        open_session: SessionOpener,
         max_length: int | None = None,
         num_prompt_tokens: int = 0,
     ) -> None:
@@ -125,7 +125,7 @@ class RemoteCache(Cache):
         finally:
             self._num_hidden = self._num_prompt_tokens
 
-    def read(self, num_rows: int, layout: Layout) -> Rows:
+    def read(self, num_rows: int, layout: ColumnLayout) -> Rows:
         """Check new columns against the kept ones. Raises BadInput, NotSupported, SessionClosed."""
         if self._closed:
             raise SessionClosed(

@@ -20,8 +20,8 @@ from petals.client.block_runner import (
     BlockRunner,
     PassCall,
     PassOutput,
-    Session,
     SessionCall,
+    SessionView,
 )
 from petals.client.model.hidden_states import ENTRY
 from petals.client.model.padding import Rows, pack, unpack
@@ -50,7 +50,7 @@ class ModelPass:
 _pass: ContextVar[tuple["RemoteSequential", ModelPass] | None] = ContextVar(
     "model_pass", default=None
 )
-_sessions: ContextVar[tuple[tuple["RemoteSequential", Session], ...]] = ContextVar(
+_sessions: ContextVar[tuple[tuple["RemoteSequential", SessionView], ...]] = ContextVar(
     "active_sessions", default=()
 )
 
@@ -142,7 +142,7 @@ class RemoteSequential(nn.Module):
     # Sessions
 
     @property
-    def active_session(self) -> Session | None:
+    def active_session(self) -> SessionView | None:
         """The session that calls in this thread or task go to, if one was opened."""
         for owner, session in reversed(_sessions.get()):
             if owner is self:
@@ -156,7 +156,7 @@ class RemoteSequential(nn.Module):
         return session.position if session is not None else 0
 
     @contextmanager
-    def use_session(self, session: Session | None) -> Iterator[Session | None]:
+    def use_session(self, session: SessionView | None) -> Iterator[SessionView | None]:
         """Send calls made inside the block to ``session``; it stays open afterwards."""
         if session is None:
             yield None
@@ -174,7 +174,7 @@ class RemoteSequential(nn.Module):
         max_length: int | None = None,
         num_rows: int | None = None,
         prompts: Tensor | None = None,
-    ) -> Iterator[Session]:
+    ) -> Iterator[SessionView]:
         """Open a session of at most ``max_length`` tokens per row and send calls inside to it.
 
         Without a length it grows as it goes, and a full server may refuse it in the middle.
@@ -193,7 +193,7 @@ class RemoteSequential(nn.Module):
         max_length: int | None = None,
         num_rows: int | None = None,
         prompts: Tensor | None = None,
-    ) -> Session:
+    ) -> SessionView:
         """A session of these blocks; close it after use.
 
         prompts: [blocks, P, H], added to positions 0 to P-1 of every row on entering each block.

@@ -11,7 +11,7 @@ from petals.types import PeerId
 RETRY_SECONDS = 30.0
 
 
-class Edges:
+class DirectLinks:
     """The edges that lately did not work; all others are taken to be direct."""
 
     def __init__(self, retry_seconds: float = RETRY_SECONDS) -> None:

@@ -33,7 +33,7 @@ LITTLE_OUTBOX_SECONDS = 0.05
 it.
 """
 
-Links = Mapping[tuple[PeerId, PeerId], float]
+LinkSeconds = Mapping[tuple[PeerId, PeerId], float]
 """Measured one-way seconds between two servers; a pair that is missing goes through the client."""
 
 
@@ -74,7 +74,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Server:
+class _Node:
     """A candidate cut to the blocks in question, with its costs worked out once."""
 
     peer_id: PeerId
@@ -90,19 +90,21 @@ class _Label:
     """The cheapest known way to have just run a block on ``server``, entered at ``entered``."""
 
     cost: float
-    server: _Server
+    server: _Node
     entered: int
     before: "_Label | None" = field(repr=False)
 
 
-def find_route(candidates: Sequence[Candidate], needs: Needs, links: Links | None = None) -> Route:
+def find_route(
+    candidates: Sequence[Candidate], needs: Needs, links: LinkSeconds | None = None
+) -> Route:
     """The route of least latency through ``needs.blocks``.
 
     Raises MissingBlocksError naming the blocks nobody holds, NoCapacity where their only holders
     are excluded, and TrainingRefused where none of them gives the gradients that are needed.
     """
     servers = _choose(candidates, needs)
-    holders: dict[int, list[_Server]] = {
+    holders: dict[int, list[_Node]] = {
         block: [] for block in range(needs.blocks.start, needs.blocks.end)
     }
     for server in servers:
@@ -149,7 +151,7 @@ def missing_blocks(spans: Iterable[BlockSpan], wanted: BlockSpan) -> tuple[Block
     return tuple(gap for gap in gaps if gap.start < gap.end)
 
 
-def _choose(candidates: Sequence[Candidate], needs: Needs) -> list[_Server]:
+def _choose(candidates: Sequence[Candidate], needs: Needs) -> list[_Node]:
     """The best few holders of each block: none excluded and, if possible, none avoided."""
     start, end = needs.blocks.start, needs.blocks.end
     held = [c for c in candidates if c.blocks.start < end and c.blocks.end > start]
@@ -200,7 +202,7 @@ def _prune(servers: list[Candidate], needs: Needs, unmeasured: float) -> list[Ca
     return kept
 
 
-def _server(candidate: Candidate, needs: Needs, unmeasured: float) -> _Server:
+def _server(candidate: Candidate, needs: Needs, unmeasured: float) -> _Node:
     round_trip = candidate.round_trip_seconds
     half_trip = (unmeasured if round_trip is None else round_trip) / 2
     start = max(candidate.blocks.start, needs.blocks.start)
@@ -211,7 +213,7 @@ def _server(candidate: Candidate, needs: Needs, unmeasured: float) -> _Server:
         entry += LITTLE_ROOM_SECONDS
     if kept is not None and kept < needs.cache_tokens:
         entry += LITTLE_OUTBOX_SECONDS
-    return _Server(candidate.peer_id, start, end, half_trip, entry, candidate.seconds_per_block)
+    return _Node(candidate.peer_id, start, end, half_trip, entry, candidate.seconds_per_block)
 
 
 def _no_route(
@@ -237,7 +239,9 @@ def _no_route(
     )
 
 
-def _inbound(links: Links, servers: Sequence[_Server]) -> dict[PeerId, list[tuple[PeerId, float]]]:
+def _inbound(
+    links: LinkSeconds, servers: Sequence[_Node]
+) -> dict[PeerId, list[tuple[PeerId, float]]]:
     """Measured links by their far end, among the servers that are left."""
     if not links:
         return {}
@@ -252,7 +256,7 @@ def _inbound(links: Links, servers: Sequence[_Server]) -> dict[PeerId, list[tupl
 def _extend(
     block: int,
     labels: dict[PeerId, _Label],
-    holders: Sequence[_Server],
+    holders: Sequence[_Node],
     inbound: Mapping[PeerId, list[tuple[PeerId, float]]],
 ) -> dict[PeerId, _Label]:
     """Labels at the boundary before ``block`` -> labels at the boundary after it."""

@@ -13,7 +13,7 @@ from petals.client.config import ClientConfig
 from petals.client.connection.event_loop import bridge
 from petals.client.connection.nodes import nodes
 from petals.client.routing.route import Needs
-from petals.client.routing.swarm_state import SwarmView
+from petals.client.routing.swarm_state import SwarmState
 from petals.errors import ConfigError, PeerFailed, PetalsError, SwarmError
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, Hop, PeerId
@@ -21,7 +21,7 @@ from petals.types import BlockSpan, Hop, PeerId
 T = TypeVar("T")
 
 
-class SwarmAccess:
+class SwarmConnection:
     """The view of one model's servers, connected at first use; a manager's slices share it."""
 
     def __init__(
@@ -31,11 +31,11 @@ class SwarmAccess:
         self.model = model
         self.num_blocks = num_blocks
         self._given = node
-        self._view: SwarmView | None = None
+        self._view: SwarmState | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
 
-    async def view(self) -> SwarmView:
+    async def view(self) -> SwarmState:
         """The view, once connected. Raises BootstrapFailed, ConfigError, SwarmError."""
         if self._view is not None:
             return self._view
@@ -44,7 +44,7 @@ class SwarmAccess:
                 raise SwarmError("This sequence manager was shut down.", hint="Make a new one.")
             if self._view is None:
                 node = self._given or await nodes.acquire(self.config)
-                self._view = SwarmView(node, self.config, self.model, self.num_blocks)
+                self._view = SwarmState(node, self.config, self.model, self.num_blocks)
             return self._view
 
     async def close(self) -> None:
@@ -82,7 +82,7 @@ class RemoteSequenceManager:
         self.config = ClientConfig.of(config)
         prefix, self.blocks = _named(blocks)
         self._origin = origin
-        self.access: SwarmAccess
+        self.access: SwarmConnection
         if origin is not None:
             self.access = origin.access
             return
@@ -92,7 +92,7 @@ class RemoteSequenceManager:
                 "The model has no name in the swarm.",
                 hint="Pass dht_prefix=NAME, the name its servers were started with.",
             )
-        self.access = SwarmAccess(self.config, model, self.blocks.end, node)
+        self.access = SwarmConnection(self.config, model, self.blocks.end, node)
         bridge.at_exit(self.access.close)
         weakref.finalize(self, _close_soon, self.access).atexit = False
 
@@ -197,7 +197,7 @@ class RemoteSequenceManager:
             bridge.run(self.access.close())
 
 
-def _close_soon(access: SwarmAccess) -> None:
+def _close_soon(access: SwarmConnection) -> None:
     """A manager that was forgotten with all its slices, in whatever thread that was noticed."""
     bridge.forget(access.close)
     if access.is_alive:

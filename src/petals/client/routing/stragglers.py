@@ -27,7 +27,7 @@ Promise = Callable[[], float | None]
 """Seconds for one token, as far as they are known."""
 
 
-class SlowHops:
+class StragglerDetector:
     """The judge of one session's hops."""
 
     def __init__(self) -> None:
@@ -38,13 +38,13 @@ class SlowHops:
         self,
         blocks: BlockSpan,
         timings: Sequence[StepTiming],
-        promises: tuple[Promise, Promise],
+        expected_seconds: tuple[Promise, Promise],
         now: float,
     ) -> bool:
         """True if the latest steps all took twice what another server would take.
 
-        And twice what this server promises (the first of ``promises``; the second is the other's):
-        where all promise too much, none is the slow one.
+        And twice what this server itself announces: ``expected_seconds`` are (this server's, the
+        alternative's). Where every server announces too much, none is a straggler.
         """
         if len(timings) < STEPS or now < self._look_at.get(blocks, now):
             return False
@@ -55,7 +55,7 @@ class SlowHops:
         per_token = min(
             (step.queue_seconds + step.compute_seconds) / max(1, step.num_tokens) for step in latest
         )
-        for promise in promises:
+        for promise in expected_seconds:
             seconds = promise()
             if seconds is None or per_token < FACTOR * seconds:
                 return False

@@ -17,7 +17,7 @@ from petals.client.config import ClientConfig
 from petals.client.connection.adapter_delivery import AdapterDelivery
 from petals.client.connection.channel_pool import ChannelPool
 from petals.client.routing.bans import Bans, Cause
-from petals.client.routing.direct_links import Edges
+from petals.client.routing.direct_links import DirectLinks
 from petals.client.routing.route import (
     Candidate,
     Needs,
@@ -36,7 +36,7 @@ from petals.errors import (
     UnknownAdapter,
 )
 from petals.logs import get_logger
-from petals.models.runtime.token_log import KeptBudget
+from petals.models.runtime.token_log import LogBudget
 from petals.swarm.directory.records import ServerRecord, View
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, Hop, PeerId, Route, ServerState
@@ -59,7 +59,7 @@ class Closing(Protocol):
     async def close(self) -> None: ...
 
 
-class SwarmView:
+class SwarmState:
     """The servers of one model as this client sees them."""
 
     def __init__(self, node: SwarmNode, config: ClientConfig, model: str, num_blocks: int) -> None:
@@ -68,9 +68,9 @@ class SwarmView:
         self.model = model
         self.num_blocks = num_blocks
         self.bans = Bans(config.ban_timeout)
-        self.edges = Edges()
+        self.edges = DirectLinks()
         self.channels = ChannelPool(node, config.silence_timeout)
-        self.kept = KeptBudget(config.max_kept_bytes)
+        self.kept = LogBudget(config.max_kept_bytes)
         self.adapters = AdapterDelivery(
             model, self.channels, self.connect_seconds, config.request_timeout
         )
@@ -177,7 +177,7 @@ class SwarmView:
         with contextlib.suppress(PetalsError):
             await self.refresh()
 
-    async def meet_spares(self, route: Route, cache_tokens: int = 0) -> None:
+    async def warm_spares(self, route: Route, cache_tokens: int = 0) -> None:
         """Ask those who could replace each hop how they are; a channel to each stays open.
 
         Where one has no room for ``cache_tokens`` in each block, the next best is asked, too.

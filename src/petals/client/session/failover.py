@@ -18,19 +18,17 @@ import torch
 from torch import Tensor
 
 from petals.client.routing.bans import Cause
-from petals.client.routing.stragglers import SlowHops
-from petals.client.routing.swarm_state import SwarmView, show
-from petals.client.session.attempt import Attempt
-from petals.client.session.fetched import Fetched
+from petals.client.routing.stragglers import StragglerDetector
+from petals.client.routing.swarm_state import SwarmState, show
 from petals.client.session.hop import HopSession
-from petals.client.session.input_log import Part
-from petals.client.session.latency import Pace
-from petals.client.session.migration import HandOver
+from petals.client.session.input_log import ReplayBuffer, RowSlices
+from petals.client.session.latency import LatencyEstimate
+from petals.client.session.migration import SessionMigration
 from petals.client.session.pending import Refilling
-from petals.client.session.pipeline import EdgeLost, SessionPath
-from petals.client.session.reservation import Repairing, open_hops, release
-from petals.client.session.state import Course, in_pieces, refill_from_us
-from petals.client.session.types import Held, Piece, StepCall, Terms
+from petals.client.session.pipeline import EdgeLost, HopPipeline
+from petals.client.session.reservation import ReplacementHints, release, reserve_route
+from petals.client.session.state import PendingStep, SessionState, in_pieces, refill_from_us
+from petals.client.session.types import ReplicaProgress, SessionSpec, StepCall, StepPiece
 from petals.client.trace import Repair
 from petals.errors import (
     CacheFull,
@@ -58,35 +56,35 @@ class _PathIsBack(Exception):
     """Servers that were out of reach answer again: there is less to replace."""
 
 
-class Recovery:
+class Failover:
     """The path of one session; ``run`` steps through it. Await its methods one at a time."""
 
-    def __init__(self, swarm: SwarmView, blocks: BlockSpan, terms: Terms) -> None:
+    def __init__(self, swarm: SwarmState, blocks: BlockSpan, terms: SessionSpec) -> None:
         self.repairs: deque[Repair] = deque(maxlen=_KEPT_REPAIRS)
         self._swarm = swarm
         self._blocks = blocks
-        self._course = Course(swarm, terms)
-        self._handover = HandOver(self._course, self.repairs.append)
-        self._pace = Pace()
+        self._course = SessionState(swarm, terms)
+        self._handover = SessionMigration(self._course, self.repairs.append)
+        self._pace = LatencyEstimate()
         self._losses: dict[Hop, str] = {}
         """Hops that are gone and not replaced yet, and why."""
-        self._slow = SlowHops()
+        self._slow = StragglerDetector()
         self._meet_again_at = 0.0
         self._closed = False
 
     @property
-    def path(self) -> SessionPath | None:
+    def path(self) -> HopPipeline | None:
         """The hops of now; None between a path that was given up and the next."""
         return self._course.path
 
-    async def open(self) -> SessionPath:
-        """Reserve the first path. Raises what ``open_hops`` raises."""
-        path = self._take(await open_hops(self._swarm, self._blocks, self._course.terms))
-        self._meet_spares(path)
+    async def open(self) -> HopPipeline:
+        """Reserve the first path. Raises what ``reserve_route`` raises."""
+        path = self._take(await reserve_route(self._swarm, self._blocks, self._course.terms))
+        self._warm_spares(path)
         return path
 
-    def _take(self, hops: Sequence[HopSession]) -> SessionPath:
-        self._course.path = path = SessionPath(hops, self._swarm, self._pace, self._handover.look)
+    def _take(self, hops: Sequence[HopSession]) -> HopPipeline:
+        self._course.path = path = HopPipeline(hops, self._swarm, self._pace, self._handover.look)
         return path
 
     async def close(self) -> None:
@@ -96,7 +94,7 @@ class Recovery:
         if self.path is not None:
             await self.path.close()
 
-    async def run(self, attempt: Attempt) -> Tensor:
+    async def run(self, attempt: PendingStep) -> Tensor:
         """The outputs of a step [tokens, H], repaired as often as it takes.
 
         Raises RequestError, CacheFull, MissingBlocksError or NoCapacity after ``repair_timeout``,
@@ -108,13 +106,13 @@ class Recovery:
             try:
                 output = await self._run(attempt)
             except BaseException:
-                course.is_stale = course.is_stale or attempt.cuts_rows
+                course.servers_diverged = course.servers_diverged or attempt.cuts_rows
                 raise
             course.told = attempt.inputs
         self._handover.look()
         return output
 
-    async def _run(self, attempt: Attempt) -> Tensor:
+    async def _run(self, attempt: PendingStep) -> Tensor:
         progress_at = self._now()
         while True:
             try:
@@ -128,7 +126,7 @@ class Recovery:
                 attempt.settle()
                 self._weigh(error, attempt)
 
-    def _weigh(self, error: PetalsError, attempt: Attempt) -> None:
+    def _weigh(self, error: PetalsError, attempt: PendingStep) -> None:
         """What a failure means for the path. Raises it if trying again makes no sense."""
         attempt.last_failure = error
         if self._closed or isinstance(error, CacheFull):
@@ -141,14 +139,14 @@ class Recovery:
             if attempt.num_refusals > self._swarm.config.num_retries:
                 raise error
         if self.path is not None and not self.path.lost:
-            self._course.is_stale = True
+            self._course.servers_diverged = True
 
-    async def _made_whole(self, attempt: Attempt, progress_at: float) -> SessionPath:
+    async def _made_whole(self, attempt: PendingStep, progress_at: float) -> HopPipeline:
         """A path on which the attempt can go on."""
         path = self.path
         if path is not None and not attempt.pieces:
             attempt.pieces = self._cut(path, attempt.rest, attempt.reorder)
-        if path is not None and not self._course.is_stale:
+        if path is not None and not self._course.servers_diverged:
             # A stream may break although both ends live: each peer is called once.
             broken = [hop for hop in path.lost if isinstance(hop.failure, PeerUnreachable)]
             await self._reconnect([h for h in broken if h.peer_id not in attempt.reconnected])
@@ -159,14 +157,14 @@ class Recovery:
             assert hop.failure is not None
             if hop.hop not in self._losses:
                 self._losses[hop.hop] = hop.failure.message
-                cause = Cause.SLOW if hop.was_slow else Cause.FAILED
+                cause = Cause.SLOW if hop.is_straggler else Cause.FAILED
                 self._swarm.note_failure(hop.peer_id, hop.failure, cause)
-        if path is None or self._course.is_stale:
+        if path is None or self._course.servers_diverged:
             path = await self._rebuilt(attempt)
         else:
             await self._mend(path, attempt)
         self._note_repairs(path, self._now() - progress_at)
-        self._meet_spares(path)
+        self._warm_spares(path)
         return path
 
     async def _reconnect(self, hops: Sequence[HopSession]) -> bool:
@@ -187,7 +185,7 @@ class Recovery:
         lost = [] if self.path is None else self.path.lost
         return [hop for hop in lost if isinstance(hop.failure, PeerUnreachable | PeerTimeout)]
 
-    async def _mend(self, path: SessionPath, attempt: Attempt) -> None:
+    async def _mend(self, path: HopPipeline, attempt: PendingStep) -> None:
         """Replace the hops that are lost, from left to right, each refilled from before it."""
         while path.lost:
             start = path.hops.index(path.lost[0])
@@ -200,10 +198,10 @@ class Recovery:
             terms = replace(
                 self._course.terms,
                 epoch=self._course.epoch,
-                num_rows=attempt.num_rows_told if start else len(attempt.inputs.lengths),
+                num_rows=attempt.server_rows if start else len(attempt.inputs.lengths),
             )
             try:
-                hops = await self._open_patiently(blocks, terms, Repairing(before), attempt)
+                hops = await self._open_patiently(blocks, terms, ReplacementHints(before), attempt)
             except _PathIsBack:
                 await path.begin_epoch(self._course.epoch)
                 continue
@@ -211,7 +209,7 @@ class Recovery:
             await path.begin_epoch(self._course.epoch)
             await self._refill(path, start, start + len(hops), attempt)
 
-    async def _refill(self, path: SessionPath, start: int, end: int, attempt: Attempt) -> None:
+    async def _refill(self, path: HopPipeline, start: int, end: int, attempt: PendingStep) -> None:
         """Give new hops the rows as the attempt finds them. Raises OutboxLost if nobody can."""
         if path.max_step_tokens and attempt.pieces[0].call.num_tokens > path.max_step_tokens:
             raise OutboxLost("The pieces of this step are too long for its new servers.")
@@ -226,18 +224,18 @@ class Recovery:
             start += len(arc)
 
     async def _refill_arc(
-        self, path: SessionPath, start: int, arc: Sequence[HopSession], attempt: Attempt
+        self, path: HopPipeline, start: int, arc: Sequence[HopSession], attempt: PendingStep
     ) -> None:
         """Refill hops that hand on to each other: from the hop before them, if need be through us,
         or with the session's own inputs.
         """
-        step, lengths = attempt.pieces[0].call, attempt.told_lengths
+        step, lengths = attempt.pieces[0].call, attempt.needed_lengths
         source = path.hops[start - 1] if start else None
         rows, reordered = attempt.inputs, step.reorder is not None
         if source is not None:
             is_direct = path.arc_end(start - 1) > start
             largest = max(sum(lengths), sum(lengths[row] for row in step.reorder or ()))
-            fetched = Fetched(largest, path.hidden_size, self._course.terms.dtype)
+            fetched = ReplayBuffer(largest, path.hidden_size, self._course.terms.dtype)
             refilling = Refilling(
                 step_id=step.step_id,
                 source=source,
@@ -253,12 +251,12 @@ class Recovery:
             rows, reordered = fetched.rows, fetched.reordered
         parts = in_pieces(rows.whole(), self._course.piece_tokens(path.hops))
         refilling = Refilling(step.step_id, None, arc, sum(rows.lengths))
-        held = Held.nothing(len(rows.lengths))
+        held = ReplicaProgress.nothing(len(rows.lengths))
         await refill_from_us(path, refilling, parts, held=held, reordered=reordered)
 
-    async def _rebuilt(self, attempt: Attempt) -> SessionPath:
+    async def _rebuilt(self, attempt: PendingStep) -> HopPipeline:
         """A new path, fed with the session's inputs as the attempt finds them."""
-        self._course.is_stale = True
+        self._course.servers_diverged = True
         replay = attempt.inputs.whole()
         if self.path is not None:
             await self.path.close()
@@ -270,19 +268,21 @@ class Recovery:
             num_rows=len(attempt.inputs.lengths),
         )
         terms = self._course.terms
-        path = self._take(await self._open_patiently(self._blocks, terms, Repairing(), attempt))
+        path = self._take(
+            await self._open_patiently(self._blocks, terms, ReplacementHints(), attempt)
+        )
         if replay is not None:
             await path.run(self._cut(path, replay, None))
-        attempt.reorder, attempt.num_rows_told = None, len(attempt.inputs.lengths)
+        attempt.reorder, attempt.server_rows = None, len(attempt.inputs.lengths)
         attempt.pieces = self._cut(path, attempt.rest, None)
-        self._course.is_stale = False
+        self._course.servers_diverged = False
         return path
 
     async def _open_patiently(
-        self, blocks: BlockSpan, terms: Terms, repair: Repairing, attempt: Attempt
+        self, blocks: BlockSpan, terms: SessionSpec, repair: ReplacementHints, attempt: PendingStep
     ) -> list[HopSession]:
         hops = await self._patiently(
-            lambda: open_hops(self._swarm, blocks, terms, repair), blocks, attempt.last_failure
+            lambda: reserve_route(self._swarm, blocks, terms, repair), blocks, attempt.last_failure
         )
         if self._closed:
             await release(hops)
@@ -317,15 +317,17 @@ class Recovery:
                     raise _PathIsBack from None
                 await self._swarm.look_again(blocks, _LOOK_AGAIN_SECONDS)
 
-    def _cut(self, path: SessionPath, part: Part, reorder: tuple[int, ...] | None) -> list[Piece]:
+    def _cut(
+        self, path: HopPipeline, part: RowSlices, reorder: tuple[int, ...] | None
+    ) -> list[StepPiece]:
         pieces = []
         for piece in in_pieces(part, self._course.piece_tokens(path.hops)):
             call = StepCall(next(self._course.step_ids), piece.starts, piece.counts, reorder)
-            pieces.append(Piece(call, piece.hidden))
+            pieces.append(StepPiece(call, piece.hidden))
             reorder = None
         return pieces
 
-    def _note_repairs(self, path: SessionPath, seconds: float) -> None:
+    def _note_repairs(self, path: HopPipeline, seconds: float) -> None:
         for lost, reason in self._losses.items():
             peer, blocks = lost.peer_id, lost.blocks
             by = tuple(hop for hop in path.route if hop.blocks.overlaps(blocks))
@@ -340,23 +342,23 @@ class Recovery:
             )
         self._losses.clear()
 
-    def _leave_the_slow(self, path: SessionPath) -> None:
+    def _leave_the_slow(self, path: HopPipeline) -> None:
         """Give up a hop that others would outrun; the next step replaces it like a dead one."""
         now, swarm = self._now(), self._swarm
         if now >= self._meet_again_at:
-            self._meet_spares(path)
+            self._warm_spares(path)
         for hop in path.hops:
-            promises = (
+            expected_seconds = (
                 partial(swarm.promised_seconds, hop.hop),
                 partial(swarm.alternative_seconds, hop.hop, self._course.terms.cache_tokens),
             )
-            if self._slow.should_leave(hop.blocks, hop.timings, promises, now):
-                hop.was_slow = True
+            if self._slow.should_leave(hop.blocks, hop.timings, expected_seconds, now):
+                hop.is_straggler = True
                 hop.fail(PeerTimeout("It is slow: others would take less than half the time."))
 
-    def _meet_spares(self, path: SessionPath) -> None:
+    def _warm_spares(self, path: HopPipeline) -> None:
         self._meet_again_at = self._now() + self._swarm.config.update_period
-        work = self._swarm.meet_spares(path.route, self._course.terms.cache_tokens)
+        work = self._swarm.warm_spares(path.route, self._course.terms.cache_tokens)
         self._swarm.node.background.start(work, "meeting spares")
 
     def _now(self) -> float:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from petals.client.connection.tensor_checks import is_finite
 from petals.client.session.latency import redial_seconds
-from petals.client.session.types import Answer, Held, Neighbours, Patience, Refill, StepCall, Terms
+from petals.client.session.types import (
+    HopNeighbours,
+    HopTimeouts,
+    Refill,
+    ReplicaProgress,
+    SessionSpec,
+    StepCall,
+    StepReply,
+)
 from petals.client.trace import HopTrace, StepTiming
 from petals.errors import (
     PeerError,
@@ -33,11 +41,13 @@ from petals.types import BlockSpan, Hop, PeerId, Route
 from petals.wire.fields import Message
 from petals.wire.messages import (
     AnyMessage,
+    BeginEpoch,
     CloseSession,
+    Draining,
+    ForwardFailed,
     GetInfo,
     Info,
     KeepSession,
-    Leaving,
     NextHop,
     OpenSession,
     Refusal,
@@ -45,10 +55,8 @@ from petals.wire.messages import (
     Replayed,
     SessionEnded,
     SessionOpened,
-    SetRoute,
     Step,
     StepResult,
-    Undelivered,
 )
 from petals.wire.services import BLOCKS_SERVICE
 
@@ -59,7 +67,7 @@ _KEPT_TIMINGS = 1024
 class Listener(Protocol):
     """Who wants to know what a hop says."""
 
-    def on_answer(self, hop: "HopSession", step_id: int, answer: Answer | PetalsError) -> None:
+    def on_answer(self, hop: "HopSession", step_id: int, answer: StepReply | PetalsError) -> None:
         """A result or a refusal."""
         ...
 
@@ -87,7 +95,9 @@ class Listener(Protocol):
 class HopSession:
     """A reservation at one server. ``open`` makes one; ``close`` frees what it holds there."""
 
-    def __init__(self, channel: Channel, hop: Hop, terms: Terms, patience: Patience) -> None:
+    def __init__(
+        self, channel: Channel, hop: Hop, terms: SessionSpec, patience: HopTimeouts
+    ) -> None:
         self.hop = hop
         self.terms = terms
         self.epoch = terms.epoch
@@ -96,7 +106,7 @@ class HopSession:
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self.failure: PetalsError | None = None
         """Why this leg is lost; None while it stands."""
-        self.was_slow = False
+        self.is_straggler = False
         """Whether it is lost because we left it for a faster one."""
         self.leaving_seconds: float | None = None
         """How long the server stays, if it has said that it leaves."""
@@ -125,9 +135,9 @@ class HopSession:
         cls,
         node: SwarmNode,
         hop: Hop,
-        terms: Terms,
-        patience: Patience,
-        neighbours: Neighbours,
+        terms: SessionSpec,
+        patience: HopTimeouts,
+        neighbours: HopNeighbours,
     ) -> "HopSession":
         """Reserve room at ``hop``, which will hand on states between us and its ``neighbours``.
 
@@ -185,7 +195,7 @@ class HopSession:
     async def begin_epoch(self, epoch: int, sources: Sequence[PeerId]) -> None:
         """From now on states come from ``sources`` and us; frames of older epochs are dropped."""
         self.epoch = epoch
-        await self._say(SetRoute(self.terms.session_id, epoch, tuple(sources)))
+        await self._say(BeginEpoch(self.terms.session_id, epoch, tuple(sources)))
 
     async def replay(
         self,
@@ -194,7 +204,7 @@ class HopSession:
         next_hops: Route,
         *,
         reorder: tuple[int, ...] | None = None,
-        held: Held | None = None,
+        held: ReplicaProgress | None = None,
         pages: bool = False,
     ) -> None:
         """Have ``next_hops`` refilled from what this hop has put out before step ``step_id``; if
@@ -256,7 +266,7 @@ class HopSession:
                 await asyncio.wait({self._reader})
             await self._channel.close()
 
-    def checked(self, answer: Answer, hidden: Tensor) -> Tensor:
+    def checked(self, answer: StepReply, hidden: Tensor) -> Tensor:
         """The output, if it can be one for ``hidden``. Raises PeerMisbehaved."""
         if len(answer.tensors) != 1:
             raise self.misbehaved(f"{len(answer.tensors)} tensors instead of one")
@@ -286,7 +296,7 @@ class HopSession:
         if is_heard:
             await self._ended.wait()
 
-    async def _reserve(self, neighbours: Neighbours) -> None:
+    async def _reserve(self, neighbours: HopNeighbours) -> None:
         terms, patience = self.terms, self._patience
         prompts = terms.tuning.prompts_of(self.blocks)
         await self._channel.send(GetInfo())
@@ -317,7 +327,7 @@ class HopSession:
                     info = answer
                 case SessionOpened(session_id=terms.session_id):
                     opened = answer
-                case Leaving():
+                case Draining():
                     self._on_leaving(answer)
                 case Refusal():
                     raise answer.to_error(self.peer_id)
@@ -339,17 +349,17 @@ class HopSession:
         match message:
             case StepResult():
                 if message.session_id == self.terms.session_id and message.epoch >= self.epoch:
-                    self._tell(message.step_id, Answer(message, tensors))
+                    self._tell(message.step_id, StepReply(message, tensors))
             case Replayed():
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_replayed(not message.undelivered)
-            case Undelivered():
+            case ForwardFailed():
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_undelivered(message)
             case Step(replay=True):
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_outputs(message, tensors)
-            case Leaving():
+            case Draining():
                 self._on_leaving(message)
             case Refusal(step_id=int(step_id)):
                 self._tell(step_id, message.to_error(self.peer_id))
@@ -365,11 +375,11 @@ class HopSession:
             case _:
                 raise self._unexpected(message)
 
-    def _tell(self, step_id: int, answer: Answer | PetalsError) -> None:
+    def _tell(self, step_id: int, answer: StepReply | PetalsError) -> None:
         if self.listener is not None:
             self.listener.on_answer(self, step_id, answer)
 
-    def _on_leaving(self, message: Leaving) -> None:
+    def _on_leaving(self, message: Draining) -> None:
         if message.session_id == self.terms.session_id:
             self.leaving_seconds = message.seconds
             if self.listener is not None:
@@ -379,7 +389,7 @@ class HopSession:
         if self.listener is not None:
             self.listener.on_outputs(self, step, tensors)
 
-    def _tell_undelivered(self, message: Undelivered) -> None:
+    def _tell_undelivered(self, message: ForwardFailed) -> None:
         if self.listener is not None:
             self.listener.on_undelivered(self, message.step_id, message.replay)
 
@@ -394,7 +404,7 @@ class HopSession:
 
 
 async def _open_channel(
-    node: SwarmNode, peer: PeerId, patience: Patience, seconds: float
+    node: SwarmNode, peer: PeerId, patience: HopTimeouts, seconds: float
 ) -> Channel:
     channel = await node.open_channel(peer, BLOCKS_SERVICE, seconds)
     channel.silence_seconds = patience.silence_seconds

@@ -6,19 +6,21 @@ tensors; knows no servers and no steps' fate.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from petals.client.connection.tensor_checks import is_finite
 from petals.errors import RouteError
+from petals.wire.messages import Step
 
 _MERGED_TOKENS = 256
 """Chunks of so many tokens are long enough."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RowSlices:
     """``counts[r]`` tokens of row r from ``starts[r]``; hidden: [sum(counts), H], row after row."""
 
     starts: tuple[int, ...]
@@ -26,7 +28,7 @@ class Part:
     hidden: Tensor
 
 
-class KeptInputs:
+class InputLog:
     """Rows of hidden states; a row is a list of chunks [n, H] that nobody changes any more.
 
     ``is_dropped``: only the lengths are known, until every row begins anew.
@@ -46,10 +48,10 @@ class KeptInputs:
         """Keep the lengths alone. Idempotent."""
         self._rows, self.is_dropped = [[] for _ in self._rows], True
 
-    def branch(self, starts: Sequence[int], reorder: Sequence[int] | None = None) -> "KeptInputs":
+    def branch(self, starts: Sequence[int], reorder: Sequence[int] | None = None) -> "InputLog":
         """The rows as a step from ``starts`` finds them, after its ``reorder``; ours stay."""
         sources = range(len(self._rows)) if reorder is None else reorder
-        branch = KeptInputs(0)
+        branch = InputLog(0)
         branch._rows = [
             list(self._rows[row])
             if start == self.lengths[row] or self.is_dropped
@@ -72,11 +74,11 @@ class KeptInputs:
                 while len(row) > 1 and len(row[-2]) <= len(row[-1]) < _MERGED_TOKENS:
                     row[-2:] = [torch.cat(row[-2:])]
 
-    def whole(self) -> Part | None:
+    def whole(self) -> RowSlices | None:
         """Everything from position 0; None if that is nothing. Raises like ``since``."""
         return self.since((0,) * len(self.lengths))
 
-    def since(self, starts: Sequence[int]) -> Part | None:
+    def since(self, starts: Sequence[int]) -> RowSlices | None:
         """What every row has from its start on; None if that is nothing.
 
         Raises RouteError if the rows were dropped.
@@ -90,10 +92,10 @@ class KeptInputs:
         if not chunks:
             return None
         counts = tuple(length - start for length, start in zip(self.lengths, starts))
-        return Part(tuple(starts), counts, torch.cat(chunks))
+        return RowSlices(tuple(starts), counts, torch.cat(chunks))
 
 
-def cut(part: Part, limit: int) -> Iterator[Part]:
+def cut(part: RowSlices, limit: int) -> Iterator[RowSlices]:
     """``part`` in successive parts of at most ``limit`` tokens, in packed order (0: no limit)."""
     total = part.hidden.shape[0]
     if not limit or total <= limit:
@@ -108,7 +110,7 @@ def cut(part: Part, limit: int) -> Iterator[Part]:
             counts.append(min(room, count - done[row]))
             room -= counts[row]
             done[row] += counts[row]
-        yield Part(starts, tuple(counts), hidden)
+        yield RowSlices(starts, tuple(counts), hidden)
 
 
 def _tail(row: list[Tensor], start: int) -> Iterator[Tensor]:
@@ -128,3 +130,48 @@ def _cut_row(row: list[Tensor], length: int) -> list[Tensor]:
         kept.append(chunk)
         have += len(chunk)
     return kept
+
+
+class ReplayMismatch(ValueError):
+    """What came cannot be what was asked for; the text says why."""
+
+
+@dataclass(slots=True)
+class ReplayBuffer:
+    """At most ``max_tokens`` of width ``hidden_size``, from ``starts`` on (empty: from position 0).
+
+    ``reordered``: the rows stand as the reorder of the step to follow leaves them.
+    """
+
+    max_tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+    starts: tuple[int, ...] = ()
+    rows: InputLog = field(default_factory=lambda: InputLog(0))
+    reordered: bool = False
+
+    def add(self, step: Step, tensors: Sequence[Tensor]) -> None:
+        """The next tokens of every row, as they would have gone to the next hop. Raises
+        WrongRows.
+        """
+        if not self.rows.lengths:
+            self.rows = InputLog(len(step.counts))
+        num_tokens = sum(step.counts)
+        starts = self.starts or (0,) * len(self.rows.lengths)
+        due = tuple(start + come for start, come in zip(starts, self.rows.lengths))
+        if step.starts != due or len(step.counts) != len(due):
+            raise ReplayMismatch("rows that do not follow each other")
+        if sum(self.rows.lengths) + num_tokens > self.max_tokens:
+            raise ReplayMismatch("more rows than were asked for")
+        shape = [tensor.shape for tensor in tensors]
+        if shape != [(num_tokens, self.hidden_size)] or tensors[0].dtype != self.dtype:
+            raise ReplayMismatch("rows of another shape")
+        if not is_finite(tensors[0]):
+            raise ReplayMismatch("NaN or infinity")
+        self.rows.append(step.counts, tensors[0])
+        self.reordered = step.reordered
+
+    def part(self) -> RowSlices | None:
+        """What has come; None for nothing."""
+        whole = self.rows.whole()
+        return replace(whole, starts=self.starts) if whole is not None and self.starts else whole

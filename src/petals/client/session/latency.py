@@ -22,7 +22,7 @@ def redial_seconds(link_seconds: float) -> float:
     return min(longest, max(shortest, _TRIPS_PER_REDIAL * link_seconds))
 
 
-class Pace:
+class LatencyEstimate:
     """The latest steps: (tokens, seconds)."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Pace:
         """A step of ``num_tokens`` took ``seconds``."""
         self._steps.append((num_tokens, seconds))
 
-    def patience_seconds(self, num_tokens: int) -> float | None:
+    def timeout_seconds(self, num_tokens: int) -> float | None:
         """Four times what so many tokens should take; None before anything was measured.
 
         A step that is longer than those measured takes longer in proportion, a shorter one as long.

@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from petals.client.session.fetched import Fetched
 from petals.client.session.hop import HopSession
-from petals.client.session.input_log import Part
+from petals.client.session.input_log import ReplayBuffer, RowSlices
 from petals.client.session.pending import Refilling
-from petals.client.session.pipeline import SessionPath
-from petals.client.session.reservation import Repairing, open_hops, release
-from petals.client.session.state import Course, in_pieces, refill_from_us
-from petals.client.session.types import Held, Terms
+from petals.client.session.pipeline import HopPipeline
+from petals.client.session.reservation import ReplacementHints, release, reserve_route
+from petals.client.session.state import SessionState, in_pieces, refill_from_us
+from petals.client.session.types import ReplicaProgress, SessionSpec
 from petals.client.trace import Repair
 from petals.errors import (
     CacheFull,
@@ -49,23 +48,23 @@ _MAX_PAUSE_SECONDS = 8.0
 
 
 @dataclass(slots=True, eq=False)
-class _Succession:
+class _Replacement:
     """``hops`` are to take the place of those that are ``leaving``, behind ``before``."""
 
-    path: SessionPath
+    path: HopPipeline
     epoch: int
     before: HopSession | None
     leaving: Sequence[HopSession]
     hops: Sequence[HopSession]
 
 
-class HandOver:
+class SessionMigration:
     """Hands one session over, whenever hops of it say that they leave. ``close`` it."""
 
-    def __init__(self, course: Course, note: Callable[[Repair], None]) -> None:
+    def __init__(self, course: SessionState, note: Callable[[Repair], None]) -> None:
         self._course = course
         self._note = note
-        self._held: Held | None = None
+        self._held: ReplicaProgress | None = None
         """What the successors have or will have of the rows as they are now."""
         self._unable: set[PeerId] = set()
         """Servers whose pages did not get through: theirs are not asked for again."""
@@ -116,7 +115,7 @@ class HandOver:
         blocks = BlockSpan(leaving[0].blocks.start, leaving[-1].blocks.end)
         terms = replace(course.terms, epoch=epoch, num_rows=num_rows)
         hops = await self._open(path, before, blocks, terms)
-        succession = _Succession(path, epoch, before, leaving, hops)
+        succession = _Replacement(path, epoch, before, leaving, hops)
         try:
             path.listen_to(hops)
             await self._copy(succession)
@@ -130,32 +129,32 @@ class HandOver:
             self._held = None
 
     async def _open(
-        self, path: SessionPath, before: HopSession | None, blocks: BlockSpan, terms: Terms
+        self, path: HopPipeline, before: HopSession | None, blocks: BlockSpan, terms: SessionSpec
     ) -> list[HopSession]:
         """Successors, best of all such that the hop ``before`` can hand on to."""
         swarm = self._course.swarm
         leaving = frozenset(hop.peer_id for hop in path.hops if hop.leaving_seconds is not None)
-        givers = {hop.blocks: hop.peer_id for hop in path.leaving if self._may_give(hop)}
-        repair = Repairing(None, leaving, givers)
+        kv_donors = {hop.blocks: hop.peer_id for hop in path.leaving if self._may_give(hop)}
+        repair = ReplacementHints(None, leaving, kv_donors)
         if before is None:
-            return await open_hops(swarm, blocks, terms, repair)
+            return await reserve_route(swarm, blocks, terms, repair)
         repair = replace(repair, before=before.peer_id)
         now, peers = swarm.node.clock.monotonic(), {c.peer_id for c in swarm.candidates()}
         aside = {p for p in peers if not swarm.edges.is_direct(before.peer_id, p, now)}
         if aside - leaving:
             with contextlib.suppress(MissingBlocksError, NoCapacity, CacheFull):
                 fitting = replace(repair, unfit=leaving | aside)
-                return await open_hops(swarm, blocks, terms, fitting)
-        return await open_hops(swarm, blocks, terms, repair)
+                return await reserve_route(swarm, blocks, terms, fitting)
+        return await reserve_route(swarm, blocks, terms, repair)
 
-    async def _copy(self, succession: _Succession) -> None:
+    async def _copy(self, succession: _Replacement) -> None:
         """Copy what is missing, then what has come meanwhile, until it is little; then change."""
         course, clock = self._course, self._course.swarm.node.clock
         for num_left in reversed(range(_MAX_COPIES)):
             async with course.turn:
                 began, lengths = clock.monotonic(), course.told.lengths
                 self._check(succession)
-                held = self._held or Held.nothing(len(lengths))
+                held = self._held or ReplicaProgress.nothing(len(lengths))
                 is_little = max(held.missing(lengths), default=0) <= _LITTLE_TOKENS
                 copy = self._send(succession, held)
                 if is_little or not num_left:
@@ -163,18 +162,18 @@ class HandOver:
                     await self._change(succession)
                     self._tell(succession, clock.monotonic() - began)
                     return
-                self._held = Held.all_of(lengths)
+                self._held = ReplicaProgress.all_of(lengths)
             await copy
 
-    def _check(self, succession: _Succession) -> None:
+    def _check(self, succession: _Replacement) -> None:
         """Raises OutboxLost if a repair came between."""
         course = self._course
         is_same = succession.path is course.path and succession.epoch == course.epoch
         is_whole = not any(hop.failure for hop in (*succession.path.hops, *succession.hops))
-        if not is_same or not is_whole or course.is_stale:
+        if not is_same or not is_whole or course.servers_diverged:
             raise OutboxLost("A repair comes first.")
 
-    def _send(self, succession: _Succession, held: Held) -> Coroutine[Any, Any, None]:
+    def _send(self, succession: _Replacement, held: ReplicaProgress) -> Coroutine[Any, Any, None]:
         """Work that brings the successors from what they have to where the rows stand now."""
         told = self._course.told
         num_tokens = sum(held.missing(told.lengths))
@@ -184,7 +183,7 @@ class HandOver:
             return self._fill(succession, held, told.lengths, told.since(held.lengths), None)
         return self._fill(succession, held, told.lengths, None, succession.before)
 
-    def _can_give_pages(self, succession: _Succession, num_tokens: int) -> bool:
+    def _can_give_pages(self, succession: _Replacement, num_tokens: int) -> bool:
         """Can successors go on with what the old hops keep, and get it in good time?"""
         leaving, hops = succession.leaving, succession.hops
         return len(leaving) == len(hops) and all(
@@ -193,7 +192,7 @@ class HandOver:
 
     def _can_give(self, old: HopSession, new: HopSession, num_tokens: int) -> bool:
         swarm, info = self._course.swarm, old.info
-        is_alike = old.blocks == new.blocks and info.page_form == new.info.page_form != ""
+        is_alike = old.blocks == new.blocks and info.kv_format == new.info.kv_format != ""
         now = swarm.node.clock.monotonic()
         is_direct = swarm.edges.is_direct(old.peer_id, new.peer_id, now)
         num_blocks = max(1, info.blocks[1] - info.blocks[0])
@@ -206,7 +205,7 @@ class HandOver:
         return self._course.swarm.config.use_server_to_server and hop.peer_id not in self._unable
 
     async def _give_pages(
-        self, succession: _Succession, held: Held, lengths: tuple[int, ...]
+        self, succession: _Replacement, held: ReplicaProgress, lengths: tuple[int, ...]
     ) -> None:
         """Let every old hop give its successor what it keeps. Raises OutboxLost or SessionGap if
         one cannot; next time the successors compute it.
@@ -221,10 +220,10 @@ class HandOver:
 
     async def _fill(
         self,
-        succession: _Succession,
-        held: Held,
+        succession: _Replacement,
+        held: ReplicaProgress,
         lengths: tuple[int, ...],
-        ours: Part | None,
+        ours: RowSlices | None,
         source: HopSession | None,
     ) -> None:
         """Bring the successors, arc by arc, from ``held`` to ``lengths``: the first of them with
@@ -246,20 +245,20 @@ class HandOver:
             source, rest = arc[-1], rest[len(arc) :]
 
     async def _fetch(
-        self, path: SessionPath, source: HopSession, held: Held, lengths: tuple[int, ...]
-    ) -> Part | None:
+        self, path: HopPipeline, source: HopSession, held: ReplicaProgress, lengths: tuple[int, ...]
+    ) -> RowSlices | None:
         """The rows that ``source`` cannot hand on, on their way through us."""
         num_tokens, dtype = sum(held.missing(lengths)), self._course.terms.dtype
-        fetched = Fetched(num_tokens, path.hidden_size, dtype, held.lengths)
+        fetched = ReplayBuffer(num_tokens, path.hidden_size, dtype, held.lengths)
         refilling = replace(self._refilling(source, (), held, lengths), fetched=fetched)
         await self._replay(path, refilling, held, lengths)
         return fetched.part()
 
     async def _replay(
         self,
-        path: SessionPath,
+        path: HopPipeline,
         refilling: Refilling,
-        held: Held,
+        held: ReplicaProgress,
         lengths: tuple[int, ...],
         *,
         pages: bool = False,
@@ -274,13 +273,13 @@ class HandOver:
         self,
         source: HopSession | None,
         hops: Sequence[HopSession],
-        held: Held,
+        held: ReplicaProgress,
         lengths: tuple[int, ...],
     ) -> Refilling:
         num_tokens = sum(held.missing(lengths))
         return Refilling(next(self._course.step_ids), source, hops, num_tokens)
 
-    async def _change(self, succession: _Succession) -> None:
+    async def _change(self, succession: _Replacement) -> None:
         """The successors take the old hops' place."""
         course, path = self._course, succession.path
         start = path.hops.index(succession.leaving[0])
@@ -288,7 +287,7 @@ class HandOver:
         course.epoch += 1
         await path.begin_epoch(course.epoch)
 
-    def _tell(self, succession: _Succession, seconds: float) -> None:
+    def _tell(self, succession: _Replacement, seconds: float) -> None:
         for old in succession.leaving:
             by = tuple(hop.hop for hop in succession.hops if hop.blocks.overlaps(old.blocks))
             self._note(Repair(old.peer_id, old.blocks, "The server leaves.", by, seconds))

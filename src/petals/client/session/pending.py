@@ -7,14 +7,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from petals.client.session.fetched import Fetched
 from petals.client.session.hop import HopSession
-from petals.client.session.types import Answer
+from petals.client.session.input_log import ReplayBuffer
+from petals.client.session.types import StepReply
 from petals.clock import Clock, Timer
 from petals.errors import PetalsError
 from petals.types import Route
 
-Heard = tuple[HopSession, Answer | PetalsError | None]
+ReplyFrom = tuple[HopSession, StepReply | PetalsError | None]
 """Which hop spoke, and what: a result, a refusal, or None: it is refilled."""
 
 
@@ -28,7 +28,7 @@ class Refilling:
     source: HopSession | None
     hops: Sequence[HopSession]
     num_tokens: int
-    fetched: Fetched | None = None
+    fetched: ReplayBuffer | None = None
 
     @property
     def next_hops(self) -> Route:
@@ -42,28 +42,28 @@ class Refilling:
         return [*(() if self.source is None else (self.source,)), *self.hops]
 
 
-class Waiting:
+class PendingReply:
     """A step, or the end of a refill, whose answer may come from any of ``hops``.
 
     ``is_paced``: the pace of the route tells how long to wait, and may tell more while we do.
-    ``doubters``: hops that have said, once, that their part of it may be lost.
+    ``reported_loss``: hops that have said, once, that their part of it may be lost.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.hops: Sequence[HopSession] = ()
         self.refilling: Refilling | None = None
-        self.doubters: set[HopSession] = set()
+        self.reported_loss: set[HopSession] = set()
         self._clock = clock
         self.begin(is_paced=False)
 
     def begin(self, *, is_paced: bool) -> None:
         """Wait anew, from now on."""
         self.is_paced = is_paced
-        self.heard: asyncio.Future[Heard | None] = asyncio.get_running_loop().create_future()
+        self.heard: asyncio.Future[ReplyFrom | None] = asyncio.get_running_loop().create_future()
         self._began = self._clock.monotonic()
         self._timer: Timer | None = None
 
-    async def hear(self, seconds: float) -> Heard | None:
+    async def hear(self, seconds: float) -> ReplyFrom | None:
         """What ``heard`` is set to; None after ``seconds``, or what ``limit`` makes of them."""
         self._end_after(seconds)
         try:

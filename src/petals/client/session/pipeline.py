@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from petals.client.routing.swarm_state import SwarmView
-from petals.client.session.fetched import WrongRows
+from petals.client.routing.swarm_state import SwarmState
 from petals.client.session.hop import HopSession
-from petals.client.session.latency import Pace
-from petals.client.session.pending import Heard, Refilling, Waiting
+from petals.client.session.input_log import ReplayMismatch
+from petals.client.session.latency import LatencyEstimate
+from petals.client.session.pending import PendingReply, Refilling, ReplyFrom
 from petals.client.session.reservation import release
-from petals.client.session.types import Answer, Piece, StepCall
+from petals.client.session.types import StepCall, StepPiece, StepReply
 from petals.client.trace import EdgeTrace, StepTiming, Way
 from petals.errors import (
     BadInput,
@@ -52,23 +52,23 @@ class EdgeLost(OutboxLost):
     """Something did not get from one hop to the next; the edge is closed, there is a way around."""
 
 
-class SessionPath:
+class HopPipeline:
     """Reservations that lead through all blocks of a session; it owns them."""
 
     def __init__(
         self,
         hops: Sequence[HopSession],
-        swarm: SwarmView,
-        pace: Pace,
+        swarm: SwarmState,
+        pace: LatencyEstimate,
         tell_leaving: Callable[[], None],
     ) -> None:
         self.hops = list(hops)
         self.pace = pace
         self._tell_leaving = tell_leaving
         self._swarm = swarm
-        self._waiting: dict[int, Waiting] = {}
+        self._waiting: dict[int, PendingReply] = {}
         self._tokens_under_way = 0
-        self._pieces_pace = Pace()
+        self._pieces_pace = LatencyEstimate()
         self.listen_to(self.hops)
         self._keeper = asyncio.create_task(self._keep_alive(), name="signs of life")
         self._closed = False
@@ -115,7 +115,7 @@ class SessionPath:
         """Width of the states, as the first server says."""
         return self.hops[0].info.hidden_size
 
-    async def run(self, pieces: Sequence[Piece]) -> None:
+    async def run(self, pieces: Sequence[StepPiece]) -> None:
         """Get the output of every piece, the hops working on them one behind the other.
 
         Raises a RequestError that a server answered with, and whatever else stopped it: ``lost``
@@ -124,10 +124,10 @@ class SessionPath:
         began = self._now()
         self._tokens_under_way = sum(piece.call.num_tokens for piece in pieces)
         under_way = asyncio.Semaphore(len(self.hops) + 1)
-        self._pieces_pace = Pace()
+        self._pieces_pace = LatencyEstimate()
         num_done = 0
 
-        async def run(piece: Piece) -> None:
+        async def run(piece: StepPiece) -> None:
             nonlocal num_done
             async with under_way:
                 await self._step(piece)
@@ -156,7 +156,7 @@ class SessionPath:
             waiting.hops, waiting.refilling = line, refilling
             asked_at = self._now()
             await send()
-            heard = await waiting.hear(self.patience_seconds(refilling.num_tokens))
+            heard = await waiting.hear(self.timeout_seconds(refilling.num_tokens))
             while heard is None and len(line) == 1 and line[0].is_mute_since(asked_at):
                 # Its channel will soon tell whether it lives; until then nobody else is asked.
                 waiting.begin(is_paced=False)
@@ -214,13 +214,13 @@ class SessionPath:
         is_relayed = self._swarm.edges.is_relayed(self.hops[index].peer_id, far.peer_id)
         return Way.RELAYED if is_relayed else Way.DIRECT
 
-    def patience_seconds(self, num_tokens: int | None = None) -> float:
+    def timeout_seconds(self, num_tokens: int | None = None) -> float:
         """How long silence means nothing while ``num_tokens`` (all under way) are computed."""
         tokens = self._tokens_under_way if num_tokens is None else num_tokens
         shortest = self._swarm.config.step_timeout
-        seconds = self.pace.patience_seconds(tokens)
+        seconds = self.pace.timeout_seconds(tokens)
         if seconds is None:
-            seconds = self._pieces_pace.patience_seconds(tokens)
+            seconds = self._pieces_pace.timeout_seconds(tokens)
         if seconds is None:
             seconds = shortest * _UNMEASURED_FACTOR * (1 + tokens / _UNMEASURED_TOKENS)
         return max(shortest, seconds)
@@ -236,7 +236,7 @@ class SessionPath:
 
     # What the hops say
 
-    def on_answer(self, hop: HopSession, step_id: int, answer: Answer | PetalsError) -> None:
+    def on_answer(self, hop: HopSession, step_id: int, answer: StepReply | PetalsError) -> None:
         """See ``Listener``. Answers to what nobody waits for any more are dropped."""
         waiting = self._waiting.get(step_id)
         if waiting is None or waiting.heard.done():
@@ -257,8 +257,8 @@ class SessionPath:
         waiting = self._waiting.get(step_id)
         if waiting is None or waiting.heard.done() or hop not in waiting.hops[:-1]:
             return
-        if replay == (waiting.refilling is not None) and hop not in waiting.doubters:
-            waiting.doubters.add(hop)
+        if replay == (waiting.refilling is not None) and hop not in waiting.reported_loss:
+            waiting.reported_loss.add(hop)
             at = waiting.hops.index(hop)
             self._close_edges(waiting.hops[at : at + 2])
             waiting.heard.set_result((hop, EdgeLost("The channel between two servers broke.")))
@@ -273,7 +273,7 @@ class SessionPath:
             return
         try:
             fetched.add(step, tensors)
-        except WrongRows as error:
+        except ReplayMismatch as error:
             waiting.heard.set_result((hop, hop.misbehaved(str(error))))
             return
         if step.ends:
@@ -292,7 +292,7 @@ class SessionPath:
 
     # One step
 
-    async def _step(self, piece: Piece) -> None:
+    async def _step(self, piece: StepPiece) -> None:
         hidden, at = piece.hidden, 0
         with self._expect(piece.call.step_id) as waiting:
             while at < len(self.hops):
@@ -307,7 +307,7 @@ class SessionPath:
                 if isinstance(answer, EdgeLost):
                     continue
                 index = self.hops.index(hop)
-                if not isinstance(answer, Answer):
+                if not isinstance(answer, StepReply):
                     if isinstance(answer, BadInput) and index > at:
                         # We checked what went in, so it was spoilt by the hop that handed it on.
                         hop = self.hops[index - 1]
@@ -324,8 +324,8 @@ class SessionPath:
         piece.output = hidden
 
     async def _ask(
-        self, waiting: Waiting, call: StepCall, hidden: Tensor, arc: Sequence[HopSession]
-    ) -> Heard | None:
+        self, waiting: PendingReply, call: StepCall, hidden: Tensor, arc: Sequence[HopSession]
+    ) -> ReplyFrom | None:
         """Send a step along an arc. None if nobody answers an arc of several hops.
 
         Raises PeerTimeout if a single one does not answer.
@@ -336,9 +336,9 @@ class SessionPath:
         waiting.begin(is_paced=len(arc) > 1)
         await hop.send(call, hidden, tuple(later.hop for later in arc[1:]))
         if waiting.is_paced:
-            return await waiting.hear(self.patience_seconds())
+            return await waiting.hear(self.timeout_seconds())
         seconds = self._swarm.config.request_timeout
-        patience = max(_HUNG_SECONDS, _HUNG_FACTOR * self.patience_seconds())
+        patience = max(_HUNG_SECONDS, _HUNG_FACTOR * self.timeout_seconds())
         look = self._swarm.node.clock.call_later(
             patience, partial(self._leave_if_hung, hop, patience)
         )
@@ -358,7 +358,7 @@ class SessionPath:
         """
         room = hop.terms.cache_tokens
         if self._swarm.alternative_seconds(hop.hop, room) is not None:
-            hop.was_slow = True
+            hop.is_straggler = True
             hop.fail(PeerTimeout(f"It lives, but has not answered a step within {seconds:.0f} s."))
 
     def _note_progress(self, num_tokens: int, seconds: float) -> None:
@@ -368,9 +368,9 @@ class SessionPath:
         self._pieces_pace.note(num_tokens, seconds)
         for waiting in self._waiting.values():
             if waiting.is_paced:
-                waiting.limit(self.patience_seconds())
+                waiting.limit(self.timeout_seconds())
 
-    def _checked(self, hop: HopSession, answer: Answer, hidden: Tensor) -> Tensor:
+    def _checked(self, hop: HopSession, answer: StepReply, hidden: Tensor) -> Tensor:
         try:
             return hop.checked(answer, hidden)
         except PeerError as error:
@@ -393,7 +393,7 @@ class SessionPath:
         return error
 
     def _note_timings(
-        self, first: int, last: int, call: StepCall, answer: Answer, seconds: float
+        self, first: int, last: int, call: StepCall, answer: StepReply, seconds: float
     ) -> None:
         """What the hops from ``first`` to ``last`` measured; they share the time in between."""
         result = answer.result
@@ -410,8 +410,8 @@ class SessionPath:
             )
 
     @contextmanager
-    def _expect(self, step_id: int) -> Iterator[Waiting]:
-        waiting = Waiting(self._swarm.node.clock)
+    def _expect(self, step_id: int) -> Iterator[PendingReply]:
+        waiting = PendingReply(self._swarm.node.clock)
         self._waiting[step_id] = waiting
         try:
             yield waiting

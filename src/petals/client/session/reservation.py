@@ -13,9 +13,9 @@ from time import monotonic
 
 from petals.client.routing.bans import Cause
 from petals.client.routing.route import Needs
-from petals.client.routing.swarm_state import SwarmView
+from petals.client.routing.swarm_state import SwarmState
 from petals.client.session.hop import HopSession
-from petals.client.session.types import Neighbours, Patience, Terms
+from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
 from petals.errors import (
     BadInput,
     BlocksNotServed,
@@ -40,20 +40,20 @@ async def release(hops: Sequence[HopSession]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Repairing:
+class ReplacementHints:
     """What is opened takes the place of hops that are lost or will be, behind ``before``.
 
-    ``unfit`` are servers that cannot take it. ``givers`` serve exactly these blocks still, and may
-    give what they keep to whoever takes their place.
+    ``unfit``: servers that cannot take the session. ``kv_donors``: servers that still hold exactly
+    these blocks and can send their keys and values to the replacement.
     """
 
     before: PeerId | None = None
     unfit: frozenset[PeerId] = frozenset()
-    givers: Mapping[BlockSpan, PeerId] = field(default_factory=dict)
+    kv_donors: Mapping[BlockSpan, PeerId] = field(default_factory=dict)
 
 
-async def open_hops(
-    swarm: SwarmView, blocks: BlockSpan, terms: Terms, repair: Repairing | None = None
+async def reserve_route(
+    swarm: SwarmState, blocks: BlockSpan, terms: SessionSpec, repair: ReplacementHints | None = None
 ) -> list[HopSession]:
     """Reserve a route through ``blocks``.
 
@@ -62,17 +62,21 @@ async def open_hops(
     have served (RequestTooLarge, UnknownAdapter, ...), and, unless it is a repair, a PeerError
     after ``max_retries``.
     """
-    hops = await _Opening(swarm, blocks, terms, repair).run()
+    hops = await _RouteReservation(swarm, blocks, terms, repair).run()
     for hop in hops:
         swarm.note_success(hop.peer_id, hop.info)
     return hops
 
 
-class _Opening:
+class _RouteReservation:
     """One attempt after another, with what they have taught."""
 
     def __init__(
-        self, swarm: SwarmView, blocks: BlockSpan, terms: Terms, repair: Repairing | None
+        self,
+        swarm: SwarmState,
+        blocks: BlockSpan,
+        terms: SessionSpec,
+        repair: ReplacementHints | None,
     ) -> None:
         config = swarm.config
         self._swarm = swarm
@@ -159,15 +163,15 @@ class _Opening:
         return None
 
     async def _open(self, hop: Hop, route: Route, alloc_seconds: float = 0.0) -> HopSession:
-        index, repair = route.index(hop), self._repair or Repairing()
+        index, repair = route.index(hop), self._repair or ReplacementHints()
         before, after = repair.before, None
         if index:
             before = route[index - 1].peer_id
         if self._swarm.config.use_server_to_server and hop is not route[-1]:
             after = route[index + 1].peer_id
-        neighbours = Neighbours(before, after, repair.givers.get(hop.blocks))
+        neighbours = HopNeighbours(before, after, repair.kv_donors.get(hop.blocks))
         node, terms, config = self._swarm.node, self._terms, self._swarm.config
-        patience = Patience(
+        patience = HopTimeouts(
             connect_seconds=self._swarm.connect_seconds(hop.peer_id),
             request_seconds=config.request_timeout,
             alloc_seconds=alloc_seconds,

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from petals.client.connection.tensor_checks import check_states, check_width
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.routing.swarm_state import show
-from petals.client.session.attempt import Attempt
-from petals.client.session.failover import Recovery
-from petals.client.session.input_log import KeptInputs, Part
-from petals.client.session.types import Terms, Tuning
+from petals.client.session.failover import Failover
+from petals.client.session.input_log import InputLog, RowSlices
+from petals.client.session.state import PendingStep
+from petals.client.session.types import SessionSpec, Tuning
 from petals.client.trace import SessionTrace
 from petals.errors import (
     BadInput,
@@ -45,7 +45,7 @@ class SessionRows:
 
     def __init__(
         self,
-        access: SwarmAccess,
+        access: SwarmConnection,
         blocks: BlockSpan,
         *,
         max_length: int | None,
@@ -62,9 +62,9 @@ class SessionRows:
         self._num_reserved = num_rows
         self._tuning = tuning or Tuning()
         self._dtype: torch.dtype | None = None
-        self._recovery: Recovery | None = None
-        self._inputs = KeptInputs(num_rows or 0)
-        self._num_rows_told = 0
+        self._recovery: Failover | None = None
+        self._inputs = InputLog(num_rows or 0)
+        self._server_rows = 0
         self._reorder: tuple[int, ...] | None = None
         """What servers have not been told yet: new row r continues their row ``_reorder[r]``."""
         self._turn = asyncio.Lock()
@@ -117,16 +117,16 @@ class SessionRows:
             inputs = self._inputs.branch(starts, reorder)
             untold = _after(self._reorder, reorder)
             if hidden.shape[0]:
-                attempt = Attempt(
+                attempt = PendingStep(
                     inputs=inputs,
                     # A copy: it is kept, and the caller may write into his own.
-                    rest=Part(tuple(starts), tuple(counts), hidden.to(self._dtype, copy=True)),
+                    rest=RowSlices(tuple(starts), tuple(counts), hidden.to(self._dtype, copy=True)),
                     reorder=untold,
                     cuts_rows=untold is not None or inputs.lengths != self._inputs.lengths,
-                    num_rows_told=self._num_rows_told,
+                    server_rows=self._server_rows,
                 )
                 output = await recovery.run(attempt)
-                untold, self._num_rows_told = None, len(counts)
+                untold, self._server_rows = None, len(counts)
                 self._step_seconds.append(perf_counter() - began)
             else:
                 output = hidden
@@ -145,7 +145,7 @@ class SessionRows:
             self._kept.forget(id(self))
             await self._recovery.close()
 
-    async def _ready(self, hidden: Tensor, num_rows: int) -> Recovery:
+    async def _ready(self, hidden: Tensor, num_rows: int) -> Failover:
         """The way to the servers; opens it at the first step."""
         if self._recovery is not None:
             return self._recovery
@@ -153,7 +153,7 @@ class SessionRows:
         if self._tuning.prompts is not None:
             check_width(self._tuning.prompts, hidden.shape[-1])
         view = await self._access.view()
-        terms = Terms(
+        terms = SessionSpec(
             session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
             model=view.model,
             num_rows=self._num_reserved or num_rows,
@@ -162,14 +162,14 @@ class SessionRows:
             active_adapter=view.config.active_adapter,
             tuning=self._tuning,
         )
-        recovery = Recovery(view, self.blocks, terms)
+        recovery = Failover(view, self.blocks, terms)
         path = await recovery.open()
         if self._end is not None:
             await recovery.close()
             raise self._end
         self._recovery, self._hidden_size = recovery, path.hidden_size
         self._kept = view.kept
-        self._inputs, self._num_rows_told = KeptInputs(num_rows), num_rows
+        self._inputs, self._server_rows = InputLog(num_rows), num_rows
         self.max_length = path.max_length
         if view.config.show_route == "inference":
             logger.info("session through %s", show(path.route))

@@ -9,30 +9,36 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
-from petals.client.routing.swarm_state import SwarmView
+from torch import Tensor
+
+from petals.client.routing.swarm_state import SwarmState
 from petals.client.session.hop import HopSession
-from petals.client.session.input_log import KeptInputs, Part, cut
+from petals.client.session.input_log import InputLog, RowSlices, cut
 from petals.client.session.pending import Refilling
-from petals.client.session.pipeline import SessionPath
-from petals.client.session.types import Held, Refill, StepCall, Terms
+from petals.client.session.pipeline import HopPipeline
+from petals.client.session.types import Refill, ReplicaProgress, SessionSpec, StepCall, StepPiece
+from petals.errors import PetalsError
+from petals.types import PeerId
 
 _SENT_AHEAD = 8
 """Parts of a replay that a server may have waiting."""
 
 
 @dataclass(slots=True, eq=False)
-class Course:
-    """``told`` are the rows as servers have them between two steps; ``is_stale``: they have others.
+class SessionState:
+    """The pipeline of a session, its epoch, and the rows that its servers hold.
 
-    Who holds ``turn`` is alone with the path: no step is under way.
+    ``told``: the rows that every server is known to hold between two steps. ``servers_diverged``: a
+    failed step may have changed them, so that the route must be rebuilt. ``turn`` is held while a
+    step runs or the hops are changed.
     """
 
-    swarm: SwarmView
-    terms: Terms
-    path: SessionPath | None = None
+    swarm: SwarmState
+    terms: SessionSpec
+    path: HopPipeline | None = None
     epoch: int = 0
-    told: KeptInputs = field(default_factory=lambda: KeptInputs(0))
-    is_stale: bool = False
+    told: InputLog = field(default_factory=lambda: InputLog(0))
+    servers_diverged: bool = False
     step_ids: Iterator[int] = field(default_factory=lambda: count(1))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -48,20 +54,20 @@ class Course:
 
 
 async def refill_from_us(
-    path: SessionPath,
+    path: HopPipeline,
     refilling: Refilling,
-    parts: Sequence[Part],
+    parts: Sequence[RowSlices],
     *,
-    held: Held | None = None,
+    held: ReplicaProgress | None = None,
     reordered: bool = False,
 ) -> None:
     """Feed ``parts`` of the session's own inputs to hops that stand at the beginning.
 
     ``held`` is what these have already; None: nothing in as many rows. Raises what
-    ``SessionPath.refill`` raises.
+    ``HopPipeline.refill`` raises.
     """
 
-    async def send(some: Sequence[Part]) -> None:
+    async def send(some: Sequence[RowSlices]) -> None:
         for part in some:
             call = StepCall(
                 refilling.step_id,
@@ -77,6 +83,55 @@ async def refill_from_us(
         await path.refill(refilling, partial(send, parts[at : at + _SENT_AHEAD]))
 
 
-def in_pieces(part: Part | None, limit: int) -> list[Part]:
+def in_pieces(part: RowSlices | None, limit: int) -> list[RowSlices]:
     """``part``, if there is anything, in parts of at most ``limit`` tokens."""
     return [] if part is None else list(cut(part, limit))
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """One step of the session, cut into pieces for the path that is to run it.
+
+    inputs: the rows as the step finds them; pieces that are done are added to it. ``rest`` is what
+    remains, ``reorder`` what servers must do to their rows first.
+    """
+
+    inputs: InputLog
+    rest: RowSlices
+    reorder: tuple[int, ...] | None
+    cuts_rows: bool
+    """It reorders rows or rolls some back: if it fails, the servers' rows are not ours any more."""
+    server_rows: int
+    """Rows that servers have before the reorder."""
+    pieces: list[StepPiece] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    num_refusals: int = 0
+    reconnected: set[PeerId] = field(default_factory=set)
+    forgetful: set[PeerId] = field(default_factory=set)
+    """Servers whose lease of the session ran out; each may say so once."""
+    last_failure: PetalsError | None = None
+
+    @property
+    def needed_lengths(self) -> tuple[int, ...]:
+        """Tokens that the step needs of every row that servers have before its reorder."""
+        if self.reorder is None:
+            return self.inputs.lengths
+        lengths = [0] * self.server_rows
+        for row, length in zip(self.reorder, self.inputs.lengths):
+            lengths[row] = max(lengths[row], length)
+        return tuple(lengths)
+
+    def settle(self) -> None:
+        """Take the pieces that are done, from the first on, out of what remains."""
+        while self.pieces and self.pieces[0].output is not None:
+            piece = self.pieces.pop(0)
+            assert piece.output is not None
+            self.outputs.append(piece.output)
+            self.inputs.append(piece.call.counts, piece.hidden)
+            self.reorder, self.server_rows = None, len(piece.call.counts)
+            starts = self.inputs.lengths
+            counts = tuple(
+                start + number - now
+                for start, number, now in zip(self.rest.starts, self.rest.counts, starts)
+            )
+            self.rest = RowSlices(starts, counts, self.rest.hidden[piece.call.num_tokens :])

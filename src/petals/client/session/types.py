@@ -34,7 +34,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class SessionSpec:
     """What a session asks of every one of its hops."""
 
     session_id: SessionId
@@ -62,7 +62,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ReplicaProgress:
     """What a successor has of a session's rows: row r stands, as far as ``lengths[r]`` tokens, in
     its row ``rows[r]``.
     """
@@ -71,17 +71,17 @@ class Held:
     lengths: tuple[int, ...]
 
     @classmethod
-    def nothing(cls, num_rows: int) -> "Held":
+    def nothing(cls, num_rows: int) -> "ReplicaProgress":
         return cls((0,) * num_rows, (0,) * num_rows)
 
     @classmethod
-    def all_of(cls, lengths: tuple[int, ...]) -> "Held":
+    def all_of(cls, lengths: tuple[int, ...]) -> "ReplicaProgress":
         return cls(tuple(range(len(lengths))), lengths)
 
-    def after(self, reorder: tuple[int, ...] | None, starts: Sequence[int]) -> "Held":
+    def after(self, reorder: tuple[int, ...] | None, starts: Sequence[int]) -> "ReplicaProgress":
         """The same once a step has reordered the rows and cut them to ``starts``."""
         order = range(len(self.rows)) if reorder is None else reorder
-        return Held(
+        return ReplicaProgress(
             tuple(self.rows[row] for row in order),
             tuple(min(self.lengths[row], start) for row, start in zip(order, starts)),
         )
@@ -92,20 +92,20 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbours:
+class HopNeighbours:
     """The servers that a hop takes states from and hands them to, where there are any beside us.
 
-    ``giver`` is the one whose place it takes, if that is to give it what its blocks keep.
+    ``kv_donor`` is the one whose place it takes, if that is to give it what its blocks keep.
     """
 
     before: PeerId | None = None
     after: PeerId | None = None
-    giver: PeerId | None = None
+    kv_donor: PeerId | None = None
 
     @property
     def sources(self) -> tuple[PeerId, ...]:
         """Whom the hop may take anything from."""
-        return tuple(peer for peer in (self.before, self.giver) if peer is not None)
+        return tuple(peer for peer in (self.before, self.kv_donor) if peer is not None)
 
 
 class Refill(Enum):
@@ -117,7 +117,7 @@ class Refill(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class HopTimeouts:
     """How long to wait for a stream, for one answer, for room in the server's cache, and for a sign
     of life while something is pending.
     """
@@ -146,7 +146,7 @@ class StepCall:
 
 
 @dataclass(slots=True, eq=False)
-class Piece:
+class StepPiece:
     """A step under way. hidden: [tokens, H]; output: the same shape, once it has come."""
 
     call: StepCall
@@ -155,7 +155,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class StepReply:
     """What a hop said to a step."""
 
     result: StepResult

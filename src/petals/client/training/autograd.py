@@ -12,13 +12,15 @@ from torch.autograd.function import once_differentiable
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.connection.event_loop import bridge
 from petals.client.connection.tensor_checks import check_states, is_finite
-from petals.client.routing.sequence_manager import SwarmAccess
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.training.batch import Pass
 from petals.errors import BadInput
 from petals.types import BlockSpan
 
 
-def run_whole(access: SwarmAccess, blocks: BlockSpan, hidden: Tensor, call: PassCall) -> PassOutput:
+def run_whole(
+    access: SwarmConnection, blocks: BlockSpan, hidden: Tensor, call: PassCall
+) -> PassOutput:
     """Run whole sequences through ``blocks``; servers keep at most what a backward pass needs.
 
     hidden: [sum(counts), H] floating, row after row; the outputs have its shape, dtype and device.
@@ -45,7 +47,7 @@ class _Here:
     """A pass seen from the caller's thread: his devices and dtypes."""
 
     def __init__(
-        self, access: SwarmAccess, blocks: BlockSpan, call: PassCall, is_training: bool
+        self, access: SwarmConnection, blocks: BlockSpan, call: PassCall, is_training: bool
     ) -> None:
         self._call = call
         prompts = None if call.prompts is None else call.prompts.detach()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.route import Needs
-from petals.client.routing.sequence_manager import SwarmAccess
-from petals.client.routing.swarm_state import SwarmView
+from petals.client.routing.sequence_manager import SwarmConnection
+from petals.client.routing.swarm_state import SwarmState
 from petals.client.training.hop_call import Gradients
 from petals.client.training.micro_batch import LostPeers, MicroBatch
 from petals.errors import BatchTooLarge
@@ -43,7 +43,7 @@ class Pass:
     """
 
     def __init__(
-        self, access: SwarmAccess, blocks: BlockSpan, call: PassCall, *, is_training: bool
+        self, access: SwarmConnection, blocks: BlockSpan, call: PassCall, *, is_training: bool
     ) -> None:
         self._access = access
         self._blocks = blocks
@@ -93,7 +93,7 @@ class Pass:
             tuple(_sum(same) for same in zip(*(part.adapter for part in found), strict=True)),
         )
 
-    def _cut(self, view: SwarmView, limit: int) -> None:
+    def _cut(self, view: SwarmState, limit: int) -> None:
         self._parts = list(micro_batches(self._call.counts, limit))
         lost = LostPeers()
         self._batches = [

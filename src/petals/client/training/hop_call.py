@@ -13,7 +13,7 @@ from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.connection.tensor_checks import is_finite
-from petals.client.routing.swarm_state import SwarmView
+from petals.client.routing.swarm_state import SwarmState
 from petals.errors import (
     PassExpired,
     PeerMisbehaved,
@@ -65,7 +65,7 @@ def within(call: PassCall, whole: BlockSpan, blocks: BlockSpan) -> PassCall:
     )
 
 
-async def run_forward(view: SwarmView, leg: Leg, *, is_training: bool) -> PassOutput:
+async def run_forward(view: SwarmState, leg: Leg, *, is_training: bool) -> PassOutput:
     """What the hop makes of the leg's hidden states.
 
     In training the server is asked to keep what ``run_backward`` needs. Raises the server's refusal
@@ -80,7 +80,7 @@ async def run_forward(view: SwarmView, leg: Leg, *, is_training: bool) -> PassOu
     return PassOutput(hidden, dict(zip(leg.call.taps, tapped)))
 
 
-async def run_backward(view: SwarmView, leg: Leg, grads: PassOutput) -> Gradients:
+async def run_backward(view: SwarmState, leg: Leg, grads: PassOutput) -> Gradients:
     """Gradients of what went in, from those of what came out and was tapped.
 
     A server that has kept the pass needs nothing else; any other gets the inputs and runs it again.
@@ -107,7 +107,7 @@ async def run_backward(view: SwarmView, leg: Leg, grads: PassOutput) -> Gradient
     return Gradients(hidden, None if prompts is None else rest.pop(0), tuple(rest))
 
 
-def _forward(view: SwarmView, leg: Leg, pass_id: bytes | None) -> Forward:
+def _forward(view: SwarmState, leg: Leg, pass_id: bytes | None) -> Forward:
     call, blocks = leg.call, leg.hop.blocks
     adapter = view.config.active_adapter if call.adapter is None else call.adapter.digest
     return Forward(
@@ -127,7 +127,7 @@ def _inputs(leg: Leg) -> tuple[Tensor, ...]:
 
 
 async def _ask(
-    view: SwarmView, leg: Leg, message: Message, tensors: Sequence[Tensor], expect: type[M]
+    view: SwarmState, leg: Leg, message: Message, tensors: Sequence[Tensor], expect: type[M]
 ) -> tuple[M, list[Tensor]]:
     config, peer, adapter = view.config, leg.hop.peer_id, leg.call.adapter
 

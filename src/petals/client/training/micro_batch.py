@@ -17,7 +17,7 @@ from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.route import Needs
-from petals.client.routing.swarm_state import SwarmView
+from petals.client.routing.swarm_state import SwarmState
 from petals.client.training.hop_call import Gradients, Leg, run_backward, run_forward, within
 from petals.errors import (
     BadInput,
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Walked:
+class PartialPass:
     """Hops one after the other, and what came out of the last of them; None: it was left out."""
 
     legs: list[Leg]
@@ -87,7 +87,7 @@ class MicroBatch:
 
     def __init__(
         self,
-        view: SwarmView,
+        view: SwarmState,
         blocks: BlockSpan,
         call: PassCall,
         *,
@@ -144,7 +144,9 @@ class MicroBatch:
             return ()
         return tuple(grad for slot in self._call.adapter.parts for grad in found[slot])
 
-    async def _walk(self, blocks: BlockSpan, hidden: Tensor, *, to_last: bool = False) -> _Walked:
+    async def _walk(
+        self, blocks: BlockSpan, hidden: Tensor, *, to_last: bool = False
+    ) -> PartialPass:
         """Through ``blocks``, around those who fail; ``to_last``: not through the last hop."""
         legs: list[Leg] = []
         tapped: dict[int, Tensor] = {}
@@ -153,7 +155,7 @@ class MicroBatch:
                 own = within(self._call, self._blocks, hop.blocks)
                 leg = Leg(hop, hidden, own, self._wants_adapter)
                 if to_last and hop.blocks.end == blocks.end:
-                    return _Walked([*legs, leg], None, tapped)
+                    return PartialPass([*legs, leg], None, tapped)
                 run = partial(run_forward, self._view, leg, is_training=self._is_training)
                 output = await self._ask(hop, run)
                 if output is None:
@@ -162,7 +164,7 @@ class MicroBatch:
                     legs.append(leg)
                 hidden, tapped = output.hidden, tapped | output.tapped
                 blocks = BlockSpan(hop.blocks.end, blocks.end)
-        return _Walked(legs, hidden, tapped)
+        return PartialPass(legs, hidden, tapped)
 
     async def _ask(self, hop: Hop, ask: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
         """What the hop answers; None if it cannot, and another has to take its place."""

@@ -37,12 +37,12 @@ COMPANIONS = (
 )
 """Small files that are copied along if the checkpoint has them."""
 
-Say = Callable[[int, int, str], None]
+WriteProgress = Callable[[int, int, str], None]
 """Called with (files written so far, files to write, name of the file in work)."""
 
 
 def convert_checkpoint(
-    checkpoint: Checkpoint, target: Path, say: Say = lambda done, total, name: None
+    checkpoint: Checkpoint, target: Path, say: WriteProgress = lambda done, total, name: None
 ) -> Path:
     """Write ``checkpoint``'s pickled weights as safetensors into the new folder ``target``.
 
@@ -92,7 +92,7 @@ def _pickle_names(checkpoint: Checkpoint) -> list[str]:
     )
 
 
-def _write_shards(shards: list[Path], folder: Path, say: Say) -> None:
+def _write_shards(shards: list[Path], folder: Path, say: WriteProgress) -> None:
     total = len(shards)
     weight_map: dict[str, str] = {}
     num_bytes = 0

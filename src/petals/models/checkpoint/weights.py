@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from petals.errors import ModelFilesBroken
 from petals.models.checkpoint.sources import Checkpoint
 
-Progress = Callable[[int, int], None]
+ReadProgress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read); may come from any thread."""
 
 _DTYPES = {
@@ -84,10 +84,10 @@ class LazyTensors:
 
 
 @dataclass(slots=True)
-class _Meter:
+class _ReadMeter:
     total: int = 0
     done: int = 0
-    report: Progress | None = None
+    report: ReadProgress | None = None
 
     def add(self, num_bytes: int) -> None:
         self.done += num_bytes
@@ -100,7 +100,7 @@ class LazyTensor:
     """One tensor of a safetensors file, read when it is indexed; counts what was read."""
 
     view: Any
-    meter: _Meter = field(repr=False)
+    meter: _ReadMeter = field(repr=False)
 
     def get_shape(self) -> list[int]:
         return self.view.get_shape()
@@ -120,7 +120,7 @@ class LazyTensor:
 
 @contextmanager
 def open_tensors(
-    checkpoint: Checkpoint, keys: Iterable[str], progress: Progress | None = None
+    checkpoint: Checkpoint, keys: Iterable[str], progress: ReadProgress | None = None
 ) -> Iterator[LazyTensors]:
     """Open the files that hold ``keys``, and only those; they stay open inside the context.
 
@@ -129,7 +129,7 @@ def open_tensors(
     by_file: dict[str, list[str]] = {}
     for key in keys:
         by_file.setdefault(checkpoint.weight_map[key], []).append(key)
-    meter = _Meter(report=progress)
+    meter = _ReadMeter(report=progress)
     tensors: dict[str, LazyTensor] = {}
     with ExitStack() as stack:
         for file_name in sorted(by_file):

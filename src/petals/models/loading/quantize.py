@@ -18,7 +18,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from petals.errors import ConfigError
 
-Clock = Callable[[], float]
+Stopwatch = Callable[[], float]
 """Seconds from some fixed point."""
 
 _INT8_MAX = 127.0
@@ -110,7 +110,9 @@ class Choice:
     seconds: dict[str, float]
 
 
-def fastest(device: str = "cpu", *, lossy: bool = True, clock: Clock = time.perf_counter) -> Choice:
+def fastest(
+    device: str = "cpu", *, lossy: bool = True, clock: Stopwatch = time.perf_counter
+) -> Choice:
     """Measure f32, bf16 and, on a CPU, int8 for about a second and choose.
 
     Each candidate multiplies one token and a small batch, the two shapes a server lives on.
@@ -160,7 +162,7 @@ def settle_4bit_layers(model: nn.Module) -> None:
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         module.support_avx512bf16_for_cpu = False
-        state = getattr(module.weight, "quant_state", None)
+        state: Any = getattr(module.weight, "quant_state", None)
         on_cpu = state is not None and module.weight.device.type == "cpu"
         if on_cpu and state.shape[-1] % state.blocksize:
             raise ConfigError(
@@ -170,7 +172,7 @@ def settle_4bit_layers(model: nn.Module) -> None:
             )
 
 
-def _probe_seconds(dtype: torch.dtype, probe: nn.Module, device: str, clock: Clock) -> float:
+def _probe_seconds(dtype: torch.dtype, probe: nn.Module, device: str, clock: Stopwatch) -> float:
     """Time of one token plus one small batch; the least of some repeats, since others run too."""
     total = 0.0
     with torch.inference_mode():

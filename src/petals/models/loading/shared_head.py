@@ -31,7 +31,7 @@ _REMEMBERED_SECONDS = 1.0
 _REPEATS = 5
 
 
-class _Call:
+class _HeadCall:
     __slots__ = ("output", "rows")
 
     def __init__(self, rows: Tensor) -> None:
@@ -52,7 +52,7 @@ class SharedHead(nn.Linear):
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self._calls: list[_Call] = []
+        self._calls: list[_HeadCall] = []
         self._callers: dict[int, float] = {}  # thread -> when it last called
         self._gate = threading.Condition()  # around the two, for a moment
         self._turn = threading.Lock()  # around the product
@@ -70,7 +70,7 @@ class SharedHead(nn.Linear):
         learns = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         if learns or num_rows > _MAX_ROWS or hidden.dtype is not torch.float32:
             return super().forward(hidden)
-        call = _Call(hidden.reshape(num_rows, self.in_features))
+        call = _HeadCall(hidden.reshape(num_rows, self.in_features))
         with self._gate:
             self._calls.append(call)
             self._callers[threading.get_ident()] = time.monotonic()
@@ -93,7 +93,7 @@ class SharedHead(nn.Linear):
                 num_calls = len(self._calls)
                 self._gate.wait(_GRACE_SECONDS)
 
-    def _serve(self, own: _Call) -> None:
+    def _serve(self, own: _HeadCall) -> None:
         """Answer all who have gathered; after an interrupt the others see to themselves."""
         with self._gate:
             calls, self._calls = self._calls, []

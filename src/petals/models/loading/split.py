@@ -20,12 +20,12 @@ from transformers.utils import logging as transformers_logging
 from petals.errors import BlocksNotServed, ModelFilesBroken
 from petals.models.checkpoint.arch import ModelArch, build_on_meta, building, describe, parent_of
 from petals.models.checkpoint.sources import Checkpoint, HubAccess, opened
-from petals.models.checkpoint.weights import Progress, needed_keys, open_tensors
+from petals.models.checkpoint.weights import ReadProgress, needed_keys, open_tensors
 from petals.models.loading.quantize import (
     QuantKind,
-    settle_4bit_layers,
     quantization_config_for,
     quantize_linears,
+    settle_4bit_layers,
 )
 from petals.types import BlockSpan
 
@@ -39,7 +39,7 @@ class LoadOptions:
     quant: QuantKind = QuantKind.NONE
     attn_implementation: str | None = None
     access: HubAccess = field(default_factory=HubAccess)
-    progress: Progress | None = None
+    progress: ReadProgress | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

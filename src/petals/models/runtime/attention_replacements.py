@@ -17,7 +17,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from petals.models.runtime.attention import Bias, Extras, attend_packed
 from petals.models.runtime.batch import BatchContext, current
 
-Forward = Callable[..., Any]
+ForwardMethod = Callable[..., Any]
 
 
 def replace_attention(layers: nn.Module) -> None:

@@ -44,7 +44,7 @@ class Segment:
         return self.start + self.hidden.shape[0]
 
 
-Part = tuple[Segment, int, int]
+TokenRange = tuple[Segment, int, int]
 """A segment and its token range [first, last) in the packed batch."""
 
 
@@ -52,11 +52,11 @@ Part = tuple[Segment, int, int]
 class BlockPlan:
     """Who takes part in one block, and what happens on its way in and out."""
 
-    active: list[Part] = field(default_factory=list)
-    entering: list[Part] = field(default_factory=list)
-    prompted: list[Part] = field(default_factory=list)
-    leaving: list[Part] = field(default_factory=list)
-    tapped: list[Part] = field(default_factory=list)
+    active: list[TokenRange] = field(default_factory=list)
+    entering: list[TokenRange] = field(default_factory=list)
+    prompted: list[TokenRange] = field(default_factory=list)
+    leaving: list[TokenRange] = field(default_factory=list)
+    tapped: list[TokenRange] = field(default_factory=list)
 
 
 class BatchContext:
@@ -77,7 +77,7 @@ class BatchContext:
         self.has_adapters = any(segment.adapter is not None for segment in segments)
         self.borders = borders
         self.first_block = span.start
-        self.parts: list[Part] = []
+        self.parts: list[TokenRange] = []
         self.total = 0
         for segment in segments:
             first, self.total = self.total, self.total + segment.hidden.shape[0]

@@ -62,7 +62,7 @@ class KVLayout:
         has_states = any(part.state_bytes for part in self.blocks)
         return dtypes.pop() if len(dtypes) == 1 and not has_states else None
 
-    def page_width(self, blocks: BlockSpan) -> int:
+    def kv_width(self, blocks: BlockSpan) -> int:
         """Values that one token of one row takes in ``blocks``, if there is a ``page_dtype``."""
         dtype = self.page_dtype
         return 0 if dtype is None else self.token_bytes(blocks) // dtype.itemsize

@@ -54,7 +54,7 @@ class Mode(StrEnum):
     TOKEN_BY_TOKEN = "token by token"
 
 
-class Blocks(Protocol):
+class BlockStack(Protocol):
     """What ``split.load_blocks`` returns, as far as running needs it."""
 
     @property
@@ -80,7 +80,7 @@ class Span:
     change both.
     """
 
-    def __init__(self, loaded: Blocks) -> None:
+    def __init__(self, loaded: BlockStack) -> None:
         register()
         self.blocks = loaded.blocks
         self._base = loaded.base
@@ -201,7 +201,7 @@ class Span:
 
     def _check(self, segment: Segment) -> None:
         if not self.blocks.covers(segment.blocks) or not len(segment.blocks):
-            raise BlocksNotServed(f"Blocks {segment.blocks} are not among {self.blocks}.")
+            raise BlocksNotServed(f"BlockStack {segment.blocks} are not among {self.blocks}.")
         if segment.hidden.dim() != 2 or segment.hidden.shape[1] != self.hidden_size:
             raise BadInput(
                 f"States of shape {list(segment.hidden.shape)} do not fit this model.",

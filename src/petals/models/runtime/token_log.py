@@ -6,7 +6,7 @@ Knows tensors; knows no peers.
 from collections.abc import Hashable
 
 
-class KeptBudget:
+class LogBudget:
     """Bytes that the inputs of all sessions may take together."""
 
     def __init__(self, max_bytes: int) -> None:

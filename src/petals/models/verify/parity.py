@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from petals.models.verify.parity_check import VARIANTS, ParityRow, check_architecture
 
-Progress = Callable[[int, int, str], None]
+CheckProgress = Callable[[int, int, str], None]
 """Number done, number in all, name of the architecture that comes next."""
 
 
@@ -39,7 +39,7 @@ def architectures() -> list[str]:
 
 def check(
     names: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: CheckProgress | None = None,
     limits: Limits | None = None,
 ) -> list[ParityRow]:
     """Check the named architectures, or all. A row per name; never raises for what it finds."""

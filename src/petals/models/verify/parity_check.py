@@ -21,7 +21,7 @@ from petals.models.checkpoint.arch import ModelArch, describe
 from petals.models.loading.head import EndsKind, base_within, class_for
 from petals.models.loading.split import load_blocks
 from petals.models.runtime.span import FOREIGN_ERRORS, Mode, Span
-from petals.models.verify.self_test import LENGTHS, STEPS, Step, replay, run_self_test
+from petals.models.verify.self_test import LENGTHS, STEPS, TestStep, replay, run_self_test
 from petals.models.verify.tiny import tiny_config
 from petals.types import BlockSpan
 
@@ -29,8 +29,8 @@ EXACT = 1e-5
 WRONG = 1e-3
 _FOLDER_PREFIX = "petals-parity-"
 
-PREFILL: tuple[Step, ...] = (((0, 0, 20),),)
-DECODE: tuple[Step, ...] = (
+PREFILL: tuple[TestStep, ...] = (((0, 0, 20),),)
+DECODE: tuple[TestStep, ...] = (
     ((0, 0, 9),),
     ((0, 9, 12),),
     ((0, 12, 13),),

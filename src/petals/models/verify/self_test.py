@@ -21,14 +21,14 @@ from petals.types import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-Step = tuple[tuple[int, int, int], ...]
+TestStep = tuple[tuple[int, int, int], ...]
 """(session, first token, last token) for each session that takes part."""
 
-Stage = tuple[Span, BlockSpan]
+SpanPart = tuple[Span, BlockSpan]
 """A span, and the part of it that sessions run through."""
 
 LENGTHS = (20, 13, 17)
-STEPS: tuple[Step, ...] = (
+STEPS: tuple[TestStep, ...] = (
     ((0, 0, 9),),
     ((0, 9, 10), (1, 0, 5)),
     ((0, 10, 11), (1, 5, 6), (2, 0, 12)),
@@ -40,7 +40,7 @@ STEPS: tuple[Step, ...] = (
 )
 """Prefill whole and in parts, decode alone and in company, rollback by one token and by many."""
 
-BRIEF_STEPS: tuple[Step, ...] = (tuple((who, 0, length) for who, length in enumerate(LENGTHS)),)
+BRIEF_STEPS: tuple[TestStep, ...] = (tuple((who, 0, length) for who, length in enumerate(LENGTHS)),)
 """For blocks of a kind that has passed ``STEPS``: weights that are no numbers show here, too."""
 
 _STRIP_BLOCKS = 4
@@ -134,8 +134,8 @@ def compare(span: Span, seed: int = 0, parts: Sequence[BlockSpan] = ()) -> float
 
 
 def replay(
-    stages: Sequence[Stage],
-    steps: Sequence[Step],
+    stages: Sequence[SpanPart],
+    steps: Sequence[TestStep],
     texts: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
 ) -> float:

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from petals.clock import Clock
 from petals.errors import AdapterRefused, PeerBusy, UnknownAdapter
 from petals.models.adapters.low_rank import Adapter
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.types import PeerId
 
 _PART_COST_BYTES = 2048
 """What a part costs beside its numbers, so that many tiny ones are bounded, too."""
 
-Key = tuple[PeerId, str]
+AdapterKey = tuple[PeerId, str]
 
 
 @dataclass(slots=True, eq=False)
-class _Kept:
+class _StoredAdapter:
     """An adapter, and how many sessions and passes use it now."""
 
     adapter: Adapter
@@ -33,15 +33,15 @@ class _Kept:
 class AdapterStore:
     """``preload`` is for everybody; ``put`` keeps those of clients."""
 
-    def __init__(self, config: DoorConfig, clock: Clock) -> None:
+    def __init__(self, config: ClientLimits, clock: Clock) -> None:
         self._config = config
         self._clock = clock
-        self._preloaded: dict[str, _Kept] = {}
-        self._kept: dict[Key, _Kept] = {}
+        self._preloaded: dict[str, _StoredAdapter] = {}
+        self._kept: dict[AdapterKey, _StoredAdapter] = {}
 
     def preload(self, name: str, adapter: Adapter) -> None:
         """Offer an adapter to everybody for as long as the server runs."""
-        self._preloaded[name] = _Kept(adapter)
+        self._preloaded[name] = _StoredAdapter(adapter)
 
     @property
     def num_bytes(self) -> int:
@@ -98,7 +98,7 @@ class AdapterStore:
         leaving |= _leaving(others, cost, self._config.max_adapter_bytes)
         for key in leaving:
             del self._kept[key]
-        self._kept[peer, name] = _Kept(adapter, cost, self._clock.monotonic())
+        self._kept[peer, name] = _StoredAdapter(adapter, cost, self._clock.monotonic())
 
     def _unknown(self, name: str) -> UnknownAdapter:
         names = ", ".join(self._preloaded)
@@ -115,11 +115,11 @@ class AdapterStore:
                 del self._kept[key]
 
 
-def _leaving(among: Mapping[Key, _Kept], cost: int, limit: int) -> set[Key]:
+def _leaving(among: Mapping[AdapterKey, _StoredAdapter], cost: int, limit: int) -> set[AdapterKey]:
     """Who must go so that ``cost`` more bytes fit: the longest unused. Raises PeerBusy."""
     excess = sum(kept.num_bytes for kept in among.values()) + cost - limit
     idle = sorted((kept.used_at, key) for key, kept in among.items() if not kept.num_users)
-    leaving: set[Key] = set()
+    leaving: set[AdapterKey] = set()
     for _, key in idle:
         if excess <= 0:
             break

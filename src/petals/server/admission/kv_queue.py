@@ -17,7 +17,7 @@ from petals.types import BlockSpan
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class CacheRequest:
     """What is asked for: rows of up to ``max_length`` tokens in ``blocks``."""
 
     num_rows: int
@@ -38,7 +38,7 @@ class Reservations:
         """How many wait."""
         return len(self._line)
 
-    async def reserve(self, room: Room, timeout_seconds: float) -> SessionKV:
+    async def reserve(self, room: CacheRequest, timeout_seconds: float) -> SessionKV:
         """Room in the pool, as soon as there is some and it is our turn.
 
         Raises RequestTooLarge at once, CacheFull after ``timeout_seconds``.
@@ -60,7 +60,7 @@ class Reservations:
 
         self._executor.post(free)
 
-    async def _wait(self, room: Room, timeout_seconds: float) -> SessionKV:
+    async def _wait(self, room: CacheRequest, timeout_seconds: float) -> SessionKV:
         deadline = self._clock.monotonic() + timeout_seconds
         turn = asyncio.Event()
         # Memory may have come free while we were not in line yet: begin with a try.
@@ -81,7 +81,7 @@ class Reservations:
             self._line.remove(turn)
             self._wake_first()
 
-    async def _take(self, room: Room, may_keep: bool) -> SessionKV:
+    async def _take(self, room: CacheRequest, may_keep: bool) -> SessionKV:
         taking = asyncio.ensure_future(self._executor.call(lambda: self._try(room, may_keep)))
         try:
             return await asyncio.shield(taking)
@@ -90,7 +90,7 @@ class Reservations:
             taking.add_done_callback(self._return)
             raise
 
-    def _try(self, room: Room, may_keep: bool) -> SessionKV:
+    def _try(self, room: CacheRequest, may_keep: bool) -> SessionKV:
         kv = self._pool.reserve(room.num_rows, room.max_length, room.blocks)
         if not may_keep:
             kv.free()

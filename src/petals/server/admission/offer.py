@@ -10,7 +10,7 @@ from petals.types import BlockSpan, ModelId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class ServedModel:
     """What this server serves, and the most it takes at once.
 
     max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: sequences of
@@ -28,4 +28,4 @@ class Offer:
     max_rows: int
     no_training: str = ""
     slots: Slots = field(default_factory=dict)
-    page_form: str = ""
+    kv_format: str = ""

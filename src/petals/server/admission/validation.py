@@ -17,7 +17,7 @@ from petals.errors import (
     UnknownModel,
 )
 from petals.models.adapters.low_rank import Adapter, LowRank, Slot, check_fits
-from petals.server.admission.offer import Offer
+from petals.server.admission.offer import ServedModel
 from petals.server.compute.kv_pool import SessionKV
 from petals.types import BlockSpan
 from petals.wire import messages
@@ -26,7 +26,7 @@ from petals.wire.passes import Forward, PutAdapter
 from petals.wire.tensors import DTYPES
 
 
-def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
+def check_request(offer: ServedModel, request: OpenSession | Forward) -> BlockSpan:
     """Do we serve these blocks of this model? Returns them as a span.
 
     Raises UnknownModel, BlocksNotServed, ProtocolError.
@@ -41,7 +41,7 @@ def check_request(offer: Offer, request: OpenSession | Forward) -> BlockSpan:
     return blocks
 
 
-def check_model(offer: Offer, model: str) -> None:
+def check_model(offer: ServedModel, model: str) -> None:
     """Raises UnknownModel."""
     if model != offer.model:
         raise UnknownModel(
@@ -50,7 +50,7 @@ def check_model(offer: Offer, model: str) -> None:
         )
 
 
-def adapter_of(offer: Offer, message: PutAdapter, tensors: Sequence[torch.Tensor]) -> Adapter:
+def adapter_of(offer: ServedModel, message: PutAdapter, tensors: Sequence[torch.Tensor]) -> Adapter:
     """The adapter that came with a message, its names and shapes checked against our blocks.
 
     Its values are looked at on the compute thread. Raises UnknownModel, AdapterRefused.
@@ -76,7 +76,7 @@ def adapter_of(offer: Offer, message: PutAdapter, tensors: Sequence[torch.Tensor
     return adapter
 
 
-def check_size(offer: Offer, num_rows: int, max_length: int) -> None:
+def check_size(offer: ServedModel, num_rows: int, max_length: int) -> None:
     """Raises BatchTooLarge or LengthExceeded."""
     if num_rows > offer.max_rows:
         raise BatchTooLarge(
@@ -90,7 +90,7 @@ def check_size(offer: Offer, num_rows: int, max_length: int) -> None:
         )
 
 
-def check_pass(offer: Offer, request: Forward) -> BlockSpan:
+def check_pass(offer: ServedModel, request: Forward) -> BlockSpan:
     """Can this pass be? Returns its blocks.
 
     Raises what ``check_request`` raises, BatchTooLarge, LengthExceeded, BadInput.
@@ -113,7 +113,7 @@ def check_pass(offer: Offer, request: Forward) -> BlockSpan:
     return blocks
 
 
-def check_num_prompt_tokens(offer: Offer, num_tokens: int) -> None:
+def check_num_prompt_tokens(offer: ServedModel, num_tokens: int) -> None:
     """Raises LengthExceeded for deep prompts longer than any row may be."""
     if num_tokens > offer.max_length:
         raise LengthExceeded(
@@ -123,7 +123,7 @@ def check_num_prompt_tokens(offer: Offer, num_tokens: int) -> None:
 
 
 def pass_tensors(
-    offer: Offer, request: Forward, tensors: Sequence[torch.Tensor]
+    offer: ServedModel, request: Forward, tensors: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hidden states [sum(counts), H] and deep prompts of a pass. Raises BadInput."""
     num_prompts = 1 if request.num_prompt_tokens else 0
@@ -139,7 +139,7 @@ def pass_tensors(
 
 
 def session_prompts(
-    offer: Offer, request: OpenSession, tensors: Sequence[torch.Tensor]
+    offer: ServedModel, request: OpenSession, tensors: Sequence[torch.Tensor]
 ) -> torch.Tensor | None:
     """Deep prompts [len(blocks), P, H] of a session, if it has any. Raises BadInput."""
     if not request.num_prompt_tokens:
@@ -164,7 +164,9 @@ def _prompts(prompts: torch.Tensor, shapes: set[tuple[int, ...]]) -> torch.Tenso
     return prompts
 
 
-def check_gradients(offer: Offer, request: Forward, gradients: Sequence[torch.Tensor]) -> None:
+def check_gradients(
+    offer: ServedModel, request: Forward, gradients: Sequence[torch.Tensor]
+) -> None:
     """Raises BadInput unless there is one [sum(counts), H] for the output and for each tap."""
     expected = 1 + len(request.taps)
     if len(gradients) != expected:
@@ -196,7 +198,9 @@ def state_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def only_states(offer: Offer, tensors: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor:
+def only_states(
+    offer: ServedModel, tensors: Sequence[torch.Tensor], num_tokens: int
+) -> torch.Tensor:
     """The hidden states that came with a message: [num_tokens, H], floating. Raises BadInput.
 
     Their values are looked at on the compute thread.
@@ -222,7 +226,11 @@ def only_states(offer: Offer, tensors: Sequence[torch.Tensor], num_tokens: int) 
 
 
 def pages_and_outputs(
-    offer: Offer, kv: SessionKV, out_dtype: torch.dtype, step: Step, tensors: Sequence[torch.Tensor]
+    offer: ServedModel,
+    kv: SessionKV,
+    out_dtype: torch.dtype,
+    step: Step,
+    tensors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What another server's blocks keep of a step's tokens, [sum(counts), page width], and what
     they have put out for them, [sum(counts), H], if it came, too. Raises BadInput.
@@ -231,7 +239,7 @@ def pages_and_outputs(
     """
     num_tokens, dtype = sum(step.counts), kv.layout.page_dtype
     wanted = [
-        ((num_tokens, kv.layout.page_width(kv.blocks)), dtype),
+        ((num_tokens, kv.layout.kv_width(kv.blocks)), dtype),
         ((num_tokens, offer.hidden_size), out_dtype),
     ]
     came = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Allowance:
+class ActivationBudget:
     """Bytes that graphs may take in all, and what a token costs in one block, as seen so far."""
 
     def __init__(self, cap_bytes: int) -> None:

@@ -34,7 +34,7 @@ knows yet.
 
 
 @dataclass(slots=True)
-class _Visitor:
+class SessionArrival:
     """A session that decodes: with which batch it last left and when, how long it stayed away."""
 
     batch: int | None = None
@@ -47,18 +47,18 @@ class _Visitor:
         return self.answered_at + (self.away_seconds or 0.0)
 
 
-class Gathering:
+class BatchWindow:
     """The sessions that decode here, and when each is due again. All times in seconds."""
 
     def __init__(self) -> None:
-        self._visitors: dict[Hashable, _Visitor] = {}
+        self._visitors: dict[Hashable, SessionArrival] = {}
         self._num_batches = 0
         self._waits_since: float | None = None
         self._last_arrival = 0.0
 
     def arrived(self, session: Hashable, now: float) -> None:
         """A decoding step of ``session`` is ready to run."""
-        visitor = self._visitors.setdefault(session, _Visitor())
+        visitor = self._visitors.setdefault(session, SessionArrival())
         visitor.here = True
         self._last_arrival = now
         if visitor.batch is not None:

@@ -15,7 +15,7 @@ from petals.errors import BadInput
 from petals.models.adapters.low_rank import Adapter, check_finite
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Mode
-from petals.server.compute.activation_budget import Allowance
+from petals.server.compute.activation_budget import ActivationBudget
 from petals.types import BlockSpan
 
 
@@ -34,16 +34,16 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DeviceContext:
     """Where passes run. ``allowance``: the memory that graphs may take there."""
 
     runner: Runner
     device: torch.device
     dtype: torch.dtype
-    allowance: Allowance
+    allowance: ActivationBudget
 
 
-def place_states(place: Place, states: Tensor) -> Tensor:
+def place_states(place: DeviceContext, states: Tensor) -> Tensor:
     """States as the blocks want them. Raises BadInput if one is not finite."""
     check_values(states)
     return states.to(place.device, place.dtype)
@@ -60,7 +60,7 @@ def check_values(states: Tensor) -> None:
             )
 
 
-def place_adapter(place: Place, adapter: Adapter) -> Adapter:
+def place_adapter(place: DeviceContext, adapter: Adapter) -> Adapter:
     """An adapter as the blocks want it. Raises AdapterRefused if a value is not finite."""
     check_finite(adapter)
     return adapter.mapped(lambda tensor: tensor.to(place.device, place.dtype))

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from petals.errors import PeerFailed, PetalsError, SessionClosed
 from petals.logs import get_logger
 from petals.models.runtime.batch import Segment
-from petals.server.compute.batch_window import Gathering
-from petals.server.compute.device import Place, place_states
+from petals.server.compute.batch_window import BatchWindow
+from petals.server.compute.device import DeviceContext, place_states
 from petals.server.compute.jobs import (
+    BatchShare,
     Outcome,
-    Part,
     PassRun,
     PassTimes,
     Running,
@@ -31,7 +31,7 @@ from petals.server.compute.jobs import (
     cut_rows,
     outcome_of,
 )
-from petals.server.compute.scheduler import Portion, Scheduler, Waiting
+from petals.server.compute.scheduler import Portion, Scheduler, WaitingWork
 from petals.server.compute.step_plan import WorkKind
 
 logger = get_logger(__name__)
@@ -50,8 +50,8 @@ class Executor:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._gathering = Gathering()
-        self._place: Place | None = None
+        self._gathering = BatchWindow()
+        self._place: DeviceContext | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[int, Running] = {}
         self._passes: dict[int, RunningPass] = {}
@@ -62,7 +62,7 @@ class Executor:
         self.step_seconds = 0.0
         self.waiting_tokens = 0
 
-    def attach(self, place: Place) -> None:
+    def attach(self, place: DeviceContext) -> None:
         """Let the work be done there."""
         self._place = place
 
@@ -118,7 +118,7 @@ class Executor:
         self._inbox.put(lambda: self._answers.append((future, *_attempt(function))))
         return await future
 
-    async def at_place(self, function: Callable[[Place], T]) -> T:
+    async def at_place(self, function: Callable[[DeviceContext], T]) -> T:
         """``call`` with the place where the blocks are."""
         return await self.call(lambda: function(self._place_or_fail()))
 
@@ -189,7 +189,7 @@ class Executor:
             self._gathering.arrived(id(work.kv), time.perf_counter())
         else:
             self._gathering.forget(id(work.kv))
-        self._scheduler.add(Waiting(running.key, work.owner, work.kind, work.plan.num_tokens))
+        self._scheduler.add(WaitingWork(running.key, work.owner, work.kind, work.plan.num_tokens))
 
     def _prepare(self, running: Running) -> None:
         """Check the numbers, then bring the rows to where the work begins."""
@@ -206,18 +206,20 @@ class Executor:
             self._fail_pass(running, error)
             return
         self._passes[running.key] = running
-        self._scheduler.add(Waiting(running.key, work.owner, WorkKind.FORWARD, work.worth))
+        self._scheduler.add(
+            WaitingWork(running.key, work.owner, WorkKind.FORWARD, work.cost_tokens)
+        )
 
     def _run_unit(self, running: RunningPass, room: int) -> None:
         began = time.perf_counter()
         running.began = running.began or began
-        worth, error = _attempt(lambda: running.work.unit(room))
+        cost_tokens, error = _attempt(lambda: running.work.unit(room))
         if error is not None:
             self._fail_pass(running, error)
             return
         seconds = time.perf_counter() - began
         running.compute += seconds
-        self._scheduler.advance(running.key, worth, seconds)
+        self._scheduler.advance(running.key, cost_tokens, seconds)
         if running.work.is_done:
             self._scheduler.discard(running.key)
             del self._passes[running.key]
@@ -252,7 +254,7 @@ class Executor:
         if parts[0].running.work.kind is WorkKind.DECODE:
             self.step_seconds += _SMOOTHING * (seconds - self.step_seconds)
 
-    def _part(self, portion: Portion, now: float) -> Part:
+    def _part(self, portion: Portion, now: float) -> BatchShare:
         running = self._running[portion.key]
         work = running.work
         running.began = running.began or now
@@ -267,9 +269,9 @@ class Executor:
             )
             for piece in work.plan.pieces(running.done, portion.num_tokens)
         ]
-        return Part(running, portion.num_tokens, segments)
+        return BatchShare(running, portion.num_tokens, segments)
 
-    def _try_together(self, parts: Sequence[Part]) -> Exception | None:
+    def _try_together(self, parts: Sequence[BatchShare]) -> Exception | None:
         segments = [segment for part in parts for segment in part.segments]
         if not segments:
             return None
@@ -280,17 +282,17 @@ class Executor:
                 part.running.outputs += [next(remaining) for _ in part.segments]
         return error
 
-    def _place_or_fail(self) -> Place:
+    def _place_or_fail(self) -> DeviceContext:
         if self._place is None:
             raise PeerFailed("The server has no blocks yet.", hint="Ask again in a minute.")
         return self._place
 
-    def _try_alone(self, part: Part) -> None:
+    def _try_alone(self, part: BatchShare) -> None:
         error = self._try_together([part])
         if error is not None:
             self._fail(part.running, error)
 
-    def _account(self, part: Part, seconds: float, batch_tokens: int) -> bool:
+    def _account(self, part: BatchShare, seconds: float, batch_tokens: int) -> bool:
         """Whether its work is done with this batch."""
         running = part.running
         if running.key not in self._running:

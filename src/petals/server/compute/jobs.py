@@ -13,7 +13,7 @@ import torch
 
 from petals.models.adapters.low_rank import Adapter
 from petals.models.runtime.batch import Segment
-from petals.server.compute.device import Place
+from petals.server.compute.device import DeviceContext
 from petals.server.compute.kv_pool import SessionKV
 from petals.server.compute.step_plan import StepPlan, WorkKind
 from petals.types import BlockSpan
@@ -63,10 +63,10 @@ class Work:
 
 
 class ChunkedWork(Protocol):
-    """A pass that runs unit by unit; ``worth`` counts tokens through the whole span."""
+    """A pass that runs unit by unit; ``cost_tokens`` counts tokens through the whole span."""
 
-    place: Place
-    worth: int
+    place: DeviceContext
+    cost_tokens: int
     units: Generator[None, int, None]
 
     def give_up(self) -> None: ...
@@ -79,23 +79,23 @@ class PassRun(Generic[W]):
     """A pass as the executor drives it, on behalf of ``owner``.
 
     ``start`` makes its walk, ``finish`` takes what the walk has found; both run on the compute
-    thread. ``worth``: what all of it is worth, in tokens through the whole span.
+    thread. ``cost_tokens``: what all of it is worth, in tokens through the whole span.
     """
 
     def __init__(
         self,
         owner: str,
-        worth: int,
-        start: Callable[[Place], W],
+        cost_tokens: int,
+        start: Callable[[DeviceContext], W],
         finish: Callable[[W], None],
     ) -> None:
         self.owner = owner
-        self.worth = worth
+        self.cost_tokens = cost_tokens
         self.is_done = False
         self._start, self._finish = start, finish
         self._walk: W | None = None
 
-    def begin(self, place: Place) -> None:
+    def begin(self, place: DeviceContext) -> None:
         """Look at the inputs. Raises BadInput and what ``start`` raises."""
         self._walk = self._start(place)
         next(self._walk.units, None)  # to before its first unit, if it has any
@@ -104,7 +104,7 @@ class PassRun(Generic[W]):
         """Run the next unit, of about ``room``; returns what it was worth."""
         walk = self._walk
         assert walk is not None
-        before = walk.worth
+        before = walk.cost_tokens
         try:
             walk.units.send(room)
         except StopIteration:
@@ -114,7 +114,7 @@ class PassRun(Generic[W]):
         if walk.place.device.type == "cuda":
             # The next batch waits for it in any case, and who plans must know how long it takes.
             torch.cuda.synchronize(walk.place.device)
-        return walk.worth - before
+        return walk.cost_tokens - before
 
     def give_up(self) -> None:
         """Let everything go."""
@@ -182,7 +182,7 @@ def cut_rows(kv: SessionKV, plan: StepPlan) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class BatchShare:
     """The share that one piece of work has in a batch."""
 
     running: Running

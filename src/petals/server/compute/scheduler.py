@@ -23,7 +23,7 @@ its next one is under way around the route.
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingWork:
     """One piece of work that asks for the device.
 
     ``owner`` is whoever must not get more than their share.
@@ -76,7 +76,7 @@ class BatchCost:
 class _Entry:
     __slots__ = ("waiting", "done", "order")
 
-    def __init__(self, waiting: Waiting, order: int) -> None:
+    def __init__(self, waiting: WaitingWork, order: int) -> None:
         self.waiting = waiting
         self.done = 0
         self.order = order
@@ -117,7 +117,7 @@ class Scheduler:
         """What one more batch costs, however small it is."""
         return self._cost.fixed_seconds
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, waiting: WaitingWork) -> None:
         """Put new work in line.
 
         An owner who comes (back) starts level with those who have had least.
@@ -142,7 +142,7 @@ class Scheduler:
         self._cost.observe(num_tokens, seconds)
 
     def advance(self, key: int, num_tokens: int, seconds: float) -> None:
-        """A unit of pass ``key``, worth ``num_tokens``, took ``seconds``."""
+        """A unit of pass ``key``, cost_tokens ``num_tokens``, took ``seconds``."""
         self._unit_cost.observe(num_tokens, seconds)
         entry = self._entries.get(key)
         if entry is not None:

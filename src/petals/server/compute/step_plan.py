@@ -53,18 +53,18 @@ class StepPlan:
         """Tokens in every row once the step is done."""
         return tuple(start + count for start, count in zip(self.starts, self.counts))
 
-    def pieces(self, done: int, num_tokens: int) -> Iterator["Piece"]:
+    def pieces(self, done: int, num_tokens: int) -> Iterator["TokenRun"]:
         """Packed tokens ``[done, done + num_tokens)`` as runs of consecutive tokens of one row."""
         first, end = 0, done + num_tokens
         for row, (start, count) in enumerate(zip(self.starts, self.counts)):
             low, high = max(first, done), min(first + count, end)
             if low < high:
-                yield Piece(row, start + low - first, low, high - low)
+                yield TokenRun(row, start + low - first, low, high - low)
             first += count
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenRun:
     """``count`` consecutive tokens of ``row`` from position ``start``;
 
     packed, they begin at ``offset``.

@@ -13,7 +13,7 @@ from petals.errors import PetalsError
 from petals.logs import get_logger
 from petals.server.config import MovingConfig
 from petals.server.lifecycle import rebalancing
-from petals.server.lifecycle.served_span import Stay
+from petals.server.lifecycle.served_span import ServedSpan
 from petals.swarm.directory.records import View
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, PeerId, ServerState
@@ -36,7 +36,7 @@ class Mover:
         self._config = config
         self._clock = clock
 
-    async def next_blocks(self, stay: Stay) -> BlockSpan:
+    async def next_blocks(self, stay: ServedSpan) -> BlockSpan:
         """Returns when it is time to leave ``stay`` for the blocks returned.
 
         DRAINING has been said then, and heard; whatever speaks against it has been asked for.
@@ -53,14 +53,14 @@ class Mover:
                 standing = replace(standing, next_look=now + policy.look_seconds)
                 continue
             standing, blocks = rebalancing.should_move(view, me, now, standing, policy)
-            if blocks is not None and await self._make_sure(stay, blocks):
+            if blocks is not None and await self._confirm_move(stay, blocks):
                 return blocks
 
-    async def _make_sure(self, stay: Stay, blocks: BlockSpan) -> bool:
+    async def _confirm_move(self, stay: ServedSpan, blocks: BlockSpan) -> bool:
         """Say DRAINING and leave time to be heard; ONLINE again if blocks would be left alone."""
         logger.info("blocks %s need this server more than %s", blocks, stay.blocks)
         await stay.say(ServerState.DRAINING, blocks)
-        await self._clock.sleep(self._config.heard_seconds)
+        await self._clock.sleep(self._config.propagation_seconds)
         view = await self._view()
         if rebalancing.may_leave(await self._without_the_dead(view, stay.blocks), self._me):
             return True

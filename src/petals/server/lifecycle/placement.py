@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from petals.errors import ConfigError
-from petals.swarm.directory.records import Blocks, ServerRecord, View
+from petals.swarm.directory.records import BlockRange, ServerRecord, View
 from petals.types import BlockSpan, PeerId, ServerState
 
 UNMEASURED_THROUGHPUT = 1.0
@@ -120,14 +120,14 @@ def bottleneck_of(needs: Rates) -> float:
     return float(needs.mean() ** (-1 / STEEPNESS))
 
 
-def blocks_held(record: ServerRecord) -> tuple[Blocks, ...]:
+def blocks_held(record: ServerRecord) -> tuple[BlockRange, ...]:
     """Where a server gives its passes, now or soon: empty for one that goes or is gone."""
     if record.state in (ServerState.ONLINE, ServerState.JOINING):
         return record.spans
     return record.next_spans if record.state is ServerState.DRAINING else ()
 
 
-def length_of(spans: Iterable[Blocks]) -> int:
+def length_of(spans: Iterable[BlockRange]) -> int:
     """How many blocks these are."""
     return sum(end - start for start, end in spans)
 
@@ -162,14 +162,14 @@ def picture_of(view: View, without: Iterable[PeerId] = ()) -> Picture:
     return Picture(served, strongest, second, num_online.astype(np.int64), counted, float(typical))
 
 
-def carried_by(servers: Iterable[tuple[tuple[Blocks, ...], float]], num_blocks: int) -> float:
+def carried_by(servers: Iterable[tuple[tuple[BlockRange, ...], float]], num_blocks: int) -> float:
     """Which part of its even level a swarm can carry where it is weakest, 0 to 1.
 
     ``servers``: spans and block passes per second of each. Clients go where queues are short, so
     each server gives most to those of its blocks that have least: from even shares on it shifts
     towards them for a few rounds. A soft minimum: many weak blocks count for more than one.
     """
-    alike: dict[tuple[Blocks, ...], float] = defaultdict(float)
+    alike: dict[tuple[BlockRange, ...], float] = defaultdict(float)
     for spans, throughput in servers:
         alike[spans] += throughput
     throughputs = np.array(list(alike.values()))
@@ -182,7 +182,7 @@ def carried_by(servers: Iterable[tuple[tuple[Blocks, ...], float]], num_blocks: 
     return bottleneck_of(need(served, float(served.mean()))) if served.any() else 0.0
 
 
-def _held(spans: Sequence[tuple[Blocks, ...]], num_blocks: int) -> npt.NDArray[np.bool_]:
+def _held(spans: Sequence[tuple[BlockRange, ...]], num_blocks: int) -> npt.NDArray[np.bool_]:
     """A row for each, a column per block."""
     held = np.zeros((len(spans), num_blocks), dtype=bool)
     for row, blocks in zip(held, spans):

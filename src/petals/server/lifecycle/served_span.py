@@ -21,9 +21,9 @@ from petals.models.loading.weight_layout import orient_linears
 from petals.models.runtime.kv_layout import KVLayout
 from petals.models.runtime.span import Span
 from petals.models.verify.self_test import SelfTest, gradient_test, run_self_test
-from petals.server.admission.offer import Offer
-from petals.server.compute.activation_budget import Allowance
-from petals.server.compute.device import Place
+from petals.server.admission.offer import ServedModel
+from petals.server.compute.activation_budget import ActivationBudget
+from petals.server.compute.device import DeviceContext
 from petals.server.compute.executor import Executor
 from petals.server.compute.kv_pool import KVPool
 from petals.server.compute.scheduler import Scheduler
@@ -33,7 +33,7 @@ from petals.server.lifecycle.announcer import Announcer
 from petals.server.lifecycle.preloaded_adapters import read_preloaded
 from petals.server.lifecycle.throughput import Precision, Speed
 from petals.server.network.handler import BlocksService
-from petals.server.session.output_log import Outboxes
+from petals.server.session.output_log import OutputLogBudget
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, ModelId, ServerState
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
@@ -49,7 +49,7 @@ _FINISH_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ModelPlan:
     """What is known of the model before its weights are read."""
 
     checkpoint: Checkpoint
@@ -60,7 +60,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class ServerContext:
     """What all stays of a server share.
 
     ``go_on`` is called now and then on the compute thread while blocks are loaded; it raises to
@@ -68,7 +68,7 @@ class Site:
     """
 
     config: ServerConfig
-    model: Model
+    model: ModelPlan
     scheduler: Scheduler
     executor: Executor
     node: SwarmNode
@@ -91,23 +91,23 @@ class _Loaded:
     adapters: dict[str, Adapter]
 
 
-class Stay:
+class ServedSpan:
     """Blocks that are served: an async context manager; inside, the directory says ONLINE.
 
     Entering raises what loading and the self-test raise. ``mode`` is the self-test's finding.
     """
 
     service: BlocksService
-    offer: Offer
+    offer: ServedModel
     pool: KVPool
     mode: str
 
-    def __init__(self, site: Site, blocks: BlockSpan) -> None:
+    def __init__(self, site: ServerContext, blocks: BlockSpan) -> None:
         self.blocks = blocks
         self._site = site
         self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> "Stay":
+    async def __aenter__(self) -> "ServedSpan":
         try:
             await self._come()
         except BaseException:
@@ -184,12 +184,12 @@ class Stay:
         self._site.go_on()
         self._site.on_loading(done, total)
 
-    def _make_place(self, span: Span) -> Place:
+    def _make_place(self, span: Span) -> DeviceContext:
         wanted = self._site.config.memory.training_bytes
         if wanted is None:
             free = memory.free_memory_bytes(str(span.device))
             wanted = min(free // 4, memory.DEFAULT_TRAINING_BYTES)
-        return Place(span, span.device, span.dtype, Allowance(wanted))
+        return DeviceContext(span, span.device, span.dtype, ActivationBudget(wanted))
 
     def _make_pool(self, layout: KVLayout) -> KVPool:
         budget = self._site.config.memory
@@ -201,12 +201,12 @@ class Stay:
         free = memory.free_memory_bytes(self._site.model.device) - memory.RESERVE_BYTES
         return wanted if wanted.budget_bytes <= free else KVPool(layout, max(free, 1))
 
-    def _make_offer(self, loaded: _Loaded) -> Offer:
+    def _make_offer(self, loaded: _Loaded) -> ServedModel:
         model, limits = self._site.model, self._site.config.limits
         known = _positions(model.checkpoint) or MAX_LENGTH
         if loaded.span.max_positions is not None:
             known = min(known, loaded.span.max_positions)
-        return Offer(
+        return ServedModel(
             model=model.id,
             blocks=self.blocks,
             hidden_size=loaded.span.hidden_size,
@@ -216,7 +216,7 @@ class Stay:
             max_rows=limits.max_rows,
             slots=loaded.span.slots,
             no_training=self._why_no_training(loaded),
-            page_form=page_form(model.precision, loaded.span.layout),
+            kv_format=kv_format(model.precision, loaded.span.layout),
         )
 
     def _why_no_training(self, loaded: _Loaded) -> str:
@@ -224,13 +224,13 @@ class Stay:
             return "its operator does not allow training"
         return loaded.why_no_gradients
 
-    def _make_outboxes(self) -> Outboxes:
+    def _make_outboxes(self) -> OutputLogBudget:
         wanted = self._site.config.memory.outbox_bytes
         if wanted is None:
             itemsize = DTYPES[self.offer.dtype].itemsize
             wanted = self.pool.tokens_total * self.offer.hidden_size * itemsize
             wanted = min(wanted, memory.free_memory_bytes("cpu") // 4)
-        return Outboxes(wanted)
+        return OutputLogBudget(wanted)
 
     def _measured(self, loaded: _Loaded) -> dict[str, object]:
         num_blocks = len(self.blocks)
@@ -249,7 +249,7 @@ class Stay:
         }
 
 
-def page_form(precision: Precision, layout: KVLayout) -> str:
+def kv_format(precision: Precision, layout: KVLayout) -> str:
     """What two servers of a block have in common if one can go on with the other's pages."""
     if layout.page_dtype is None:
         return ""

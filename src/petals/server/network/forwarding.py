@@ -19,11 +19,11 @@ from torch import Tensor
 from petals.errors import PeerBusy, PeerError, PetalsError, ProtocolError, SessionClosed
 from petals.logs import get_logger
 from petals.server.admission import validation
-from petals.server.admission.offer import Offer
+from petals.server.admission.offer import ServedModel
 from petals.server.admission.peer_budget import ByteAllowance
 from petals.server.compute.executor import Executor
-from petals.server.compute.step_plan import Piece, StepPlan
-from petals.server.network.peer_links import Links
+from petals.server.compute.step_plan import StepPlan, TokenRun
+from petals.server.network.peer_links import PeerLinks
 from petals.server.session.output_log import OutboxRows
 from petals.server.session.session import Session, SessionKey
 from petals.server.session.table import SessionTable
@@ -34,14 +34,14 @@ from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, SessionId
 from petals.wire import messages
 from petals.wire.messages import (
-    Push,
+    ForwardedStep,
+    ForwardFailed,
+    NextHops,
     Refusal,
     Replay,
     Replayed,
-    Route,
     Step,
     StepResult,
-    Undelivered,
 )
 
 logger = get_logger(__name__)
@@ -52,16 +52,16 @@ MAX_HELD_PER_PEER = 16
 _MAX_PAGE_BYTES = 4 * MIB
 """So much is read from KV memory at once: batches of others wait for it."""
 
-_Replayed = AsyncGenerator[tuple[Step, Sequence[Tensor]], None]
+_ReplayedSteps = AsyncGenerator[tuple[Step, Sequence[Tensor]], None]
 
 
 @dataclass(slots=True, eq=False)
-class _Arrival:
+class InboundStep:
     """A push and who it came from; ``channel`` is None if we are our own neighbour."""
 
     peer: PeerId
     channel: Channel | None
-    push: Push
+    push: ForwardedStep
     tensors: Sequence[Tensor]
 
     @property
@@ -78,12 +78,12 @@ class _Arrival:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RingParts:
+class ForwarderParts:
     """What a ring shares with the door. ``chunk_tokens``: the most that one push of a replay
     holds.
     """
 
-    offer: Offer
+    offer: ServedModel
     sessions: SessionTable
     executor: Executor
     bytes: ByteAllowance
@@ -91,14 +91,14 @@ class RingParts:
     chunk_tokens: int
 
 
-class Ring:
+class StepForwarder:
     """Runs the steps of all sessions and hands on what they put out; ``close`` it."""
 
-    def __init__(self, parts: RingParts) -> None:
+    def __init__(self, parts: ForwarderParts) -> None:
         self._parts = parts
-        self._links = Links(parts.node.open_channel, parts.node.clock)
+        self._links = PeerLinks(parts.node.open_channel, parts.node.clock)
         self._tasks = BackgroundTasks()
-        self._held: dict[SessionKey, list[_Arrival]] = {}
+        self._held: dict[SessionKey, list[InboundStep]] = {}
         self._num_held: Counter[PeerId] = Counter()
 
     async def close(self) -> None:
@@ -110,9 +110,9 @@ class Ring:
         """Take what another server pushes (a ``swarm.rpc.Service``); only refusals go back."""
         while True:
             message, tensors = await channel.receive()
-            if not isinstance(message, Push):
+            if not isinstance(message, ForwardedStep):
                 raise ProtocolError(f"{type(message).__name__} is not for the next hop of a ring.")
-            arrival = _Arrival(channel.peer_id, channel, message, tensors)
+            arrival = InboundStep(channel.peer_id, channel, message, tensors)
             try:
                 task = self._take(arrival)
             except PetalsError as error:
@@ -152,7 +152,7 @@ class Ring:
 
     # What comes in
 
-    def _take(self, arrival: _Arrival) -> "asyncio.Task[None] | None":
+    def _take(self, arrival: InboundStep) -> "asyncio.Task[None] | None":
         """Begin a step, or hold it. Raises what its sender is to be refused with."""
         push, step = arrival.push, arrival.push.step
         session_id = SessionId(step.session_id)
@@ -168,7 +168,7 @@ class Ring:
         relayed = (*step.relayed, arrival.is_relayed)
         return self.begin(session, msgspec.structs.replace(step, relayed=relayed), arrival.tensors)
 
-    def _hold(self, key: SessionKey, arrival: _Arrival) -> None:
+    def _hold(self, key: SessionKey, arrival: InboundStep) -> None:
         if self._num_held[arrival.peer] >= MAX_HELD_PER_PEER:
             raise PeerBusy("Too many steps wait for their epoch.", hint="Announce it first.")
         self._parts.bytes.reserve(arrival.peer, arrival.num_bytes)
@@ -176,7 +176,7 @@ class Ring:
         self._held.setdefault(key, []).append(arrival)
         self._tasks.start(self._expire(key, arrival), "waiting for an epoch")
 
-    async def _expire(self, key: SessionKey, arrival: _Arrival) -> None:
+    async def _expire(self, key: SessionKey, arrival: InboundStep) -> None:
         await self._parts.node.clock.sleep(HOLD_SECONDS)
         held = self._held.get(key, [])
         if arrival not in held:
@@ -189,7 +189,7 @@ class Ring:
         finally:
             self._release(arrival)
 
-    def _release(self, arrival: _Arrival) -> None:
+    def _release(self, arrival: InboundStep) -> None:
         self._parts.bytes.release(arrival.peer, arrival.num_bytes)
         self._num_held[arrival.peer] -= 1
         if not self._num_held[arrival.peer]:
@@ -208,7 +208,7 @@ class Ring:
                 hidden = validation.only_states(parts.offer, tensors, sum(step.counts))
                 answer = await session.step(step, hidden, parts.executor)
                 if answer is not None and step.epoch == session.epoch:
-                    await self._hand_on(session, step, *answer)
+                    await self._deliver_inbound(session, step, *answer)
         except PetalsError as error:
             if step.epoch >= session.epoch:
                 await session.tell(Refusal.of(error, step.step_id))
@@ -219,14 +219,14 @@ class Ring:
         if await session.put_pages(step, *given, executor) and step.ends:
             await session.tell(Replayed(step.session_id, step.epoch))
 
-    async def _hand_on(
+    async def _deliver_inbound(
         self, session: Session, step: Step, result: StepResult, hidden: Tensor
     ) -> None:
-        undelivered: Route = ()
+        undelivered: NextHops = ()
         if step.next_hops:
             timing = (result.queue_seconds, result.compute_seconds, result.batch_tokens)
             onward = msgspec.structs.replace(step, timings=(*step.timings, timing))
-            undelivered = await self._pass_on(session, onward, (hidden,))
+            undelivered = await self._forward(session, onward, (hidden,))
             if not undelivered:
                 return
         if not step.replay:
@@ -235,13 +235,13 @@ class Ring:
         elif step.ends or undelivered:
             await session.tell(Replayed(step.session_id, step.epoch, undelivered))
 
-    async def _pass_on(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> Route:
+    async def _forward(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> NextHops:
         """Hand a step to the first of its next hops. Returns those that it did not reach."""
         (next_hop, *rest), own_id = step.next_hops, self._parts.node.peer_id
         onward = msgspec.structs.replace(step, next_hops=tuple(rest))
-        push = Push(session.key.peer_id, next_hop.blocks, onward)
+        push = ForwardedStep(session.key.peer_id, next_hop.blocks, onward)
         if next_hop.peer_id == own_id:
-            task = self._take(_Arrival(own_id, None, push, tensors))
+            task = self._take(InboundStep(own_id, None, push, tensors))
             if step.replay and task is not None:
                 await asyncio.wait({task})
             return ()
@@ -259,7 +259,9 @@ class Ring:
     async def _tell_of_loss(self, session: Session, step: Step) -> None:
         """The lane broke that took what ``step`` has put out, perhaps with it."""
         if step.epoch == session.epoch:
-            await session.tell(Undelivered(step.session_id, step.epoch, step.step_id, step.replay))
+            await session.tell(
+                ForwardFailed(step.session_id, step.epoch, step.step_id, step.replay)
+            )
 
     async def _replay(self, session: Session, message: Replay) -> None:
         steps = self._pages_of if message.pages else self._outputs_of
@@ -271,14 +273,14 @@ class Ring:
                     if not step.next_hops:
                         await session.tell(step, tensors)
                         continue
-                    undelivered = await self._pass_on(session, step, tensors)
+                    undelivered = await self._forward(session, step, tensors)
                     if undelivered:
                         await session.tell(Replayed(step.session_id, step.epoch, undelivered))
                         return
         except PetalsError as error:
             await session.tell(Refusal.of(error, message.step_id))
 
-    async def _outputs_of(self, session: Session, message: Replay) -> _Replayed:
+    async def _outputs_of(self, session: Session, message: Replay) -> _ReplayedSteps:
         """What the session has put out, step by step."""
         found = await session.outputs(message)
         if found is None:
@@ -288,7 +290,7 @@ class Ring:
             step = msgspec.structs.replace(step, reordered=is_reordered)
             yield step, (self._joined(session, rows, pieces),)
 
-    async def _pages_of(self, session: Session, message: Replay) -> _Replayed:
+    async def _pages_of(self, session: Session, message: Replay) -> _ReplayedSteps:
         """What the session's blocks keep, and what it has put out, unless that was dropped."""
         found = await session.copy(message)
         if found is None:
@@ -301,7 +303,7 @@ class Ring:
             outputs = () if rows is None else (self._joined(session, rows, pieces),)
             yield msgspec.structs.replace(step, pages=True), (pages, *outputs)
 
-    def _joined(self, session: Session, rows: OutboxRows, pieces: Sequence[Piece]) -> Tensor:
+    def _joined(self, session: Session, rows: OutboxRows, pieces: Sequence[TokenRun]) -> Tensor:
         """These tokens of an outbox: [tokens, H]."""
         empty = torch.empty(0, self._parts.offer.hidden_size, dtype=session.out_dtype)
         return torch.cat([empty, *rows.read(pieces)])
@@ -309,7 +311,7 @@ class Ring:
 
 def _replay_steps(
     message: Replay, plan: StepPlan, max_tokens: int
-) -> Iterator[tuple[Step, list[Piece]]]:
+) -> Iterator[tuple[Step, list[TokenRun]]]:
     """The steps of a replay, and what each of them carries. At least one, if only to end it."""
     starts = list(plan.starts)
     # As many rows as ours, whatever is there: all of them begin anew, or go on as they are told to.

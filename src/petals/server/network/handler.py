@@ -23,17 +23,17 @@ from petals.errors import (
 from petals.logs import get_logger
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
-from petals.server.admission.kv_queue import Reservations, Room
-from petals.server.admission.offer import Offer
+from petals.server.admission.kv_queue import CacheRequest, Reservations
+from petals.server.admission.offer import ServedModel
 from petals.server.admission.peer_budget import ByteAllowance
 from petals.server.compute.device import place_adapter, place_states
 from petals.server.compute.executor import Executor
 from petals.server.compute.kv_pool import KVPool, SessionKV
 from petals.server.compute.step_plan import StepLimits
-from petals.server.config import DoorConfig
-from petals.server.network.forwarding import Ring, RingParts
-from petals.server.session.client_channel import ClientSink
-from petals.server.session.output_log import Outboxes
+from petals.server.config import ClientLimits
+from petals.server.network.forwarding import ForwarderParts, StepForwarder
+from petals.server.session.client_channel import ClientChannel
+from petals.server.session.output_log import OutputLogBudget
 from petals.server.session.session import Session, SessionKey
 from petals.server.session.table import SessionTable
 from petals.server.training.requests import Passes
@@ -42,20 +42,20 @@ from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, ServerState, SessionId
 from petals.wire import messages
-from petals.wire.fields import Blocks
+from petals.wire.fields import WireBlocks
 from petals.wire.messages import (
     AnyMessage,
+    BeginEpoch,
     CloseSession,
+    Draining,
     GetInfo,
     Info,
     KeepSession,
-    Leaving,
     OpenSession,
     Refusal,
     Replay,
     SessionEnded,
     SessionOpened,
-    SetRoute,
     Step,
 )
 from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
@@ -74,12 +74,12 @@ class BlocksService:
 
     def __init__(
         self,
-        offer: Offer,
+        offer: ServedModel,
         executor: Executor,
         pool: KVPool,
-        outboxes: Outboxes,
+        outboxes: OutputLogBudget,
         node: SwarmNode,
-        config: DoorConfig,
+        config: ClientLimits,
     ) -> None:
         self.offer = offer
         self.config = config
@@ -91,8 +91,8 @@ class BlocksService:
         self.bytes = ByteAllowance(config.max_bytes_per_peer)
         self.adapters = AdapterStore(config, self.clock)
         self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
-        self.ring = Ring(
-            RingParts(
+        self.ring = StepForwarder(
+            ForwarderParts(
                 offer=offer,
                 sessions=self.sessions,
                 executor=executor,
@@ -155,7 +155,7 @@ class BlocksService:
             outbox_bytes_free=self._outboxes.free_bytes,
             trains=not offer.no_training,
             num_tasks=len(asyncio.all_tasks()),
-            page_form=offer.page_form,
+            kv_format=offer.kv_format,
             page_bytes=self._pool.layout.token_bytes(offer.blocks),
         )
 
@@ -176,7 +176,7 @@ class BlocksService:
         """Tell the client of a session that we leave, if we do."""
         if self._leaves_at is not None:
             seconds = max(0.0, self._leaves_at - self.clock.monotonic())
-            word = Leaving(session.key.session_id, seconds)
+            word = Draining(session.key.session_id, seconds)
             self.tasks.start(session.tell(word), "saying that we leave")
 
     async def finish_steps(self, timeout_seconds: float) -> None:
@@ -217,8 +217,8 @@ class BlocksService:
                 hint="Use another server.",
             )
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        room = Room(message.num_rows, message.max_length, blocks)
-        with self.sessions.seat(peer), ExitStack() as held:
+        room = CacheRequest(message.num_rows, message.max_length, blocks)
+        with self.sessions.reserve_slot(peer), ExitStack() as held:
             adapter = held.enter_context(self.adapters.using(peer, message.adapter))
             prompts = None
             if given is not None:
@@ -285,7 +285,7 @@ class _Conversation:
     def __init__(self, service: BlocksService, channel: Channel) -> None:
         self._service = service
         self._channel = channel
-        self._sink = ClientSink(channel)
+        self._sink = ClientChannel(channel)
         self._sessions: dict[bytes, Session] = {}
         self._tasks = BackgroundTasks()
 
@@ -303,7 +303,7 @@ class _Conversation:
                 await self._on_step(message, tensors)
             case KeepSession():
                 await self._keep(message)
-            case SetRoute():
+            case BeginEpoch():
                 await self._on_route(message)
             case Replay():
                 await self._on_replay(message)
@@ -342,7 +342,7 @@ class _Conversation:
         self._service.tell_leaving(session)
 
     def _find(
-        self, session_id: bytes, *, epoch: int | None = None, blocks: Blocks | None = None
+        self, session_id: bytes, *, epoch: int | None = None, blocks: WireBlocks | None = None
     ) -> Session:
         """This channel's session of that id, or one of the same client that lost its channel.
 
@@ -386,7 +386,7 @@ class _Conversation:
             return
         self._service.ring.replay(session, message)
 
-    async def _on_route(self, message: SetRoute) -> None:
+    async def _on_route(self, message: BeginEpoch) -> None:
         session = await self._find_or_tell(message.session_id, epoch=message.epoch)
         if session is not None:
             self._service.ring.reroute(session, message.epoch, message.sources)
@@ -397,7 +397,7 @@ class _Conversation:
             session.touch()
 
     async def _find_or_tell(
-        self, session_id: bytes, *, epoch: int | None = None, blocks: Blocks | None = None
+        self, session_id: bytes, *, epoch: int | None = None, blocks: WireBlocks | None = None
     ) -> Session | None:
         """A session, or word to the client that there is none."""
         try:

@@ -41,7 +41,7 @@ OpenChannel = Callable[[PeerId, str, float], Awaitable[Channel]]
 OnLost = Callable[[], Coroutine[Any, Any, None]]
 
 
-class _Lane:
+class Link:
     """One channel to ``peer``, when there is one."""
 
     def __init__(self, peer: PeerId, idle_seconds: float) -> None:
@@ -51,14 +51,14 @@ class _Lane:
         self.in_order = asyncio.Lock()
         self.used_at = 0.0
         self.broken_until = 0.0
-        self.sent = _Sent()
+        self.sent = UnackedSends()
 
     @property
     def is_in_use(self) -> bool:
         return self.channel is not None or self.in_order.locked()
 
 
-class _Sent:
+class UnackedSends:
     """What was sent on a channel and may not have arrived: when, and whom to tell in that case."""
 
     def __init__(self) -> None:
@@ -74,13 +74,13 @@ class _Sent:
         return [told for sent_at, told in self._unconfirmed if sent_at >= channel.confirmed_at]
 
 
-class Links:
+class PeerLinks:
     """The lanes of one server; ``close`` them."""
 
     def __init__(self, open_channel: OpenChannel, clock: Clock) -> None:
         self._open_channel = open_channel
         self._clock = clock
-        self._lanes: dict[tuple[PeerId, bytes], _Lane] = {}
+        self._lanes: dict[tuple[PeerId, bytes], Link] = {}
         self._tasks = BackgroundTasks()
 
     @property
@@ -129,23 +129,23 @@ class Links:
                     if is_last_try:
                         raise
 
-    def _lane(self, peer: PeerId, replay_of: bytes) -> _Lane:
+    def _lane(self, peer: PeerId, replay_of: bytes) -> Link:
         key = (peer, replay_of)
         if key not in self._lanes:
             if len(self._lanes) >= MAX_LANES:
                 self._lanes = {k: lane for k, lane in self._lanes.items() if lane.is_in_use}
             if len(self._lanes) >= MAX_LANES:
                 raise PeerBusy("This server hands on to too many others.", peer_id=peer)
-            self._lanes[key] = _Lane(peer, _IDLE_REPLAY_SECONDS if replay_of else _IDLE_SECONDS)
+            self._lanes[key] = Link(peer, _IDLE_REPLAY_SECONDS if replay_of else _IDLE_SECONDS)
         return self._lanes[key]
 
-    async def _open(self, lane: _Lane) -> None:
+    async def _open(self, lane: Link) -> None:
         async with lane.in_order:
             with contextlib.suppress(PeerError):
                 if lane.channel is None:
                     await self._dial(lane)
 
-    async def _dial(self, lane: _Lane) -> Channel:
+    async def _dial(self, lane: Link) -> Channel:
         if self._clock.monotonic() < lane.broken_until:
             raise PeerUnreachable("The peer did not answer a moment ago.", peer_id=lane.peer)
         try:
@@ -156,11 +156,11 @@ class Links:
             raise PeerUnreachable(reason, peer_id=lane.peer) from error
         channel.silence_seconds = SILENCE_SECONDS
         lane.channel, lane.used_at = channel, self._clock.monotonic()
-        lane.sent = _Sent()
+        lane.sent = UnackedSends()
         self._tasks.start(self._listen(lane, channel, lane.sent), "listening to a next hop")
         return channel
 
-    async def _listen(self, lane: _Lane, channel: Channel, sent: _Sent) -> None:
+    async def _listen(self, lane: Link, channel: Channel, sent: UnackedSends) -> None:
         """The life of a channel: nothing is said on it but refusals; long idleness ends it."""
         try:
             while not self._is_idle(lane):
@@ -184,6 +184,6 @@ class Links:
                 lane.channel = None
             await channel.close()
 
-    def _is_idle(self, lane: _Lane) -> bool:
+    def _is_idle(self, lane: Link) -> bool:
         rested = self._clock.monotonic() - lane.used_at >= lane.idle_seconds
         return rested and not lane.in_order.locked()

@@ -15,7 +15,7 @@ from petals.wire.fields import Message
 logger = get_logger(__name__)
 
 
-class ClientSink:
+class ClientChannel:
     """Answers on the client's own channel.
 
     Nothing here raises because the client has gone: its sessions wait for it.

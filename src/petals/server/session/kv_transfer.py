@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from petals.errors import SessionGap
-from petals.server.compute.device import Place, check_values
+from petals.server.compute.device import DeviceContext, check_values
 from petals.server.compute.jobs import arrange_rows, cut_rows
 from petals.server.compute.kv_pool import SessionKV
-from petals.server.compute.step_plan import Piece, StepPlan
+from petals.server.compute.step_plan import StepPlan, TokenRun
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -41,16 +41,16 @@ class PageCopy:
 
 
 @torch.inference_mode()
-def read_pages(kv: SessionKV, pieces: Iterable[Piece]) -> Tensor:
+def read_pages(kv: SessionKV, pieces: Iterable[TokenRun]) -> Tensor:
     """What the blocks keep of these tokens, on the CPU: [tokens, page width]."""
     parts = [kv.rows[p.row].read(p.start, p.start + p.count) for p in pieces]
-    empty = torch.empty(0, kv.layout.page_width(kv.blocks), dtype=kv.layout.page_dtype)
+    empty = torch.empty(0, kv.layout.kv_width(kv.blocks), dtype=kv.layout.page_dtype)
     return torch.cat(parts).cpu() if parts else empty
 
 
 @torch.inference_mode()
 def write_pages(
-    place: Place, kv: SessionKV, plan: StepPlan, pages: Tensor, outputs: Tensor | None
+    place: DeviceContext, kv: SessionKV, plan: StepPlan, pages: Tensor, outputs: Tensor | None
 ) -> None:
     """Bring the rows to where ``plan`` begins, and let them go on with ``pages``, read elsewhere.
 

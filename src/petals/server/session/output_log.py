@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from petals.errors import OutboxLost
-from petals.server.compute.step_plan import Piece
+from petals.server.compute.step_plan import TokenRun
 
 _MERGED_TOKENS = 128
 """Chunks of so many tokens are long enough."""
@@ -19,12 +19,12 @@ _MERGED_CHUNKS = 16
 """So many chunks of which the first is short become one."""
 
 
-class Outboxes:
+class OutputLogBudget:
     """The budget that all outboxes of a server share, in the order in which they were opened."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._held: dict[Outbox, int] = {}
+        self._held: dict[OutputLog, int] = {}
         self._used_bytes = 0
 
     @property
@@ -36,25 +36,25 @@ class Outboxes:
     def free_bytes(self) -> int:
         return self.budget_bytes - self._used_bytes
 
-    def open(self, num_rows: int) -> "Outbox":
+    def open(self, num_rows: int) -> "OutputLog":
         """An outbox of ``num_rows`` empty rows."""
-        return Outbox(self, num_rows)
+        return OutputLog(self, num_rows)
 
-    def _book(self, outbox: "Outbox", num_bytes: int) -> None:
+    def _book(self, outbox: "OutputLog", num_bytes: int) -> None:
         """``outbox`` now holds ``num_bytes``; the oldest ones make room for it, or it goes."""
         self._used_bytes += num_bytes - self._held.get(outbox, 0)
         self._held[outbox] = num_bytes
         while self._used_bytes > self.budget_bytes:
             next(held for held, size in self._held.items() if size).drop()
 
-    def _forget(self, outbox: "Outbox") -> None:
+    def _forget(self, outbox: "OutputLog") -> None:
         self._used_bytes -= self._held.pop(outbox, 0)
 
 
-class Outbox:
+class OutputLog:
     """The rows of one session: lists of chunks [n, H] that nobody changes any more."""
 
-    def __init__(self, outboxes: Outboxes, num_rows: int) -> None:
+    def __init__(self, outboxes: OutputLogBudget, num_rows: int) -> None:
         self._outboxes = outboxes
         self._rows: list[list[Tensor]] = [[] for _ in range(num_rows)]
         self._lengths = [0] * num_rows
@@ -123,7 +123,7 @@ class OutboxRows:
         self._rows = rows
         self.lengths = tuple(sum(map(len, row)) for row in rows)
 
-    def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
+    def read(self, pieces: Iterable[TokenRun]) -> Iterator[Tensor]:
         """The tokens of ``pieces``, one after the other, as chunks [n, H]."""
         for piece in pieces:
             position = 0

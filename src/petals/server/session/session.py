@@ -24,10 +24,10 @@ from petals.models.adapters.low_rank import Adapter
 from petals.server.compute.executor import Executor
 from petals.server.compute.jobs import Work
 from petals.server.compute.kv_pool import SessionKV
-from petals.server.compute.step_plan import Piece, StepLimits, StepPlan, plan_step
-from petals.server.session.client_channel import ClientSink
+from petals.server.compute.step_plan import StepLimits, StepPlan, TokenRun, plan_step
+from petals.server.session.client_channel import ClientChannel
 from petals.server.session.kv_transfer import PageCopy, read_pages, write_pages
-from petals.server.session.output_log import Outbox, OutboxRows
+from petals.server.session.output_log import OutboxRows, OutputLog
 from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.fields import Message
 from petals.wire.messages import Replay, Step, StepResult
@@ -39,7 +39,7 @@ MAX_WAITING_STEPS = 16
 _KEPT_STEPS = 32
 """So many of the last steps are answered again, as long as their tokens stand."""
 
-Answer = tuple[StepResult, Tensor]
+StepOutput = tuple[StepResult, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Session:
     def __init__(
         self,
         key: SessionKey,
-        memory: tuple[SessionKV, Outbox],
+        memory: tuple[SessionKV, OutputLog],
         limits: StepLimits,
         out_dtype: torch.dtype,
         clock: Clock,
@@ -101,13 +101,13 @@ class Session:
         self._clock = clock
         self._last_sign = clock.monotonic()
         self._last_step_id = -1
-        self._last_answer: Answer | None = None
+        self._last_answer: StepOutput | None = None
         self._done: deque[_Done] = deque(maxlen=_KEPT_STEPS)
         self._reordered_by: int | None = None
         self._copies: WeakSet[PageCopy] = WeakSet()
         self._turn = asyncio.Lock()
         self._num_waiting = 0
-        self.sink: ClientSink | None = None
+        self.sink: ClientChannel | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -148,7 +148,7 @@ class Session:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def step(self, message: Step, hidden: Tensor, executor: Executor) -> Answer | None:
+    async def step(self, message: Step, hidden: Tensor, executor: Executor) -> StepOutput | None:
         """Run a step, or repeat the answer of an earlier one. None: a frame of an older epoch, to
         be dropped.
 
@@ -188,10 +188,10 @@ class Session:
         None: a frame of an older epoch. Raises what ``outputs`` raises, but for OutboxLost, and
         BadInput for blocks that keep more than pages.
         """
-        if not self.kv.layout.page_width(self.key.blocks):
+        if not self.kv.layout.kv_width(self.key.blocks):
             raise BadInput(
                 "What these blocks keep cannot be handed over.",
-                hint="Only servers that tell their page_form can be asked for pages.",
+                hint="Only servers that tell their kv_format can be asked for pages.",
             )
         async with self._turn:
             if self._is_old(message.epoch):
@@ -200,7 +200,7 @@ class Session:
             self._copies.add(copy)
             return copy, None if self.outbox.is_lost else self.outbox.rows()
 
-    async def read(self, copy: PageCopy, pieces: Sequence[Piece], executor: Executor) -> Tensor:
+    async def read(self, copy: PageCopy, pieces: Sequence[TokenRun], executor: Executor) -> Tensor:
         """Pages of a copy: [tokens, page width]. Raises SessionGap if it is spoilt."""
         pages = await executor.call(partial(read_pages, self.kv, pieces))
         copy.check()
@@ -253,7 +253,7 @@ class Session:
             ) from None
         return StepPlan(starts, counts, message.onto), is_reordered
 
-    async def _step(self, message: Step, hidden: Tensor, executor: Executor) -> Answer | None:
+    async def _step(self, message: Step, hidden: Tensor, executor: Executor) -> StepOutput | None:
         if self._is_old(message.epoch):
             return None
         if message.replay:
@@ -283,7 +283,7 @@ class Session:
         self.epoch = max(epoch, self.epoch)
         return is_old
 
-    def _kept(self, step_id: int) -> Answer:
+    def _kept(self, step_id: int) -> StepOutput:
         """The answer of a step that was done. Raises SessionGap if it is forgotten."""
         if step_id == self._last_step_id and self._last_answer is not None:
             return self._last_answer
@@ -297,7 +297,7 @@ class Session:
             hint="Step ids only grow within a session.",
         )
 
-    async def _run(self, message: Step, hidden: Tensor, executor: Executor) -> Answer:
+    async def _run(self, message: Step, hidden: Tensor, executor: Executor) -> StepOutput:
         plan, key = self._plan(message), self.key
         work = Work(
             kv=self.kv,

@@ -42,7 +42,7 @@ class SessionTable:
         ]
 
     @contextmanager
-    def seat(self, peer_id: PeerId) -> Iterator[None]:
+    def reserve_slot(self, peer_id: PeerId) -> Iterator[None]:
         """Hold a place while a session is being opened.
 
         Raises PeerBusy if the peer has its share.

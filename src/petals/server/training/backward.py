@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from petals.models.adapters.low_rank import LowRank, Slot
-from petals.server.compute.device import Place, place_states
+from petals.server.compute.device import DeviceContext, place_states
 from petals.server.training import chunks
-from petals.server.training.chunked_pass import PassInputs, Stage, Trail, Units, Walk
-from petals.server.training.chunks import BACKWARD_WORTH, FORWARD_WORTH, Strip
+from petals.server.training.chunked_pass import (
+    ChunkActivations,
+    ChunkedPass,
+    PassInputs,
+    SavedActivations,
+    Units,
+)
+from petals.server.training.chunks import BACKWARD_WORTH, FORWARD_WORTH, RowChunk
 from petals.types import BlockSpan
 
 
-class BackwardWalk(Walk):
+class BackwardWalk(ChunkedPass):
     """Back through the blocks, along a trail or, without one, after going there once more.
 
     gradients: of the output and of each tap, [sum(counts), H]. hidden_gradient, prompts_gradient
@@ -25,7 +31,11 @@ class BackwardWalk(Walk):
     """
 
     def __init__(
-        self, place: Place, inputs: PassInputs, gradients: Sequence[Tensor], trail: Trail | None
+        self,
+        place: DeviceContext,
+        inputs: PassInputs,
+        gradients: Sequence[Tensor],
+        trail: SavedActivations | None,
     ) -> None:
         super().__init__(place, inputs)
         self.is_recomputed = trail is None
@@ -33,7 +43,7 @@ class BackwardWalk(Walk):
             self.place_inputs()
         output, *taps = (place_states(place, gradient) for gradient in gradients)
         self.gradient, self.tap_gradients = output, dict(zip(inputs.taps, taps))
-        self.trail = trail or Trail(inputs, place.allowance)
+        self.trail = trail or SavedActivations(inputs, place.allowance)
         self.hidden_gradient = torch.zeros_like(output)
         self.prompts_gradient: Tensor | None = None
         if inputs.prompts is not None:
@@ -65,7 +75,7 @@ class BackwardWalk(Walk):
                 self.room = yield
                 yield from self._back(kept, stages)
             return
-        strip: Strip | None = None
+        strip: RowChunk | None = None
         while strip is None or strip.last < self.num_tokens:
             self.room = yield
             strip = self.next_strip(strip)
@@ -74,12 +84,12 @@ class BackwardWalk(Walk):
             stages = yield from self._there(strip)
             yield from self._back(strip, stages)
 
-    def _there(self, strip: Strip) -> Generator[None, int, list[Stage]]:
+    def _there(self, strip: RowChunk) -> Generator[None, int, list[ChunkActivations]]:
         """Through all blocks once more. The graph is kept where there is room for it, else only the
         states between units.
         """
         states, end = self.hidden[strip.first : strip.last], self.inputs.blocks.end
-        stages: list[Stage] = []
+        stages: list[ChunkActivations] = []
         self.trail.strips.append((strip, stages))
         block = self.inputs.blocks.start
         while block < end:
@@ -98,12 +108,12 @@ class BackwardWalk(Walk):
             self.room = yield
         return stages
 
-    def _traceable(self, strip: Strip, blocks: BlockSpan) -> BlockSpan:
+    def _traceable(self, strip: RowChunk, blocks: BlockSpan) -> BlockSpan:
         """So many of these blocks that their graph fits; at least one."""
         most = max(1, self.place.allowance.tokens_within() // strip.num_tokens)
         return BlockSpan(blocks.start, min(blocks.end, blocks.start + most))
 
-    def _back(self, strip: Strip, stages: list[Stage]) -> Units:
+    def _back(self, strip: RowChunk, stages: list[ChunkActivations]) -> Units:
         """Back through all stages; the room for the first unit is at hand."""
         gradient = self.gradient[strip.first : strip.last]
         for stage in reversed(stages):
@@ -127,7 +137,9 @@ class BackwardWalk(Walk):
                 self.room = yield
         self.hidden_gradient[strip.first : strip.last] = gradient
 
-    def _through(self, strip: Strip, stage: Stage, blocks: BlockSpan, gradient: Tensor) -> Tensor:
+    def _through(
+        self, strip: RowChunk, stage: ChunkActivations, blocks: BlockSpan, gradient: Tensor
+    ) -> Tensor:
         """The gradient before ``blocks``, [n, H], from that behind them."""
         assert stage.outputs is not None
         first, last = blocks.start - stage.blocks.start, blocks.end - stage.blocks.start
@@ -150,7 +162,7 @@ class BackwardWalk(Walk):
         result = found[0]
         return result[0] if result.dim() == 3 else result
 
-    def _add_prompts(self, strip: Strip, block: int, gradient: Tensor | None) -> None:
+    def _add_prompts(self, strip: RowChunk, block: int, gradient: Tensor | None) -> None:
         assert self.prompts_gradient is not None
         if gradient is not None:
             total = self.prompts_gradient[block - self.inputs.blocks.start]

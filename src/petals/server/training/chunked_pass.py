@@ -15,10 +15,10 @@ from torch import Tensor
 from petals.models.adapters.low_rank import Adapter
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Mode
-from petals.server.compute.activation_budget import Allowance, Meter
-from petals.server.compute.device import Place, place_states
+from petals.server.compute.activation_budget import ActivationBudget, Meter
+from petals.server.compute.device import DeviceContext, place_states
 from petals.server.training import chunks
-from petals.server.training.chunks import FORWARD_WORTH, Strip
+from petals.server.training.chunks import FORWARD_WORTH, RowChunk
 from petals.types import BlockSpan
 
 Units = Generator[None, int, None]
@@ -42,7 +42,7 @@ class PassInputs:
 
 
 @dataclass(slots=True, eq=False)
-class Stage:
+class ChunkActivations:
     """A strip's way through some blocks.
 
     entry: [n, H] states before ``blocks``. outputs: [1, n, H] of each block, with their graph; None
@@ -58,12 +58,12 @@ class Stage:
 
 
 @dataclass(slots=True, eq=False)
-class Trail:
+class SavedActivations:
     """All that the way back needs: each strip with its stages. ``drop`` gives the memory back."""
 
     inputs: PassInputs
-    allowance: Allowance
-    strips: list[tuple[Strip, list[Stage]]] = field(default_factory=list)
+    allowance: ActivationBudget
+    strips: list[tuple[RowChunk, list[ChunkActivations]]] = field(default_factory=list)
     is_dropped: bool = False
 
     def __post_init__(self) -> None:
@@ -80,23 +80,23 @@ class Trail:
                 self.forget(stage)
         self.strips = []
 
-    def forget(self, stage: Stage) -> None:
+    def forget(self, stage: ChunkActivations) -> None:
         """Let the graph of one stage go."""
         stage.outputs = None
         self.allowance.give_back(stage.num_bytes)
         stage.num_bytes = 0
 
 
-class Walk(ABC):
+class ChunkedPass(ABC):
     """What both directions share: inputs on the device, strips, runs of single units."""
 
-    def __init__(self, place: Place, inputs: PassInputs) -> None:
+    def __init__(self, place: DeviceContext, inputs: PassInputs) -> None:
         self.place = place
         self.inputs = inputs
         self.num_tokens = sum(inputs.counts)
         self.num_blocks = len(place.runner.blocks)
         self.room = 0
-        self.worth = 0
+        self.cost_tokens = 0
         self.units = self._units()
 
     @abstractmethod
@@ -112,21 +112,23 @@ class Walk(ABC):
         self.hidden = place_states(place, inputs.hidden)
         self.prompts = None if inputs.prompts is None else place_states(place, inputs.prompts)
 
-    def next_strip(self, begun: Strip | None) -> Strip | None:
+    def next_strip(self, begun: RowChunk | None) -> RowChunk | None:
         counts = self.inputs.counts
         packed = self.place.runner.mode is Mode.PACKED
         most = chunks.tokens_of_strip(self.room, self.num_blocks) if packed else 0
         return chunks.next_strip(counts, begun, most)
 
-    def fitting(self, strip: Strip, first: int) -> BlockSpan:
+    def fitting(self, strip: RowChunk, first: int) -> BlockSpan:
         """The next blocks from ``first`` that fit into the room."""
         most = chunks.blocks_within(self.room, strip.num_tokens, FORWARD_WORTH, self.num_blocks)
         return BlockSpan(first, min(self.inputs.blocks.end, first + most))
 
-    def count(self, strip: Strip, num_blocks: int, worth: int) -> None:
-        self.worth += chunks.worth_of(strip.num_tokens, num_blocks, worth, self.num_blocks)
+    def count(self, strip: RowChunk, num_blocks: int, cost_tokens: int) -> None:
+        self.cost_tokens += chunks.worth_of(
+            strip.num_tokens, num_blocks, cost_tokens, self.num_blocks
+        )
 
-    def stage(self, strip: Strip, blocks: BlockSpan, states: Tensor) -> Stage:
+    def stage(self, strip: RowChunk, blocks: BlockSpan, states: Tensor) -> ChunkActivations:
         prompts = None
         if self.prompts is not None:
             start = blocks.start - self.inputs.blocks.start
@@ -134,9 +136,9 @@ class Walk(ABC):
             if mine.shape[1] > 1:
                 mine = mine[:, strip.rows.start : strip.rows.stop]
             prompts = list(mine.unbind())
-        return Stage(blocks, states, prompts, self.inputs.adapter)
+        return ChunkActivations(blocks, states, prompts, self.inputs.adapter)
 
-    def run(self, strip: Strip, stage: Stage, taps: dict[int, Tensor]) -> Tensor:
+    def run(self, strip: RowChunk, stage: ChunkActivations, taps: dict[int, Tensor]) -> Tensor:
         """Run a stage without autograd. Returns its output [n, H]; fills ``taps``."""
         wanted = tuple(block for block in taps if block in stage.blocks)
         segments = list(self._segments(strip, stage, wanted))
@@ -146,7 +148,7 @@ class Walk(ABC):
             taps[block][strip.first : strip.last] = tapped
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def trace(self, strip: Strip, stage: Stage) -> Tensor:
+    def trace(self, strip: RowChunk, stage: ChunkActivations) -> Tensor:
         """Run a stage and keep its graph. Returns its output [n, H], apart from that."""
         # What has run in inference mode must be copied before autograd may keep it.
         copied = stage.entry.clone() if stage.entry.is_inference() else stage.entry.detach()
@@ -165,7 +167,7 @@ class Walk(ABC):
         return stage.outputs[-1].detach()[0]
 
     def _segments(
-        self, strip: Strip, stage: Stage, taps: tuple[int, ...] = ()
+        self, strip: RowChunk, stage: ChunkActivations, taps: tuple[int, ...] = ()
     ) -> Iterator[Segment]:
         first = 0
         for index, row in enumerate(strip.rows):

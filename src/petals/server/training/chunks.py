@@ -17,7 +17,7 @@ _GOOD_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
+class RowChunk:
     """Consecutive rows of a pass that run together.
 
     Packed, their tokens are [first, last) of the pass.
@@ -32,7 +32,7 @@ class Strip:
         return self.last - self.first
 
 
-def next_strip(counts: Sequence[int], begun: Strip | None, max_tokens: int) -> Strip | None:
+def next_strip(counts: Sequence[int], begun: RowChunk | None, max_tokens: int) -> RowChunk | None:
     """The rows after ``begun``, as many as ``max_tokens`` hold but at least one that has tokens.
 
     None: there are no more tokens.
@@ -42,7 +42,7 @@ def next_strip(counts: Sequence[int], begun: Strip | None, max_tokens: int) -> S
     while row < len(counts) and (last == first or last + counts[row] - first <= max_tokens):
         last += counts[row]
         row += 1
-    return Strip(range(start, row), first, last) if last > first else None
+    return RowChunk(range(start, row), first, last) if last > first else None
 
 
 def tokens_of_strip(room: int, num_blocks: int) -> int:
@@ -52,11 +52,11 @@ def tokens_of_strip(room: int, num_blocks: int) -> int:
     return max(room, min(_GOOD_TOKENS, room * num_blocks))
 
 
-def blocks_within(room: int, num_tokens: int, worth: int, num_blocks: int) -> int:
+def blocks_within(room: int, num_tokens: int, cost_tokens: int, num_blocks: int) -> int:
     """Through how many blocks ``num_tokens`` may go at once, at least one."""
-    return max(1, room * num_blocks // max(1, num_tokens * worth))
+    return max(1, room * num_blocks // max(1, num_tokens * cost_tokens))
 
 
-def worth_of(num_tokens: int, blocks: int, worth: int, num_blocks: int) -> int:
+def worth_of(num_tokens: int, blocks: int, cost_tokens: int, num_blocks: int) -> int:
     """What a unit is worth: the tokens through all ``num_blocks`` that take as long."""
-    return max(1, -(-num_tokens * blocks * worth // num_blocks))
+    return max(1, -(-num_tokens * blocks * cost_tokens // num_blocks))

@@ -6,26 +6,32 @@ Knows no peers, no messages and no clock.
 import torch
 from torch import Tensor
 
-from petals.server.compute.device import Place
-from petals.server.training.chunked_pass import PassInputs, Stage, Trail, Units, Walk
-from petals.server.training.chunks import FORWARD_WORTH, Strip
+from petals.server.compute.device import DeviceContext
+from petals.server.training.chunked_pass import (
+    ChunkActivations,
+    ChunkedPass,
+    PassInputs,
+    SavedActivations,
+    Units,
+)
+from petals.server.training.chunks import FORWARD_WORTH, RowChunk
 
 
-class ForwardWalk(Walk):
+class ForwardWalk(ChunkedPass):
     """Through the blocks.
 
     output: [sum(counts), H]; tapped: the same for each tap; trail: what the way back needs, if it
     was to be kept and there was room.
     """
 
-    def __init__(self, place: Place, inputs: PassInputs, keep: bool) -> None:
+    def __init__(self, place: DeviceContext, inputs: PassInputs, keep: bool) -> None:
         super().__init__(place, inputs)
         self.place_inputs()
         self.output = torch.empty_like(self.hidden)
         self.tapped = {block: torch.empty_like(self.hidden) for block in inputs.taps}
-        self.trail: Trail | None = None
+        self.trail: SavedActivations | None = None
         if keep and place.allowance.free_bytes >= inputs.num_bytes:
-            self.trail = Trail(inputs, place.allowance)
+            self.trail = SavedActivations(inputs, place.allowance)
             if not place.allowance.has_room(self.num_tokens, len(inputs.blocks)):
                 self.give_up()
 
@@ -40,9 +46,9 @@ class ForwardWalk(Walk):
             if strip.last == self.num_tokens:
                 return
 
-    def _through(self, strip: Strip) -> Units:
+    def _through(self, strip: RowChunk) -> Units:
         states, block = self.hidden[strip.first : strip.last], self.inputs.blocks.start
-        stages: list[Stage] = []
+        stages: list[ChunkActivations] = []
         if self.trail is not None:
             self.trail.strips.append((strip, stages))
         while True:
@@ -55,7 +61,9 @@ class ForwardWalk(Walk):
                 return
             self.room = yield
 
-    def _pass(self, strip: Strip, stage: Stage, stages: list[Stage]) -> Tensor:
+    def _pass(
+        self, strip: RowChunk, stage: ChunkActivations, stages: list[ChunkActivations]
+    ) -> Tensor:
         allowance = self.place.allowance
         if self.trail is not None and not allowance.has_room(strip.num_tokens, len(stage.blocks)):
             self.give_up()

@@ -13,9 +13,9 @@ from petals.errors import TrainingRefused
 from petals.models.adapters.low_rank import Adapter
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
-from petals.server.admission.offer import Offer
+from petals.server.admission.offer import ServedModel
 from petals.server.admission.peer_budget import ByteAllowance
-from petals.server.compute.device import Place
+from petals.server.compute.device import DeviceContext
 from petals.server.compute.executor import Executor
 from petals.server.compute.jobs import PassRun
 from petals.server.training.backward import BackwardWalk
@@ -28,7 +28,7 @@ from petals.wire import messages
 from petals.wire.fields import Message
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
 
-Answer = Callable[[Message, Sequence[Tensor]], Awaitable[None]]
+SendResult = Callable[[Message, Sequence[Tensor]], Awaitable[None]]
 
 
 class Passes:
@@ -36,7 +36,7 @@ class Passes:
 
     def __init__(
         self,
-        offer: Offer,
+        offer: ServedModel,
         executor: Executor,
         bytes_: ByteAllowance,
         adapters: AdapterStore,
@@ -59,7 +59,7 @@ class Passes:
         peer: PeerId,
         message: Forward | Backward,
         tensors: Sequence[Tensor],
-        answer: Answer,
+        answer: SendResult,
     ) -> None:
         """Run a pass and ``answer`` it; its bytes count until the answer is on its way.
 
@@ -90,7 +90,7 @@ class Passes:
         outputs: list[Tensor] = []
         was_kept = False
 
-        def start(place: Place) -> ForwardWalk:
+        def start(place: DeviceContext) -> ForwardWalk:
             return ForwardWalk(place, inputs, keep)
 
         def finish(walk: ForwardWalk) -> None:
@@ -122,7 +122,7 @@ class Passes:
         validation.check_gradients(self._offer, request, gradients)
         found: list[Tensor] = []
 
-        def start(place: Place) -> BackwardWalk:
+        def start(place: DeviceContext) -> BackwardWalk:
             if given is not None:
                 walk = BackwardWalk(place, given, gradients, None)
                 self.kept.drop(peer, request)
@@ -135,9 +135,9 @@ class Passes:
         def finish(walk: BackwardWalk) -> None:
             found.extend(walk.results(message.wants_adapter))
 
-        worth = BACKWARD_WORTH if message.kept else FORWARD_WORTH + BACKWARD_WORTH
+        cost_tokens = BACKWARD_WORTH if message.kept else FORWARD_WORTH + BACKWARD_WORTH
         times = await self._executor.run_pass(
-            PassRun(peer, self._worth(request, worth), start, finish)
+            PassRun(peer, self._worth(request, cost_tokens), start, finish)
         )
         result = BackwardResult(times.queue_seconds, times.compute_seconds, given is not None)
         return result, found
@@ -162,6 +162,6 @@ class Passes:
             taps=request.taps,
         )
 
-    def _worth(self, request: Forward, worth: int) -> int:
+    def _worth(self, request: Forward, cost_tokens: int) -> int:
         start, end = request.blocks
-        return worth_of(sum(request.counts), end - start, worth, len(self._offer.blocks))
+        return worth_of(sum(request.counts), end - start, cost_tokens, len(self._offer.blocks))

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from petals.clock import Clock
 from petals.errors import BadInput, PassExpired
-from petals.server.training.chunked_pass import Trail
+from petals.server.training.chunked_pass import SavedActivations
 from petals.types import PeerId
-from petals.wire.fields import Blocks
+from petals.wire.fields import WireBlocks
 from petals.wire.passes import Forward
 
-Key = tuple[PeerId, bytes | None, Blocks]
+PassKey = tuple[PeerId, bytes | None, WireBlocks]
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _SavedPass:
     request: Forward
-    trail: Trail
+    trail: SavedActivations
     expires_at: float
 
 
@@ -28,18 +28,18 @@ class KeptPasses:
     def __init__(self, lease_seconds: float, clock: Clock) -> None:
         self._lease_seconds = lease_seconds
         self._clock = clock
-        self._kept: dict[Key, _Kept] = {}
+        self._kept: dict[PassKey, _SavedPass] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, peer: PeerId, request: Forward, trail: Trail) -> None:
+    def keep(self, peer: PeerId, request: Forward, trail: SavedActivations) -> None:
         """Until ``take``, or until the lease is over. The same request may come again."""
         self.drop(peer, request)
         expires_at = self._clock.monotonic() + self._lease_seconds
-        self._kept[_key(peer, request)] = _Kept(request, trail, expires_at)
+        self._kept[_key(peer, request)] = _SavedPass(request, trail, expires_at)
 
-    def find(self, peer: PeerId, request: Forward) -> Trail:
+    def find(self, peer: PeerId, request: Forward) -> SavedActivations:
         """What was kept of ``request``. Raises PassExpired; BadInput for another request."""
         self.expire()
         kept = self._kept.get(_key(peer, request))
@@ -71,5 +71,5 @@ class KeptPasses:
                 kept.trail.drop()
 
 
-def _key(peer: PeerId, request: Forward) -> Key:
+def _key(peer: PeerId, request: Forward) -> PassKey:
     return peer, request.pass_id, request.blocks

@@ -36,11 +36,11 @@ MAX_SHARD_BITS = 10
 _MAX_BLOCKS = 4096
 _LABEL = b"petals record 1\0"
 
-Name = Annotated[str, Meta(max_length=256)]
-Count = Annotated[int, Meta(ge=0, le=2**53)]
+RecordName = Annotated[str, Meta(max_length=256)]
+RecordCount = Annotated[int, Meta(ge=0, le=2**53)]
 Block = Annotated[int, Meta(ge=0, le=_MAX_BLOCKS)]
 Rate = Annotated[float, Meta(ge=0, le=1e12)]
-Blocks = tuple[Block, Block]
+BlockRange = tuple[Block, Block]
 
 
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,29 +53,29 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     will be; empty if it goes for good. ``trains``: it gives gradients.
     """
 
-    peer_id: Name
-    model: Name
+    peer_id: RecordName
+    model: RecordName
     num_blocks: Block
-    spans: Annotated[tuple[Blocks, ...], Meta(max_length=16)]
+    spans: Annotated[tuple[BlockRange, ...], Meta(max_length=16)]
     state: ServerState
     expires_at: float
     throughput: Rate = 0.0
     inference_rps: Rate | None = None
     forward_rps: Rate | None = None
     network_rps: Rate | None = None
-    dtype: Name = "float32"
-    quant: Name | None = None
-    adapters: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
-    max_length: Count = 0
-    cache_tokens: Count = 0
-    version: Name = ""
-    protocol_version: Count = 0
+    dtype: RecordName = "float32"
+    quant: RecordName | None = None
+    adapters: Annotated[tuple[RecordName, ...], Meta(max_length=32)] = ()
+    max_length: RecordCount = 0
+    cache_tokens: RecordCount = 0
+    version: RecordName = ""
+    protocol_version: RecordCount = 0
     public_name: Annotated[str, Meta(max_length=64)] | None = None
     relayed: bool = False
     trains: bool = False
-    addresses: Annotated[tuple[Name, ...], Meta(max_length=8)] = ()
+    addresses: Annotated[tuple[RecordName, ...], Meta(max_length=8)] = ()
     shard_bits: Annotated[int, Meta(ge=0, le=MAX_SHARD_BITS)] = 0
-    next_spans: Annotated[tuple[Blocks, ...], Meta(max_length=16)] = ()
+    next_spans: Annotated[tuple[BlockRange, ...], Meta(max_length=16)] = ()
 
     @property
     def block_spans(self) -> tuple[BlockSpan, ...]:
@@ -90,11 +90,11 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One server's word that a model is served here."""
 
-    peer_id: Name
-    model: Name
+    peer_id: RecordName
+    model: RecordName
     num_blocks: Block
     expires_at: float
-    repository: Name = ""
+    repository: RecordName = ""
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -179,7 +179,7 @@ def _check_values(record: AnyRecord) -> None:
     if isinstance(record, ServerRecord):
         for start, end in record.spans + record.next_spans:
             if not start < end <= record.num_blocks:
-                raise RecordInvalid(f"Blocks {start}:{end} are not a span of the model.")
+                raise RecordInvalid(f"BlockRange {start}:{end} are not a span of the model.")
 
 
 def _texts_of(record: AnyRecord) -> Iterator[str]:

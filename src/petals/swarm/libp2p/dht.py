@@ -66,7 +66,7 @@ class DhtRecords:
             node_id=self._id,
             client_mode=True,  # the guarded handlers are added below
             wait_timeout=_CALL_TIMEOUT_SECONDS,
-            record_validator=_SoundRecords(self._clock),
+            record_validator=_SignedRecordValidator(self._clock),
             cache_locally=False,
             cache_nearest=0,
             cache_on_store=False,
@@ -90,7 +90,9 @@ class DhtRecords:
         if not only_asks:
             protocol.client_mode = False
             protocol.node_info = dht_pb2.NodeInfo(node_id=self._id.to_bytes())
-            await protocol.add_p2p_handlers(p2p, _Guard(protocol, self._admission, self._clock))
+            await protocol.add_p2p_handlers(
+                p2p, _TicketedProtocol(protocol, self._admission, self._clock)
+            )
         self._node = node
 
     async def join(self, peers: Sequence[PeerId]) -> None:
@@ -174,7 +176,7 @@ def _values(found: Any) -> dict[str, StoredValue]:
     }
 
 
-class _SoundRecords(RecordValidatorBase):
+class _SignedRecordValidator(RecordValidatorBase):
     """Refuses what is no signed record of the peer that its subkey names."""
 
     def __init__(self, clock: Clock) -> None:
@@ -212,10 +214,10 @@ class _Tickets(AuthorizerBase):
         return False
 
     async def sign_response(self, response: Any, request: Any) -> None:
-        """Only ``_Guard`` answers."""
+        """Only ``_TicketedProtocol`` answers."""
 
 
-class _Guard:
+class _TicketedProtocol:
     """The answering side: hands a call to the protocol only if its ticket is good for the calling
     peer.
     """

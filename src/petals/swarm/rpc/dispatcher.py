@@ -53,8 +53,8 @@ _MAX_GREETING_BYTES = 16 * 1024
 Service = Callable[[Channel], Awaitable[None]]
 """Owns a channel until it returns; an error it raises is sent to the peer as a Refusal."""
 
-Answer = tuple[Message, Sequence[Tensor]]
-Answerer = Callable[[PeerId, AnyMessage, list[Tensor]], Awaitable[Answer]]
+RpcReply = tuple[Message, Sequence[Tensor]]
+Answerer = Callable[[PeerId, AnyMessage, list[Tensor]], Awaitable[RpcReply]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

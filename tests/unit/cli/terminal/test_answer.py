@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from petals.cli.terminal.answer import Answer, WordStream, describe
+from petals.cli.terminal.answer import ChatReply, WordStream, describe
 from petals.client.trace import EdgeTrace, HopTrace, Repair, SessionTrace, Way
 from petals.types import BlockSpan, PeerId
 
@@ -49,12 +49,12 @@ def answer(
     total_seconds: float,
     way: Way = Way.DIRECT,
     repairs: tuple[Repair, ...] = (),
-) -> Answer:
+) -> ChatReply:
     hops = (
         HopTrace(PeerId("12D3KooWalpha1"), BlockSpan(0, 10), ()),
         HopTrace(PeerId("12D3KooWbravo2"), BlockSpan(10, 30), ()),
     )
-    return Answer(
+    return ChatReply(
         text="",
         num_prompt_tokens=7,
         num_new_tokens=num_new_tokens,

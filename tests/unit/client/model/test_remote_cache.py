@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Cache
 
-from petals.client.model.padding import Layout
+from petals.client.model.padding import ColumnLayout
 from petals.client.model.remote_cache import RemoteCache
 from petals.errors import BadInput, NotSupported, SessionClosed
 
@@ -47,7 +47,7 @@ def cache(session):
 
 def run(cache, num_rows, num_columns, **told):
     hidden = torch.randn(num_rows, num_columns, 4)
-    return cache.step(hidden, cache.read(num_rows, Layout(num_columns=num_columns, **told)))
+    return cache.step(hidden, cache.read(num_rows, ColumnLayout(num_columns=num_columns, **told)))
 
 
 def test_opens_once_with_the_rows_of_the_first_step():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from petals.client.routing.stragglers import LOOK_SECONDS, REST_SECONDS, SlowHops
+from petals.client.routing.stragglers import LOOK_SECONDS, REST_SECONDS, StragglerDetector
 from petals.client.trace import StepTiming
 from petals.types import BlockSpan
 
@@ -17,7 +17,7 @@ def steps(*seconds: float, num_tokens: int = 1) -> list[StepTiming]:
 
 
 def is_left(timings: list[StepTiming], own: float | None, other: float | None) -> bool:
-    return SlowHops().should_leave(SPAN, timings, (lambda: own, lambda: other), 0.0)
+    return StragglerDetector().should_leave(SPAN, timings, (lambda: own, lambda: other), 0.0)
 
 
 def test_three_steps_of_twice_the_time() -> None:
@@ -42,7 +42,7 @@ def test_nobody_else_is_left(timings: list[StepTiming], own: float, other: float
 
 
 def test_a_range_rests_after_a_move_and_between_looks() -> None:
-    judge, slow = SlowHops(), steps(0.9, 0.9, 0.9)
+    judge, slow = StragglerDetector(), steps(0.9, 0.9, 0.9)
     promises, unmoved = (lambda: 0.1, lambda: 0.1), (lambda: 0.1, lambda: 0.8)
     assert not judge.should_leave(SPAN, slow, unmoved, 0.0)
     assert not judge.should_leave(SPAN, slow, promises, LOOK_SECONDS / 2)

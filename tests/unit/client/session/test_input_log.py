@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from petals.client.session.input_log import KeptInputs, Part, cut
+from petals.client.session.input_log import InputLog, RowSlices, cut
 
 
 def numbers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).unsqueeze(1)
 
 
-def listed(inputs: KeptInputs) -> list[list[int]]:
+def listed(inputs: InputLog) -> list[list[int]]:
     whole = inputs.whole()
     if whole is None:
         return [[] for _ in inputs.lengths]
@@ -19,8 +19,8 @@ def listed(inputs: KeptInputs) -> list[list[int]]:
     return [[int(value) for value in row.flatten()] for row in rows]
 
 
-def two_rows() -> KeptInputs:
-    inputs = KeptInputs(2)
+def two_rows() -> InputLog:
+    inputs = InputLog(2)
     inputs.append((3, 2), numbers(1, 2, 3, 11, 12))
     inputs.append((1, 0), numbers(4))
     return inputs
@@ -33,7 +33,7 @@ def test_rows_grow() -> None:
 
 
 def test_nothing_is_nothing() -> None:
-    assert KeptInputs(3).whole() is None
+    assert InputLog(3).whole() is None
 
 
 def test_what_came_since() -> None:
@@ -60,7 +60,7 @@ def test_a_branch_reorders_before_it_rolls_back() -> None:
 
 
 def test_parts_follow_each_other() -> None:
-    whole = Part((2, 5, 0), (3, 0, 2), numbers(1, 2, 3, 4, 5))
+    whole = RowSlices((2, 5, 0), (3, 0, 2), numbers(1, 2, 3, 4, 5))
     parts = [(part.starts, part.counts, len(part.hidden)) for part in cut(whole, 2)]
     assert parts == [
         ((2, 5, 0), (2, 0, 0), 2),

@@ -36,13 +36,13 @@ class TestLearnedLayout:
     def test_pages_are_so_many_values_per_token(self) -> None:
         layout = whole_model("llama").layout
         assert layout.page_dtype == torch.float32
-        assert layout.page_width(BlockSpan(11, 13)) == 2 * (2 * 8 + 2 * 8)
+        assert layout.kv_width(BlockSpan(11, 13)) == 2 * (2 * 8 + 2 * 8)
 
     def test_what_is_more_than_that_has_no_pages(self) -> None:
         halves = BlockLayout(key_shape=(1, 2), value_shape=(1, 2), dtype=torch.float16)
         mixed = KVLayout(span=SPAN, blocks=(halves, BlockLayout(key_shape=(1, 2))))
         for layout in (mixed, whole_model("qwen3_next").layout):
-            assert layout.page_dtype is None and layout.page_width(layout.span) == 0
+            assert layout.page_dtype is None and layout.kv_width(layout.span) == 0
 
 
 class TestSlabRow:
@@ -104,7 +104,7 @@ class TestSlabRow:
         keys, pairs = torch.randn(2, 9, 4), torch.randn(values[0], 9, values[1])
         row.append(3, 0, keys, pairs)
         row.commit(9)
-        assert row.read(2, 5).shape == (3, layout.page_width(SPAN))
+        assert row.read(2, 5).shape == (3, layout.kv_width(SPAN))
         twin.write(0, row.read(0, 5), layout)
         twin.write(5, row.read(5, 9), layout)
         assert twin.length == 9 and torch.equal(twin.read(0, 9), row.read(0, 9))

@@ -6,7 +6,7 @@ import torch
 from petals.errors import AdapterRefused, PeerBusy, UnknownAdapter
 from petals.models.adapters.low_rank import Adapter, LowRank
 from petals.server.admission.adapter_store import AdapterStore
-from petals.server.config import DoorConfig
+from petals.server.config import ClientLimits
 from petals.testing.manual_clock import ManualClock
 from petals.types import PeerId
 
@@ -19,7 +19,7 @@ def adapter(kilobytes: int = 100) -> Adapter:
 
 
 def store(clock: ManualClock | None = None, per_peer: int = 256, in_all: int = 600) -> AdapterStore:
-    config = DoorConfig(
+    config = ClientLimits(
         lease_seconds=60.0,
         max_adapter_bytes_per_peer=per_peer * 1024,
         max_adapter_bytes=in_all * 1024,

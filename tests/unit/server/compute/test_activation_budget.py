@@ -2,7 +2,7 @@
 
 import torch
 
-from petals.server.compute.activation_budget import Allowance, Meter
+from petals.server.compute.activation_budget import ActivationBudget, Meter
 
 
 def test_saved_storages_count_once_and_weights_not_at_all() -> None:
@@ -18,7 +18,7 @@ def test_saved_storages_count_once_and_weights_not_at_all() -> None:
 
 
 def test_an_allowance_learns_what_a_token_costs() -> None:
-    allowance = Allowance(1000)
+    allowance = ActivationBudget(1000)
     assert allowance.has_room(10, 10)
     allowance.take_graph(400, num_tokens=10, num_blocks=2)
     assert allowance.tokens_within() == 30
@@ -28,4 +28,4 @@ def test_an_allowance_learns_what_a_token_costs() -> None:
 
 
 def test_without_memory_nothing_has_room() -> None:
-    assert not Allowance(0).has_room(1, 1)
+    assert not ActivationBudget(0).has_room(1, 1)

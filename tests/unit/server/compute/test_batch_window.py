@@ -2,16 +2,16 @@
 
 import pytest
 
-from petals.server.compute.batch_window import Gathering
+from petals.server.compute.batch_window import BatchWindow
 
 FIXED = 0.012
 GRACE = 0.15 * FIXED
 LATENESS = FIXED / 2
 
 
-def regulars(*away: float) -> Gathering:
+def regulars(*away: float) -> BatchWindow:
     """Sessions 0, 1, ... that were answered at time 0, each alone, and stay away so long."""
-    gathering = Gathering()
+    gathering = BatchWindow()
     for session, seconds in enumerate(away):
         gathering.arrived(session, -2 * seconds)
         gathering.answered([session], -seconds)
@@ -20,7 +20,7 @@ def regulars(*away: float) -> Gathering:
     return gathering
 
 
-def companions(*away: float) -> Gathering:
+def companions(*away: float) -> BatchWindow:
     """The same, but their last steps ran as one batch."""
     gathering = regulars(*away)
     for session in range(len(away)):
@@ -94,7 +94,7 @@ def test_a_companion_with_a_longer_way_is_not_waited_for() -> None:
 
 
 def test_newcomers_are_companions_too_but_not_for_long() -> None:
-    gathering = Gathering()
+    gathering = BatchWindow()
     for session in (0, 1):
         gathering.arrived(session, 0.0)
     gathering.answered([0, 1], 0.0)

@@ -10,8 +10,8 @@ import torch
 from petals.errors import BadInput, PeerFailed, SessionClosed
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.kv_layout import BlockLayout, KVLayout
-from petals.server.compute.activation_budget import Allowance
-from petals.server.compute.device import Place
+from petals.server.compute.activation_budget import ActivationBudget
+from petals.server.compute.device import DeviceContext
 from petals.server.compute.executor import Executor
 from petals.server.compute.jobs import Work
 from petals.server.compute.kv_pool import KVPool
@@ -53,7 +53,7 @@ class Rig:
         self.runner = Doubler()
         self.pool = KVPool.for_tokens(LAYOUT, 4096)
         self.executor = Executor(Scheduler(config))
-        place = Place(self.runner, torch.device("cpu"), torch.float32, Allowance(0))
+        place = DeviceContext(self.runner, torch.device("cpu"), torch.float32, ActivationBudget(0))
         self.executor.attach(place)
 
     def work(self, hidden: torch.Tensor, counts: tuple[int, ...] | None = None) -> Work:
@@ -122,7 +122,7 @@ class Units:
         self.log: list[str] = rig.runner.log
         self.is_done = self.is_given_up = False
 
-    def begin(self, place: Place) -> None:
+    def begin(self, place: DeviceContext) -> None:
         self.log.append("begin")
 
     def unit(self, room: int) -> int:

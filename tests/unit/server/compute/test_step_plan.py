@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals.errors import BadInput, BatchTooLarge, LengthExceeded, SessionGap
-from petals.server.compute.step_plan import Piece, StepLimits, StepPlan, WorkKind, plan_step
+from petals.server.compute.step_plan import StepLimits, StepPlan, TokenRun, WorkKind, plan_step
 
 LIMITS = StepLimits(max_rows=4, max_length=100, max_step_tokens=150)
 
@@ -63,7 +63,7 @@ def test_short_steps_are_decoding(counts: tuple[int, ...], kind: WorkKind) -> No
 
 def test_a_piece_ends_with_its_row() -> None:
     plan = StepPlan((10, 0, 4), (3, 0, 5))
-    assert list(plan.pieces(1, 4)) == [Piece(0, 11, 1, 2), Piece(2, 4, 3, 2)]
+    assert list(plan.pieces(1, 4)) == [TokenRun(0, 11, 1, 2), TokenRun(2, 4, 3, 2)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=6), st.data())

@@ -7,7 +7,7 @@ import pytest
 
 from petals.errors import PeerBusy, PeerError, PeerTimeout, PeerUnreachable
 from petals.server.network import peer_links
-from petals.server.network.peer_links import Links
+from petals.server.network.peer_links import PeerLinks
 from petals.testing.manual_clock import ManualClock, settle
 from petals.types import PeerId
 from petals.wire.fields import Message
@@ -61,7 +61,7 @@ class Swarm:
         self.num_dials = 0
         self.is_reachable = True
         self.lost: list[Message] = []
-        self.links = Links(self.open_channel, self.clock)
+        self.links = PeerLinks(self.open_channel, self.clock)
 
     async def open_channel(self, peer: PeerId, service: str, timeout: float) -> FakeChannel:
         self.num_dials += 1

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals.errors import OutboxLost
-from petals.server.compute.step_plan import Piece
-from petals.server.session.output_log import Outbox, Outboxes
+from petals.server.compute.step_plan import TokenRun
+from petals.server.session.output_log import OutputLog, OutputLogBudget
 
 WIDTH = 2
 TOKEN_BYTES = WIDTH * 4
@@ -18,11 +18,11 @@ def tokens(numbers: list[int]) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, WIDTH).contiguous()
 
 
-def contents(outbox: Outbox) -> list[list[int]]:
+def contents(outbox: OutputLog) -> list[list[int]]:
     rows = outbox.rows()
     assert rows.lengths == outbox.lengths
     return [
-        [int(token[0]) for part in rows.read([Piece(row, 0, 0, length)]) for token in part]
+        [int(token[0]) for part in rows.read([TokenRun(row, 0, 0, length)]) for token in part]
         for row, length in enumerate(rows.lengths)
     ]
 
@@ -30,7 +30,7 @@ def contents(outbox: Outbox) -> list[list[int]]:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_an_outbox_is_a_list_of_lists(data: st.DataObject) -> None:
-    outboxes = Outboxes(10**9)
+    outboxes = OutputLogBudget(10**9)
     outbox, model = outboxes.open(2), [[], []]
     snapshots = []
     for number in range(data.draw(st.integers(1, 12))):
@@ -52,7 +52,7 @@ def test_an_outbox_is_a_list_of_lists(data: st.DataObject) -> None:
         for row, numbers in enumerate(expected):
             start = data.draw(st.integers(0, len(numbers)))
             count = data.draw(st.integers(0, 200))
-            parts = rows.read([Piece(row, start, 0, count)])
+            parts = rows.read([TokenRun(row, start, 0, count)])
             read = [int(token[0]) for part in parts for token in part]
             assert read == numbers[start : start + count]
     outbox.drop()
@@ -60,7 +60,7 @@ def test_an_outbox_is_a_list_of_lists(data: st.DataObject) -> None:
 
 
 def test_the_oldest_session_makes_room_as_a_whole() -> None:
-    outboxes = Outboxes(10 * TOKEN_BYTES)
+    outboxes = OutputLogBudget(10 * TOKEN_BYTES)
     old, young = outboxes.open(2), outboxes.open(1)
     old.append((2, 2), tokens([1, 2, 3, 4]))
     young.append((6,), tokens([5] * 6))
@@ -74,7 +74,7 @@ def test_the_oldest_session_makes_room_as_a_whole() -> None:
 
 
 def test_what_is_lost_stays_lost_until_it_begins_anew() -> None:
-    outboxes = Outboxes(4 * TOKEN_BYTES)
+    outboxes = OutputLogBudget(4 * TOKEN_BYTES)
     outbox = outboxes.open(1)
     outbox.append((5,), tokens([1] * 5))
     assert outbox.is_lost and outboxes.free_bytes == 4 * TOKEN_BYTES
@@ -87,17 +87,17 @@ def test_what_is_lost_stays_lost_until_it_begins_anew() -> None:
 
 
 def test_rows_that_grow_token_by_token_stay_in_few_chunks() -> None:
-    outbox = Outboxes(10**9).open(1)
+    outbox = OutputLogBudget(10**9).open(1)
     for number in range(1000):
         outbox.append((1,), tokens([number]))
     assert contents(outbox) == [list(range(1000))]
-    assert len(list(outbox.rows().read([Piece(0, 0, 0, 1000)]))) < 30
+    assert len(list(outbox.rows().read([TokenRun(0, 0, 0, 1000)]))) < 30
 
 
 def test_parts_keep_no_neighbours_memory_alive() -> None:
-    outbox = Outboxes(10**9).open(2)
+    outbox = OutputLogBudget(10**9).open(2)
     outbox.append((300, 200), tokens([7] * 500))
     outbox.cut((10, 200))
     rows = outbox.rows()
-    held = list(rows.read([Piece(0, 0, 0, 10), Piece(1, 0, 0, 200)]))
+    held = list(rows.read([TokenRun(0, 0, 0, 10), TokenRun(1, 0, 0, 200)]))
     assert [part.untyped_storage().nbytes() for part in held] == [80, 1600]

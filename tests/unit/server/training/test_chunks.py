@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from petals.server.training.chunks import (
-    Strip,
+    RowChunk,
     blocks_within,
     next_strip,
     tokens_of_strip,
@@ -12,8 +12,8 @@ from petals.server.training.chunks import (
 )
 
 
-def strips(counts: list[int], max_tokens: int) -> list[Strip]:
-    found: list[Strip] = []
+def strips(counts: list[int], max_tokens: int) -> list[RowChunk]:
+    found: list[RowChunk] = []
     while (strip := next_strip(counts, found[-1] if found else None, max_tokens)) is not None:
         found.append(strip)
     return found
