@@ -115,7 +115,7 @@ async def test_one_failure_is_one_failure(rig: Rig) -> None:
 class Units:
     """A pass of ``left`` units; it notes in ``log`` when they run. The unit ``breaks`` fails."""
 
-    owner, worth = "trainer", 1000
+    owner, cost_tokens = "trainer", 1000
 
     def __init__(self, rig: Rig, left: int, breaks: int = -1) -> None:
         self.rig, self.left, self.breaks = rig, left, breaks
