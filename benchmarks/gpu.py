@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from inference import Sample, concurrent_tokens_per_second, hop_overheads, tokens_per_second
 from machine import describe_machine
 from petals import AutoDistributedModelForCausalLM
-from petals.models.loading.cost import deal
+from petals.models.loading.cost import split_evenly
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
@@ -107,7 +107,7 @@ def open_swarm(
     return LocalSwarm(
         LocalSwarmConfig(
             model=folder,
-            spans=deal(config.num_hidden_layers, 3),
+            spans=split_evenly(config.num_hidden_layers, 3),
             dtype=dtype,
             server_options=("--device", options.device, *more),
         )

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from gpu import client_of, publish, write_random
 from machine import describe_machine
 from petals.client.model.inference_session import InferenceSession
-from petals.models.loading.cost import deal
+from petals.models.loading.cost import split_evenly
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
@@ -92,7 +92,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     card = torch.cuda.get_device_name() if options.device == "cuda" else "no card"
     with tempfile.TemporaryDirectory(prefix="petals-gpu-") as folder:
         config = write_random(options.shape, Path(folder), options)
-        spans = deal(config.num_hidden_layers, NUM_HOPS) * options.servers
+        spans = split_evenly(config.num_hidden_layers, NUM_HOPS) * options.servers
         yield from (
             f"# Failover on one GPU, {datetime.date.today()}",
             "",

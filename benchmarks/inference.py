@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from machine import describe_machine
 from petals import AutoDistributedModelForCausalLM
 from petals.demo.model import get_demo_model
-from petals.models.loading.cost import deal
+from petals.models.loading.cost import split_evenly
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 
@@ -116,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> str:
     block_bytes = sum(p.numel() * 4 for p in local.model.layers[0].parameters())
     config = LocalSwarmConfig(
         model=path,
-        spans=deal(num_blocks, arguments.servers),
+        spans=split_evenly(num_blocks, arguments.servers),
         dtype="float32",
         num_threads=1,
     )

@@ -26,7 +26,7 @@ from nemesis.arena import BOOTSTRAP_HOST, CLIENT_HOST, Arena
 from nemesis.netlab import NetLab
 from petals import AutoDistributedModelForCausalLM
 from petals.demo.model import get_demo_model
-from petals.models.loading.cost import deal
+from petals.models.loading.cost import split_evenly
 from petals.testing.local_swarm import LocalSwarmConfig
 
 NUM_HOPS = 3
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace, lab: NetLab | None) -> Samples:
     path = str(get_demo_model("smollm2"))
     config = LocalSwarmConfig(model=path, dtype="float32", num_threads=1)
     samples: Samples = {way: [] for way in WAYS}
-    with Arena(config, deal(30, NUM_HOPS), lab) as swarm:
+    with Arena(config, split_evenly(30, NUM_HOPS), lab) as swarm:
         models = {
             way: AutoDistributedModelForCausalLM.from_pretrained(
                 path,

@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from machine import describe_machine
 from petals import AutoDistributedModel, AutoDistributedModelForCausalLM
 from petals.demo.model import get_demo_model
-from petals.models.loading.cost import deal
+from petals.models.loading.cost import split_evenly
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 NUM_PROMPT_TOKENS = 16
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> str:
     torch.set_num_threads(1)
     path = str(get_demo_model("smollm2"))
     config = LocalSwarmConfig(
-        model=path, spans=deal(30, options.servers), dtype="float32", num_threads=1
+        model=path, spans=split_evenly(30, options.servers), dtype="float32", num_threads=1
     )
     with ExitStack() as stack:
         swarm = stack.enter_context(LocalSwarm(config))

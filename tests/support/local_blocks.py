@@ -15,7 +15,7 @@ from petals.client.model.load import distribute, layers_return_tuple
 from petals.client.model.remote_sequential import RemoteSequential
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
 from petals.models.checkpoint.arch import describe, parent_of
-from petals.models.loading.head import EndsKind, class_for
+from petals.models.loading.head import HeadKind, class_for
 from petals.models.verify.tiny import tiny_config
 
 
@@ -195,7 +195,7 @@ class LocalSession:
         self.is_closed = True
 
 
-def tiny_pair(model_type, kind=EndsKind.CAUSAL_LM, **overrides):
+def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
     """(the model as it is, the same with its blocks behind LocalBlocks)."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **overrides)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from petals.models.runtime.batch import BatchContext, Segment
-from petals.models.runtime.span import Mode, Span
+from petals.models.runtime.span import Span
 from petals.types import BlockSpan
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
 from support.service import Served, Talk, states
@@ -78,14 +77,7 @@ def prompted(
 
 def through_one(span: Span, block: int, hidden: torch.Tensor) -> torch.Tensor:
     """One block, by the model's own attention and without a cache."""
-    span._use_attention(packed=False)
-    try:
-        segment = Segment(hidden=hidden, blocks=BlockSpan(block, block + 1))
-        context = BatchContext([segment], span.blocks, packed=False)
-        span._call_base(context, None)
-        return context.outputs[0]
-    finally:
-        span._use_attention(packed=span.mode is Mode.PACKED)
+    return span.reference(hidden, BlockSpan(block, block + 1))
 
 
 def lesson(

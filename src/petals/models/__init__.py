@@ -1,6 +1,7 @@
-"""How a model comes apart: describe it, load a part of it, run that part.
+"""Loads and runs parts of a transformers model.
 
-``arch`` looks at a config and says where the blocks are; ``sources`` and ``weights`` find the files
-and open only what a part needs; ``split`` builds a server's blocks, ``head`` a client's two ends.
-Knows no network, no peer, no session.
+``checkpoint`` finds a model's files and the blocks inside them; ``loading`` builds a server's
+blocks or a client's embeddings and head; ``runtime`` runs blocks over packed batches; ``adapters``
+reads LoRA adapters; ``verify`` compares loaded parts with the model they came from. Knows no
+network, no peers and no sessions.
 """

@@ -19,7 +19,8 @@ from petals import constants
 from petals.clock import Clock, SystemClock
 from petals.errors import BlocksNotServed, SessionClosed
 from petals.logs import get_logger
-from petals.models.checkpoint.sources import HubAccess, open_checkpoint
+from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading import cost
 from petals.models.loading.quantize import QuantKind
 from petals.server.compute.executor import Executor

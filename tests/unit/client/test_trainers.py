@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from petals.client.tuning.prompts import TuningConfig, add_prompts
-from petals.models.loading.head import EndsKind
+from petals.models.loading.head import HeadKind
 from support.local_blocks import tiny_pair
 from support.tuned_reference import TunedReference
 
@@ -21,7 +21,7 @@ RATE = 0.05
 
 def classifier():
     """(reference, tuned model), both with a head to train."""
-    local, remote = tiny_pair("llama", EndsKind.SEQUENCE_CLASSIFICATION)
+    local, remote = tiny_pair("llama", HeadKind.SEQUENCE_CLASSIFICATION)
     torch.manual_seed(3)
     tuning = TuningConfig(tuning_mode="deep_ptune", pre_seq_len=3)
     add_prompts(remote.blocks_host, tuning, len(remote.remote_blocks))
@@ -91,7 +91,7 @@ def test_trainer_takes_the_steps_of_the_reference(tmp_path):
 
 def test_trainer_accumulates_gradients_as_for_the_local_model(tmp_path):
     found = []
-    for model in tiny_pair("llama", EndsKind.SEQUENCE_CLASSIFICATION):
+    for model in tiny_pair("llama", HeadKind.SEQUENCE_CLASSIFICATION):
         model.requires_grad_(False).score.requires_grad_()
         more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         trainer = InOrder(model, arguments(tmp_path, **more), train_dataset=DATA)

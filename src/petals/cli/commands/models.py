@@ -102,7 +102,7 @@ def convert(
         convert_checkpoint(
             open_checkpoint(model),
             target,
-            say=lambda done, total, name: change(f"Written {done} of {total} files {name}"),
+            progress=lambda done, total, name: change(f"Written {done} of {total} files {name}"),
         )
     print_data(str(target))
 

@@ -105,9 +105,9 @@ def spans_of(model: str, num_servers: int, blocks: list[str] | None) -> tuple[Bl
         return tuple(BlockSpan.parse(text) for text in blocks)
     from petals.models.checkpoint.arch import describe
     from petals.models.checkpoint.sources import open_checkpoint
-    from petals.models.loading.cost import deal
+    from petals.models.loading.cost import split_evenly
 
-    return deal(describe(open_checkpoint(model).config).num_blocks, num_servers)
+    return split_evenly(describe(open_checkpoint(model).config).num_blocks, num_servers)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from petals.client.model.load import LoadRequest, attach, load_pretrained, open_model
 from petals.client.model.speculative import draft_with
 from petals.errors import ConfigError
-from petals.models.loading.head import EndsKind
+from petals.models.loading.head import HeadKind
 
 
 class AutoDistributedConfig:
@@ -31,7 +31,7 @@ class AutoDistributedConfig:
 class AutoDistributedModel:
     """A base model (hidden states out) whose blocks stay on servers."""
 
-    _kind: ClassVar[EndsKind] = EndsKind.BASE
+    _kind: ClassVar[HeadKind] = HeadKind.BASE
 
     def __init__(self) -> None:
         raise ConfigError(
@@ -57,13 +57,13 @@ class AutoDistributedModel:
 class AutoDistributedModelForCausalLM(AutoDistributedModel):
     """A language model that generates through the swarm."""
 
-    _kind = EndsKind.CAUSAL_LM
+    _kind = HeadKind.CAUSAL_LM
 
 
 class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
     """A classifier on top of blocks on servers."""
 
-    _kind = EndsKind.SEQUENCE_CLASSIFICATION
+    _kind = HeadKind.SEQUENCE_CLASSIFICATION
 
 
 class AutoDistributedSpeculativeModel(AutoDistributedModelForCausalLM):

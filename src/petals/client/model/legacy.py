@@ -11,12 +11,12 @@ from petals.client.model.auto import AutoDistributedConfig, AutoDistributedSpecu
 from petals.client.model.load import distributed_class
 from petals.errors import ConfigError, ModelNotSupported
 from petals.models.checkpoint.arch import base_class_of, describe
-from petals.models.loading.head import EndsKind, class_for
+from petals.models.loading.head import HeadKind, class_for
 
 FAMILIES = {"Bloom": "bloom", "Falcon": "falcon", "Llama": "llama", "Mixtral": "mixtral"}
 _KINDS = {
-    "ForCausalLM": EndsKind.CAUSAL_LM,
-    "ForSequenceClassification": EndsKind.SEQUENCE_CLASSIFICATION,
+    "ForCausalLM": HeadKind.CAUSAL_LM,
+    "ForSequenceClassification": HeadKind.SEQUENCE_CLASSIFICATION,
 }
 _found: dict[str, type] = {}
 
@@ -59,7 +59,7 @@ class _LlamaForSpeculativeGeneration(type):
         )
 
     def __instancecheck__(cls, instance: object) -> bool:
-        is_llama = isinstance(instance, _model_class("llama", EndsKind.CAUSAL_LM))
+        is_llama = isinstance(instance, _model_class("llama", HeadKind.CAUSAL_LM))
         return is_llama and hasattr(instance, "small_model")
 
 
@@ -88,14 +88,14 @@ def _make(name: str) -> type | None:
             attributes = {"family": CONFIG_MAPPING[model_type], "__module__": __name__}
             return _FamilyConfig(name, (_ConfigOfFamily,), attributes)
         if name == f"{prefix}Model":
-            return _model_class(model_type, EndsKind.BASE)
+            return _model_class(model_type, HeadKind.BASE)
         if suffix in _KINDS and name.startswith(prefix):
             return _model_class(model_type, _KINDS[suffix])
     return None
 
 
-def _model_class(model_type: str, kind: EndsKind) -> type[PreTrainedModel]:
+def _model_class(model_type: str, kind: HeadKind) -> type[PreTrainedModel]:
     config = CONFIG_MAPPING[model_type]()
-    if kind is EndsKind.BASE:
+    if kind is HeadKind.BASE:
         return distributed_class(base_class_of(config), catches=True)
     return distributed_class(class_for(kind, config, describe(config)), catches=False)

@@ -28,8 +28,9 @@ from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.client.tuning.saved import find_tuned, save_tuned
 from petals.errors import ConfigError, ModelNotSupported, NotSupported
 from petals.models.checkpoint.arch import ModelArch, build_on_meta
-from petals.models.checkpoint.sources import Checkpoint, HubAccess, open_checkpoint
-from petals.models.loading.head import EndsKind, EndsOptions, base_within, load_ends
+from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
+from petals.models.loading.head import ClientPartOptions, HeadKind, base_within, load_client_part
 from petals.models.loading.split import LoadOptions
 from petals.types import BlockSpan
 
@@ -45,7 +46,7 @@ class LoadRequest:
 
     client: ClientConfig
     tuning: TuningConfig = field(default_factory=TuningConfig)
-    ends: EndsOptions = field(default_factory=EndsOptions)
+    ends: ClientPartOptions = field(default_factory=ClientPartOptions)
     config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -63,16 +64,16 @@ class LoadRequest:
         )
         dtype = _dtype(options.pop("dtype", options.pop("torch_dtype", None)))
         chunked = options.pop("use_chunked_forward", "auto")
-        ends = EndsOptions(
+        ends = ClientPartOptions(
             load=LoadOptions(dtype=dtype, access=access),
             chunked=None if chunked == "auto" else bool(chunked),
-            chunk_rows=options.pop("chunked_forward_step", EndsOptions().chunk_rows),
+            chunk_rows=options.pop("chunked_forward_step", ClientPartOptions().chunk_rows),
         )
         _refuse(options)
         return cls(client=client, tuning=tuning, ends=ends, config=options)
 
 
-def load_pretrained(source: str, kind: EndsKind, options: dict[str, Any]) -> PreTrainedModel:
+def load_pretrained(source: str, kind: HeadKind, options: dict[str, Any]) -> PreTrainedModel:
     """A hub repository, a local folder, or a folder of ``save_pretrained``: then the model it was
     trained on, with what was trained. Raises what ``load_distributed`` and `tuned` do."""
     saved = find_tuned(source)
@@ -83,7 +84,7 @@ def load_pretrained(source: str, kind: EndsKind, options: dict[str, Any]) -> Pre
     return model
 
 
-def load_distributed(source: str, kind: EndsKind, request: LoadRequest) -> PreTrainedModel:
+def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTrainedModel:
     """The model of ``kind`` with its ends here and its blocks in the swarm.
 
     Nothing is asked of the swarm before the first use. Raises ModelNotFound, ModelNotSupported,
@@ -100,7 +101,7 @@ def load_distributed(source: str, kind: EndsKind, request: LoadRequest) -> PreTr
         blocks.returns_tuple = layers_return_tuple(arch, checkpoint.config)
         return blocks
 
-    model: Any = distribute(load_ends(checkpoint, kind, make_remote, request.ends), archs[0])
+    model: Any = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])
     add_prompts(model.blocks_host, request.tuning, archs[0].num_blocks)
     return model
 
@@ -167,11 +168,11 @@ class Loadable:
             save_tuned(self, Path(save_directory), state_dict)
 
     @classmethod
-    def _kind(cls) -> EndsKind:
+    def _kind(cls) -> HeadKind:
         if issubclass(cls, RemoteForward):
-            return EndsKind.BASE
+            return HeadKind.BASE
         causal = issubclass(cls, RemoteCausalLM)
-        return EndsKind.CAUSAL_LM if causal else EndsKind.SEQUENCE_CLASSIFICATION
+        return HeadKind.CAUSAL_LM if causal else HeadKind.SEQUENCE_CLASSIFICATION
 
 
 class RemoteCausalLM(RemoteGeneration, DistributedModel):

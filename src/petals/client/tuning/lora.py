@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from petals.errors import AdapterRefused
 from petals.models.adapters.config import LoraConfig
-from petals.models.adapters.files import SavedAdapter, read_adapter, slots_wanted, write_adapter
+from petals.models.adapters.files import SavedAdapter, read_adapter, targeted_slots, write_adapter
 from petals.models.adapters.low_rank import Adapter, LowRank, Slot, Slots, check_finite, check_fits
 from petals.models.checkpoint.arch import describe
-from petals.models.checkpoint.sources import HubAccess
+from petals.models.checkpoint.hub import HubAccess
 from petals.models.runtime.lora_hooks import slots_of_model
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
@@ -52,7 +52,7 @@ class RemoteLora(nn.Module):
 
         blocks_path: where the model keeps its layers. Raises AdapterRefused if none is named.
         """
-        wanted = slots_wanted(config, slots, blocks_path)
+        wanted = targeted_slots(config, slots, blocks_path)
         if not wanted:
             names = sorted({path for _, path in slots})
             raise AdapterRefused(

@@ -1,7 +1,7 @@
-"""What a low-rank adapter is like: rank, scale, and which modules it is for, as peft words it.
+"""The settings of a low-rank adapter, in peft's terms: rank, scaling, target modules.
 
-Reads peft's settings and refuses, with the reason, what cannot be applied to remote blocks. Knows
-no tensors and no files.
+Reads peft's settings and refuses, with the reason, those that cannot be applied to remote blocks.
+Knows no tensors and no files.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from petals.errors import AdapterRefused
 
-_KINDS: dict[str, str] = {
+_UNSUPPORTED_SETTINGS: dict[str, str] = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -27,22 +27,27 @@ _KINDS: dict[str, str] = {
     "trainable_token_indices": "trained tokens",
     "target_parameters": "LoRA on bare parameters (fused experts)",
 }
-"""Settings of peft that make something else of LoRA, and what to call it."""
+"""Settings of peft that turn LoRA into another method -> the name of the method."""
 
-_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""How the matrices began does not matter; other ways change the model's own weights as well."""
+_SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` that concern the adapter's matrices only; others change the
+weights of the model, too.
+"""
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """The settings of peft's LoraConfig that count here, under its names.
+    """The settings of peft's LoraConfig that are used here, under peft's names.
 
-    ``target_modules``: names that module paths end with, a regular expression for whole paths, or
-    "all-linear". ``rank_pattern`` and ``alpha_pattern``: regular expressions for the ends of paths.
-    ``modules_to_save`` are trained whole, outside the blocks. ``lora_dropout`` and
-    ``fan_in_fan_out`` are only handed on to peft.
+    target_modules, exclude_modules: the last names of module paths, or a regular expression for
+    whole paths; target_modules may be "all-linear".
+    rank_pattern, alpha_pattern: a regular expression for the end of a path -> its rank or alpha.
+    modules_to_save: modules outside the blocks that are trained as a whole.
+    lora_dropout, fan_in_fan_out: only passed on to peft.
+
+    Raises AdapterRefused for ranks that are not positive and alphas that are not finite.
     """
 
     r: int = 8
@@ -58,17 +63,17 @@ class LoraConfig:
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
+        set_field = object.__setattr__  # the dataclass is frozen
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             given = getattr(self, name) or ()
-            put(self, name, given if isinstance(given, str) else tuple(sorted(given)))
+            set_field(self, name, given if isinstance(given, str) else tuple(sorted(given)))
         layers = self.layers_to_transform
         if isinstance(layers, int):
-            put(self, "layers_to_transform", (layers,))
+            set_field(self, "layers_to_transform", (layers,))
         elif layers is not None:
-            put(self, "layers_to_transform", tuple(layers))
+            set_field(self, "layers_to_transform", tuple(layers))
         for name in ("rank_pattern", "alpha_pattern"):
-            put(self, name, dict(getattr(self, name) or {}))
+            set_field(self, name, dict(getattr(self, name) or {}))
         ranks = [self.r, *self.rank_pattern.values()]
         if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
             raise AdapterRefused(f"A rank is a positive number, not {self.r!r}.")
@@ -78,14 +83,14 @@ class LoraConfig:
 
     @classmethod
     def of(cls, settings: object) -> Self:
-        """From a LoraConfig of ours or of peft, or from what an adapter_config.json holds.
+        """From this class, from peft's LoraConfig, or from the content of an adapter_config.json.
 
-        Raises AdapterRefused for other kinds of adapters.
+        Raises AdapterRefused for adapters other than plain LoRA.
         """
         if isinstance(settings, cls):
             return settings
         values = settings if isinstance(settings, Mapping) else _as_mapping(settings)
-        _check_kind(values)
+        _check_is_plain_lora(values)
         own = {entry.name for entry in fields(cls)}
         given = {name: value for name, value in values.items() if name in own and value is not None}
         try:
@@ -101,18 +106,21 @@ class LoraConfig:
         return {"peft_type": "LORA", "bias": "none", "inference_mode": True} | settings
 
     def targets(self, path: str, block: int) -> bool:
-        """Whether the matrix at ``path`` (from the model's root), in ``block``, is adapted."""
+        """Whether the matrix at ``path`` (from the root of the model), in ``block``, is adapted."""
         if self.layers_to_transform is not None and block not in self.layers_to_transform:
             return False
         if self.target_modules == ALL_LINEAR:
-            return not _is_named(path, self.exclude_modules)
-        return _is_named(path, self.target_modules) and not _is_named(path, self.exclude_modules)
+            return not _matches(path, self.exclude_modules)
+        return _matches(path, self.target_modules) and not _matches(path, self.exclude_modules)
 
     def rank(self, path: str) -> int:
+        """The rank of the adapter of the matrix at ``path``."""
         return int(_by_pattern(self.rank_pattern, path, self.r))
 
     def scaling(self, path: str) -> float:
-        """What ``B @ A`` is multiplied with in the matrix at ``path``."""
+        """The factor on ``B @ A`` for the matrix at ``path``: alpha / rank, or alpha / sqrt(rank)
+        with ``use_rslora``.
+        """
         rank = self.rank(path)
         alpha = float(_by_pattern(self.alpha_pattern, path, self.lora_alpha))
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -129,19 +137,21 @@ def _as_mapping(settings: object) -> Mapping[str, Any]:
     return values
 
 
-def _check_kind(values: Mapping[str, Any]) -> None:
-    kind = str(getattr(values.get("peft_type"), "value", values.get("peft_type")))
-    if kind != "LORA":
-        raise AdapterRefused(f"An adapter of kind {kind[:32]} cannot be added to remote blocks.")
-    for name, called in _KINDS.items():
+def _check_is_plain_lora(values: Mapping[str, Any]) -> None:
+    peft_type = str(getattr(values.get("peft_type"), "value", values.get("peft_type")))
+    if peft_type != "LORA":
+        raise AdapterRefused(
+            f"An adapter of kind {peft_type[:32]} cannot be added to remote blocks."
+        )
+    for name, method in _UNSUPPORTED_SETTINGS.items():
         if values.get(name):
             raise AdapterRefused(
-                f"{called} cannot be added to remote blocks ({name} is set).",
+                f"{method} cannot be added to remote blocks ({name} is set).",
                 hint="Plain LoRA on linear layers can; train the adapter without that setting.",
             )
     if values.get("bias", "none") != "none":
         raise AdapterRefused("An adapter that changes biases cannot be added to remote blocks.")
-    if values.get("init_lora_weights") not in _HARMLESS_INITS:
+    if values.get("init_lora_weights") not in _SUPPORTED_INITS:
         raise AdapterRefused(
             f"Its initialisation {str(values['init_lora_weights'])[:32]!r} changes the weights of "
             "the model itself.",
@@ -149,8 +159,8 @@ def _check_kind(values: Mapping[str, Any]) -> None:
         )
 
 
-def _is_named(path: str, names: Sequence[str] | str) -> bool:
-    """peft's rule: a regular expression must match the whole path, a name its end."""
+def _matches(path: str, names: Sequence[str] | str) -> bool:
+    """peft's rule: a regular expression must match the whole path, a name the end of the path."""
     if isinstance(names, str):
         return bool(re.fullmatch(names, path))
     return any(path == name or path.endswith(f".{name}") for name in names)

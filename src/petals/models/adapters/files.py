@@ -1,7 +1,8 @@
-"""Adapters in peft's format: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+"""Reads and writes adapters in peft's format: ``adapter_config.json`` and
+``adapter_model.safetensors``.
 
-Reads what belongs to blocks, whatever model class peft was wrapped around, and what belongs to
-other parts by name. Nothing is unpickled. Knows no peers and no running model.
+Finds the matrices for blocks in adapters of any model class that peft was wrapped around. Nothing
+is unpickled. Knows no peers and no running model.
 """
 
 import json
@@ -19,7 +20,8 @@ from torch import Tensor
 from petals.errors import AdapterRefused, ModelNotFound
 from petals.models.adapters.config import LoraConfig
 from petals.models.adapters.low_rank import Adapter, LowRank, Slot
-from petals.models.checkpoint.sources import Files, HubAccess, find_files
+from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.sources import SourceFiles, find_files
 from petals.types import BlockSpan
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,12 +30,14 @@ PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
 _MAX_CONFIG_BYTES = 2**20
+"""Largest config file (bytes) that is read; peft's are a few kilobytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SavedAdapter:
-    """An adapter off the disk. ``rest``: tensors that are not for blocks (a trained head), by the
-    names that the model's own state dict gives them.
+    """An adapter as it is stored.
+
+    rest: tensors outside the blocks (a trained head), by their names in the model's state dict.
     """
 
     config: LoraConfig
@@ -47,35 +51,36 @@ def read_adapter(
     blocks: BlockSpan | None = None,
     access: HubAccess | None = None,
 ) -> SavedAdapter:
-    """Read a repository or a folder; only what is for ``blocks`` (None: for any) is loaded.
+    """Read an adapter from a repository or a folder; load only the matrices for ``blocks``.
 
-    layers_path: where the base model keeps its layers (``ModelArch.layers_path``). Raises
-    ModelNotFound, and AdapterRefused for pickles, other kinds than LoRA, and files that do not
-    hold what their config says.
+    layers_path: path of the list of layers in the base model (``ModelArch.layers_path``). blocks:
+    None loads all. Raises ModelNotFound, and AdapterRefused for pickles, for methods other than
+    LoRA and for files that do not contain what their config says.
     """
     files = find_files(source, access)
     config = LoraConfig.of(_read_config(files))
     weights = files.find(WEIGHTS_FILE)
     if weights is None:
         raise _no_weights(files)
-    inside = re.compile(rf"(?:.*?\.)??{re.escape(layers_path)}\.(\d+)\.(.+)")
+    # The base model may lie anywhere inside the model that peft was wrapped around.
+    in_block = re.compile(rf"(?:.*?\.)??{re.escape(layers_path)}\.(\d+)\.(.+)")
     pairs: dict[tuple[int, str, str], dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     try:
         with safe_open(weights, framework="pt") as file:
             for key in sorted(file.keys()):
                 path, which = _parse(key, source)
-                place = inside.fullmatch(path)
-                if place is None:
+                match = in_block.fullmatch(path)
+                if match is None:
                     rest[_name_outside(path, which, source)] = file.get_tensor(key)
                 elif which is None:
                     raise AdapterRefused(
-                        f"{source} brings whole modules for blocks ({place[2][:80]}).",
+                        f"{source} brings whole modules for blocks ({match[2][:80]}).",
                         hint="Blocks stay as they are; LoRA can be added to them.",
                     )
-                elif blocks is None or int(place[1]) in blocks:
-                    slot = (int(place[1]), place[2], path)
-                    pairs.setdefault(slot, {})[which] = file.get_tensor(key)
+                elif blocks is None or int(match[1]) in blocks:
+                    pair_key = (int(match[1]), match[2], path)
+                    pairs.setdefault(pair_key, {})[which] = file.get_tensor(key)
     except SafetensorError as error:
         raise AdapterRefused(
             f"The {WEIGHTS_FILE} of {source} is not a whole safetensors file: {error}",
@@ -93,7 +98,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter so that stock peft loads it on the whole model.
 
-    blocks_path: where that model keeps its layers. ``settings`` go into the config as well.
+    blocks_path: path of the list of layers in that model. settings: added to the config.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -108,15 +113,15 @@ def write_adapter(
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True), "utf-8")
 
 
-def slots_wanted(
+def targeted_slots(
     config: LoraConfig, slots: Mapping[Slot, tuple[int, int]], blocks_path: str
 ) -> dict[Slot, str]:
-    """The slots that the config is for, with the paths that peft would see them under."""
+    """The slots that the config targets, with the paths under which peft would find them."""
     named = {slot: f"{blocks_path}.{slot[0]}.{slot[1]}" for slot in slots}
     return {slot: path for slot, path in named.items() if config.targets(path, slot[0])}
 
 
-def _read_config(files: Files) -> Mapping[str, Any]:
+def _read_config(files: SourceFiles) -> Mapping[str, Any]:
     path = files.find(CONFIG_FILE)
     if path is None:
         raise ModelNotFound(
@@ -137,7 +142,7 @@ def _read_config(files: Files) -> Mapping[str, Any]:
     return settings
 
 
-def _no_weights(files: Files) -> AdapterRefused:
+def _no_weights(files: SourceFiles) -> AdapterRefused:
     if files.has(PICKLE_FILE):
         return AdapterRefused(
             f"{files.name} has its matrices as a pickle, and unpickling can run a stranger's code.",
@@ -147,7 +152,10 @@ def _no_weights(files: Files) -> AdapterRefused:
 
 
 def _parse(key: str, source: str) -> tuple[str, str | None]:
-    """A key -> the module's path and which of its two matrices; None: a tensor of its own."""
+    """The path of the module and which of its two matrices the key names: "A", "B" or None.
+
+    With None the key is that of a whole tensor and the path its name.
+    """
     if not key.startswith(_PREFIX):
         raise AdapterRefused(
             f"{source} has a tensor {key[:80]!r}, which is none of peft's.",

@@ -1,6 +1,7 @@
-"""Low-rank adapters as values: which matrices of which blocks, and what they add.
+"""Low-rank adapters as values: the matrices of blocks that they change, and what they add.
 
-Knows no files, no peers and no running model; `adapter_files` reads them, `lora` applies them.
+``adapters.files`` reads them, ``runtime.lora_hooks`` applies them. Knows no files, no peers and no
+running model.
 """
 
 import hashlib
@@ -16,15 +17,18 @@ from petals.errors import AdapterRefused
 from petals.types import BlockSpan
 
 Slot = tuple[int, str]
-"""A matrix of a block: the block's number and the module's path inside it."""
+"""A matrix of a block: the number of the block and the path of the module inside it."""
 
 Slots = Mapping[Slot, tuple[int, int]]
-"""The matrices that can take an adapter, and their (in, out)."""
+"""The matrices that can take an adapter, with (input width, output width)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """What one matrix gains: ``scaling * (x @ a.T) @ b.T``. a: [rank, in], b: [out, rank]."""
+    """What is added to the output of one matrix for an input x: ``scaling * (x @ a.T) @ b.T``.
+
+    a: [rank, in]; b: [out, rank].
+    """
 
     a: Tensor
     b: Tensor
@@ -37,8 +41,10 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What an adapter adds to some blocks, slot by slot in order. Two are equal if their digests
-    are; one object is one group in a batch.
+    """The low-rank parts of an adapter, by slot in order.
+
+    Adapters with equal content have equal digests. In a packed batch the segments with the same
+    ``LowRank`` objects are computed together, so sessions should share one Adapter object.
     """
 
     parts: Mapping[Slot, LowRank]
@@ -46,7 +52,7 @@ class Adapter:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """a and b of every part, in order."""
+        """All matrices in order: a and b of the first part, a and b of the second, ..."""
         return tuple(tensor for part in self.parts.values() for tensor in (part.a, part.b))
 
     @property
@@ -55,7 +61,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """Name of the content: equal for equal matrices of the same slots."""
+        """SHA-256 of slots, ranks, scalings, dtypes, shapes and values: equal for equal content."""
         found = hashlib.sha256()
         for (block, module), part in self.parts.items():
             found.update(f"{block} {module} {part.rank} {part.scaling!r}\0".encode())
@@ -66,7 +72,7 @@ class Adapter:
         return f"sha256:{found.hexdigest()}"
 
     def within(self, blocks: BlockSpan) -> "Adapter | None":
-        """What it adds to ``blocks``; None if that is nothing. The same object at every call."""
+        """The parts for ``blocks``; None if there are none. Returns the same object every time."""
         kept = {slot: part for slot, part in self.parts.items() if slot[0] in blocks}
         if kept and len(kept) == len(self.parts):
             return self
@@ -75,14 +81,14 @@ class Adapter:
         return self._cuts[blocks]
 
     def leaves(self, blocks: BlockSpan) -> "Adapter | None":
-        """What it adds to ``blocks``, in tensors that collect gradients of their own."""
+        """A copy of the parts for ``blocks`` whose matrices are autograd leaves; None if none."""
         part = self.within(blocks)
         if part is None:
             return None
         return part.mapped(lambda tensor: tensor.detach().requires_grad_())
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Adapter":
-        """The same slots with other matrices, in the order of ``tensors``."""
+        """The same slots with other matrices, given in the order of ``self.tensors``."""
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
         return Adapter(
             {
@@ -92,14 +98,14 @@ class Adapter:
         )
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Adapter":
-        """The same slots with every matrix changed, for example moved or detached."""
+        """The same slots with ``change`` applied to every matrix, for example to move it."""
         return self.with_tensors([change(tensor) for tensor in self.tensors])
 
 
 def check_fits(adapter: Adapter, slots: Slots) -> None:
-    """Raises AdapterRefused unless every part has the shape of the matrix it is for.
+    """Raise AdapterRefused unless every part fits a slot in ``slots``.
 
-    Looks at names and shapes only, not at values.
+    Checks names, shapes, dtypes and scalings; ``check_finite`` checks the values.
     """
     for (block, module), part in adapter.parts.items():
         found = slots.get((block, module))
@@ -124,7 +130,7 @@ def check_fits(adapter: Adapter, slots: Slots) -> None:
 
 
 def check_finite(adapter: Adapter) -> None:
-    """Raises AdapterRefused for NaN or infinity."""
+    """Raise AdapterRefused if a matrix contains NaN or infinity."""
     for (block, module), part in adapter.parts.items():
         if not all(bool(tensor.isfinite().all()) for tensor in (part.a, part.b)):
             raise AdapterRefused(

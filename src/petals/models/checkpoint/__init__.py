@@ -1,4 +1,4 @@
-"""Where a model's files are and what they hold: sources, weights, architecture, conversion.
+"""Finds a model's files and describes what they hold: sources, weights, architecture, conversion.
 
 Runs no model code.
 """

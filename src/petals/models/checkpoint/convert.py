@@ -1,7 +1,8 @@
-"""Turn a pickle checkpoint into safetensors, once and without running what is inside it.
+"""Converts a pickle checkpoint to safetensors without running code from the pickle.
 
-Reads with the unpickler that admits tensors and nothing else, writes beside the target and renames
-at the end, so that a target folder is always whole. Knows nothing of blocks or servers.
+The files are read with torch's restricted unpickler (tensors only) and written to a temporary
+folder beside the target, which is renamed at the end: the target either does not exist or is
+complete. Knows nothing of blocks or servers.
 """
 
 import errno
@@ -23,7 +24,7 @@ from petals.models.checkpoint.sources import CONFIG_FILE, INDEX_FILE, SINGLE_FIL
 
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_FILE = "pytorch_model.bin"
-COMPANIONS = (
+COPIED_FILES = (
     CONFIG_FILE,
     "generation_config.json",
     "tokenizer.json",
@@ -35,20 +36,20 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Small files that are copied along if the checkpoint has them."""
+"""Files without weights that are copied to the target if the checkpoint has them."""
 
 WriteProgress = Callable[[int, int, str], None]
-"""Called with (files written so far, files to write, name of the file in work)."""
+"""Called with (files written, files in all, name of the file being written; "" at the end)."""
 
 
 def convert_checkpoint(
-    checkpoint: Checkpoint, target: Path, say: WriteProgress = lambda done, total, name: None
+    checkpoint: Checkpoint, target: Path, progress: WriteProgress = lambda done, total, name: None
 ) -> Path:
     """Write ``checkpoint``'s pickled weights as safetensors into the new folder ``target``.
 
-    Raises ConfigError if ``target`` exists, ModelFilesBroken if there is nothing to convert or a
-    file is damaged, PickleCheckpointRefused for a pickle that holds more than tensors,
-    NotEnoughDisk before or while writing; nothing is left behind then.
+    Returns ``target``. Raises ConfigError if it exists, ModelFilesBroken if there is nothing to
+    convert or a file is damaged, PickleCheckpointRefused for a pickle that holds more than tensors,
+    NotEnoughDisk before or while writing. After an error no partial files remain.
     """
     if target.exists():
         raise ConfigError(
@@ -57,11 +58,11 @@ def convert_checkpoint(
     shards = [checkpoint.path(name) for name in _pickle_names(checkpoint)]
     target.parent.mkdir(parents=True, exist_ok=True)
     with _disk_errors(target), TemporaryDirectory(prefix=".convert-", dir=target.parent) as work:
-        _check_room(target.parent, sum(path.stat().st_size for path in shards))
+        _check_disk_space(target.parent, sum(path.stat().st_size for path in shards))
         folder = Path(work) / target.name
         folder.mkdir()
-        _write_shards(shards, folder, say)
-        for name in COMPANIONS:
+        _write_shards(shards, folder, progress)
+        for name in COPIED_FILES:
             found = checkpoint.find(name)
             if found is not None:
                 shutil.copyfile(found, folder / name)
@@ -92,7 +93,7 @@ def _pickle_names(checkpoint: Checkpoint) -> list[str]:
     )
 
 
-def _write_shards(shards: list[Path], folder: Path, say: WriteProgress) -> None:
+def _write_shards(shards: list[Path], folder: Path, progress: WriteProgress) -> None:
     total = len(shards)
     weight_map: dict[str, str] = {}
     num_bytes = 0
@@ -100,7 +101,7 @@ def _write_shards(shards: list[Path], folder: Path, say: WriteProgress) -> None:
         file_name = SINGLE_FILE
         if total > 1:
             file_name = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-        say(number, total, file_name)
+        progress(number, total, file_name)
         tensors = _read_pickle(shard)
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file_name)
@@ -108,7 +109,7 @@ def _write_shards(shards: list[Path], folder: Path, say: WriteProgress) -> None:
     if total > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    say(total, total, "")
+    progress(total, total, "")
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -124,14 +125,14 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path.name} is damaged: {error}", hint="Delete the file and download it again."
         ) from error
     tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
-    # Copies, since a safetensors file cannot hold two names for one memory.
+    # Tied tensors share memory, which safetensors refuses to write: every name gets a copy.
     return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
 
 
-def _check_room(folder: Path, needed_bytes: int) -> None:
+def _check_disk_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise _no_room(folder, f"{needed_bytes:,} bytes are needed, {free_bytes:,} are free")
+        raise _disk_full(folder, f"{needed_bytes:,} bytes are needed, {free_bytes:,} are free")
 
 
 @contextmanager
@@ -140,16 +141,16 @@ def _disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_room(target.parent, "the disk became full") from error
+            raise _disk_full(target.parent, "the disk became full") from error
         raise
     except SafetensorError as error:
-        # safetensors wraps what the system said when it could not write.
+        # safetensors reports an operating system error as text only (28 is ENOSPC).
         if "os error 28" in str(error) or "No space left" in str(error):
-            raise _no_room(target.parent, "the disk became full") from error
+            raise _disk_full(target.parent, "the disk became full") from error
         raise
 
 
-def _no_room(folder: Path, detail: str) -> NotEnoughDisk:
+def _disk_full(folder: Path, detail: str) -> NotEnoughDisk:
     return NotEnoughDisk(
         f"There is no room in {folder} for the converted model: {detail}.",
         hint="Free some space, or give a target folder on a larger disk.",

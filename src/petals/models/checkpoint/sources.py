@@ -1,40 +1,17 @@
-"""Where a model's files are: a hub repository or a local folder, its config and index of tensors.
+"""Finds a model's files in a hub repository or a local folder: its config and its tensor index.
 
-Resolves names, refuses what is not safe to read, and downloads single files through the ordinary
-hub cache (``HF_HUB_OFFLINE``, ``HF_HOME`` and tokens work as everywhere). Knows nothing of blocks
-or modules.
+Resolves names and refuses files that are not safe to read. Knows nothing of blocks or modules.
 """
 
-import errno
 import hashlib
 import json
 import logging
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from huggingface_hub import constants as hub_constants
-from huggingface_hub import (
-    file_exists,
-    hf_hub_download,
-    is_offline_mode,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -42,9 +19,10 @@ from petals.errors import (
     ModelFilesBroken,
     ModelNotFound,
     ModelNotSupported,
-    NotEnoughDisk,
     PickleCheckpointRefused,
 )
+from petals.models.checkpoint import hub
+from petals.models.checkpoint.hub import HubAccess
 from petals.types import ModelId
 
 logger = logging.getLogger(__name__)
@@ -57,25 +35,19 @@ ALIASES = {
     "bigscience/bloom-petals": "bigscience/bloom",
     "bigscience/bloomz-petals": "bigscience/bloomz",
 }
-"""Names the original Petals gave to repackaged checkpoints -> what they were made from."""
+"""Names the original Petals gave to repackaged checkpoints -> the repositories they came from."""
 
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Config entries that may differ between copies of one model; they do not count in its id."""
+
 _announced_aliases: set[str] = set()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HubAccess:
-    """How to reach the hub; ``None`` means the hub library's own default."""
-
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
-class Files:
-    """A hub repository or a local folder. ``folder`` is set if it is local, otherwise ``name`` is a
-    hub id.
+class SourceFiles:
+    """The files of a hub repository or a local folder.
+
+    ``folder`` is set for a local folder; otherwise ``name`` is a hub id.
     """
 
     name: str
@@ -83,41 +55,39 @@ class Files:
     access: HubAccess = field(default_factory=HubAccess)
 
     def find(self, file_name: str) -> Path | None:
-        """Local path of one file, downloaded first if need be; None if there is no such file.
+        """Local path of one file, downloaded first if necessary; None if there is no such file.
 
         Raises ModelNotFound (no such repository), NotEnoughDisk.
         """
         if self.folder is not None:
             path = self.folder / file_name
             return path if path.is_file() else None
-        return _download(self.name, file_name, self.access)
+        return hub.download(self.name, file_name, self.access, required=file_name == CONFIG_FILE)
 
     def has(self, file_name: str) -> bool:
-        """Whether the file exists, without downloading it: a pickle may be large."""
+        """Whether the file exists. Does not download it: a pickle may be large."""
         if self.folder is not None:
             return (self.folder / file_name).is_file()
-        revision, token = self.access.revision, self.access.token
-        cached = try_to_load_from_cache(self.name, file_name, self.access.cache_dir, revision)
-        if isinstance(cached, str) or _is_offline():
-            return isinstance(cached, str)
-        with _hub_errors(self.name, self.access):
-            return file_exists(self.name, file_name, revision=revision, token=token)
+        return hub.has_file(self.name, file_name, self.access)
 
     @property
     def public_name(self) -> str:
-        """The repository; of a folder only its own name, since paths are nobody's business."""
+        """A name that other peers may see: the repository, or the folder's name without its path.
+
+        A path may reveal the user's name or the layout of the machine.
+        """
         return self.name if self.folder is None else self.folder.resolve().name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(Files):
-    """One model's files."""
+class Checkpoint(SourceFiles):
+    """The files of one model and its config."""
 
     config: PretrainedConfig
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name -> file name, read from the index, or from the only file's header.
+        """Tensor name -> file name, from the index, or from the headers of the safetensors files.
 
         Raises PickleCheckpointRefused, ModelFilesBroken, NotEnoughDisk.
         """
@@ -140,7 +110,11 @@ class Checkpoint(Files):
 
     @property
     def model_id(self) -> ModelId:
-        """Default name in the directory: equal for all who load the same repository or folder."""
+        """Default name in the swarm's directory: equal for all that load the same model.
+
+        A repository is identified by its id and revision, a folder by its name and a digest of its
+        config.
+        """
         if self.folder is None:
             stem = self.name.replace("/", "--")
             if self.access.revision not in (None, "main"):
@@ -166,21 +140,24 @@ class Checkpoint(Files):
         return found
 
 
-def find_files(source: str, access: HubAccess | None = None) -> Files:
-    """The folder or hub repository named ``source``. Raises ModelNotFound for a path to nothing."""
+def find_files(source: str, access: HubAccess | None = None) -> SourceFiles:
+    """The folder or hub repository named ``source``.
+
+    Raises ModelNotFound if ``source`` is a path and no folder is there.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return Files(name=source, folder=folder)
+        return SourceFiles(name=source, folder=folder)
     if folder.is_file() or source.startswith(("/", ".", "~")):
         raise _no_folder(source, folder.is_file())
-    return Files(name=_follow_alias(source), access=access or HubAccess())
+    return SourceFiles(name=_follow_alias(source), access=access or HubAccess())
 
 
 def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
-    """Resolve a hub id or a folder and read its config; no weights are touched.
+    """Resolve a hub id or a folder and read its config; weights are not read or downloaded.
 
-    Raises ModelNotFound for an unknown name, ModelNotSupported for a model that would need its
-    repository's own code, ModelFilesBroken for an unreadable config.
+    Raises ModelNotFound for an unknown name, ModelNotSupported for a model that needs Python code
+    from its repository, ModelFilesBroken for an unreadable config, NotEnoughDisk.
     """
     files = find_files(source, access)
     found = files.find(CONFIG_FILE)
@@ -199,7 +176,7 @@ def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
 
 
 def _no_folder(source: str, is_file: bool) -> ModelNotFound:
-    """What was typed is a path, so that asking the hub for it would only cost time."""
+    """The error for a ``source`` that is a path; asking the hub about it would only take time."""
     if is_file:
         return ModelNotFound(
             f"{source} is a file, not the folder of a model.",
@@ -211,8 +188,8 @@ def _no_folder(source: str, is_file: bool) -> ModelNotFound:
     )
 
 
-def opened(source: str | Checkpoint, access: HubAccess) -> Checkpoint:
-    """``source`` itself if it is a checkpoint already, else ``open_checkpoint(source)``."""
+def as_checkpoint(source: str | Checkpoint, access: HubAccess) -> Checkpoint:
+    """``source`` itself if it is a checkpoint, else ``open_checkpoint(source, access)``."""
     return source if isinstance(source, Checkpoint) else open_checkpoint(source, access)
 
 
@@ -226,80 +203,6 @@ def _follow_alias(source: str) -> str:
     return target
 
 
-def _download(repo: str, file_name: str, access: HubAccess) -> Path | None:
-    """The cached file, or None if the repository (offline: its cached copy) has no such file."""
-    offline = _is_offline()
-    try:
-        with _hub_errors(repo, access):
-            return Path(
-                hf_hub_download(
-                    repo,
-                    file_name,
-                    revision=access.revision,
-                    token=access.token,
-                    cache_dir=access.cache_dir,
-                    local_files_only=offline,
-                )
-            )
-    except LocalEntryNotFoundError as error:
-        if offline and file_name != CONFIG_FILE:
-            return None
-        raise ModelNotFound(
-            f"{file_name} of {repo} is not in the cache and the hub cannot be reached.",
-            hint="Check the spelling and the connection (HF_HUB_OFFLINE must not be set), or give "
-            "the path of a local folder, for example ./my-model.",
-        ) from error
-    except EntryNotFoundError:
-        return None
-
-
-def _is_offline() -> bool:
-    """Whether only the cache can answer: asked to, or the hub's name leads nowhere.
-
-    Without a network the hub's client would try again and again for half a minute.
-    """
-    if is_offline_mode():
-        return True
-    if getproxies():
-        return False  # a proxy looks names up itself
-    try:
-        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, None)
-    except OSError:
-        return True
-    return False
-
-
-@contextmanager
-def _hub_errors(repo: str, access: HubAccess) -> Iterator[None]:
-    try:
-        yield
-    except EntryNotFoundError:
-        raise
-    except GatedRepoError as error:
-        raise ModelNotFound(
-            f"{repo} is gated and this machine may not read it.",
-            hint=f"Accept its terms at https://huggingface.co/{repo}, then run: hf auth login",
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelNotFound(
-            f"{repo} is neither a folder here nor a repository on the hub.",
-            hint="Check the spelling (OWNER/NAME on the hub, ./PATH here); "
-            "for a private repository run: hf auth login",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelNotFound(
-            f"{repo} has no revision {access.revision}.",
-            hint=f"See https://huggingface.co/{repo}/tree/main for branches and tags.",
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise NotEnoughDisk(
-                f"The disk is full while downloading {repo}.",
-                hint="Free some space, or point HF_HOME or --cache-dir at a larger disk.",
-            ) from error
-        raise
-
-
 def _read_config(path: Path, source: str) -> PretrainedConfig:
     try:
         settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -310,7 +213,9 @@ def _read_config(path: Path, source: str) -> PretrainedConfig:
             hint="Download the model again.",
         ) from error
     if model_type not in CONFIG_MAPPING:
-        raise ModelNotSupported(_foreign_code(source, model_type, settings), hint=_FOREIGN_HINT)
+        raise ModelNotSupported(
+            _unsupported_reason(source, model_type, settings), hint=_UNSUPPORTED_HINT
+        )
     try:
         return AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -320,13 +225,13 @@ def _read_config(path: Path, source: str) -> PretrainedConfig:
         ) from error
 
 
-_FOREIGN_HINT = (
+_UNSUPPORTED_HINT = (
     "Petals runs only code that ships with transformers. Update transformers if the model is "
     "newer than yours, or look for a repository converted to it."
 )
 
 
-def _foreign_code(source: str, model_type: object, settings: dict[str, Any]) -> str:
+def _unsupported_reason(source: str, model_type: object, settings: dict[str, Any]) -> str:
     if settings.get("auto_map"):
         return f"{source} needs Python code from its repository (trust_remote_code), which is off."
     return f"transformers does not know the model type {model_type!r} of {source}."
@@ -340,6 +245,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ModelFilesBroken(
             f"{path.name} is not an index of safetensors files.", hint="Download the model again."
         ) from error
+    # An index is untrusted input: a path in it must not lead to a file outside the checkpoint.
     for file_name in set(entries.values()):
         pure = PurePosixPath(file_name)
         if pure.is_absolute() or ".." in pure.parts or pure.suffix != ".safetensors":
@@ -351,7 +257,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _map_loose_files(folder: Path) -> dict[str, str]:
-    """Tensors of a folder without index; Mistral's own ``consolidated`` copies do not count."""
+    """Tensor name -> file name of a folder without an index.
+
+    ``consolidated`` files hold the same weights again under Mistral's own names and are left out.
+    """
     files = sorted(
         path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")
     )

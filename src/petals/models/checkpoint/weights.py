@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint a part of a model needs, read lazily and from no other file.
+"""Selects the checkpoint tensors that a part of a model needs and opens only their files, lazily.
 
-The names are mapped with transformers' own rename rules, the same that load them later, so
-published and saved namings, fused experts and prefixes need no rule of ours. Knows nothing of spans
-or servers.
+Checkpoint names are mapped to parameter names with transformers' own rename rules, the same rules
+that load the tensors later. Published names, saved names, fused experts and prefixes therefore need
+no rules here. Knows nothing of spans or servers.
 """
 
 import math
@@ -21,7 +21,7 @@ from petals.errors import ModelFilesBroken
 from petals.models.checkpoint.sources import Checkpoint
 
 ReadProgress = Callable[[int, int], None]
-"""Called with (bytes read so far, bytes to read); may come from any thread."""
+"""Called with (bytes read so far, bytes to read in all), possibly from several threads."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,10 +34,11 @@ _DTYPE_BITS |= {"BF16": 16, "I16": 16, "U16": 16, "BOOL": 8}
 
 
 def needed_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """Those checkpoint keys that load into ``model``, a meta build already pruned to one part.
+    """The checkpoint keys that load into ``model``, a meta build that holds only one part.
 
-    For a quantized checkpoint the companions of a needed tensor (scales, packed blocks, quantizer
-    state) are kept too: their owner module, or the tensor they hang on, is in the part.
+    A quantized checkpoint also has auxiliary tensors (scales, packed blocks, quantizer state) that
+    are no parameters of a plain build. One is needed if its name lies below a needed tensor or
+    below the module that owns one.
     """
     wanted = model.state_dict()
     owners = {name.rpartition(".")[0] for name in wanted} | set(wanted)
@@ -49,18 +50,21 @@ def needed_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
     prefix = model.base_model_prefix
 
     def is_needed(key: str) -> bool:
+        # Published checkpoints use the names that the rules rename; a checkpoint saved by this
+        # transformers already has the final names.
         target, _ = rename_source_key(key, renamings, converters, prefix, wanted)
-        bare, _ = rename_source_key(key, [], [], prefix, wanted)
-        if target in wanted or bare in wanted:
+        saved, _ = rename_source_key(key, [], [], prefix, wanted)
+        if target in wanted or saved in wanted:
             return True
         return quantized and any(
-            _hangs_on(name.removeprefix(f"{prefix}."), owners) for name in (target, bare)
+            _is_below(name.removeprefix(f"{prefix}."), owners) for name in (target, saved)
         )
 
     return [key for key in keys if is_needed(key)]
 
 
-def _hangs_on(name: str, owners: set[str]) -> bool:
+def _is_below(name: str, owners: set[str]) -> bool:
+    """Whether a proper prefix of the dotted ``name`` is one of ``owners``."""
     while name:
         name = name.rpartition(".")[0]
         if name in owners:
@@ -69,22 +73,9 @@ def _hangs_on(name: str, owners: set[str]) -> bool:
 
 
 @dataclass(slots=True)
-class LazyTensors:
-    """Tensors by checkpoint name, none in memory yet, and the files they come from."""
-
-    tensors: dict[str, "LazyTensor"]
-    opened_files: tuple[str, ...]
-    num_bytes: int
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The first floating dtype found, or None."""
-        kinds = (tensor.get_dtype() for tensor in self.tensors.values())
-        return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), None)
-
-
-@dataclass(slots=True)
 class _ReadMeter:
+    """Counts the bytes read from all files of one loading and reports every addition."""
+
     total: int = 0
     done: int = 0
     report: ReadProgress | None = None
@@ -97,7 +88,11 @@ class _ReadMeter:
 
 @dataclass(slots=True)
 class LazyTensor:
-    """One tensor of a safetensors file, read when it is indexed; counts what was read."""
+    """One tensor of a safetensors file, with the interface of ``safe_open``'s slices.
+
+    transformers indexes it (``tensor[...]``) when it is about to place the tensor on its device:
+    only then are the bytes read, so that the whole part never lies in RAM twice.
+    """
 
     view: Any
     meter: _ReadMeter = field(repr=False)
@@ -118,11 +113,19 @@ class LazyTensor:
         return tensor
 
 
+def stored_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype | None:
+    """The first floating dtype among ``tensors``, or None."""
+    names = (tensor.get_dtype() for tensor in tensors)
+    return next((_DTYPES[name] for name in names if name in _DTYPES), None)
+
+
 @contextmanager
 def open_tensors(
     checkpoint: Checkpoint, keys: Iterable[str], progress: ReadProgress | None = None
-) -> Iterator[LazyTensors]:
-    """Open the files that hold ``keys``, and only those; they stay open inside the context.
+) -> Iterator[dict[str, LazyTensor]]:
+    """Tensors by checkpoint name, from the files that hold ``keys`` and no others.
+
+    The files stay open inside the context; a tensor is read when it is indexed.
 
     Raises ModelFilesBroken for a damaged file or a tensor that its file does not hold.
     """
@@ -144,4 +147,4 @@ def open_tensors(
                     hint="Delete the file and download it again.",
                 ) from error
         meter.total = sum(tensor.num_bytes for tensor in tensors.values())
-        yield LazyTensors(tensors, tuple(sorted(by_file)), meter.total)
+        yield tensors

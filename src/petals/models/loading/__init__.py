@@ -1,4 +1,4 @@
-"""Loads parts of a model: a server's blocks, a client's head, quantized or not, and what they cost.
+"""Loads a server's blocks or a client's embeddings and head, and computes what they cost.
 
 Runs no sessions.
 """

@@ -1,6 +1,6 @@
-"""What serving a model costs, from its config alone: weights, KV cache, outbox, arithmetic.
+"""Computes what serving a model costs from its config: weights, KV cache, outbox, arithmetic.
 
-Builds on the meta device, so that a model of any size is priced in about a second and without
+The model is built on the meta device, so that a model of any size takes about a second and no
 memory. Knows nothing of files, devices or the swarm.
 """
 
@@ -14,21 +14,27 @@ from transformers import PretrainedConfig
 
 from petals.errors import ConfigError
 from petals.models.checkpoint.arch import build_on_meta, describe
-from petals.models.loading.head import EndsKind, base_within, class_for
+from petals.models.loading.head import HeadKind, base_within, class_for
 from petals.models.loading.quantize import QuantKind
 from petals.types import BlockSpan
 
 WIRE_BYTES = 2
-"""Bytes of one value in an outbox: bf16."""
+"""Bytes of one value in an outbox (the outputs a server keeps for replay): bf16."""
 
 _QUANT_BYTES = {QuantKind.INT8: 1.0, QuantKind.BNB_INT8: 1.0, QuantKind.NF4: 0.5625}
 _STORED_BYTES = {"fp8": 1.0, "fbgemm_fp8": 1.0, "mxfp4": 0.53125}
-"""Bytes per matrix element, scales included where they count."""
+"""Bytes per matrix element. Scales are included where they matter: nf4 has one f32 scale per 64
+values (0.5 + 4 / 64), mxfp4 one byte per 32 values (0.5 + 1 / 32).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockCost:
-    """One block. KV bytes are per token; a window keeps at most ``window_tokens`` of them."""
+    """What one block costs.
+
+    ``kv_bytes_per_token`` is per token of one sequence; a block with a sliding window or chunks
+    keeps at most ``window_tokens`` tokens. ``flops_per_token`` is 2 x the parameters in use.
+    """
 
     num_parameters: int
     weight_bytes: int
@@ -37,14 +43,14 @@ class BlockCost:
     flops_per_token: int
 
     def kv_bytes(self, num_tokens: int) -> int:
-        """KV bytes of one sequence of ``num_tokens``."""
+        """KV bytes of one sequence of ``num_tokens`` tokens."""
         kept = num_tokens if self.window_tokens is None else min(num_tokens, self.window_tokens)
         return kept * self.kv_bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerShare:
-    """What one server of a plan holds."""
+    """What one server of a plan holds, in bytes and floating-point operations."""
 
     blocks: BlockSpan
     weight_bytes: int
@@ -55,7 +61,10 @@ class ServerShare:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A model dealt out to servers; ``client_weight_bytes`` are embeddings, final norm and head."""
+    """A model distributed over servers.
+
+    ``client_weight_bytes``: embeddings, final norm and head, which stay with the client.
+    """
 
     model_type: str
     num_blocks: int
@@ -74,17 +83,17 @@ def plan(
     dtype: torch.dtype | None = None,
     quant: QuantKind = QuantKind.NONE,
 ) -> Plan:
-    """Deal the blocks out to ``num_servers`` and price each part.
+    """Distribute the blocks over ``num_servers`` servers and compute the cost of each part.
 
     Raises ConfigError if there are more servers than blocks, ModelNotSupported as ``describe``.
     """
     costs = block_costs(config, dtype=dtype, quant=quant)
     arch = describe(config)
-    kind = compute_dtype(config, dtype)
+    own_dtype = compute_dtype(config, dtype)
     num_parameters = client_parameters(config)
     outbox = 1000 * arch.hidden_size * WIRE_BYTES
     shares = []
-    for span in deal(len(costs), num_servers):
+    for span in split_evenly(len(costs), num_servers):
         held = costs[span.start : span.end]
         shares.append(
             ServerShare(
@@ -99,15 +108,15 @@ def plan(
         model_type=config.model_type,
         num_blocks=len(costs),
         hidden_size=arch.hidden_size,
-        dtype=kind,
+        dtype=own_dtype,
         quant=quant,
         servers=tuple(shares),
-        client_weight_bytes=num_parameters * kind.itemsize,
+        client_weight_bytes=num_parameters * own_dtype.itemsize,
         client_num_parameters=num_parameters,
     )
 
 
-def deal(num_blocks: int, num_servers: int) -> tuple[BlockSpan, ...]:
+def split_evenly(num_blocks: int, num_servers: int) -> tuple[BlockSpan, ...]:
     """Consecutive spans of nearly equal length, longer ones first. Raises ConfigError."""
     if not 1 <= num_servers <= num_blocks:
         raise ConfigError(
@@ -129,8 +138,8 @@ def block_costs(
     arch = describe(config)
     layers = build_on_meta(arch.base_class, config).get_submodule(arch.layers_path)
     text = config.get_text_config(decoder=True)
-    kind = compute_dtype(config, dtype)
-    matrix_bytes = _QUANT_BYTES.get(quant) or _stored_bytes(config) or kind.itemsize
+    item_bytes = compute_dtype(config, dtype).itemsize
+    matrix_bytes = _QUANT_BYTES.get(quant) or _stored_bytes(config) or item_bytes
     costs = []
     for index, layer in enumerate(layers):
         layer_type = _layer_type(text, index)
@@ -138,19 +147,19 @@ def block_costs(
         costs.append(
             BlockCost(
                 num_parameters=total,
-                weight_bytes=int(matrices * matrix_bytes + (total - matrices) * kind.itemsize),
-                kv_bytes_per_token=_kv_values(layer, text, layer_type) * kind.itemsize,
+                weight_bytes=int(matrices * matrix_bytes + (total - matrices) * item_bytes),
+                kv_bytes_per_token=_kv_values(layer, text, layer_type) * item_bytes,
                 window_tokens=_window(text, layer_type),
-                flops_per_token=2 * _active(layer, text, total),
+                flops_per_token=2 * _num_used(layer, text, total),
             )
         )
     return tuple(costs)
 
 
 def client_parameters(config: PretrainedConfig) -> int:
-    """Parameters of embeddings, final norm and head; a tied head counts once."""
+    """Number of parameters of embeddings, final norm and head; a tied head counts once."""
     arch = describe(config)
-    model = build_on_meta(class_for(EndsKind.CAUSAL_LM, config, arch), config)
+    model = build_on_meta(class_for(HeadKind.CAUSAL_LM, config, arch), config)
     model.tie_weights()
     base = base_within(model, arch)
     host = base.get_submodule(arch.host_path)
@@ -161,7 +170,7 @@ def client_parameters(config: PretrainedConfig) -> int:
 
 
 def compute_dtype(config: PretrainedConfig, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype asked for, else the checkpoint's, else f32."""
+    """``dtype`` if given, else the dtype of the config, else f32."""
     text = config.get_text_config(decoder=True)
     return dtype or config.dtype or text.dtype or torch.float32
 
@@ -171,13 +180,13 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _count(layer: nn.Module) -> tuple[int, int]:
-    """(all parameters, those in matrices)."""
+    """(number of parameters, number of those in matrices)."""
     sizes = [(parameter.numel(), parameter.dim() > 1) for parameter in layer.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, is_matrix in sizes if is_matrix)
 
 
-def _active(layer: nn.Module, text: PretrainedConfig, total: int) -> int:
-    """Parameters that one token meets: of the experts only those it is routed to."""
+def _num_used(layer: nn.Module, text: PretrainedConfig, total: int) -> int:
+    """Parameters that one token uses: of the experts only those that it is routed to."""
     # transformers fuses the experts of a layer into tensors [experts, out, in].
     fused = [parameter for parameter in layer.parameters() if parameter.dim() == 3]
     experts = [p for p in fused if p.shape[0] == _first(text, _NUM_EXPERTS)]
@@ -191,9 +200,10 @@ _NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
 
 
 def _kv_values(layer: nn.Module, text: PretrainedConfig, layer_type: str) -> int:
-    """Values one token leaves in this block's cache."""
+    """Number of values that one token adds to the cache of this block."""
     if layer_type in ("linear_attention", "conv", "mamba"):
         return 0
+    # MLA caches one latent vector and one rotary key for all heads.
     latent = _first(text, ("kv_lora_rank",))
     if latent:
         return latent + text.qk_rope_head_dim
@@ -214,6 +224,7 @@ def _kv_heads(text: PretrainedConfig, heads: int) -> int:
 
 
 def _window(text: PretrainedConfig, layer_type: str) -> int | None:
+    """Tokens that this block keeps at most; None: all."""
     if layer_type == "chunked_attention":
         return _first(text, ("attention_chunk_size",))
     if layer_type == "sliding_attention":
@@ -225,12 +236,12 @@ def _window(text: PretrainedConfig, layer_type: str) -> int | None:
 
 
 def _layer_type(text: PretrainedConfig, index: int) -> str:
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    return kinds[index] if kinds else "full_attention"
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    return types[index] if types else "full_attention"
 
 
 def _stored_bytes(config: PretrainedConfig) -> float | None:
-    """Bytes per matrix element of a checkpoint that is quantized already."""
+    """Bytes per matrix element of a quantized checkpoint; None if it is not quantized."""
     settings: Any = getattr(config, "quantization_config", None)
     if settings is None:
         return None
@@ -243,5 +254,6 @@ def _stored_bytes(config: PretrainedConfig) -> float | None:
 
 
 def _first(text: PretrainedConfig, names: tuple[str, ...]) -> Any:
+    """The first setting of ``names`` that is set and not 0; models name one setting differently."""
     values = (getattr(text, name, None) for name in names)
     return next((value for value in values if value), None)

@@ -1,11 +1,10 @@
-"""A client's part of a model: the real transformers class with its blocks somewhere else.
+"""Loads a client's part of a model: the transformers class without the weights of its blocks.
 
-Embeddings, final norm and head are loaded; the layer list is replaced by one module the caller
-makes. Knows nothing of routes, sessions or servers.
+Embeddings, final norm and head are loaded; the layer list is replaced by one module that the caller
+provides. Knows nothing of routes, sessions or servers.
 """
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,21 +22,24 @@ from transformers import (
 
 from petals.errors import ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, build_on_meta, describe, parent_of
-from petals.models.checkpoint.sources import Checkpoint, opened
-from petals.models.loading.shared_head import MIN_BYTES, SharedHead
+from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
+from petals.models.loading.measure import MIN_MATRIX_BYTES, best_seconds
+from petals.models.loading.shared_head import SharedHead
 from petals.models.loading.split import LoadOptions, Stub, load_part, pruned_class
 
 RemoteFactory = Callable[[ModelArch, PretrainedConfig], nn.Module]
-"""Makes the module that stands in the place of the layer list. transformers' forward slices it
-(``[:num_hidden_layers]``), iterates over it, and calls what it yields like a decoder layer."""
+"""Makes the module that replaces the layer list. The model's forward slices it
+(``[:num_hidden_layers]``), iterates over it and calls every item like a decoder layer.
+"""
 
 GENERATION_FILE = "generation_config.json"
+
 _PROBE_ROWS = 4096
-_PROBE_REPEATS = 3
+"""Rows of the vocabulary in the slice that is measured: a few milliseconds per product."""
 
 
-class EndsKind(StrEnum):
-    """Which of transformers' classes the client wears."""
+class HeadKind(StrEnum):
+    """Which head the model has, and with it which transformers class it is."""
 
     BASE = "base"
     CAUSAL_LM = "causal-lm"
@@ -45,9 +47,12 @@ class EndsKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EndsOptions:
-    """``chunked`` None measures once whether the head is faster in f32 chunks; a chunk has
-    ``chunk_rows`` rows of the vocabulary."""
+class ClientPartOptions:
+    """How to load the client's part.
+
+    chunked: compute logits with ``ChunkedHead``, if the weights are bf16 or f16 on a CPU; None
+    measures once whether that is faster. chunk_rows: rows of the vocabulary in one chunk.
+    """
 
     load: LoadOptions = field(default_factory=LoadOptions)
     chunked: bool | None = None
@@ -55,10 +60,12 @@ class EndsOptions:
 
 
 class ChunkedHead(nn.Linear):
-    """A head with narrow weights on a machine slow in them: f32 arithmetic, chunk by chunk.
+    """A head with bf16 or f16 weights that computes in f32, one chunk of the vocabulary at a time.
 
-    hidden ``[..., H]`` of any float dtype -> logits ``[..., V]`` in f32. It shares the weight it
-    was made from, so that tied embeddings stay tied; only one chunk exists in f32 at a time.
+    For CPUs that are slow in 16-bit arithmetic. hidden ``[..., H]`` of any float dtype -> logits
+    ``[..., V]`` in f32. The module shares the weight of the linear layer it replaces, so that tied
+    embeddings stay tied, and converts one chunk of it to f32 at a time: the extra memory is
+    ``chunk_rows * H * 4`` bytes.
     """
 
     def __init__(self, linear: nn.Linear, chunk_rows: int) -> None:
@@ -76,30 +83,30 @@ class ChunkedHead(nn.Linear):
         return logits if self.bias is None else logits + self.bias.float()
 
 
-def load_ends(
+def load_client_part(
     source: str | Checkpoint,
-    kind: EndsKind,
+    kind: HeadKind,
     make_remote: RemoteFactory,
-    options: EndsOptions | None = None,
+    options: ClientPartOptions | None = None,
 ) -> PreTrainedModel:
-    """The model of ``kind`` in eval mode, its layer list replaced by ``make_remote``'s module.
+    """The model of ``kind`` in eval mode, its layer list replaced by the module of ``make_remote``.
 
-    Loaded weights are frozen. A classifier's missing score head is newly initialised and stays
-    trainable, as in transformers; any other missing tensor raises ModelFilesBroken. Raises
-    ModelNotFound, ModelNotSupported, PickleCheckpointRefused as ``open_checkpoint`` does.
+    Loaded weights get no gradients. If the checkpoint lacks a classifier's score head, the head is
+    initialised at random, as in transformers, and stays trainable. Raises ModelFilesBroken for any
+    other missing tensor, and what ``open_checkpoint`` and ``Checkpoint.weight_map`` raise.
     """
-    options = options or EndsOptions()
+    options = options or ClientPartOptions()
     load = options.load
-    checkpoint = opened(source, load.access)
+    checkpoint = as_checkpoint(source, load.access)
     arch = describe(checkpoint.config)
     whole_class = class_for(kind, checkpoint.config, arch)
     part = pruned_class(whole_class, lambda model: _keep_ends(model, arch))
-    is_classifier = kind is EndsKind.SEQUENCE_CLASSIFICATION
+    is_classifier = kind is HeadKind.SEQUENCE_CLASSIFICATION
 
     def is_score(name: str) -> bool:
         return is_classifier and not name.startswith(f"{whole_class.base_model_prefix}.")
 
-    model, _ = load_part(checkpoint, part, load, may_be_new=is_score)
+    model = load_part(checkpoint, part, load, may_be_new=is_score)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_score(name))
     parent, attribute = parent_of(base_within(model, arch), arch.layers_path)
@@ -115,16 +122,16 @@ def load_ends(
     return model.eval()
 
 
-def class_for(kind: EndsKind, config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:
+def class_for(kind: HeadKind, config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:
     """The transformers class of ``kind`` that contains the architecture's base class.
 
     Raises ModelNotSupported if transformers has none.
     """
-    if kind is EndsKind.BASE:
+    if kind is HeadKind.BASE:
         return arch.base_class
     tables = {
-        EndsKind.CAUSAL_LM: (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING),
-        EndsKind.SEQUENCE_CLASSIFICATION: (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
+        HeadKind.CAUSAL_LM: (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING),
+        HeadKind.SEQUENCE_CLASSIFICATION: (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
     }
     for table in tables[kind]:
         if type(config) in table and _contains(table[type(config)], config, arch):
@@ -141,30 +148,23 @@ def base_within(model: PreTrainedModel, arch: ModelArch) -> nn.Module:
 
 
 def prefers_chunks(weight: torch.Tensor) -> bool:
-    """Whether one token's logits come faster from f32 chunks than from the narrow ``weight``.
+    """Whether f32 chunks give the logits of one token faster than the 16-bit ``weight`` [V, H].
 
-    ``weight`` is [V, H]. Measured on a slice of it in some milliseconds: CPUs differ by a factor
-    of ten in bf16 arithmetic.
+    Measured on a slice of the weight, since CPUs differ by a factor of ten in bf16 arithmetic.
     """
-    probe = weight.detach()[:_PROBE_ROWS]
-    narrow = torch.ones(1, probe.shape[1], dtype=probe.dtype)
-    wide = narrow.float()
-
-    def seconds(run: Callable[[], torch.Tensor]) -> float:
-        taken = []
-        for _ in range(_PROBE_REPEATS):
-            started = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - started)
-        return min(taken)
-
-    with torch.inference_mode():
-        as_is = seconds(lambda: nn.functional.linear(narrow, probe))
-        chunked = seconds(lambda: nn.functional.linear(wide, probe.float()))
-    return chunked < as_is
+    part = weight.detach()[:_PROBE_ROWS]
+    hidden = torch.ones(1, part.shape[1], dtype=part.dtype)
+    wide = hidden.float()
+    plain_seconds, chunked_seconds = best_seconds(
+        [
+            lambda: nn.functional.linear(hidden, part),
+            lambda: nn.functional.linear(wide, part.float()),
+        ]
+    )
+    return chunked_seconds < plain_seconds
 
 
-def _wants_chunks(head: nn.Linear, options: EndsOptions) -> bool:
+def _wants_chunks(head: nn.Linear, options: ClientPartOptions) -> bool:
     weight = head.weight
     narrow = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
     if not narrow or options.chunked is not None:
@@ -175,7 +175,7 @@ def _wants_chunks(head: nn.Linear, options: EndsOptions) -> bool:
 def _can_be_shared(head: nn.Linear) -> bool:
     weight = head.weight
     is_plain = weight.dtype is torch.float32 and weight.device.type == "cpu"
-    return is_plain and weight.is_contiguous() and weight.nbytes >= MIN_BYTES
+    return is_plain and weight.is_contiguous() and weight.nbytes >= MIN_MATRIX_BYTES
 
 
 def _contains(
@@ -189,7 +189,7 @@ def _keep_ends(model: PreTrainedModel, arch: ModelArch) -> None:
     base = base_within(model, arch)
     text_root = arch.host_path.partition(".")[0]
     for name, child in list(base.named_children()):
-        # In a multimodal wrapper only the text side and the head are a client's; towers go.
+        # A multimodal model also has towers for images and sound; the client needs text only.
         is_tower = bool(text_root) and name != text_root
         if is_tower and child is not model.get_output_embeddings():
             setattr(base, name, Stub())

@@ -1,8 +1,9 @@
-"""A server's part of a model: blocks [start, end) of any decoder, and nothing else in memory.
+"""Loads a server's part of a model: blocks [start, end) of any decoder, and nothing else.
 
-The base class of transformers is subclassed so that everything outside the span becomes a stub
-before weights load; renames, expert fusion and quantizers of transformers then run unmodified.
-Knows no sessions, no caches, no network.
+The base class of transformers is subclassed so that modules outside the span become stubs before
+weights load. Everything transformers does while loading (renames, fusion of experts, quantizers)
+then runs unmodified and touches only the tensors of the span. Knows no sessions, no caches and no
+network.
 """
 
 import copy
@@ -18,37 +19,49 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from petals.errors import BlocksNotServed, ModelFilesBroken
-from petals.models.checkpoint.arch import ModelArch, build_on_meta, building, describe, parent_of
-from petals.models.checkpoint.sources import Checkpoint, HubAccess, opened
-from petals.models.checkpoint.weights import ReadProgress, needed_keys, open_tensors
+from petals.models.checkpoint.arch import (
+    ModelArch,
+    build_lock,
+    build_on_meta,
+    describe,
+    parent_of,
+)
+from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
+from petals.models.checkpoint.weights import (
+    ReadProgress,
+    needed_keys,
+    open_tensors,
+    stored_dtype,
+)
 from petals.models.loading.quantize import (
     QuantKind,
+    fix_4bit_layers,
     quantization_config_for,
     quantize_linears,
-    settle_4bit_layers,
 )
 from petals.types import BlockSpan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """How to load. None keeps the checkpoint's own dtype, and transformers' choice of attention."""
+    """How to load. ``dtype`` None keeps the dtype of the checkpoint."""
 
     dtype: torch.dtype | None = None
     device: str = "cpu"
     quant: QuantKind = QuantKind.NONE
-    attn_implementation: str | None = None
     access: HubAccess = field(default_factory=HubAccess)
     progress: ReadProgress | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedBlocks:
-    """Blocks ready to run: frozen, in eval mode.
+    """Loaded blocks without gradients, in eval mode.
 
-    ``base`` is the innermost transformers model around the layers; its forward makes masks and
-    rotary tables for ``layers``, which are numbered from 0 (``base.config`` is cut to them). Its
-    embeddings and norms are stubs. ``config`` is the whole model's text config, uncut.
+    ``base`` is the innermost transformers model around the layers: its forward makes masks and
+    rotary tables for ``layers``; its embeddings and norms are stubs. ``layers`` and ``base.config``
+    describe a model of ``len(blocks)`` layers numbered from 0; ``config`` is the text config of the
+    whole model.
     """
 
     config: PretrainedConfig
@@ -58,23 +71,24 @@ class LoadedBlocks:
     layers: nn.ModuleList
     dtype: torch.dtype
     quant: QuantKind
-    opened_files: tuple[str, ...]
 
 
 class Stub(nn.Module):
-    """Stands where a module outside the part was: no parameters, output never looked at.
+    """Replaces a module outside the part; it has no parameters, and its output is never used.
 
-    A lookup of ids answers zeros that broadcast against hidden states; anything else is passed on.
+    The model's forward still calls it, so the output must have a usable shape: a stub of an
+    embedding (``is_embedding``) returns zeros [1, ..., 1] that broadcast against hidden states, any
+    other stub returns its first argument.
     """
 
-    def __init__(self, looks_up: bool = False) -> None:
+    def __init__(self, is_embedding: bool = False) -> None:
         super().__init__()
-        self.looks_up = looks_up
+        self.is_embedding = is_embedding
 
     def forward(
         self, first: torch.Tensor | None = None, *args: object, **kwargs: object
     ) -> torch.Tensor | None:
-        if self.looks_up and first is not None:
+        if self.is_embedding and first is not None:
             return torch.zeros((1,) * (first.dim() + 1), device=first.device)
         return first
 
@@ -85,10 +99,11 @@ def load_blocks(
     """Load blocks of a hub repository or a local folder; only the files that hold them are opened.
 
     Raises ModelNotFound, ModelNotSupported, PickleCheckpointRefused, ModelFilesBroken (a tensor is
-    missing), BlocksNotServed (the model has no such blocks).
+    missing or of another shape), BlocksNotServed (the model has no such blocks), ConfigError (the
+    quantization cannot be used here), NotEnoughDisk.
     """
     options = options or LoadOptions()
-    checkpoint = opened(source, options.access)
+    checkpoint = as_checkpoint(source, options.access)
     config = copy.deepcopy(checkpoint.config)
     arch = describe(config)
     if not 0 <= blocks.start < blocks.end <= arch.num_blocks:
@@ -97,9 +112,9 @@ def load_blocks(
             hint=f"Choose START:END inside 0:{arch.num_blocks}.",
         )
     part = pruned_class(arch.base_class, lambda model: _keep_blocks(model, arch, blocks))
-    model, opened_files = load_part(checkpoint, part, options)
+    model = load_part(checkpoint, part, options)
     base = model.get_submodule(arch.host_path)
-    layers = _close_ranks(base, *parent_of(model, arch.layers_path), blocks)
+    layers = _renumber(base, *parent_of(model, arch.layers_path), blocks)
     if options.quant is QuantKind.INT8:
         quantize_linears(layers)
     base.requires_grad_(False).eval()
@@ -111,16 +126,15 @@ def load_blocks(
         layers=layers,
         dtype=base_dtype(layers),
         quant=options.quant,
-        opened_files=opened_files,
     )
 
 
 def pruned_class(
     model_class: type[PreTrainedModel], prune: Callable[[PreTrainedModel], None]
 ) -> type[PreTrainedModel]:
-    """``model_class`` whose instances lose parts as soon as they are built.
+    """A subclass of ``model_class`` whose instances are pruned as soon as they are built.
 
-    It keeps the class's names: weight renames and fusions are looked up by them.
+    It keeps the name of the class: transformers looks up weight renames and fusions by it.
     """
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, **kwargs: Any) -> None:
@@ -136,26 +150,25 @@ def load_part(
     part: type[PreTrainedModel],
     options: LoadOptions,
     may_be_new: Callable[[str], bool] = lambda name: False,
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Build ``part`` with the checkpoint's weights; returns it and the names of the files opened.
+) -> PreTrainedModel:
+    """An instance of ``part`` (a ``pruned_class``) with the checkpoint's weights.
 
-    A parameter absent from the checkpoint is fatal (ModelFilesBroken) unless ``may_be_new(name)``.
+    Raises ModelFilesBroken if the checkpoint lacks a parameter, unless ``may_be_new(name)`` is
+    true: transformers has then initialised it.
     """
     config = copy.deepcopy(checkpoint.config)
     keys = needed_keys(build_on_meta(part, config), checkpoint.weight_map)
     progress = options.progress
-    with building, open_tensors(checkpoint, keys, progress) as lazy, _quiet_transformers():
-        settings = _loading_settings(options, options.dtype or config.dtype or lazy.dtype)
+    with build_lock, open_tensors(checkpoint, keys, progress) as tensors, _quiet_transformers():
+        dtype = options.dtype or config.dtype or stored_dtype(tensors.values())
+        settings = _loading_settings(options, dtype)
         try:
-            model, info = part.from_pretrained(
-                None, config=config, state_dict=lazy.tensors, **settings
-            )
+            model, info = part.from_pretrained(None, config=config, state_dict=tensors, **settings)
         except RuntimeError as error:
             raise ModelFilesBroken(
                 f"The weights of {checkpoint.name} do not fit its config: {error}",
                 hint="Config and weights belong to different models, or a file is incomplete.",
             ) from error
-        opened_files = lazy.opened_files
     missing = sorted(name for name in info["missing_keys"] if not may_be_new(name))
     if missing:
         raise ModelFilesBroken(
@@ -164,16 +177,15 @@ def load_part(
         )
     if "device_map" not in settings:
         model.to(options.device)
-    settle_4bit_layers(model)
-    return model, opened_files
+    fix_4bit_layers(model)
+    return model
 
 
 def _loading_settings(options: LoadOptions, dtype: torch.dtype | None) -> dict[str, Any]:
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if options.attn_implementation is not None:
-        settings["attn_implementation"] = options.attn_implementation
     if options.device != "cpu" and is_accelerate_available():
-        # Each tensor goes to its device as it is read; without accelerate all pass through RAM.
+        # With accelerate every tensor is placed on its device as it is read; without it the whole
+        # part is built in RAM first.
         settings["device_map"] = {"": options.device}
     quantization = quantization_config_for(options.quant, dtype or torch.float32)
     if quantization is not None:
@@ -182,18 +194,21 @@ def _loading_settings(options: LoadOptions, dtype: torch.dtype | None) -> dict[s
 
 
 def stub_outside(root: nn.Module, kept: str) -> None:
-    """Replace every module with parameters that is neither on the way to ``kept`` nor below it."""
+    """Put stubs in place of modules with parameters that neither contain ``kept`` nor are in it."""
     head, _, rest = kept.partition(".")
     for name, child in list(root.named_children()):
         if name == head:
             if rest:
                 stub_outside(child, rest)
         elif any(True for _ in child.parameters()):
-            setattr(root, name, Stub(looks_up=isinstance(child, nn.Embedding)))
+            setattr(root, name, Stub(is_embedding=isinstance(child, nn.Embedding)))
 
 
 def base_dtype(layers: nn.Module) -> torch.dtype:
-    """The floating dtype the layers compute in (their norms', if the matrices are packed)."""
+    """The floating dtype the layers compute in; f32 if they have no floating parameter.
+
+    If the matrices are packed integers, it is the dtype of the norms.
+    """
     floating = (p.dtype for p in layers.parameters() if p.dtype.is_floating_point)
     return next(floating, torch.float32)
 
@@ -206,8 +221,12 @@ def _keep_blocks(model: PreTrainedModel, arch: ModelArch, blocks: BlockSpan) -> 
             layers[index] = Stub()
 
 
-def _close_ranks(base: nn.Module, parent: nn.Module, name: str, blocks: BlockSpan) -> nn.ModuleList:
-    """Drop the stubs of other blocks and number the rest from 0, in modules and in the config."""
+def _renumber(base: nn.Module, parent: nn.Module, name: str, blocks: BlockSpan) -> nn.ModuleList:
+    """Drop the stubs of other blocks and number the rest from 0, in modules and in the config.
+
+    A layer's number is its index in the cache, which has ``len(blocks)`` entries; the config's
+    lists with one entry per layer (attention type, sparsity) are read at the same number.
+    """
     layers = getattr(parent, name)[blocks.start : blocks.end]
     setattr(parent, name, layers)
     for module in layers.modules():
@@ -224,7 +243,7 @@ def _close_ranks(base: nn.Module, parent: nn.Module, name: str, blocks: BlockSpa
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Our progress and our errors speak; transformers' bars and reports would only repeat them."""
+    """Hide transformers' progress bars and loading reports: our own progress and errors say it."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Runs loaded blocks over packed rows: batches, attention, key-value layout, recurrent states.
+"""Runs loaded blocks over packed batches: attention, key-value rows, recurrent states, LoRA hooks.
 
-Knows no network and no session.
+Knows no network and no sessions.
 """

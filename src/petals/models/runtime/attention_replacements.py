@@ -1,7 +1,8 @@
 """Packed attention for older models that do not call transformers' attention interface.
 
-They ignore a custom attention silently, so their attention modules get a forward of ours, used
-only inside a packed batch; elsewhere their own runs. Everything else of these models is untouched.
+These models ignore a registered attention function without an error. Their attention modules get a
+forward from this module, which is used only inside a packed batch; elsewhere the original runs.
+Everything else of these models is unchanged.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,14 @@ from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from petals.models.runtime.attention import Bias, Extras, attend_packed
+from petals.models.runtime.attention import AttentionOptions, PositionBias, attend_packed
 from petals.models.runtime.batch import BatchContext, current
 
 ForwardMethod = Callable[..., Any]
 
 
 def replace_attention(layers: nn.Module) -> None:
-    """Give the attention modules of BLOOM, Falcon, MPT, GPT-J and CodeGen a packed forward."""
+    """Adapt the attention modules of BLOOM, Falcon, MPT, GPT-J and CodeGen to packed batches."""
     for module in layers.modules():
         adapt = _ADAPTERS.get(type(module).__name__)
         if adapt is not None:
@@ -29,7 +30,10 @@ def replace_attention(layers: nn.Module) -> None:
 
 
 def _adapt_forward(packed: Callable[..., torch.Tensor]) -> Callable[[nn.Module], None]:
-    """Use ``packed(module, hidden, context, kwargs)`` for ``module.forward`` in packed batches."""
+    """An adapter that runs ``packed(module, hidden, context, ...)`` in packed batches.
+
+    ``packed`` also gets the remaining arguments of the original forward.
+    """
 
     def adapt(module: nn.Module) -> None:
         own = module.forward
@@ -46,7 +50,7 @@ def _adapt_forward(packed: Callable[..., torch.Tensor]) -> Callable[[nn.Module],
 
 
 def _adapt_attn(module: nn.Module) -> None:
-    """GPT-J and CodeGen keep softmax(q k) v in a method of its own."""
+    """Replace ``_attn`` (softmax(q k) v) of GPT-J and CodeGen, whose other parts work packed."""
     own = module._attn
 
     def attn(
@@ -56,7 +60,7 @@ def _adapt_attn(module: nn.Module) -> None:
         if context is None or not context.packed:
             return own(query, key, value, *args, **kwargs)
         scaling = 1.0 / float(module.scale_attn)
-        attended = attend_packed(context, (query, key, value), Extras(scaling=scaling))
+        attended = attend_packed(context, (query, key, value), AttentionOptions(scaling=scaling))
         return attended.transpose(1, 2), None
 
     module._attn = attn
@@ -74,8 +78,8 @@ def _bloom(
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
     bias = _bloom_bias(module.num_heads, hidden.dtype, hidden.device)
-    extras = Extras(scaling=module.inv_norm_factor, bias=bias)
-    attended = attend_packed(context, (query, key, value), extras)
+    options = AttentionOptions(scaling=module.inv_norm_factor, bias=bias)
+    attended = attend_packed(context, (query, key, value), options)
     return residual + module.dense(attended.flatten(2))
 
 
@@ -96,7 +100,7 @@ def _falcon(
         bias = _falcon_bias(module.num_heads, module.inv_norm_factor, hidden.dtype, hidden.device)
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
-    attended = attend_packed(context, (query, key, value), Extras(bias=bias))
+    attended = attend_packed(context, (query, key, value), AttentionOptions(bias=bias))
     return module.dense(attended.flatten(2))
 
 
@@ -127,28 +131,31 @@ def _mpt(
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, module.layer_idx)
     bias = _mpt_bias(module.n_heads, hidden.dtype, hidden.device)
-    extras = Extras(scaling=module.softmax_scale, bias=bias)
-    return module.out_proj(attend_packed(context, (query, key, value), extras).flatten(2))
+    options = AttentionOptions(scaling=module.softmax_scale, bias=bias)
+    return module.out_proj(attend_packed(context, (query, key, value), options).flatten(2))
 
 
-# Cached, so that all blocks of a step share one bias object and with it the step's masks.
+# The three functions below are cached because masks are memoised by the identity of their bias:
+# with one object for all blocks, a step computes its masks once.
 @lru_cache(maxsize=64)
-def _bloom_bias(num_heads: int, dtype: torch.dtype, device: torch.device) -> Bias:
+def _bloom_bias(num_heads: int, dtype: torch.dtype, device: torch.device) -> PositionBias:
     slopes = _get_alibi_slopes(num_heads, device)[:, None]
     return lambda num_keys: (slopes * torch.arange(num_keys, device=device)).to(dtype)
 
 
 @lru_cache(maxsize=64)
-def _falcon_bias(num_heads: int, factor: float, dtype: torch.dtype, device: torch.device) -> Bias:
+def _falcon_bias(
+    num_heads: int, factor: float, dtype: torch.dtype, device: torch.device
+) -> PositionBias:
     def bias(num_keys: int) -> torch.Tensor:
-        everyone = torch.ones((1, num_keys), dtype=torch.long, device=device)
-        return build_alibi_tensor(everyone, num_heads, dtype)[:, 0] * factor
+        attention_mask = torch.ones((1, num_keys), dtype=torch.long, device=device)
+        return build_alibi_tensor(attention_mask, num_heads, dtype)[:, 0] * factor
 
     return bias
 
 
 @lru_cache(maxsize=64)
-def _mpt_bias(num_heads: int, dtype: torch.dtype, device: torch.device) -> Bias:
+def _mpt_bias(num_heads: int, dtype: torch.dtype, device: torch.device) -> PositionBias:
     return lambda num_keys: build_mpt_alibi_tensor(num_heads, num_keys, device=device)[:, 0].to(
         dtype
     )

@@ -1,8 +1,11 @@
-"""The batch context: the only road by which per-session things reach modules.
+"""The batch context: how data of single sessions reaches modules inside the model's own forward.
 
-A step is a list of segments, each a run of consecutive tokens of one row. While the model's own
-forward runs, the context says which tokens belong to whom, which block is running and who takes
-part in it; attention, prompts and taps read it. Knows nothing of pools, sessions or networks.
+A step is a list of segments; each is a run of consecutive tokens of one row. Their hidden states
+are packed into one tensor [1, total, H], segment after segment, without padding. transformers
+passes nothing about sessions to attention, so the context is kept per thread while the forward
+runs. It says which tokens belong to which segment, which block is running and which segments are
+active in it; attention, cache, prompts, adapters and taps read it. Knows nothing of pools, sessions
+or networks.
 """
 
 import threading
@@ -20,13 +23,16 @@ from petals.types import BlockSpan
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """Consecutive tokens of one row on their way through some blocks.
+    """Consecutive tokens of one row that pass through some blocks.
 
-    hidden: [n, H] states entering ``blocks.start``; ``start`` is the position of the first token.
-    row: where keys and values live; None for a pass without memory (``start`` is then 0).
-    adapter: added to the matrices of these blocks, for this segment alone.
-    prompts: for each block [P, H], added to positions 0..P-1 on entering it.
-    taps: absolute blocks whose outputs, [n, H], are wanted in ``tapped`` after the run.
+    hidden: [n, H], the states that enter ``blocks.start``.
+    start: position of the first token in its row.
+    row: where the keys and values are kept; None for a pass without cache (``start`` is then 0).
+    adapter: added to the matrices of these blocks for the tokens of this segment only.
+    prompts: [len(blocks), P, H] or one [P, H] per block, added to positions 0..P-1 where they enter
+    that block.
+    taps: blocks (numbers in the whole model) whose outputs are wanted, too.
+    tapped: after the run, the output [n, H] of each block in ``taps``.
     """
 
     hidden: torch.Tensor
@@ -45,12 +51,16 @@ class Segment:
 
 
 TokenRange = tuple[Segment, int, int]
-"""A segment and its token range [first, last) in the packed batch."""
+"""A segment and its range of tokens [first, last) in the packed batch."""
 
 
 @dataclass(slots=True, eq=False)
 class BlockPlan:
-    """Who takes part in one block, and what happens on its way in and out."""
+    """The segments of one block, in packed order.
+
+    active: those whose blocks include it; of these ``entering`` start here, ``leaving`` end here,
+    ``prompted`` have prompts and ``tapped`` want its output.
+    """
 
     active: list[TokenRange] = field(default_factory=list)
     entering: list[TokenRange] = field(default_factory=list)
@@ -60,9 +70,15 @@ class BlockPlan:
 
 
 class BatchContext:
-    """One packed forward: hidden [1, total, H], segment after segment.
+    """One forward over packed segments.
 
-    ``borders``, if given, gets the whole output of each block that runs.
+    packed: whether attention is ``PACKED``; otherwise the model's own attention runs and there is
+    one segment. block_outputs: if given, the output [1, total, H] of each block is appended to it.
+
+    State during the forward: ``block`` (number of the running block), ``active`` (its segments),
+    ``kv`` (keys and values of the active segments, passed from the cache to attention), ``memo``
+    (masks of this step), ``on_attention`` (set by a probe; called with the key and value that
+    attention gets). Afterwards ``outputs`` holds [n, H] for each segment.
     """
 
     def __init__(
@@ -70,12 +86,12 @@ class BatchContext:
         segments: Sequence[Segment],
         span: BlockSpan,
         packed: bool,
-        borders: list[torch.Tensor] | None = None,
+        block_outputs: list[torch.Tensor] | None = None,
     ) -> None:
         self.segments = segments
         self.packed = packed
         self.has_adapters = any(segment.adapter is not None for segment in segments)
-        self.borders = borders
+        self.block_outputs = block_outputs
         self.first_block = span.start
         self.parts: list[TokenRange] = []
         self.total = 0
@@ -87,7 +103,7 @@ class BatchContext:
         self.active = self.parts
         self.kv: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.memo: dict[Any, Any] = {}
-        self.observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        self.on_attention: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.outputs: list[torch.Tensor] = [segment.hidden for segment in segments]
         self.plans = self._plan(span)
 
@@ -111,16 +127,16 @@ class BatchContext:
         return plans
 
     def packed_hidden(self) -> torch.Tensor:
-        """Zeros [1, total, H] for the model's forward to start with.
+        """Zeros [1, total, H], passed to the model's forward as its embeddings.
 
-        Blocks take their inputs from ``enter``; whatever the model does to embeddings before, it
-        does to these (some scale them in place).
+        Segments are put in place by ``enter`` at the blocks where they start. What a model does to
+        its embeddings before the first block (some scale them in place) must not change them.
         """
         like = self.segments[0].hidden
         return torch.zeros((1, self.total, like.shape[1]), dtype=like.dtype, device=like.device)
 
     def positions(self) -> torch.Tensor:
-        """[1, total] int64 positions of the packed tokens."""
+        """Positions [1, total] (int64) of the packed tokens in their rows."""
         pieces = [
             torch.arange(segment.start, segment.end, device=self.device)
             for segment in self.segments
@@ -128,7 +144,7 @@ class BatchContext:
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
 
     def enter(self, plan: BlockPlan, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden`` [1, total, H] with the states of entering segments and with prompts added."""
+        """``hidden`` [1, total, H] with the states of entering segments put in, prompts added."""
         changed = {part[1]: part[0].hidden for part in plan.entering}
         for segment, first, last in plan.prompted:
             states = changed.get(first, hidden[0, first:last])
@@ -140,16 +156,18 @@ class BatchContext:
             if first in changed:
                 rows.append(changed[first])
             elif self.block < segment.blocks.start:
+                # Not entered yet: earlier blocks have computed on these rows. Their values are
+                # never used; zeros keep them from growing from block to block.
                 rows.append(torch.zeros_like(segment.hidden))
             else:
                 rows.append(hidden[0, first:last])
-        # One row is copied too: a block may write into its input, which is the caller's.
+        # A single row is cloned as well: a block may write to its input, which the caller owns.
         return (torch.cat(rows) if len(rows) > 1 else rows[0].clone()).unsqueeze(0)
 
     def leave(self, plan: BlockPlan, hidden: torch.Tensor) -> None:
-        """Take the outputs [1, total, H] of one block for those who leave it or look at it."""
-        if self.borders is not None:
-            self.borders.append(hidden)
+        """Store the output [1, total, H] of the running block where it is wanted."""
+        if self.block_outputs is not None:
+            self.block_outputs.append(hidden)
         for segment, first, last in plan.tapped:
             segment.tapped[self.block] = hidden[0, first:last].clone()
         for part in plan.leaving:
@@ -157,6 +175,7 @@ class BatchContext:
 
 
 def _with_prompt(segment: Segment, states: torch.Tensor, block: int) -> torch.Tensor:
+    """``states`` [n, H] plus the part of the block's prompt at the positions of the segment."""
     assert segment.prompts is not None
     prompt = segment.prompts[block - segment.blocks.start][segment.start : segment.end]
     num_prompted = prompt.shape[0]
@@ -170,13 +189,13 @@ _running = threading.local()
 
 
 def current() -> BatchContext | None:
-    """The context of the forward that runs in this thread, or None outside ``Span.run``."""
+    """The context of the forward that runs in this thread; None outside of one."""
     return getattr(_running, "context", None)
 
 
 @contextmanager
 def activate(context: BatchContext) -> Iterator[None]:
-    """Make ``context`` the current one of this thread."""
+    """Make ``context`` the current one of this thread inside the with block."""
     before = current()
     _running.context = context
     try:

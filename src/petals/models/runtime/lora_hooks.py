@@ -1,7 +1,7 @@
-"""Adapters at work in a packed batch: each session's own, beside sessions without one.
+"""LoRA adapters in a packed batch, in which every segment may have another adapter or none.
 
-A hook on a matrix reads the batch context and adds to the tokens of each session what its adapter
-says. Knows no files and no peers.
+A forward hook on a matrix reads the batch context and adds ``scaling * (x @ A.T) @ B.T`` to the
+tokens of each segment that has an adapter for this matrix. Knows no files and no peers.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,26 +17,29 @@ from petals.models.adapters.low_rank import Adapter, LowRank, Slot, Slots
 from petals.models.checkpoint.arch import build_on_meta, describe
 from petals.models.runtime.batch import BatchContext, current
 
-_ROUTED = "experts"
-"""Modules below this name see only the tokens routed to them, in an order of their own."""
+_EXPERTS = "experts"
+"""Name of the modules that get only the tokens routed to them, in another order: which segment a
+token belongs to cannot be known there.
+"""
 
 
 def slots_of(layers: Iterable[nn.Module], first_block: int) -> Slots:
-    """The matrices of ``layers`` that can take an adapter: linear layers of any storage.
+    """The matrices of ``layers`` that can take an adapter: linear layers, quantized or not.
 
-    Works on the meta device as well. Experts are left out, fused or not.
+    Works on the meta device, too. Experts are left out, fused or not.
     """
     return {
         (first_block + index, path): shape
         for index, layer in enumerate(layers)
         for path, module in layer.named_modules()
-        if _ROUTED not in path.split(".") and (shape := _shape_of(module)) is not None
+        if _EXPERTS not in path.split(".") and (shape := _shape_of(module)) is not None
     }
 
 
 def slots_of_model(config: PretrainedConfig) -> tuple[Slots, bool]:
-    """The slots of all blocks of a model, without its weights; and whether its matrices lie
-    transposed (GPT-2's do). Raises ModelNotSupported.
+    """The slots of all blocks of a model, and whether it stores matrices transposed (as GPT-2).
+
+    Needs no weights. Raises ModelNotSupported.
     """
     arch = describe(config)
     layers = build_on_meta(arch.base_class, config).get_submodule(arch.layers_path)
@@ -45,7 +48,7 @@ def slots_of_model(config: PretrainedConfig) -> tuple[Slots, bool]:
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a matrix in its own or a narrower storage (int8, nf4, fp8)."""
+    """(in, out) of a linear layer, quantized (int8, nf4, fp8) or not; None for other modules."""
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     num_in, num_out = (getattr(module, name, None) for name in ("in_features", "out_features"))
@@ -53,15 +56,18 @@ def _shape_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 class LoraHooks:
-    """Watches the matrices of loaded blocks, beginning with the first adapter that names them."""
+    """Hooks on the matrices of loaded blocks, added when the first adapter needs them.
+
+    A hook costs time in every step, so blocks without adapters have none.
+    """
 
     def __init__(self, layers: nn.ModuleList, first_block: int) -> None:
         self._layers = layers
         self._first_block = first_block
         self._hooked: set[Slot] = set()
 
-    def watch(self, adapter: Adapter) -> None:
-        """From now on the slots of ``adapter`` are looked at. They must exist."""
+    def add(self, adapter: Adapter) -> None:
+        """Hook the slots of ``adapter``, which must exist. Idempotent."""
         if adapter.parts.keys() <= self._hooked:
             return
         for slot in adapter.parts.keys() - self._hooked:
@@ -84,7 +90,11 @@ def _hook(slot: Slot) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], to
 def _adapted(
     context: BatchContext, slot: Slot, inputs: torch.Tensor, output: torch.Tensor
 ) -> torch.Tensor:
-    """``output`` [..., out] with what the adapters make of ``inputs`` [..., in] added in place."""
+    """``output`` [..., out] with the adapters' products of ``inputs`` [..., in] added to it.
+
+    Raises AdapterRefused if the module does not get all tokens of the batch in packed order.
+    """
+    # Segments with the same adapter are computed together; adjacent ones need no copy of inputs.
     adapted: dict[LowRank, list[slice]] = {}
     for segment, first, last in context.active:
         part = segment.adapter.parts.get(slot) if segment.adapter is not None else None
@@ -98,7 +108,7 @@ def _adapted(
     if not adapted:
         return output
     if torch.is_grad_enabled():
-        # Quantized matrices have a backward of their own, and forbid to write into their output.
+        # The backward of some quantized layers forbids to change their output in place.
         output = output.clone()
     rows, sums = inputs.flatten(0, -2), output.flatten(0, -2)
     if rows.shape[0] != context.total:
@@ -107,10 +117,10 @@ def _adapted(
         )
     for part, ranges in adapted.items():
         own = torch.cat([rows[tokens] for tokens in ranges]) if len(ranges) > 1 else rows[ranges[0]]
-        gained = (own.to(part.a.dtype) @ part.a.t()) @ part.b.t() * part.scaling
+        delta = (own.to(part.a.dtype) @ part.a.t()) @ part.b.t() * part.scaling
         done = 0
         for tokens in ranges:
             count = tokens.stop - tokens.start
-            sums[tokens].add_(gained[done : done + count].to(sums.dtype))
+            sums[tokens].add_(delta[done : done + count].to(sums.dtype))
             done += count
     return sums.view(output.shape)

@@ -1,7 +1,7 @@
-"""A dry run that tells how the loaded blocks behave: what they cache, whom they call.
+"""A trial run of two tokens that records how each loaded block behaves: what it writes to the cache
+and whether its attention can run packed.
 
-It works on real blocks and on blocks built on the meta device, so that a plan needs no weights.
-Knows no architecture, no sessions.
+The values of the run do not matter, only shapes and calls. Knows no architecture and no sessions.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,14 @@ from petals.models.runtime.span_cache import SpanCache
 
 @dataclass(slots=True)
 class BlockTraits:
-    """What one block did with two tokens.
+    """What one block did in the trial run.
 
-    attends: it called packed attention. direct: attention saw exactly what ``update`` was given.
-    returns_tuple: its output is a tuple that starts with the hidden states.
+    num_updates: how often it wrote keys and values.
+    attends: it called ``PACKED`` attention.
+    direct: attention got the very tensors that were written. Then attention may read the rows
+    instead; otherwise the block transforms the past (MLA expands its latent vectors).
+    recurrent: it asked for a recurrent state.
+    returns_tuple: its output is a tuple that begins with the hidden states.
     """
 
     num_updates: int = 0
@@ -34,24 +38,24 @@ class BlockTraits:
 
 
 class ProbeCache(SpanCache):
-    """Hands every write through and takes notes."""
+    """A cache that stores nothing and records what each block does."""
 
     def __init__(self, context: BatchContext, num_states: int) -> None:
         num_blocks = len(context.plans)
         super().__init__(context, num_blocks, [False] * num_blocks, num_states)
         self.traits = [BlockTraits() for _ in range(num_blocks)]
         self._written: tuple[torch.Tensor, torch.Tensor] | None = None
-        context.observe = self._observe
+        context.on_attention = self._on_attention
 
-    def _here(self) -> BlockTraits:
+    def _current(self) -> BlockTraits:
         return self.traits[self._context.block - self._context.first_block]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        here = self._here()
-        here.num_updates += 1
-        here.layout = BlockLayout(
+        traits = self._current()
+        traits.num_updates += 1
+        traits.layout = BlockLayout(
             key_shape=(key_states.shape[1], key_states.shape[3]),
             value_shape=(value_states.shape[1], value_states.shape[3]),
             dtype=key_states.dtype,
@@ -59,22 +63,25 @@ class ProbeCache(SpanCache):
         self._written = (key_states, value_states)
         return key_states, value_states
 
-    def _observe(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        here = self._here()
-        here.attends = True
-        here.direct = (
+    def _on_attention(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        traits = self._current()
+        traits.attends = True
+        traits.direct = (
             self._written is not None and self._written[0] is key and self._written[1] is value
         )
 
     def _state(self) -> LinearAttentionLayer:
-        self._here().recurrent = True
+        self._current().recurrent = True
         return super()._state()
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         raise ModelNotSupported("Its attention keeps an index of keys that no server can page yet.")
 
     def finish(self) -> list[BlockTraits]:
-        """The notes, once the forward is over. Raises ModelNotSupported."""
+        """The traits of all blocks, after the forward.
+
+        Raises ModelNotSupported for a block that writes keys and values more than once.
+        """
         for index, traits in enumerate(self.traits):
             block = self._context.first_block + index
             if traits.num_updates > 1:

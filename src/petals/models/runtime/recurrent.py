@@ -1,8 +1,11 @@
-"""States of recurrent blocks (linear attention, convolutions) of one row, and the way back.
+"""States of the recurrent blocks (linear attention, convolutions) of one row, with rollback.
 
-A recurrent state cannot be cut at a position. A row therefore keeps snapshots of the last steps
-and the inputs of all tokens, so that any rollback is answered exactly: restore the nearest earlier
-snapshot and feed again what lies between. Knows no sessions and no budgets.
+Keys and values can be cut at any position; a recurrent state holds all tokens in one tensor and
+cannot. A row therefore keeps snapshots of the states before its latest steps, and the inputs [H] of
+all tokens. A rollback restores the nearest snapshot at or before the position and feeds the inputs
+between the two through the blocks again, which gives exactly the state of that position. Most
+rollbacks (speculation, a repeated step) are to a snapshot and feed nothing. Knows no sessions and
+no budgets.
 """
 
 import copy
@@ -13,12 +16,14 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 States = dict[int, LinearAttentionLayer]
+"""The state of each recurrent block, by its number in the whole model."""
 
 
 class RecurrentRow:
-    """States by block (absolute), valid after ``position`` tokens."""
+    """The states of one row after ``position`` tokens."""
 
     MAX_SNAPSHOTS: ClassVar[int] = 4
+    """Snapshots kept at most; each takes the memory of the states once more."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -28,13 +33,17 @@ class RecurrentRow:
         self._inputs: torch.Tensor | None = None
 
     def state(self, block: int, num_states: int) -> LinearAttentionLayer:
-        """The state of one block, empty at first."""
+        """The state of ``block``, empty before its first token."""
         if block not in self.states:
             self.states[block] = LinearAttentionLayer(number_of_states=num_states)
         return self.states[block]
 
     def rewind(self, start: int) -> torch.Tensor | None:
-        """Go back so that feeding the returned inputs [n, H] (None: nothing) leads to ``start``."""
+        """Go back to a state from which feeding the returned inputs [n, H] leads to ``start``.
+
+        None: the state is that of ``start``. Otherwise the caller feeds the inputs through the
+        blocks, beginning at ``position``, and passes them to ``advance``.
+        """
         if start == self.position:
             return None
         while self._snapshots and self._snapshots[-1][0] > start:
@@ -49,12 +58,12 @@ class RecurrentRow:
         return self._inputs[self.position : start].clone()
 
     def snapshot(self) -> None:
-        """Remember the state before a step."""
+        """Keep a copy of the states at ``position``; call it before a step."""
         if not self._snapshots or self._snapshots[-1][0] != self.position:
             self._snapshots.append((self.position, _clone(self.states)))
 
     def advance(self, inputs: torch.Tensor) -> None:
-        """A step has fed ``inputs`` [n, H] through the blocks."""
+        """Record that ``inputs`` [n, H] have been fed through the blocks after ``position``."""
         end = self.position + inputs.shape[0]
         buffer = self._inputs
         if buffer is None or end > buffer.shape[0]:
@@ -66,16 +75,16 @@ class RecurrentRow:
         self.position = end
 
     def fork(self) -> "RecurrentRow":
-        """An independent copy."""
-        twin = RecurrentRow(self.max_length)
-        twin.position, twin.states = self.position, _clone(self.states)
-        twin._snapshots.extend((position, _clone(states)) for position, states in self._snapshots)
-        twin._inputs = None if self._inputs is None else self._inputs.clone()
-        return twin
+        """An independent copy, snapshots and inputs included."""
+        copied = RecurrentRow(self.max_length)
+        copied.position, copied.states = self.position, _clone(self.states)
+        copied._snapshots.extend((position, _clone(states)) for position, states in self._snapshots)
+        copied._inputs = None if self._inputs is None else self._inputs.clone()
+        return copied
 
     @property
     def num_bytes(self) -> int:
-        """Memory held now, snapshots and inputs included."""
+        """Bytes of memory taken now, snapshots and inputs included."""
         held = [self.states, *(states for _, states in self._snapshots)]
         inputs = 0 if self._inputs is None else self._inputs.nbytes
         return inputs + sum(states_bytes(states) for states in held)
@@ -93,14 +102,15 @@ def states_bytes(states: States) -> int:
 
 
 def _clone(states: States) -> States:
-    twins: States = {}
+    # transformers updates states in place, so every tensor is cloned.
+    copies: States = {}
     for block, layer in states.items():
-        twin = copy.copy(layer)
+        copied = copy.copy(layer)
         for name, value in vars(layer).items():
             if isinstance(value, dict):
-                setattr(twin, name, {key: _clone_value(item) for key, item in value.items()})
-        twins[block] = twin
-    return twins
+                setattr(copied, name, {key: _clone_value(item) for key, item in value.items()})
+        copies[block] = copied
+    return copies
 
 
 def _clone_value(value: Any) -> Any:

@@ -1,38 +1,31 @@
-"""Blocks at work: a span runs the tokens of many rows in one forward of the model's own code.
+"""A span: loaded blocks that run the tokens of many rows in one forward of the model's own code.
 
-Each block's forward is wrapped: segments enter and leave at blocks of their own, so a session may
-use any part of the span. Architectures whose attention or state cannot be packed run one row after
-another, through the same cache. Knows no sessions, no budgets, no network.
+Architectures whose attention or recurrent states cannot be packed run one segment after another,
+with the same rows. Knows no sessions, no budgets and no network.
 """
 
-import inspect
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
-from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import BadInput, BlocksNotServed, LengthExceeded, ModelNotSupported, SessionGap
 from petals.models.loading.quantize import QuantKind
-from petals.models.runtime.attention import PACKED, register
-from petals.models.runtime.attention_replacements import replace_attention
-from petals.models.runtime.batch import BatchContext, Segment, activate, current
-from petals.models.runtime.block_signature import kind_of
+from petals.models.loading.split import LoadedBlocks
+from petals.models.runtime.batch import BatchContext, Segment
+from petals.models.runtime.block_forward import BlockForward
 from petals.models.runtime.kv_layout import KVLayout
 from petals.models.runtime.lora_hooks import LoraHooks, slots_of
-from petals.models.runtime.probe import BlockTraits, ProbeCache
+from petals.models.runtime.probe import BlockTraits
 from petals.models.runtime.recurrent import RecurrentRow
-from petals.models.runtime.rotary import rotate_per_segment
-from petals.models.runtime.span_cache import SpanCache
 from petals.types import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-FOREIGN_ERRORS = (
+MODEL_CODE_ERRORS = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -43,52 +36,39 @@ FOREIGN_ERRORS = (
     ImportError,
     ArithmeticError,
 )
-"""What the forward of a model we did not write may raise."""
+"""What the code of a model in transformers may raise when it runs on a part of the model."""
 
 
 class Mode(StrEnum):
-    """How a span runs a step of several segments."""
+    """How a span runs a step, from the fastest to the slowest.
+
+    PACKED: all segments in one forward. ONE_BY_ONE: a forward per segment. TOKEN_BY_TOKEN: a
+    forward per token, except for the first segment of a row.
+    """
 
     PACKED = "packed"
     ONE_BY_ONE = "one by one"
     TOKEN_BY_TOKEN = "token by token"
 
 
-class BlockStack(Protocol):
-    """What ``split.load_blocks`` returns, as far as running needs it."""
-
-    @property
-    def blocks(self) -> BlockSpan: ...
-    @property
-    def base(self) -> PreTrainedModel: ...
-    @property
-    def layers(self) -> nn.ModuleList: ...
-    @property
-    def config(self) -> PretrainedConfig: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def quant(self) -> QuantKind: ...
-
-
 class Span:
-    """Loaded blocks, ready to run. One instance belongs to one thread at a time.
+    """Loaded blocks, ready to run. An instance may be used by one thread at a time.
 
-    ``mode`` says how; ``layout`` what a token costs; ``slots`` which matrices can take an adapter;
-    ``exact`` whether sums in another order may change its outputs only in the last bits. Call
-    ``self_test.run_self_test(span)`` before serving: it compares with the model's own path and may
-    change both.
+    Call ``self_test.run_self_test(span)`` before serving: it compares the span with the model's own
+    path and may change ``mode`` and ``layout``.
+
+    mode, reason: how steps run, and why not in a faster mode.
+    layout: what a row keeps per token.
+    slots: the matrices that can take an adapter.
+    exact: whether packing may change outputs only in their last bits (f32, not quantized).
+    max_positions: the number of learned positions, if the blocks look them up; else None.
+    weights: addresses of the memory that holds parameters and buffers.
     """
 
-    def __init__(self, loaded: BlockStack) -> None:
-        register()
+    def __init__(self, loaded: LoadedBlocks) -> None:
         self.blocks = loaded.blocks
-        self._base = loaded.base
-        self._layers = loaded.layers
-        self._configs = _configs_of(loaded.base)
-        self._own_attention = [config._attn_implementation for config in self._configs]
-        self._num_states = int(getattr(loaded.base.config, "number_of_conv_states", 1))
-        self._takes_positions = _accepts(loaded.base, "position_ids")
+        self.base = loaded.base
+        self.layers = loaded.layers
         self.hidden_size = int(loaded.config.hidden_size)
         first = next((p for p in loaded.layers.parameters() if p.dtype.is_floating_point), None)
         self.device = first.device if first is not None else torch.device("cpu")
@@ -97,15 +77,12 @@ class Span:
         self.exact = loaded.dtype is torch.float32 and loaded.quant is QuantKind.NONE
         self.max_positions = _learned_positions(loaded.layers)
         self.slots = slots_of(loaded.layers, loaded.blocks.start)
-        self._lora = LoraHooks(loaded.layers, loaded.blocks.start)
         self.weights = frozenset(
             tensor.untyped_storage().data_ptr()
             for tensor in (*loaded.base.parameters(), *loaded.base.buffers())
         )
-        self._wrap_blocks()
-        replace_attention(self._layers)
-        rotate_per_segment(self._base)
-        self._traits = [BlockTraits() for _ in self._layers]
+        self._lora = LoraHooks(loaded.layers, loaded.blocks.start)
+        self._block_forward = BlockForward(loaded)
         self.mode = Mode.PACKED
         self.reason = ""
         self._choose_mode()
@@ -113,9 +90,10 @@ class Span:
     def run(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
         """Outputs [n, H], one per segment in order. Rows then hold ``start + n`` tokens.
 
-        Starting before a row's length rolls it back; a segment without tokens does only that.
-        Raises BlocksNotServed, SessionGap, LengthExceeded, BadInput before anything is changed.
-        After any other error each row holds ``start`` tokens and the step may be repeated.
+        A segment that starts before its row's length rolls the row back; a segment without tokens
+        does nothing else. Raises BlocksNotServed, SessionGap, LengthExceeded and BadInput before
+        anything is changed. After any other error each row holds ``start`` tokens, so that the step
+        may be repeated.
         """
         for segment in segments:
             self._check(segment)
@@ -130,30 +108,42 @@ class Span:
         for segment in segments:
             if segment.row is not None:
                 segment.row.commit(segment.end)
-        ready = iter(outputs)
-        return [next(ready) if s.hidden.shape[0] else s.hidden for s in segments]
+        remaining = iter(outputs)
+        return [next(remaining) if s.hidden.shape[0] else s.hidden for s in segments]
 
     def trace(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
-        """Run whole rows with autograd on: the output [1, total, H] of each block, in order.
+        """Run segments with autograd: the output [1, total, H] of each block, in order.
 
-        All segments run through the same blocks, none has a row; unless ``mode`` is PACKED there is
-        only one. ``torch.autograd.grad`` may then go back from any of the outputs to any before it.
-        Raises what ``run`` raises before it begins.
+        All segments pass through the same blocks and have no row; unless ``mode`` is PACKED there
+        is only one. ``torch.autograd.grad`` may go back from any of the outputs to any before it.
+        Raises what ``run`` raises before it changes anything.
         """
         for segment in segments:
             self._check(segment)
-        borders: list[torch.Tensor] = []
-        self._forward(segments, borders)
-        return borders
+        block_outputs: list[torch.Tensor] = []
+        self._forward(segments, block_outputs)
+        return block_outputs
 
-    def kind_of(self, block: int) -> Hashable:
-        """Equal for blocks that differ in their weights only."""
-        return kind_of(self._layers[block - self.blocks.start], block, self._base.config)
+    def reference(self, hidden: torch.Tensor, blocks: BlockSpan | None = None) -> torch.Tensor:
+        """[n, H] -> [n, H] through ``blocks`` (default: all) with the model's own attention.
+
+        Uses no cache and no packing. Differentiable if ``hidden`` requires gradients.
+        """
+        self._block_forward.use_attention(packed=False)
+        try:
+            segment = Segment(hidden=hidden, blocks=blocks or self.blocks)
+            context = BatchContext([segment], self.blocks, packed=False)
+            with torch.inference_mode(not hidden.requires_grad):
+                self._block_forward.run(context, None)
+            return context.outputs[0]
+        finally:
+            self._block_forward.use_attention(packed=self.mode is Mode.PACKED)
 
     def fall_back(self, reason: str) -> bool:
-        """Take the next slower mode, if there is one; rows written so far are of no use.
+        """Change to the next slower mode; False if there is none. Rows written before are invalid.
 
-        Some recurrent blocks take several tokens only from an empty state: they get one at a time.
+        TOKEN_BY_TOKEN is only for recurrent blocks: some of them compute several tokens at once
+        correctly only from an empty state.
         """
         if self.mode is Mode.PACKED:
             self.mode = Mode.ONE_BY_ONE
@@ -163,30 +153,27 @@ class Span:
             return False
         logger.warning("Blocks %s run %s: %s.", self.blocks, self.mode, reason)
         self.reason = reason
-        self._use_attention(packed=False)
-        self._traits = self._probe(packed=False)
-        self.layout = self._layout_of(self._traits)
+        self._probe(packed=False)
         return True
 
     @property
     def has_narrow_weights(self) -> bool:
-        """Whether any weight takes a byte or less."""
-        return any(parameter.itemsize == 1 for parameter in self._layers.parameters())
+        """Whether a parameter has one byte per value: the checkpoint is quantized (fp8, int8)."""
+        return any(parameter.itemsize == 1 for parameter in self.layers.parameters())
 
     @property
     def recurrent(self) -> bool:
         """Whether any block keeps a state that cannot be cut at a position."""
-        return any(traits.recurrent for traits in self._traits)
+        return any(traits.recurrent for traits in self._block_forward.traits)
 
     def _choose_mode(self) -> None:
+        """Probe with packed attention; fall back if the blocks cannot run packed."""
         try:
-            self._use_attention(packed=True)
-            self._traits = self._probe(packed=True)
-            self.layout = self._layout_of(self._traits)
-            reason = _why_not_packed(self._traits)
+            self._probe(packed=True)
+            reason = _why_not_packed(self._block_forward.traits)
         except ModelNotSupported:
             raise
-        except FOREIGN_ERRORS as error:
+        except MODEL_CODE_ERRORS as error:
             reason = f"packed attention fails ({_in_short(error)})"
         if not reason:
             return
@@ -194,14 +181,27 @@ class Span:
             self.fall_back(reason)
         except ModelNotSupported:
             raise
-        except FOREIGN_ERRORS as error:
+        except MODEL_CODE_ERRORS as error:
             raise ModelNotSupported(
                 f"Its code does not run on a part of the model ({_in_short(error)})."
             ) from error
 
+    def _probe(self, packed: bool) -> None:
+        """Select the attention and set ``layout`` by a run of two tokens."""
+        hidden = torch.zeros((2, self.hidden_size), dtype=self.dtype, device=self.device)
+        self._block_forward.use_attention(packed)
+        self._block_forward.probe(hidden, packed)
+        # A rollback of recurrent blocks needs the inputs of all tokens.
+        input_bytes = self.hidden_size * self.dtype.itemsize if self.recurrent else 0
+        self.layout = KVLayout(
+            span=self.blocks,
+            blocks=tuple(traits.layout for traits in self._block_forward.traits),
+            input_bytes=input_bytes,
+        )
+
     def _check(self, segment: Segment) -> None:
         if not self.blocks.covers(segment.blocks) or not len(segment.blocks):
-            raise BlocksNotServed(f"BlockStack {segment.blocks} are not among {self.blocks}.")
+            raise BlocksNotServed(f"Blocks {segment.blocks} are not among {self.blocks}.")
         if segment.hidden.dim() != 2 or segment.hidden.shape[1] != self.hidden_size:
             raise BadInput(
                 f"States of shape {list(segment.hidden.shape)} do not fit this model.",
@@ -217,18 +217,20 @@ class Span:
             )
 
     def _run_alone(self, segment: Segment) -> torch.Tensor:
+        """Run one segment outside a packed batch; bring recurrent states to its start before."""
         if segment.row is None or not self.recurrent:
             return self._forward([segment])[0]
         row = segment.row
         if row.recurrent is None:
             row.recurrent = RecurrentRow(row.max_length)
-        missed = row.recurrent.rewind(segment.start)
-        if missed is not None:
-            self._feed(replace(segment, hidden=missed, start=row.recurrent.position, tapped={}))
+        missing = row.recurrent.rewind(segment.start)
+        if missing is not None:
+            self._feed(replace(segment, hidden=missing, start=row.recurrent.position, tapped={}))
         row.recurrent.snapshot()
         return self._feed(segment)
 
     def _feed(self, segment: Segment) -> torch.Tensor:
+        """Run one segment through recurrent blocks and record its inputs for later rollbacks."""
         parts = [segment]
         if self.mode is Mode.TOKEN_BY_TOKEN and segment.start > 0:
             parts = [
@@ -243,96 +245,22 @@ class Span:
         return output
 
     def _forward(
-        self, segments: Sequence[Segment], borders: list[torch.Tensor] | None = None
+        self, segments: Sequence[Segment], block_outputs: list[torch.Tensor] | None = None
     ) -> list[torch.Tensor]:
+        """One forward; with autograd if ``block_outputs`` is given, which gets them."""
         for segment in segments:
             if segment.adapter is not None:
-                self._lora.watch(segment.adapter)
+                self._lora.add(segment.adapter)
         packed = self.mode is Mode.PACKED
-        context = BatchContext(segments, self.blocks, packed, borders)
+        context = BatchContext(segments, self.blocks, packed, block_outputs)
         cache = None
+        # Packed segments need the cache even without rows: a model without a cache computes the
+        # positions from the shape of the batch, as if it were one text.
         if packed or segments[0].row is not None:
-            # Also for packed rows without memory: models read positions anew where there is none.
-            direct = [traits.direct for traits in self._traits]
-            cache = SpanCache(context, len(self._layers), direct, self._num_states)
-        with torch.inference_mode(borders is None):
-            self._call_base(context, cache)
+            cache = self._block_forward.cache_for(context)
+        with torch.inference_mode(block_outputs is None):
+            self._block_forward.run(context, cache)
         return context.outputs
-
-    def _call_base(self, context: BatchContext, cache: Any) -> None:
-        extra = {"position_ids": context.positions()} if self._takes_positions else {}
-        with activate(context):
-            self._base(
-                inputs_embeds=context.packed_hidden(),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **extra,
-            )
-
-    def reference(self, hidden: torch.Tensor, blocks: BlockSpan | None = None) -> torch.Tensor:
-        """[n, H] -> [n, H] through ``blocks``, all by default, by the model's own path, without any
-        cache; with autograd if ``hidden`` asks for it.
-        """
-        self._use_attention(packed=False)
-        try:
-            segment = Segment(hidden=hidden, blocks=blocks or self.blocks)
-            context = BatchContext([segment], self.blocks, packed=False)
-            with torch.inference_mode(not hidden.requires_grad):
-                self._call_base(context, None)
-            return context.outputs[0]
-        finally:
-            self._use_attention(packed=self.mode is Mode.PACKED)
-
-    def _probe(self, packed: bool) -> list[BlockTraits]:
-        hidden = torch.zeros((2, self.hidden_size), dtype=self.dtype, device=self.device)
-        segment = Segment(hidden=hidden, blocks=self.blocks)
-        context = BatchContext([segment], self.blocks, packed=packed)
-        cache = ProbeCache(context, self._num_states)
-        # The wrapped blocks note what they return in the traits they find here.
-        self._traits = cache.traits
-        with torch.inference_mode():
-            self._call_base(context, cache)
-        return cache.finish()
-
-    def _layout_of(self, traits: list[BlockTraits]) -> KVLayout:
-        recurrent = any(block.recurrent for block in traits)
-        return KVLayout(
-            span=self.blocks,
-            blocks=tuple(block.layout for block in traits),
-            input_bytes=self.hidden_size * self.dtype.itemsize if recurrent else 0,
-        )
-
-    def _use_attention(self, packed: bool) -> None:
-        for config, own in zip(self._configs, self._own_attention):
-            config._attn_implementation = PACKED if packed else own
-
-    def _wrap_blocks(self) -> None:
-        for index, layer in enumerate(self._layers):
-            layer.forward = self._wrapped(index, layer.forward)
-
-    def _wrapped(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        block = self.blocks.start + index
-
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            context = current()
-            if context is None:
-                return own(hidden_states, *args, **kwargs)
-            plan = context.plans[index]
-            if plan is None:
-                return (hidden_states, None) if self._traits[index].returns_tuple else hidden_states
-            context.block, context.active = block, plan.active
-            if context.observe is not None:
-                _refuse_side_inputs(hidden_states, [*args, *kwargs.values()])
-            if plan.entering or plan.prompted:
-                hidden_states = context.enter(plan, hidden_states)
-            output = own(hidden_states, *args, **kwargs)
-            if isinstance(output, tuple):
-                self._traits[index].returns_tuple = True
-            if plan.leaving or plan.tapped or context.borders is not None:
-                context.leave(plan, output[0] if isinstance(output, tuple) else output)
-            return output
-
-        return forward
 
 
 def _in_short(error: BaseException) -> str:
@@ -340,20 +268,8 @@ def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def _refuse_side_inputs(hidden: torch.Tensor, others: list[Any]) -> None:
-    """Raise ModelNotSupported if a block is given other states than the previous block's."""
-    for other in others:
-        if (
-            isinstance(other, torch.Tensor)
-            and other.dim() >= 3
-            and other.shape[:2] == hidden.shape[:2]
-            and other.shape[-1] == hidden.shape[-1]
-            and other.dtype == hidden.dtype
-        ):
-            raise ModelNotSupported("Its blocks read states of blocks further back.")
-
-
 def _why_not_packed(traits: list[BlockTraits]) -> str:
+    """Why blocks with these traits cannot run packed; "" if they can."""
     if any(block.recurrent for block in traits):
         return "it keeps recurrent states, which cannot be packed"
     if any(block.num_updates and not block.attends for block in traits):
@@ -361,23 +277,8 @@ def _why_not_packed(traits: list[BlockTraits]) -> str:
     return ""
 
 
-def _configs_of(base: PreTrainedModel) -> list[PretrainedConfig]:
-    """Every config that attention modules may read their implementation from."""
-    found = {id(base.config): base.config}
-    for module in base.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
-
-
-def _accepts(base: PreTrainedModel, name: str) -> bool:
-    parameters = inspect.signature(base.forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 def _learned_positions(layers: nn.Module) -> int | None:
-    """Rows of a table of positions that attention modules look up (GPT-J), if there is one."""
+    """Length of the table of positions that attention modules look up (GPT-J), if there is one."""
     tables = [
         buffer.shape[0] for name, buffer in layers.named_buffers() if "embed_positions" in name
     ]

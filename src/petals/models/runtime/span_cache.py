@@ -1,9 +1,11 @@
-"""The ``Cache`` that the model's own forward talks to while a batch runs.
+"""The ``Cache`` that the model's own forward uses while a packed batch runs.
 
-Keys and values are written where a block calls ``update``, into the row of each segment. What
-``update`` answers depends on the block: where attention sees exactly what was written, the new
-tokens pass through and attention reads the rows itself; elsewhere (MLA expands its latent) the
-whole past of all segments is returned, one after another. Knows no architecture.
+When a block calls ``update``, the keys and values of each segment are written to the row of the
+segment. What ``update`` returns depends on the block. Where attention gets the very tensors that
+were written (``BlockTraits.direct``), the new tokens are returned as they are and attention reads
+the rows from the context, without a copy. Elsewhere the block transforms the past first (MLA
+expands its latent vectors), so the rows of all segments are returned, one after another. Knows no
+architecture.
 """
 
 from typing import Any
@@ -16,7 +18,11 @@ from petals.models.runtime.recurrent import RecurrentRow
 
 
 class SpanCache(Cache):
-    """Routes writes of one forward to the rows of its segments."""
+    """The cache of one forward.
+
+    direct: for each block, whether attention may read the rows itself. num_states: recurrent states
+    per block, as the config says.
+    """
 
     def __init__(
         self, context: BatchContext, num_layers: int, direct: list[bool], num_states: int
@@ -26,6 +32,7 @@ class SpanCache(Cache):
         self._num_layers = num_layers
         self._direct = direct
         self._num_states = num_states
+        # With recurrent blocks a forward has one segment, so there is one set of states.
         row = context.segments[0].row
         kept = row.recurrent if row is not None else None
         self._recurrent = kept if kept is not None else RecurrentRow(context.total)
@@ -36,7 +43,11 @@ class SpanCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [1, heads, total, width] to the rows of the segments active in this block."""
+        """Write [1, heads, total, width] to the rows of the segments active in this block.
+
+        Returns keys and values [1, heads, tokens, width] for attention: the new tokens (direct), or
+        the rows of all active segments.
+        """
         context = self._context
         block = context.block
         kept = []
@@ -56,9 +67,10 @@ class SpanCache(Cache):
         return keys.unsqueeze(0), values.unsqueeze(0)
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """Tokens before this step; for several segments asked by layer, a shift [total].
+        """Tokens before this step. With several segments and a layer: [total], one per token.
 
-        A block that asks (Llama 4) computes ``arange(total) + length`` as its positions.
+        A block that asks for a layer's length (Llama 4) computes ``arange(total) + length`` as its
+        positions; the tensor makes these the positions in the rows.
         """
         segments = self._context.segments
         if layer_idx is None or len(segments) == 1:
@@ -68,6 +80,8 @@ class SpanCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self._context.segments[0].start
+
+    # The methods below are called by the forwards of transformers and describe the cache to them.
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         past = 0 if self._context.packed else self._context.segments[0].start

@@ -1,4 +1,4 @@
-"""Checks that split, packed execution equals the plain model.
+"""Checks that blocks, split and run in packed batches, compute what the whole model computes.
 
 Knows no network.
 """

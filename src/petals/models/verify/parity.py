@@ -1,7 +1,7 @@
-"""The table of `petals models check`: every architecture of the installed transformers, split.
+"""The table of `petals models check`: whether split models of every architecture equal the whole.
 
-Each is checked in a worker process with a limit on time and memory, so that one that crashes or
-hangs costs one row and not the table. Knows how to run and print checks, not what they compare.
+Each architecture is checked in a worker process with limits on time and memory, so that one that
+crashes or hangs loses its own row only. Knows how to run and print checks, not what they compare.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from transformers.utils import logging as transformers_logging
 from petals.models.verify.parity_check import VARIANTS, ParityRow, check_architecture
 
 CheckProgress = Callable[[int, int, str], None]
-"""Number done, number in all, name of the architecture that comes next."""
+"""Called with (number checked, number in all, name of the next architecture)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one architecture may take before it is given up."""
+    """Time (s) that one check may take, and memory (bytes) by which its process may grow."""
 
     seconds: float = 120.0
     memory_bytes: int = 4 * 2**30
@@ -42,7 +42,7 @@ def check(
     progress: CheckProgress | None = None,
     limits: Limits | None = None,
 ) -> list[ParityRow]:
-    """Check the named architectures, or all. A row per name; never raises for what it finds."""
+    """Check the named architectures, or all; a row per name. Failures are rows, not exceptions."""
     chosen = list(names) if names else architectures()
     rows = []
     with _Worker(limits or Limits()) as worker:
@@ -54,7 +54,7 @@ def check(
 
 
 def to_markdown(rows: Sequence[ParityRow]) -> str:
-    """The table as it stands in the documentation: exact ones first, refused ones last."""
+    """The table for the documentation: exact architectures first, refused ones last."""
     served = sorted((row for row in rows if row.mode), key=lambda row: (not row.exact, row.name))
     refused = sorted((row for row in rows if not row.mode), key=lambda row: row.name)
     num_exact = sum(row.exact for row in served)
@@ -75,7 +75,7 @@ def to_markdown(rows: Sequence[ParityRow]) -> str:
 
 
 class _Worker:
-    """A process that checks one name after another, replaced when it dies or takes too long."""
+    """A process that checks one name after another; replaced if it dies or exceeds a limit."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -114,7 +114,8 @@ class _Worker:
         process.start()
         self._process = process
         far_end.close()
-        # Its imports take seconds that are not the first architecture's.
+        # The worker sends one message after its imports, so that the time limit of the first
+        # architecture does not include them.
         with contextlib.suppress(EOFError):
             self._pipe.recv()
 
@@ -138,7 +139,7 @@ def _serve(pipe: Connection, memory_bytes: int) -> None:
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    """Let this process grow by ``memory_bytes``; systems without such limits do without."""
+    """Let this process grow by ``memory_bytes`` at most, where the system has such limits."""
     try:
         import resource
     except ImportError:

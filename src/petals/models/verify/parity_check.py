@@ -1,7 +1,7 @@
-"""One architecture against itself: a tiny random model, whole and in three spans.
+"""Checks one architecture: a tiny random model as a whole against the same model in three spans.
 
-The checkpoint is saved and loaded the way a server loads one; inputs and expected outputs are
-taken at the first and last block of the whole model. Knows no table and no other process.
+The checkpoint is saved and loaded as a server loads one; inputs and expected outputs are taken at
+the first and the last block of the whole model. Knows no table and no other process.
 """
 
 import re
@@ -18,15 +18,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, describe
-from petals.models.loading.head import EndsKind, base_within, class_for
+from petals.models.loading.head import HeadKind, base_within, class_for
 from petals.models.loading.split import load_blocks
-from petals.models.runtime.span import FOREIGN_ERRORS, Mode, Span
+from petals.models.runtime.span import MODEL_CODE_ERRORS, Mode, Span
 from petals.models.verify.self_test import LENGTHS, STEPS, TestStep, replay, run_self_test
 from petals.models.verify.tiny import tiny_config
 from petals.types import BlockSpan
 
 EXACT = 1e-5
+"""Relative error (f32) below which an architecture counts as exact."""
+
 WRONG = 1e-3
+"""Relative error (f32) from which on an architecture is refused."""
+
 _FOLDER_PREFIX = "petals-parity-"
 
 PREFILL: tuple[TestStep, ...] = (((0, 0, 20),),)
@@ -39,7 +43,7 @@ DECODE: tuple[TestStep, ...] = (
     ((0, 15, 16),),
     ((0, 5, 20),),
 )
-"""A prompt, a further part, tokens one by one, with rollbacks of three and of eleven tokens."""
+"""A prompt, a second part, single tokens, with rollbacks of three and of eleven tokens."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon (alibi)": (
@@ -69,15 +73,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2 (window)": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
 }
-"""Other faces of an architecture: its model type and what differs in its config."""
+"""Variants of an architecture that run other code: model type and changes of its config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParityRow:
-    """What became of one architecture. Errors are relative to the whole model, nan if not run.
+    """The result of one architecture.
 
-    ``mode`` is empty and ``reason`` says why if the architecture is not supported; ``reason`` also
-    says why it runs one by one.
+    prefill, decode, mixed: largest relative error of ``PREFILL``, ``DECODE`` and ``STEPS``; NaN if
+    not run. mode: "" if the architecture is not supported. reason: why it is not supported, or why
+    it does not run packed. seconds: time of the check.
     """
 
     name: str
@@ -95,13 +100,13 @@ class ParityRow:
 
 
 def check_architecture(name: str) -> ParityRow:
-    """Build, save, split, run and compare one architecture. Never raises for what it finds."""
+    """Build, save, split, run and compare one architecture. Failures are in the row's reason."""
     started = time.monotonic()
     try:
         row = _compare(name)
     except ModelNotSupported as error:
         row = ParityRow(name=name, reason=error.message)
-    except FOREIGN_ERRORS as error:
+    except MODEL_CODE_ERRORS as error:
         row = ParityRow(name=name, reason=f"a part of it cannot be loaded ({_in_short(error)})")
     return replace(row, seconds=time.monotonic() - started)
 
@@ -114,22 +119,25 @@ def _tiny(name: str) -> tuple[ModelArch, PreTrainedModel]:
         return arch, random_model(config, arch)
     except ModelNotSupported:
         raise
-    except (*FOREIGN_ERRORS, StrictDataclassError) as error:
+    except (*MODEL_CODE_ERRORS, StrictDataclassError) as error:
         raise ModelNotSupported(f"no tiny model of it can be built ({_in_short(error)})") from error
 
 
 def _in_short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # Configs report the rule that was broken first and what broke it last.
+    # The last line of a config's error names the value, the first one only the rule.
     text = re.sub(rf"\S*{_FOLDER_PREFIX}[^\s>]*>?", "its checkpoint", lines[-1])
     return f"{type(error).__name__}: {text[:160]}"
 
 
 def random_model(config: PretrainedConfig, arch: ModelArch, seed: int = 0) -> PreTrainedModel:
-    """The whole model in f32; every tensor is moved, so that a lost one shows."""
+    """The whole model in f32, with noise added to every tensor.
+
+    Initial values of 0 and 1 (biases, norms) would hide a tensor that was not loaded.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = class_for(EndsKind.CAUSAL_LM, config, arch)._from_config(
+        model = class_for(HeadKind.CAUSAL_LM, config, arch)._from_config(
             config, dtype=torch.float32
         )
         stored = model.state_dict(keep_vars=True).values()
@@ -150,7 +158,7 @@ def _compare(name: str) -> ParityRow:
     for span in spans:
         run_self_test(span)
     base = base_within(whole, arch)
-    texts, expected = _undisturbed(base, arch)
+    texts, expected = _border_states(base, arch)
     stages = [(span, span.blocks) for span in spans]
     errors = [replay(stages, steps, texts, expected) for steps in (PREFILL, DECODE, STEPS)]
     reasons = [span.reason for span in spans if span.reason]
@@ -168,8 +176,8 @@ def _compare(name: str) -> ParityRow:
     )
 
 
-class _Borders:
-    """Hidden states [1, n, H] that entered the first and left the last block."""
+class _BorderHooks:
+    """Keeps the states [1, n, H] that entered the first and left the last block."""
 
     def __init__(self, base: nn.Module, arch: ModelArch) -> None:
         layers = base.get_submodule(arch.layers_path)
@@ -185,8 +193,11 @@ class _Borders:
 
 
 @torch.inference_mode()
-def _undisturbed(base: nn.Module, arch: ModelArch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    borders = _Borders(base, arch)
+def _border_states(
+    base: nn.Module, arch: ModelArch
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """For each text, the states [n, H] that enter the first and leave the last block."""
+    borders = _BorderHooks(base, arch)
     texts, expected = [], []
     for seed, length in enumerate(LENGTHS):
         base(input_ids=_token_ids(arch, length, seed), use_cache=False)

@@ -1,7 +1,8 @@
-"""Architectures in miniature: a config of any model type with 5 blocks and a width of 32.
+"""Tiny configs: any model type with 5 blocks and a hidden size of 32.
 
-Small enough to build in milliseconds, odd enough to show mistakes (grouped heads, windows shorter
-than a prompt, experts, mixed layer types). Knows nothing of weights, files or tests.
+Small enough to build in milliseconds, and with the features that show mistakes (grouped heads,
+windows shorter than a prompt, experts, mixed layer types). Knows nothing of weights, files or
+tests.
 """
 
 import dataclasses
@@ -62,13 +63,13 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""Applied to every architecture that has the attribute, under its own or transformers' name."""
+"""Set in every config that has the attribute, under its own or transformers' common name."""
 
 _WINDOWED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 _HYBRID = ["linear_attention", "linear_attention", "full_attention"] * 2
 _CONVOLUTIONS = ["conv", "conv", "full_attention", "conv", "full_attention"]
 _NO_EARLY_END = {"eos_token_id": None}
-
+"""Without an end token, generation with random weights runs to its full length."""
 _LATENT = {"num_key_value_heads": 4}
 """Latent attention (MLA) expands its cache to one key and value per query head."""
 
@@ -114,7 +115,7 @@ _VISION = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
-    """A miniature of ``model_type``; ``overrides`` go to its (text) config.
+    """A tiny config of ``model_type``; ``overrides`` go to its (text) config.
 
     Raises ModelNotSupported if the installed transformers does not know the type.
     """
@@ -145,6 +146,6 @@ def _tiny_settings(config_class: type[PretrainedConfig], model_type: str) -> dic
 
 
 def _settable_names(config_class: type[PretrainedConfig]) -> set[str]:
-    """Names that the constructor takes, transformers' common names for them included."""
+    """Names that the constructor accepts, transformers' common names included."""
     own = {entry.name for entry in dataclasses.fields(config_class)}
     return own | {common for common, name in config_class.attribute_map.items() if name in own}

@@ -237,7 +237,7 @@ def pages_and_outputs(
 
     The values of pages are looked at on the compute thread.
     """
-    num_tokens, dtype = sum(step.counts), kv.layout.page_dtype
+    num_tokens, dtype = sum(step.counts), kv.layout.kv_dtype
     wanted = [
         ((num_tokens, kv.layout.kv_width(kv.blocks)), dtype),
         ((num_tokens, offer.hidden_size), out_dtype),

@@ -17,7 +17,7 @@ from petals.models.adapters.low_rank import Adapter
 from petals.models.checkpoint.sources import Checkpoint
 from petals.models.loading import cost
 from petals.models.loading.split import LoadOptions, load_blocks
-from petals.models.loading.weight_layout import orient_linears
+from petals.models.loading.weight_layout import choose_weight_layouts
 from petals.models.runtime.kv_layout import KVLayout
 from petals.models.runtime.span import Span
 from petals.models.verify.self_test import SelfTest, gradient_test, run_self_test
@@ -169,7 +169,7 @@ class ServedSpan:
             progress=self._on_loading,
         )
         loaded = load_blocks(model.checkpoint, self.blocks, options)
-        orient_linears(loaded.layers)
+        choose_weight_layouts(loaded.layers)
         self._site.go_on()
         span = Span(loaded)
         test = run_self_test(span)
@@ -251,9 +251,9 @@ class ServedSpan:
 
 def kv_format(precision: Precision, layout: KVLayout) -> str:
     """What two servers of a block have in common if one can go on with the other's pages."""
-    if layout.page_dtype is None:
+    if layout.kv_dtype is None:
         return ""
-    return f"{precision.dtype} {precision.quant}, keeps {layout.page_dtype}".replace("torch.", "")
+    return f"{precision.dtype} {precision.quant}, keeps {layout.kv_dtype}".replace("torch.", "")
 
 
 def release_memory() -> None:

@@ -133,7 +133,7 @@ def _fastest(device: str, *, lossy: bool, cache: Path) -> Precision:
     key = f"{device} {torch.__version__} {torch.get_num_threads()} {'lossy' if lossy else 'exact'}"
     known = _read(cache / PROBE_FILE)
     if key not in known:
-        choice = quantize.fastest(device, lossy=lossy)
+        choice = quantize.choose_precision(device, lossy=lossy)
         logger.info("Probed how to compute: %s", choice.seconds)
         known[key] = [str(choice.dtype).removeprefix("torch."), str(choice.quant)]
         _write(cache / PROBE_FILE, known)

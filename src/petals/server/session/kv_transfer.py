@@ -44,7 +44,7 @@ class PageCopy:
 def read_pages(kv: SessionKV, pieces: Iterable[TokenRun]) -> Tensor:
     """What the blocks keep of these tokens, on the CPU: [tokens, page width]."""
     parts = [kv.rows[p.row].read(p.start, p.start + p.count) for p in pieces]
-    empty = torch.empty(0, kv.layout.kv_width(kv.blocks), dtype=kv.layout.page_dtype)
+    empty = torch.empty(0, kv.layout.kv_width(kv.blocks), dtype=kv.layout.kv_dtype)
     return torch.cat(parts).cpu() if parts else empty
 
 

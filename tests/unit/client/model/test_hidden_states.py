@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from petals.models.loading.head import EndsKind
+from petals.models.loading.head import HeadKind
 from support.local_blocks import tiny_pair
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -42,7 +42,7 @@ def test_some_of_them():
 
 
 def test_asked_by_the_config_and_of_other_heads():
-    local, remote = tiny_pair("llama", EndsKind.SEQUENCE_CLASSIFICATION)
+    local, remote = tiny_pair("llama", HeadKind.SEQUENCE_CLASSIFICATION)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     for model in (local, remote):
         model.config.output_hidden_states = True

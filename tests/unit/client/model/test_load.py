@@ -8,7 +8,7 @@ from petals.client.model.load import layers_return_tuple
 from petals.client.model.remote_cache import RemoteCache
 from petals.errors import BadInput, NotSupported
 from petals.models.checkpoint.arch import describe
-from petals.models.loading.head import EndsKind
+from petals.models.loading.head import HeadKind
 from petals.models.verify.tiny import tiny_config
 from support.local_blocks import tiny_pair
 
@@ -198,7 +198,7 @@ class TestRefusals:
                 remote(IDS[:1])
 
 
-@pytest.mark.parametrize("kind", [EndsKind.BASE, EndsKind.SEQUENCE_CLASSIFICATION])
+@pytest.mark.parametrize("kind", [HeadKind.BASE, HeadKind.SEQUENCE_CLASSIFICATION])
 @pytest.mark.parametrize("family", ["llama", "bloom", "opt"])
 def test_other_heads(family, kind):
     local, remote = tiny_pair(family, kind)

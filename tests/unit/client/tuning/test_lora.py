@@ -8,7 +8,7 @@ import torch
 
 from petals import LoraConfig
 from petals.errors import AdapterRefused, ModelNotFound
-from petals.models.loading.head import EndsKind
+from petals.models.loading.head import HeadKind
 from support.local_blocks import tiny_pair
 
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -138,7 +138,7 @@ def test_a_session_keeps_the_adapter_it_was_opened_with():
 
 
 def test_a_classifier_trains_its_head_beside_the_adapter(tmp_path):
-    local, remote = tiny_pair("llama", EndsKind.SEQUENCE_CLASSIFICATION)
+    local, remote = tiny_pair("llama", HeadKind.SEQUENCE_CLASSIFICATION)
     add(remote, modules_to_save=["score"])
     remote.save_adapter(tmp_path)
     expected = under_peft(local, tmp_path, is_trainable=True)
@@ -152,7 +152,7 @@ def test_a_classifier_trains_its_head_beside_the_adapter(tmp_path):
             model(IDS, labels=labels, use_cache=False).loss.backward()
             optimizer.step()
     remote.save_adapter(tmp_path)
-    _, fresh = tiny_pair("llama", EndsKind.SEQUENCE_CLASSIFICATION)
+    _, fresh = tiny_pair("llama", HeadKind.SEQUENCE_CLASSIFICATION)
     fresh.load_adapter(tmp_path)
     with torch.no_grad():
         logits = expected(IDS).logits
@@ -247,7 +247,7 @@ def test_dropout_is_not_pretended():
 def test_adapters_of_other_models_are_refused(tmp_path):
     _, bloom = tiny_pair("bloom")
     add(bloom, target_modules=["query_key_value"]).save_adapter(tmp_path / "bloom")
-    _, classifier = tiny_pair("llama", EndsKind.SEQUENCE_CLASSIFICATION)
+    _, classifier = tiny_pair("llama", HeadKind.SEQUENCE_CLASSIFICATION)
     add(classifier, modules_to_save=["score"]).save_adapter(tmp_path / "classifier")
     _, wide = tiny_pair("llama", num_attention_heads=8)
     add(wide).save_adapter(tmp_path / "wide")

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.errors import ConfigError, NotSupported
-from petals.models.loading.head import EndsKind
+from petals.models.loading.head import HeadKind
 from support.local_blocks import tiny_pair
 from support.tuned_reference import TunedReference
 
@@ -35,7 +35,7 @@ FAMILIES = (
 MODES = ("ptune", "deep_ptune")
 
 
-def tuned_pair(family, mode, kind=EndsKind.CAUSAL_LM):
+def tuned_pair(family, mode, kind=HeadKind.CAUSAL_LM):
     """(the reference, the model with remote blocks), with the same prompts."""
     local, remote = tiny_pair(family, kind)
     torch.manual_seed(3)
@@ -233,7 +233,7 @@ def test_the_text_side_of_a_multimodal_model():
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "opt", "falcon", "mixtral"])
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_classifiers(family, mode):
-    kind = EndsKind.SEQUENCE_CLASSIFICATION
+    kind = HeadKind.SEQUENCE_CLASSIFICATION
     reference, remote = classifier_pair(family, mode, kind)
     labels = torch.tensor([1, 0, 1])
     mask = LEFT.flip(1)

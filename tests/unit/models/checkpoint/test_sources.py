@@ -24,8 +24,10 @@ from petals.errors import (
     NotEnoughDisk,
     PickleCheckpointRefused,
 )
+from petals.models.checkpoint import hub as hub_module
 from petals.models.checkpoint import sources
-from petals.models.checkpoint.sources import HubAccess, open_checkpoint
+from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading.split import LoadOptions, load_blocks
 from petals.testing.tiny_models import PUBLISHED
 from petals.types import BlockSpan
@@ -62,16 +64,17 @@ class FakeHub:
 def hub(tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     bloom = tiny_folder("bloom", PUBLISHED["bloom"])
     hub = FakeHub({"bigscience/bloom": bloom, "someone/tiny": tiny_folder("llama")})
-    monkeypatch.setattr(sources, "hf_hub_download", hub.download)
-    monkeypatch.setattr(sources, "file_exists", hub.exists)
-    monkeypatch.setattr(sources.socket, "getaddrinfo", lambda *name: [])
+    monkeypatch.setattr(hub_module, "hf_hub_download", hub.download)
+    monkeypatch.setattr(hub_module, "file_exists", hub.exists)
+    monkeypatch.setattr(hub_module.socket, "getaddrinfo", lambda *name: [])
     return hub
 
 
 def test_only_needed_files_are_downloaded(hub: FakeHub) -> None:
-    loaded = load_blocks("bigscience/bloom", BlockSpan(2, 3))
+    load_blocks("bigscience/bloom", BlockSpan(2, 3))
     weights = {name for name in hub.downloaded if name.endswith(".safetensors")}
-    assert weights == set(loaded.opened_files)
+    weight_map = open_checkpoint("bigscience/bloom").weight_map
+    assert weights == {file for name, file in weight_map.items() if name.startswith("h.2.")}
     assert len(weights) < PUBLISHED["bloom"].num_shards // 2
 
 
@@ -126,8 +129,8 @@ def test_offline_from_the_cache(
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", asked)
-    monkeypatch.setattr(sources, "getproxies", dict)
-    monkeypatch.setattr(sources.socket, "getaddrinfo", no_such_name)
+    monkeypatch.setattr(hub_module, "getproxies", dict)
+    monkeypatch.setattr(hub_module.socket, "getaddrinfo", no_such_name)
     commit = "0" * 40
     repository = tmp_path / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -135,7 +138,7 @@ def test_offline_from_the_cache(
     shutil.copytree(tiny_folder("llama"), repository / "snapshots" / commit)
     access = HubAccess(cache_dir=str(tmp_path))
     loaded = load_blocks("someone/tiny", BlockSpan(0, 1), LoadOptions(access=access))
-    assert loaded.opened_files == ("model.safetensors",)
+    assert loaded.blocks == BlockSpan(0, 1)
     with pytest.raises(ModelNotFound, match="not in the cache"):
         open_checkpoint("someone/other", access)
 

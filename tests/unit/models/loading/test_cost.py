@@ -5,8 +5,8 @@ import torch
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from petals.errors import ConfigError
-from petals.models.loading.cost import block_costs, client_parameters, deal, plan
-from petals.models.loading.head import EndsKind, load_ends
+from petals.models.loading.cost import block_costs, client_parameters, plan, split_evenly
+from petals.models.loading.head import HeadKind, load_client_part
 from petals.models.loading.quantize import QuantKind
 from petals.models.loading.split import load_blocks
 from petals.models.verify.tiny import tiny_config
@@ -65,7 +65,7 @@ def test_weights_are_what_is_loaded(model_type: str, tiny_folder: WriteModel) ->
     costs = block_costs(tiny_config(model_type), dtype=torch.float32)[1:3]
     expected = sum(p.nbytes for p in loaded.layers.parameters())
     assert sum(cost.weight_bytes for cost in costs) == expected
-    ends = load_ends(folder, EndsKind.CAUSAL_LM, no_layers)
+    ends = load_client_part(folder, HeadKind.CAUSAL_LM, no_layers)
     assert client_parameters(tiny_config(model_type)) == sum(p.numel() for p in ends.parameters())
 
 
@@ -122,4 +122,4 @@ def test_plan_covers_the_model() -> None:
 @pytest.mark.parametrize("num_servers", [0, 6])
 def test_more_servers_than_blocks(num_servers: int) -> None:
     with pytest.raises(ConfigError, match="cannot be dealt out"):
-        deal(5, num_servers)
+        split_evenly(5, num_servers)

@@ -17,7 +17,13 @@ from transformers import (
 from petals.errors import ModelFilesBroken, ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch
 from petals.models.loading import head
-from petals.models.loading.head import ChunkedHead, EndsKind, EndsOptions, base_within, load_ends
+from petals.models.loading.head import (
+    ChunkedHead,
+    ClientPartOptions,
+    HeadKind,
+    base_within,
+    load_client_part,
+)
 from petals.models.loading.split import LoadOptions
 from petals.testing.tiny_models import PUBLISHED
 from support.models import WriteModel
@@ -56,13 +62,13 @@ def test_logits_are_the_whole_models(
     def layers_of_whole(arch: ModelArch, config: PretrainedConfig) -> nn.Module:
         return base_within(whole, arch).get_submodule(arch.layers_path)
 
-    ends = load_ends(str(folder), EndsKind.CAUSAL_LM, layers_of_whole)
+    ends = load_client_part(str(folder), HeadKind.CAUSAL_LM, layers_of_whole)
     assert type(ends).__name__ == type(whole).__name__
     assert torch.equal(ends(IDS, use_cache=False).logits, whole(IDS, use_cache=False).logits)
 
 
 def test_only_the_ends_are_loaded(tiny_folder: WriteModel) -> None:
-    ends = load_ends(str(tiny_folder("gemma3")), EndsKind.CAUSAL_LM, no_layers)
+    ends = load_client_part(str(tiny_folder("gemma3")), HeadKind.CAUSAL_LM, no_layers)
     names = {name for name, _ in ends.named_parameters()}
     assert names == {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"}
     assert not any(p.requires_grad for p in ends.parameters())
@@ -74,20 +80,20 @@ def test_config_and_generation_config_are_the_models(
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("llama"), folder)
     (folder / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
-    ends = load_ends(str(folder), EndsKind.CAUSAL_LM, no_layers)
+    ends = load_client_part(str(folder), HeadKind.CAUSAL_LM, no_layers)
     assert ends.config.num_hidden_layers == 5
     assert ends.config.name_or_path == str(folder)
     assert ends.generation_config.temperature == 0.3
 
 
 def test_base_model(tiny_folder: WriteModel) -> None:
-    ends = load_ends(str(tiny_folder("bloom")), EndsKind.BASE, no_layers)
+    ends = load_client_part(str(tiny_folder("bloom")), HeadKind.BASE, no_layers)
     assert type(ends).__name__ == "BloomModel"
     assert isinstance(ends.h, nn.ModuleList)
 
 
 def test_new_score_head_is_trainable(tiny_folder: WriteModel) -> None:
-    ends = load_ends(str(tiny_folder("llama")), EndsKind.SEQUENCE_CLASSIFICATION, no_layers)
+    ends = load_client_part(str(tiny_folder("llama")), HeadKind.SEQUENCE_CLASSIFICATION, no_layers)
     assert [n for n, p in ends.named_parameters() if p.requires_grad] == ["score.weight"]
     assert ends.score.weight.isfinite().all()
     assert ends.score.weight.abs().sum() > 0
@@ -96,29 +102,29 @@ def test_new_score_head_is_trainable(tiny_folder: WriteModel) -> None:
 def test_saved_score_head_is_loaded(tiny_folder: WriteModel, tmp_path: Path) -> None:
     whole = AutoModelForSequenceClassification.from_pretrained(tiny_folder("llama"), num_labels=3)
     whole.save_pretrained(tmp_path)
-    ends = load_ends(str(tmp_path), EndsKind.SEQUENCE_CLASSIFICATION, no_layers)
+    ends = load_client_part(str(tmp_path), HeadKind.SEQUENCE_CLASSIFICATION, no_layers)
     assert torch.equal(ends.score.weight, whole.score.weight)
 
 
-@pytest.mark.parametrize("kind", [EndsKind.CAUSAL_LM, EndsKind.SEQUENCE_CLASSIFICATION])
-def test_missing_norm_is_fatal(kind: EndsKind, tiny_folder: WriteModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [HeadKind.CAUSAL_LM, HeadKind.SEQUENCE_CLASSIFICATION])
+def test_missing_norm_is_fatal(kind: HeadKind, tiny_folder: WriteModel, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("llama"), folder)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelFilesBroken, match=r"model\.norm\.weight"):
-        load_ends(str(folder), kind, no_layers)
+        load_client_part(str(folder), kind, no_layers)
 
 
 def test_class_that_transformers_lacks(tiny_folder: WriteModel) -> None:
     with pytest.raises(ModelNotSupported, match="sequence-classification"):
-        load_ends(str(tiny_folder("codegen")), EndsKind.SEQUENCE_CLASSIFICATION, no_layers)
+        load_client_part(str(tiny_folder("codegen")), HeadKind.SEQUENCE_CLASSIFICATION, no_layers)
 
 
 def test_chunked_head_equals_wide_arithmetic(tiny_folder: WriteModel) -> None:
-    options = EndsOptions(load=LoadOptions(dtype=torch.bfloat16), chunked=True, chunk_rows=17)
-    ends = load_ends(str(tiny_folder("bloom")), EndsKind.CAUSAL_LM, no_layers, options)
+    options = ClientPartOptions(load=LoadOptions(dtype=torch.bfloat16), chunked=True, chunk_rows=17)
+    ends = load_client_part(str(tiny_folder("bloom")), HeadKind.CAUSAL_LM, no_layers, options)
     assert isinstance(ends.lm_head, ChunkedHead)
     assert ends.lm_head.weight is ends.transformer.word_embeddings.weight
     hidden = torch.randn(2, 3, 32, dtype=torch.bfloat16)
@@ -131,14 +137,14 @@ def test_chunks_by_measurement(
     faster: bool, tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "prefers_chunks", lambda weight: faster)
-    options = EndsOptions(load=LoadOptions(dtype=torch.bfloat16))
-    ends = load_ends(str(tiny_folder("llama")), EndsKind.CAUSAL_LM, no_layers, options)
+    options = ClientPartOptions(load=LoadOptions(dtype=torch.bfloat16))
+    ends = load_client_part(str(tiny_folder("llama")), HeadKind.CAUSAL_LM, no_layers, options)
     assert isinstance(ends.lm_head, ChunkedHead) is faster
 
 
 def test_wide_heads_are_left_alone(tiny_folder: WriteModel) -> None:
-    options = EndsOptions(chunked=True)
-    ends = load_ends(str(tiny_folder("llama")), EndsKind.CAUSAL_LM, no_layers, options)
+    options = ClientPartOptions(chunked=True)
+    ends = load_client_part(str(tiny_folder("llama")), HeadKind.CAUSAL_LM, no_layers, options)
     assert type(ends.lm_head) is nn.Linear
 
 

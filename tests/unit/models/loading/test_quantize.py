@@ -8,11 +8,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from petals.errors import ConfigError
-from petals.models.loading import quantize
+from petals.models.loading import measure, quantize
 from petals.models.loading.quantize import (
     Int8Linear,
     QuantKind,
-    fastest,
+    choose_precision,
     quantization_config_for,
     quantize_linears,
 )
@@ -142,7 +142,7 @@ class Stopwatch:
         self.now = 0.0
 
     def __call__(self) -> float:
-        reads_per_candidate = 2 * len(quantize._PROBE_ROWS) * quantize._PROBE_REPEATS
+        reads_per_candidate = 2 * len(quantize._PROBE_ROWS) * measure.REPEATS
         if self.reads % 2:
             self.now += self.seconds[self.reads // reads_per_candidate]
         self.reads += 1
@@ -158,10 +158,10 @@ class Stopwatch:
     ],
 )
 def test_the_fastest_is_chosen(seconds: list[float], dtype: torch.dtype, quant: QuantKind) -> None:
-    choice = fastest(clock=Stopwatch(seconds))
+    choice = choose_precision(stopwatch=Stopwatch(seconds))
     assert (choice.dtype, choice.quant) == (dtype, quant)
     assert list(choice.seconds) == ["float32", "bfloat16", "int8"]
 
 
 def test_lossless_choice() -> None:
-    assert fastest(lossy=False, clock=Stopwatch([3.0, 4.0])).quant is QuantKind.NONE
+    assert choose_precision(lossy=False, stopwatch=Stopwatch([3.0, 4.0])).quant is QuantKind.NONE

@@ -24,7 +24,7 @@ class Watched(SharedHead):
     """Counts products; the first one waits at ``door``, and fails if it is told to."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, turned=False, flipped=True)
+        super().__init__(linear, copy_by_column=False, swap_factors=True)
         self.products: list[int] = []
         self.door = threading.Event()
         self.fails_once = False
@@ -44,16 +44,16 @@ class Watched(SharedHead):
             time.sleep(0)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("copy_by_column", [False, True])
+@pytest.mark.parametrize("swap_factors", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 5), (7, 9), (1, 0)])
 def test_the_numbers_are_those_of_the_linear_layer(
-    turned: bool, flipped: bool, bias: bool, shape: tuple[int, int]
+    copy_by_column: bool, swap_factors: bool, bias: bool, shape: tuple[int, int]
 ) -> None:
     linear = a_linear(bias)
     hidden = torch.randn(*shape, WIDTH)
-    head = SharedHead(linear, turned, flipped)
+    head = SharedHead(linear, copy_by_column, swap_factors)
     torch.testing.assert_close(head(hidden), linear(hidden))
     assert head.weight is linear.weight
 
@@ -118,7 +118,7 @@ def test_one_who_is_interrupted_leaves_the_others_their_turn() -> None:
 
 def test_a_head_that_learns_is_a_plain_layer_and_keeps_no_stale_copy() -> None:
     linear = a_linear().requires_grad_(True)
-    head = SharedHead(linear, turned=True, flipped=True)
+    head = SharedHead(linear, copy_by_column=True, swap_factors=True)
     hidden = torch.randn(1, 1, WIDTH)
     head(hidden).sum().backward()
     assert linear.weight.grad is not None
@@ -130,7 +130,7 @@ def test_a_head_that_learns_is_a_plain_layer_and_keeps_no_stale_copy() -> None:
 def test_a_head_that_moves_keeps_no_copy_behind() -> None:
     """As `model.to("cuda")` does: other memory for the same parameter."""
     linear = nn.Linear(24, 100)
-    head = SharedHead(linear, turned=True)
+    head = SharedHead(linear, copy_by_column=True)
     token = torch.randn(1, 24)
     with torch.inference_mode():
         head(token)
@@ -139,7 +139,7 @@ def test_a_head_that_moves_keeps_no_copy_behind() -> None:
 
 
 def test_inference_mode_of_one_caller_does_not_mark_what_others_get() -> None:
-    head = SharedHead(a_linear(), turned=False, flipped=False)
+    head = SharedHead(a_linear(), copy_by_column=False, swap_factors=False)
     with torch.inference_mode():
         output = head(torch.randn(1, 2, WIDTH))
     assert not output.is_inference()

@@ -13,7 +13,7 @@ from transformers.masking_utils import (
 
 from petals.models.runtime import attention
 from petals.models.runtime.attention import (
-    Extras,
+    AttentionOptions,
     MaskNotUnderstood,
     attend_packed,
     packed_attention,
@@ -45,59 +45,63 @@ def batch() -> tuple[BatchContext, list[tuple[torch.Tensor, torch.Tensor, torch.
     return context, parts
 
 
-def run(context: BatchContext, parts: list[Any], extras: Extras) -> list[torch.Tensor]:
+def run(context: BatchContext, parts: list[Any], options: AttentionOptions) -> list[torch.Tensor]:
     query = torch.cat([part[0] for part in parts], dim=1).unsqueeze(0)
-    output = attend_packed(context, (query, query, query), extras)
+    output = attend_packed(context, (query, query, query), options)
     assert output.shape == (1, context.total, HEADS, WIDTH)
     return [output[0, first:last] for _, first, last in context.parts]
 
 
-def plainly(part: Any, start: int, extras: Extras) -> torch.Tensor:
+def plainly(part: Any, start: int, options: AttentionOptions) -> torch.Tensor:
     """[n, heads, width] in double precision, one head and one query at a time."""
     query, keys, values = (tensor.double() for tensor in part)
     output = torch.empty(query.shape[1], HEADS, WIDTH)
-    scaling = extras.scaling or WIDTH**-0.5
+    scaling = options.scaling or WIDTH**-0.5
     for head in range(HEADS):
         group = head // (HEADS // KV_HEADS)
         for index in range(query.shape[1]):
             scores = keys[group] @ query[head, index] * scaling
-            if extras.softcap is not None:
-                scores = torch.tanh(scores / extras.softcap) * extras.softcap
-            if extras.bias is not None:
-                scores = scores + extras.bias(keys.shape[1])[head].double()
+            if options.softcap is not None:
+                scores = torch.tanh(scores / options.softcap) * options.softcap
+            if options.bias is not None:
+                scores = scores + options.bias(keys.shape[1])[head].double()
             zero = torch.zeros((), dtype=torch.long)
-            seen = extras.rule(zero, zero, torch.tensor(start + index), torch.arange(len(scores)))
+            seen = options.rule(zero, zero, torch.tensor(start + index), torch.arange(len(scores)))
             scores = scores.masked_fill(~seen, -torch.inf)
-            if extras.sinks is not None:
-                scores = torch.cat([scores, extras.sinks[head].double().view(1)])
+            if options.sinks is not None:
+                scores = torch.cat([scores, options.sinks[head].double().view(1)])
             weights = scores.softmax(0)[: keys.shape[1]]
             output[index, head] = weights @ values[group]
     return output
 
 
 CASES = {
-    "causal": Extras(),
-    "scaled": Extras(scaling=0.3),
-    "window": Extras(rule=sliding_window_causal_mask_function(4)),
-    "chunks": Extras(rule=chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))),
-    "soft cap": Extras(softcap=0.5),
-    "soft cap in a window": Extras(
+    "causal": AttentionOptions(),
+    "scaled": AttentionOptions(scaling=0.3),
+    "window": AttentionOptions(rule=sliding_window_causal_mask_function(4)),
+    "chunks": AttentionOptions(
+        rule=chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
+    ),
+    "soft cap": AttentionOptions(softcap=0.5),
+    "soft cap in a window": AttentionOptions(
         softcap=0.5, scaling=0.7, rule=sliding_window_causal_mask_function(3)
     ),
-    "sinks": Extras(sinks=torch.linspace(-1, 2, HEADS)),
-    "sinks in a window": Extras(
+    "sinks": AttentionOptions(sinks=torch.linspace(-1, 2, HEADS)),
+    "sinks in a window": AttentionOptions(
         sinks=torch.linspace(-1, 2, HEADS), rule=sliding_window_causal_mask_function(4)
     ),
-    "alibi": Extras(bias=lambda n: torch.linspace(0.1, 1, HEADS)[:, None] * torch.arange(n)),
+    "alibi": AttentionOptions(
+        bias=lambda n: torch.linspace(0.1, 1, HEADS)[:, None] * torch.arange(n)
+    ),
 }
 
 
-@pytest.mark.parametrize("long_tokens", [attention.LONG_TOKENS, 2])
+@pytest.mark.parametrize("chunk_tokens", [attention.CHUNK_TOKENS, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_every_segment_is_attended_as_if_alone(
-    name: str, long_tokens: int, monkeypatch: pytest.MonkeyPatch
+    name: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "LONG_TOKENS", long_tokens)
+    monkeypatch.setattr(attention, "CHUNK_TOKENS", chunk_tokens)
     context, parts = batch()
     for output, part, (start, _) in zip(run(context, parts, CASES[name]), parts, LENGTHS):
         expected = plainly(part, start, CASES[name])
@@ -112,10 +116,10 @@ def test_masks_are_made_once_per_step_and_not_once_per_block() -> None:
         asked.append(1)
         return sliding_window_causal_mask_function(4)(*args)
 
-    extras = Extras(rule=counting)
+    options = AttentionOptions(rule=counting)
     for _ in range(3):
         context.kv = [(keys, values) for _, keys, values in parts]
-        run(context, parts, extras)
+        run(context, parts, options)
     assert len(asked) == len(LENGTHS)
 
 
@@ -124,10 +128,10 @@ def test_a_segment_that_takes_no_part_gets_zeros() -> None:
     context.active = [context.parts[1], context.parts[3]]
     assert context.kv is not None
     context.kv = [context.kv[1], context.kv[3]]
-    outputs = run(context, parts, Extras())
+    outputs = run(context, parts, AttentionOptions())
     assert not outputs[0].any() and not outputs[2].any()
     for index in (1, 3):
-        expected = plainly(parts[index], LENGTHS[index][0], Extras())
+        expected = plainly(parts[index], LENGTHS[index][0], AttentionOptions())
         torch.testing.assert_close(outputs[index], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -135,9 +139,9 @@ def test_pasts_given_one_after_another_are_split() -> None:
     context, parts = batch()
     context.kv = None
     query, keys, values = (torch.cat([p[i] for p in parts], dim=1)[None] for i in range(3))
-    output = attend_packed(context, (query, keys, values), Extras())
+    output = attend_packed(context, (query, keys, values), AttentionOptions())
     for (_, first, last), part, (start, _) in zip(context.parts, parts, LENGTHS):
-        expected = plainly(part, start, Extras())
+        expected = plainly(part, start, AttentionOptions())
         torch.testing.assert_close(output[0, first:last], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -154,12 +158,12 @@ def test_a_past_of_other_length_is_refused() -> None:
     query, keys, values = parts[0]
     with pytest.raises(MaskNotUnderstood):
         context.kv = None
-        attend_packed(context, (query[None], keys[None], values[None]), Extras())
+        attend_packed(context, (query[None], keys[None], values[None]), AttentionOptions())
 
 
 def test_a_rule_is_compared_by_identity_within_one_step_only() -> None:
     context, parts = batch()
-    first = run(context, parts, Extras(rule=causal_mask_function))
+    first = run(context, parts, AttentionOptions(rule=causal_mask_function))
     context.kv = [(keys, values) for _, keys, values in parts]
     narrow = replace(CASES["window"], scaling=None)
     second = run(context, parts, narrow)

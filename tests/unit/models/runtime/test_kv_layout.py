@@ -35,14 +35,14 @@ class TestLearnedLayout:
 
     def test_pages_are_so_many_values_per_token(self) -> None:
         layout = whole_model("llama").layout
-        assert layout.page_dtype == torch.float32
+        assert layout.kv_dtype == torch.float32
         assert layout.kv_width(BlockSpan(11, 13)) == 2 * (2 * 8 + 2 * 8)
 
     def test_what_is_more_than_that_has_no_pages(self) -> None:
         halves = BlockLayout(key_shape=(1, 2), value_shape=(1, 2), dtype=torch.float16)
         mixed = KVLayout(span=SPAN, blocks=(halves, BlockLayout(key_shape=(1, 2))))
         for layout in (mixed, whole_model("qwen3_next").layout):
-            assert layout.page_dtype is None and layout.kv_width(layout.span) == 0
+            assert layout.kv_dtype is None and layout.kv_width(layout.span) == 0
 
 
 class TestSlabRow:

@@ -72,7 +72,7 @@ def test_adapters_of_different_ranks_run_in_one_forward(
     texts = [through_blocks(model, token_ids(8 + n, n)) for n, model in enumerate(models)]
     rows = [SlabRow(ALL, 16) for _ in texts]
     calls: list[int] = []
-    span._base.register_forward_pre_hook(lambda *_: calls.append(1))
+    span.base.register_forward_pre_hook(lambda *_: calls.append(1))
     found: list[list[torch.Tensor]] = [[] for _ in texts]
     for start, end in ((0, 5), (5, 6), (6, 8)):
         outputs = span.run(

@@ -67,14 +67,14 @@ def test_blocks_that_cannot_go_back_are_noticed(monkeypatch: pytest.MonkeyPatch)
 
 def test_int8_gives_no_gradients() -> None:
     span = whole_model("llama")
-    quantize_linears(span._layers)
+    quantize_linears(span.layers)
     span.quant = QuantKind.INT8
     assert "int8" in gradient_test(span)
 
 
 def test_a_checkpoints_own_narrow_weights_give_none() -> None:
     span = whole_model("llama")
-    projection = span._layers[0].mlp.up_proj
+    projection = span.layers[0].mlp.up_proj
     projection.weight.data = projection.weight.data.to(torch.float8_e4m3fn)
     assert "quantization" in gradient_test(span)
 

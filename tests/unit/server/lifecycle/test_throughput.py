@@ -6,7 +6,7 @@ import torch
 
 from petals.errors import ConfigError
 from petals.models.loading import quantize
-from petals.models.loading.quantize import Choice, QuantKind
+from petals.models.loading.quantize import PrecisionChoice, QuantKind
 from petals.server.config import ComputeConfig
 from petals.server.lifecycle.throughput import (
     PROBE_FILE,
@@ -27,13 +27,13 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """The arguments of every probe; it finds int8 fastest, bf16 next."""
     asked: list[bool] = []
 
-    def fastest(device: str, *, lossy: bool) -> Choice:
+    def fastest(device: str, *, lossy: bool) -> PrecisionChoice:
         asked.append(lossy)
         if lossy:
-            return Choice(dtype=F32, quant=QuantKind.INT8, seconds={})
-        return Choice(dtype=BF16, quant=QuantKind.NONE, seconds={})
+            return PrecisionChoice(dtype=F32, quant=QuantKind.INT8, seconds={})
+        return PrecisionChoice(dtype=BF16, quant=QuantKind.NONE, seconds={})
 
-    monkeypatch.setattr(quantize, "fastest", fastest)
+    monkeypatch.setattr(quantize, "choose_precision", fastest)
     return asked
 
 
@@ -78,8 +78,8 @@ def test_auto_quantization_may_take_int8(probes: list[bool], tmp_path: Path) -> 
 def test_f32_weights_are_not_rounded_for_speed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    choice = Choice(dtype=BF16, quant=QuantKind.NONE, seconds={})
-    monkeypatch.setattr(quantize, "fastest", lambda device, *, lossy: choice)
+    choice = PrecisionChoice(dtype=BF16, quant=QuantKind.NONE, seconds={})
+    monkeypatch.setattr(quantize, "choose_precision", lambda device, *, lossy: choice)
     found = choose_precision(ComputeConfig(quant="auto"), F32, "cpu", tmp_path)
     assert found == Precision(F32, QuantKind.NONE)
 

@@ -1,16 +1,19 @@
-"""Blocks of one kind, and of several."""
+"""Signatures of blocks, and how the self-test uses them."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from petals.errors import ModelNotSupported
 from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading.split import LoadOptions, load_blocks
 from petals.models.runtime.span import Span
 from petals.models.verify import self_test
+from petals.models.verify.block_signature import layer_signature, signature_of
 from petals.models.verify.self_test import gradient_test, run_self_test
+from petals.models.verify.tiny import tiny_config
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
 
@@ -39,7 +42,7 @@ def test_blocks_are_told_apart_by_what_they_do(
     model: str, kinds: list[int], tmp_path: Path
 ) -> None:
     span = tiny_span(model, tmp_path)
-    found = [span.kind_of(block) for block in range(len(kinds))]
+    found = [signature_of(span, block) for block in range(len(kinds))]
     assert [found.index(kind) for kind in found] == [kinds.index(kind) for kind in kinds]
 
 
@@ -74,6 +77,12 @@ def test_weights_that_are_no_numbers_are_noticed_in_any_block(
     monkeypatch.setattr(self_test, "_STRIP_BLOCKS", 1)
     span = tiny_span("llama", tmp_path)
     with torch.no_grad():
-        next(span._layers[4].parameters())[0] = torch.nan
+        next(span.layers[4].parameters())[0] = torch.nan
     with pytest.raises(ModelNotSupported):
         run_self_test(span)
+
+
+def test_entries_of_the_config_count_at_the_number_of_the_layer() -> None:
+    config = tiny_config("llama", num_hidden_layers=3, layer_types=["full", "full", "sliding"])
+    full, again, sliding = (layer_signature(nn.Linear(2, 2), n, config) for n in range(3))
+    assert full == again != sliding
