@@ -1,6 +1,6 @@
-"""Where a session's time went, hop by hop.
+"""How the time of a session was spent, hop by hop, and how it was repaired.
 
-Plain values; knows nothing of how they were measured.
+Values only; knows nothing of how they were measured.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,12 @@ from petals.types import BlockSpan, PeerId, Route
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """One step at one hop, in seconds; queue and compute are the server's own measurements."""
+    """The time (s) of one step at one hop.
+
+    queue_seconds, compute_seconds: measured by the server. total_seconds: their sum, and a share of
+    the rest of the time that the client measured, which is divided equally among the hops that
+    forwarded the step to each other. batch_tokens: tokens in the batch that the step ran in.
+    """
 
     step_id: int
     num_tokens: int
@@ -26,7 +31,7 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class HopTrace:
-    """The latest steps of one hop, and whether our own stream to it goes through a relay."""
+    """The latest steps of one hop, and whether the client's stream to it goes through a relay."""
 
     peer_id: PeerId
     blocks: BlockSpan
@@ -34,19 +39,19 @@ class HopTrace:
     is_relayed: bool = False
 
     def median_seconds(self, part: str = "total") -> float:
-        """Median over the steps of ``part``: "total", "queue" or "compute"; 0 before the first."""
+        """Median (s) over the steps of ``part``: "total", "queue" or "compute"; 0 without steps."""
         return median_of([getattr(step, f"{part}_seconds") for step in self.steps])
 
     @property
     def overhead_seconds(self) -> float:
-        """Median of what a step took beyond queue and compute: link, framing, hand-overs."""
+        """Median (s) of total - queue - compute: the time for links, framing and scheduling."""
         return median_of(
             [s.total_seconds - s.queue_seconds - s.compute_seconds for s in self.steps]
         )
 
 
 class Way(StrEnum):
-    """How states get from one server to the next."""
+    """The path of hidden states from one server to the next."""
 
     DIRECT = "direct"
     RELAYED = "relayed"
@@ -55,7 +60,7 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EdgeTrace:
-    """Two hops that follow each other, and the way between them now."""
+    """Two consecutive hops and the present path from ``near`` to ``far``."""
 
     near: PeerId
     far: PeerId
@@ -64,7 +69,10 @@ class EdgeTrace:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """A hop that was lost and what took its place, in ``stall_seconds`` without progress."""
+    """A hop that was lost, and the route that replaced it.
+
+    stall_seconds: time (s) in which the session made no progress.
+    """
 
     peer_id: PeerId
     blocks: BlockSpan
@@ -75,7 +83,10 @@ class Repair:
 
 @dataclass(frozen=True, slots=True)
 class SessionTrace:
-    """A snapshot of a session: its route and the latest of its steps (about a thousand)."""
+    """A snapshot of a session: its route and the latest of its steps (about a thousand).
+
+    step_seconds: time (s) of each step through the whole route.
+    """
 
     hops: tuple[HopTrace, ...]
     step_seconds: tuple[float, ...]
@@ -83,16 +94,16 @@ class SessionTrace:
     repairs: tuple[Repair, ...] = ()
 
     def __str__(self) -> str:
-        """The route; a way between two servers is named where it is not direct."""
+        """The route, with the path between two servers where it is not direct."""
         arrows = [" → " if edge.way is Way.DIRECT else f" → ({edge.way}) → " for edge in self.edges]
-        words = [
+        hops = [
             f"{hop.blocks} at …{hop.peer_id[-6:]} ({hop.median_seconds() * 1e3:.1f} ms)"
             for hop in self.hops
         ]
-        pairs = zip_longest(words, arrows[: len(words)], fillvalue="")
+        pairs = zip_longest(hops, arrows[: len(hops)], fillvalue="")
         return "".join(part for pair in pairs for part in pair)
 
 
 def median_of(values: Sequence[float]) -> float:
-    """The median; 0 of nothing."""
+    """The median; 0 if there are no values."""
     return median(values) if values else 0.0

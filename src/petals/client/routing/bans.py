@@ -1,4 +1,7 @@
-"""Whom a client avoids, for how long and why. Knows peers and seconds; decides no route."""
+"""The servers that a client avoids, until when and why.
+
+Knows peers and seconds; decides no route.
+"""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -6,11 +9,14 @@ from enum import IntEnum
 from petals.types import PeerId
 
 _MAX_BAN_SECONDS = 3600.0
+"""Upper limit of a ban (s), which doubles with every repeated failure."""
 
 
 class Cause(IntEnum):
-    """Why a server is avoided, the worst last: it was left as too slow; it did not answer a call,
-    but held nothing of ours; it failed us.
+    """Why a server is avoided, the worst cause last.
+
+    SLOW: a session left it as a straggler. UNANSWERED: it did not answer a request, but held no
+    state of this client. FAILED: it failed while it served this client.
     """
 
     SLOW = 0
@@ -20,7 +26,7 @@ class Cause(IntEnum):
 
 @dataclass(slots=True)
 class Ban:
-    """Until when (monotonic seconds) a server is avoided, for how long in all, and why."""
+    """A ban: its end (monotonic seconds), its length (s) and its cause."""
 
     until: float
     seconds: float
@@ -28,7 +34,11 @@ class Ban:
 
 
 class Bans:
-    """Who failed lately. A ban doubles if the next failure follows soon, else it is forgotten."""
+    """The bans of one client.
+
+    A first ban lasts ``first_seconds``. If the next failure follows within the length of the ban
+    after its end, the next ban is twice as long; a later failure counts as the first.
+    """
 
     def __init__(self, first_seconds: float) -> None:
         self._first_seconds = first_seconds
@@ -37,7 +47,10 @@ class Bans:
     def add(
         self, peer: PeerId, now: float, factor: float = 1.0, cause: Cause = Cause.FAILED
     ) -> Ban:
-        """The peer failed at ``now``. What fails during a ban began before it, and adds nothing."""
+        """Ban ``peer``, which failed at ``now``, for ``first_seconds * factor`` or longer.
+
+        A failure during a ban does not double it: the request was sent before the ban began.
+        """
         known = self._bans.get(peer)
         seconds = self._first_seconds * factor
         if known is not None and now < known.until:
@@ -50,10 +63,10 @@ class Bans:
         return self._bans[peer]
 
     def lift(self, peer: PeerId) -> None:
-        """The peer serves again."""
+        """End the ban of ``peer``, which has served a request."""
         self._bans.pop(peer, None)
 
     def at(self, now: float, least: Cause = Cause.SLOW) -> frozenset[PeerId]:
-        """Those to avoid now, for this cause or a worse one."""
+        """The servers that are banned at ``now`` for the cause ``least`` or a worse one."""
         bans = self._bans.items()
         return frozenset(peer for peer, ban in bans if now < ban.until and ban.cause >= least)

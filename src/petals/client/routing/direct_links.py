@@ -1,7 +1,8 @@
-"""Which hand-overs between servers work and how, and the arcs that a route is cut into by them.
+"""Which servers can forward hidden states to each other directly, as far as a client knows.
 
-An edge that failed goes through the client for a while and is then tried again. Plain values and
-arithmetic: time comes in as a value. Knows no servers but by name.
+A route is cut into direct runs: consecutive hops that forward from one to the next. Between two
+runs the states pass through the client. A link that failed is tried again after some seconds. Pure:
+time is an argument. Knows no network.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,14 @@ from collections.abc import Sequence
 from petals.types import PeerId
 
 RETRY_SECONDS = 30.0
+"""Time (s) for which states pass through the client after a direct link has failed."""
 
 
 class DirectLinks:
-    """The edges that lately did not work; all others are taken to be direct."""
+    """The links between servers that failed lately; all others are assumed to work.
+
+    A link is directed: ``near`` forwards to ``far``.
+    """
 
     def __init__(self, retry_seconds: float = RETRY_SECONDS) -> None:
         self._retry_seconds = retry_seconds
@@ -20,26 +25,29 @@ class DirectLinks:
         self._relayed: set[tuple[PeerId, PeerId]] = set()
 
     def close(self, near: PeerId, far: PeerId, now: float) -> None:
-        """``near`` could not hand over to ``far``."""
+        """Record that ``near`` could not forward to ``far``."""
         self._closed_until[near, far] = now + self._retry_seconds
 
     def is_direct(self, near: PeerId, far: PeerId, now: float) -> bool:
-        """True if states may go from one to the other. Nobody hands over to himself."""
+        """Whether ``near`` may forward to ``far`` now.
+
+        False for one server in two hops in a row: servers do not forward to themselves.
+        """
         return near != far and now >= self._closed_until.get((near, far), 0.0)
 
     def note_way(self, near: PeerId, far: PeerId, is_relayed: bool) -> None:
-        """States have come from ``near`` to ``far``, through a relay or directly."""
+        """Record whether states from ``near`` reached ``far`` through a relay."""
         if is_relayed:
             self._relayed.add((near, far))
         else:
             self._relayed.discard((near, far))
 
     def is_relayed(self, near: PeerId, far: PeerId) -> bool:
-        """True if what came last from one to the other came through a relay."""
+        """Whether the last states from ``near`` reached ``far`` through a relay."""
         return (near, far) in self._relayed
 
-    def arc_end(self, route: Sequence[PeerId], start: int, now: float) -> int:
-        """Where the arc from hop ``start`` ends: the first hop that is not handed to directly."""
+    def run_end(self, route: Sequence[PeerId], start: int, now: float) -> int:
+        """End (exclusive) of the direct run that begins at hop ``start`` of ``route``."""
         end = start + 1
         while end < len(route) and self.is_direct(route[end - 1], route[end], now):
             end += 1

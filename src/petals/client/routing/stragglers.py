@@ -1,7 +1,7 @@
-"""When a server that still answers is left behind for a faster one.
+"""Detects stragglers: servers that answer, but much more slowly than another server would.
 
-Compares what steps took with what servers promise; forgets nothing it has moved for a while. Knows
-no network: times and promises come in as values.
+Compares the measured time of steps with the times that servers announce. Pure: times are arguments.
+Knows no network.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,53 +11,61 @@ from petals.client.trace import StepTiming
 from petals.types import BlockSpan
 
 STEPS = 3
-"""So many steps in a row must have been slow."""
+"""Number of latest steps that must all have been slow."""
 
 FACTOR = 2.0
+"""A step is slow if it took at least FACTOR times the expected seconds per token."""
+
 LOOK_SECONDS = 1.0
-"""So often a range of blocks is looked at."""
+"""Time (s) between two comparisons of the same blocks: the expected times are costly to compute."""
 
 REST_SECONDS = 60.0
-"""A range of blocks that was moved is not moved again within so long."""
+"""Time (s) for which blocks are not compared again after they were moved to another server. It
+prevents a session from moving back and forth between two servers that are both slow.
+"""
 
 MAX_TOKENS = 16
-"""Longer steps are not compared: they take long everywhere."""
+"""Tokens of a step above which it is not compared: the time per token of a prefill differs from
+that of decoding, which servers announce.
+"""
 
-Promise = Callable[[], float | None]
-"""Seconds for one token, as far as they are known."""
+SecondsEstimate = Callable[[], float | None]
+"""Computes the expected seconds for one token; None if they are unknown."""
 
 
 class StragglerDetector:
-    """The judge of one session's hops."""
+    """Decides for one session which of its hops are stragglers."""
 
     def __init__(self) -> None:
-        self._look_at: dict[BlockSpan, float] = {}
-        """When a range may be looked at again."""
+        self._next_look: dict[BlockSpan, float] = {}
+        """Blocks -> monotonic seconds from which on they may be compared again."""
 
     def should_leave(
         self,
         blocks: BlockSpan,
         timings: Sequence[StepTiming],
-        expected_seconds: tuple[Promise, Promise],
+        expected_seconds: tuple[SecondsEstimate, SecondsEstimate],
         now: float,
     ) -> bool:
-        """True if the latest steps all took twice what another server would take.
+        """Whether the hop that runs ``blocks`` should be replaced at ``now``.
 
-        And twice what this server itself announces: ``expected_seconds`` are (this server's, the
-        alternative's). Where every server announces too much, none is a straggler.
+        True if each of the latest ``STEPS`` steps took at least ``FACTOR`` times what this server
+        announces, and ``FACTOR`` times what the alternative announces. ``expected_seconds`` are
+        these two estimates, per token. The first condition prevents a move if all servers announce
+        times that are too short: the alternative would be as slow.
         """
-        if len(timings) < STEPS or now < self._look_at.get(blocks, now):
+        if len(timings) < STEPS or now < self._next_look.get(blocks, now):
             return False
         latest = list(islice(reversed(timings), STEPS))
         if max(step.num_tokens for step in latest) > MAX_TOKENS:
             return False
-        self._look_at[blocks] = now + LOOK_SECONDS
+        self._next_look[blocks] = now + LOOK_SECONDS
         per_token = min(
             (step.queue_seconds + step.compute_seconds) / max(1, step.num_tokens) for step in latest
         )
-        for promise in expected_seconds:
-            seconds = promise()
+        for estimate in expected_seconds:
+            seconds = estimate()
             if seconds is None or per_token < FACTOR * seconds:
                 return False
-        self._look_at[blocks] = now + REST_SECONDS
+        self._next_look[blocks] = now + REST_SECONDS
         return True

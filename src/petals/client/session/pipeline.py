@@ -206,7 +206,7 @@ class HopPipeline:
         if not self._swarm.config.use_server_to_server:
             return start + 1
         peers = [hop.peer_id for hop in hops or self.hops]
-        return self._swarm.edges.arc_end(peers, start, self._now())
+        return self._swarm.edges.run_end(peers, start, self._now())
 
     def _way(self, index: int, far: HopSession) -> Way:
         if self.arc_end(index) == index + 1:

@@ -88,18 +88,6 @@ def test_training_needs_servers_that_train() -> None:
         find_route(table, needs(0, 5, is_training=True))
 
 
-def test_a_measured_link_between_servers_counts() -> None:
-    trip = 0.1
-    table = [
-        server("a", 0, 4, round_trip_seconds=trip),
-        server("beside", 4, 8, speed=0.011, round_trip_seconds=trip),
-        server("alone", 4, 8, speed=0.010, round_trip_seconds=trip),
-    ]
-    assert find_route(table, needs(0, 8))[1].peer_id == "alone"
-    links = {(PeerId("a"), PeerId("beside")): 0.001}
-    assert find_route(table, needs(0, 8), links)[1].peer_id == "beside"
-
-
 def test_missing_blocks_are_named() -> None:
     table = [server("a", 0, 10), server("b", 20, 25), server("c", 26, 30)]
     with pytest.raises(MissingBlocksError, match="10:20, 25:26 of tiny") as caught:
