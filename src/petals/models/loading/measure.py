@@ -12,8 +12,8 @@ Stopwatch = Callable[[], float]
 """Seconds since a fixed point."""
 
 MIN_SPEEDUP = 1.08
-"""Ratio of the seconds of the usual way to those of an alternative, above which the alternative is
-used. A smaller gain is within the noise of the measurement.
+"""An alternative is used if the usual way takes more than this many times its seconds; a smaller
+gain is within the noise of the measurement.
 """
 
 MIN_MATRIX_BYTES = 2**20

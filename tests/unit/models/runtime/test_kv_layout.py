@@ -33,12 +33,12 @@ class TestLearnedLayout:
         assert attending.token_bytes > 0 and attending.state_bytes == 0
         assert layout.input_bytes == 48 * 4
 
-    def test_pages_are_so_many_values_per_token(self) -> None:
+    def test_keys_and_values_of_a_token_have_a_fixed_width(self) -> None:
         layout = whole_model("llama").layout
         assert layout.kv_dtype == torch.float32
         assert layout.kv_width(BlockSpan(11, 13)) == 2 * (2 * 8 + 2 * 8)
 
-    def test_what_is_more_than_that_has_no_pages(self) -> None:
+    def test_states_and_mixed_dtypes_cannot_be_moved(self) -> None:
         halves = BlockLayout(key_shape=(1, 2), value_shape=(1, 2), dtype=torch.float16)
         mixed = KVLayout(span=SPAN, blocks=(halves, BlockLayout(key_shape=(1, 2))))
         for layout in (mixed, whole_model("qwen3_next").layout):
