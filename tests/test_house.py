@@ -56,7 +56,7 @@ def parameters(function: Function) -> list[ast.arg]:
 
 def is_command(path: Path) -> bool:
     """A command's parameters are the options that its user types."""
-    return name_of(path).startswith("cli/")
+    return name_of(path).startswith("cli/commands/")
 
 
 def test_there_is_a_house() -> None:
@@ -162,11 +162,12 @@ def catches_everything(handler: ast.ExceptHandler) -> bool:
 def test_configs_are_frozen() -> None:
     for path, tree in TREES.items():
         for node in ast.walk(tree):
-            if not isinstance(node, ast.ClassDef) or not node.name.endswith("Config"):
+            if not isinstance(node, ast.ClassDef):
                 continue
-            for decorator in map(ast.unparse, node.decorator_list):
-                if decorator.startswith("dataclass"):
-                    assert "frozen=True" in decorator, f"{name_of(path)}: {node.name}"
+            is_checked = "Settings" in map(ast.unparse, node.bases)
+            decorators = [d for d in map(ast.unparse, node.decorator_list) if "dataclass" in d]
+            if is_checked or (node.name.endswith("Config") and decorators):
+                assert any("frozen=True" in d for d in decorators), f"{name_of(path)}: {node.name}"
 
 
 def test_unit_tests_do_not_sleep() -> None:

@@ -97,7 +97,7 @@ async def real_swarm(
             compute=ComputeConfig(device="cpu", num_threads=1),
             memory=MemoryConfig(cache_tokens=cache_tokens, outbox_bytes=outbox_bytes),
             limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
-            door=ClientLimits(replay_chunk_tokens=16, lease_seconds=lease_seconds),
+            clients=ClientLimits(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),
             drain_seconds=drain_seconds,
         )

@@ -8,6 +8,7 @@ import typer
 import petals
 from petals.cli.commands import bootstrap, chat, demo, drain, generate, models, serve, status, swarm
 from petals.cli.terminal.console import print_data, run_as_command
+from petals.cli.terminal.options import GroupedCommand
 
 app = typer.Typer(
     name="petals",
@@ -17,12 +18,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
-app.command("serve")(serve.serve)
+app.command("serve", cls=GroupedCommand)(serve.serve)
 app.command("drain")(drain.drain)
-app.command("bootstrap")(bootstrap.bootstrap)
+app.command("bootstrap", cls=GroupedCommand)(bootstrap.bootstrap)
 app.add_typer(swarm.app, name="swarm")
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
+app.command("generate", cls=GroupedCommand)(generate.generate)
+app.command("chat", cls=GroupedCommand)(chat.chat)
 app.command("status")(status.status)
 app.add_typer(models.app, name="models")
 

@@ -1,114 +1,197 @@
-"""What a client can be told: which swarm, which servers, how patient.
+"""The settings of a client: which swarm, which servers, which timeouts.
 
-The old Petals field names are kept; each is honoured, or accepted with one warning that names the
-replacement. The environment is read when a config is made. Must not know torch or the network.
+The field names of the original Petals are kept; each is honoured, or accepted with one warning that
+names the replacement. The environment is read when a config is made. Must not know torch or the
+network.
 """
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from petals import constants
 from petals.errors import ConfigError
+from petals.settings import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Setting,
+    Settings,
+    WholeNumber,
+)
 from petals.types import PeerId
 
 DEFAULT_MAX_RETRIES = 3
-"""Used where ``max_retries`` is None. Old clients went on forever; nobody waits that long."""
+"""Number of further attempts where ``max_retries`` is None (the original's default: no limit)."""
 
-_POSITIVE = (
-    "connect_timeout",
-    "request_timeout",
-    "update_period",
-    "ping_timeout",
-    "ban_timeout",
-    "silence_timeout",
-    "step_timeout",
-    "prefill_chunk_tokens",
-)
-_NOT_NEGATIVE = (
-    "alloc_timeout",
-    "repair_timeout",
-    "max_kept_bytes",
-    "min_backoff",
-    "max_backoff",
-    "max_pinged",
-    "max_retries",
-)
+
+def _addresses(given: Iterable[object] | None) -> tuple[str, ...]:
+    """One text of addresses, several texts, or objects whose ``str`` is an address; None: those of
+    the environment.
+    """
+    if given is None:
+        return constants.initial_peers()
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, Iterable):
+        return tuple(" ".join(map(str, given)).replace(",", " ").split())
+    raise ConfigError("initial_peers is a list of addresses.", hint='["/ip4/…/tcp/…/p2p/…"]')
+
+
+def _peer_ids(given: Iterable[object] | str | None) -> frozenset[PeerId] | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        raise ConfigError("Servers are given as a list of peer ids.", hint='["12D3KooW…"]')
+    return frozenset(PeerId(str(peer)) for peer in given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientConfig:
-    """Settings of everything a client does in a swarm. Times are in seconds.
+class ClientConfig(Settings):
+    """Settings of everything that a client does in a swarm. Times are in seconds.
 
-    ``initial_peers``: multiaddresses of any members (environment: PETALS_INITIAL_PEERS).
-    ``swarm_key``: file with the key of a private swarm (environment: PETALS_SWARM_KEY).
-    ``dht_prefix``: the name a model is announced under, where it is not the repository's.
-    ``show_route``: log the routes of sessions ("inference"), of everything (True) or none (False).
-    ``allowed_servers`` / ``blocked_servers``: peer ids to use only, or never.
-    ``connect_timeout`` is for opening a stream (to a server that has answered before at most
-    ``silence_timeout``), ``request_timeout`` for one answer, ``alloc_timeout`` for waiting until a
-    full server has room.
-    ``max_retries``: further attempts after the first when peers fail (environment:
-    PETALS_MAX_RETRIES); ``min_backoff`` and ``max_backoff`` bound the pauses between them.
-    ``ban_timeout``: how long a failed server is avoided, doubled with each further failure.
-    ``update_period``: age at which what is known of the servers is read anew; ``max_pinged`` of
-    them per block are then measured, waiting ``ping_timeout``.
-    ``prefill_chunk_tokens``: longer steps are cut so that hops work on them one behind the other.
-    ``use_server_to_server``: hops hand states to each other; else all pass through the client.
-    ``silence_timeout``: a server that is asked for something and gives no sign of life for so long
-    is replaced.
-    ``step_timeout``: after so long at least (four times what such a step took, if that is more)
-    a step that nobody answers is repeated through the client, hop by hop.
-    ``repair_timeout``: how long a session waits for somebody to serve what it has lost.
-    ``max_kept_bytes``: memory for what sessions have sent to their first hops, from which these are
-    replaced; a session that does not fit survives the loss of other hops only.
-    Raises ConfigError for values that make no sense.
+    Raises ConfigError for a value that is not allowed.
     """
 
-    initial_peers: tuple[str, ...] = field(default_factory=constants.initial_peers)
-    swarm_key: Path | None = field(default_factory=constants.swarm_key_file)
-    dht_prefix: str | None = None
-    show_route: bool | Literal["inference"] = "inference"
-    allowed_servers: frozenset[PeerId] | None = None
-    blocked_servers: frozenset[PeerId] | None = None
-    use_server_to_server: bool = True
-    connect_timeout: float = 5.0
-    request_timeout: float = 180.0
-    alloc_timeout: float = 10.0
-    silence_timeout: float = 3.0
-    step_timeout: float = 1.0
-    repair_timeout: float = 60.0
-    max_kept_bytes: int = 2 * 1024**3
-    update_period: float = 60.0
-    max_retries: int | None = field(default_factory=constants.max_retries)
-    min_backoff: float = 1.0
-    max_backoff: float = 60.0
-    ban_timeout: float = 15.0
-    active_adapter: str | None = None
-    max_pinged: int = 3
-    ping_timeout: float = 2.0
-    prefill_chunk_tokens: int = 512
-    daemon_startup_timeout: float | None = None
+    initial_peers: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Address of a member of the swarm; may be repeated.",
+            "--join",
+            "ADDR",
+            env=constants.ENV_INITIAL_PEERS,
+            parse=_addresses,
+        ),
+    ] = field(default_factory=constants.initial_peers)
+    swarm_key: Annotated[
+        Path | None,
+        Setting("Key file of a private swarm.", "--swarm-key", "FILE", env=constants.ENV_SWARM_KEY),
+    ] = field(default_factory=constants.swarm_key_file)
+    dht_prefix: Annotated[
+        str | None,
+        Setting(
+            "Name under which the model is announced, if it is not its repository's.",
+            "--name",
+            "NAME",
+        ),
+    ] = None
+    show_route: Annotated[
+        bool | Literal["inference"],
+        Setting("Log routes: of sessions (inference), of sessions and training (True), or none."),
+    ] = "inference"
+    allowed_servers: Annotated[
+        frozenset[PeerId] | None,
+        Setting(
+            "Peer id of a server to use, and no others; may be repeated.",
+            "--allow-server",
+            "PEER",
+            parse=_peer_ids,
+        ),
+    ] = None
+    blocked_servers: Annotated[
+        frozenset[PeerId] | None,
+        Setting(
+            "Peer id of a server that is never used; may be repeated.",
+            "--block-server",
+            "PEER",
+            parse=_peer_ids,
+        ),
+    ] = None
+    use_server_to_server: Annotated[
+        bool,
+        Setting("Hops send states to each other; otherwise all states pass through the client."),
+    ] = True
+    connect_timeout: Annotated[
+        PositiveFloat,
+        Setting(
+            "Time limit for opening a stream to a server. A server that has answered before gets "
+            "at most silence_timeout."
+        ),
+    ] = 5.0
+    request_timeout: Annotated[
+        PositiveFloat,
+        Setting("Time limit for the answer to one request.", "--request-timeout", "SECONDS"),
+    ] = 180.0
+    alloc_timeout: Annotated[
+        NonNegativeFloat,
+        Setting(
+            "How long a session waits for KV memory on a full server.", "--alloc-timeout", "SECONDS"
+        ),
+    ] = 10.0
+    silence_timeout: Annotated[
+        PositiveFloat,
+        Setting(
+            "A server that owes an answer and sends nothing for this long, not even a heartbeat, "
+            "is replaced."
+        ),
+    ] = 3.0
+    step_timeout: Annotated[
+        PositiveFloat,
+        Setting(
+            "Minimum time before a step without an answer is repeated through the client; the "
+            "effective limit is max(step_timeout, 4 x the expected time of the step)."
+        ),
+    ] = 1.0
+    repair_timeout: Annotated[
+        NonNegativeFloat,
+        Setting("How long a session waits for a server to replace one it has lost."),
+    ] = 60.0
+    max_kept_bytes: Annotated[
+        WholeNumber,
+        Setting(
+            "Memory for the inputs of all sessions, from which a lost first hop is refilled. A "
+            "session that does not fit survives the loss of other hops only."
+        ),
+    ] = 2 * 1024**3
+    update_period: Annotated[
+        PositiveFloat,
+        Setting("Age at which the records of the servers are read again."),
+    ] = 60.0
+    max_retries: Annotated[
+        WholeNumber | None,
+        Setting(
+            f"Further attempts after the first when servers fail; {DEFAULT_MAX_RETRIES} if it is "
+            "not given.",
+            "--max-retries",
+            "N",
+            env=constants.ENV_MAX_RETRIES,
+        ),
+    ] = field(default_factory=constants.max_retries)
+    min_backoff: Annotated[
+        NonNegativeFloat,
+        Setting("Pause before the third attempt; it doubles with each further one."),
+    ] = 1.0
+    max_backoff: Annotated[NonNegativeFloat, Setting("Longest pause between two attempts.")] = 60.0
+    ban_timeout: Annotated[
+        PositiveFloat,
+        Setting("How long a failed server is not used; doubled with each further failure."),
+    ] = 15.0
+    active_adapter: Annotated[
+        str | None,
+        Setting("Adapter that the servers apply, by name.", "--adapter", "NAME"),
+    ] = None
+    max_pinged: Annotated[
+        WholeNumber, Setting("How many servers of each block are measured when records are read.")
+    ] = 3
+    ping_timeout: Annotated[PositiveFloat, Setting("Time limit for measuring one server.")] = 2.0
+    prefill_chunk_tokens: Annotated[
+        PositiveInt,
+        Setting("Longer steps are cut into pieces of this many tokens, so that hops overlap."),
+    ] = 512
+    daemon_startup_timeout: Annotated[
+        float | None, Setting("Without effect; accepted with a warning.")
+    ] = None
 
-    def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "initial_peers", _addresses(self.initial_peers))
-        put(self, "swarm_key", Path(self.swarm_key).expanduser() if self.swarm_key else None)
-        put(self, "allowed_servers", _peer_ids(self.allowed_servers))
-        put(self, "blocked_servers", _peer_ids(self.blocked_servers))
-        for name in (*_POSITIVE, *_NOT_NEGATIVE):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (value == 0 and name not in _NOT_NEGATIVE)):
-                raise ConfigError(f"{name}={value} makes no sense.", hint="Give a positive number.")
+    def check(self) -> None:
+        """Warn of what has no effect."""
         if self.daemon_startup_timeout is not None:
             warnings.warn(
                 "daemon_startup_timeout is not needed any more: the node starts or fails by itself "
                 "within seconds; connect_timeout is how long a peer may take to answer.",
                 FutureWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property
@@ -117,7 +200,9 @@ class ClientConfig:
         return DEFAULT_MAX_RETRIES if self.max_retries is None else self.max_retries
 
     def backoff_seconds(self, num_failures: int) -> float:
-        """Pause before the attempt after ``num_failures`` failures: none, then doubling."""
+        """Pause (s) before the attempt that follows ``num_failures`` failures: 0 after the first,
+        then min(min_backoff x 2^(num_failures - 2), max_backoff).
+        """
         if num_failures <= 1:
             return 0.0
         return float(min(self.min_backoff * 2.0 ** min(num_failures - 2, 32), self.max_backoff))
@@ -137,22 +222,3 @@ class ClientConfig:
             return cls.take_from(dict(source))
         named = [f.name for f in fields(cls) if hasattr(source, f.name)]
         return cls(**{name: getattr(source, name) for name in named})
-
-
-def _addresses(given: str | os.PathLike[str] | Iterable[object] | None) -> tuple[str, ...]:
-    """One address, several, or objects that print as addresses."""
-    if given is None:
-        return constants.initial_peers()
-    if isinstance(given, str):
-        return tuple(given.replace(",", " ").split())
-    if isinstance(given, Iterable):
-        return tuple(str(address) for address in given)
-    raise ConfigError("initial_peers is a list of addresses.", hint='["/ip4/…/tcp/…/p2p/…"]')
-
-
-def _peer_ids(given: Iterable[object] | str | None) -> frozenset[PeerId] | None:
-    if given is None:
-        return None
-    if isinstance(given, str):
-        raise ConfigError("Servers are given as a list of peer ids.", hint='["12D3KooW…"]')
-    return frozenset(PeerId(str(peer)) for peer in given)

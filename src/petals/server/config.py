@@ -1,184 +1,288 @@
-"""Everything an operator can choose about a server, in groups, checked when it is written down.
+"""The settings of a server, in groups, checked when they are made.
 
-Loads neither torch nor an engine, so that a command line can build it in no time.
+Loads neither torch nor an engine, so that a command line can be built from it quickly.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from petals.constants import DTYPE_NAMES
+from msgspec import Meta
+
 from petals.errors import ConfigError
 from petals.server.policies import MovePolicy, SchedulerConfig
+from petals.settings import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Setting,
+    Settings,
+    WholeNumber,
+)
 from petals.swarm.config import MIB, NodeConfig
 from petals.types import BlockSpan, ModelId
 
-QUANT_NAMES = ("auto", "none", "int8", "bnb-int8", "nf4")
-DEVICE_NAMES = ("auto", "cpu", "cuda", "mps")
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+QuantName = Literal["none", "auto", "int8", "bnb-int8", "nf4"]
+DeviceName = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
+
+
+def _span(given: object) -> object:
+    """``"0:10"`` in place of the span."""
+    return BlockSpan.parse(given) if isinstance(given, str) else given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceConfig:
-    """Where the model is from. ``name`` replaces its own name in the directory.
+class SourceConfig(Settings):
+    """Where the model and its adapters are from."""
 
-    ``adapters`` are folders or repositories of LoRA adapters that every client may ask for.
-    """
-
-    model: str
-    name: ModelId | None = None
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | None = None
-    adapters: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComputeConfig:
-    """How to compute.
-
-    ``dtype`` "auto" keeps half-precision checkpoints in bf16 where that is fastest here and uses
-    f32 otherwise; "int8" is f32 with int8 matrices. ``quant`` "auto" takes int8 where it is
-    fastest. ``num_threads`` None leaves busy cores to others.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    quant: str = "none"
-    num_threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.device.partition(":")[0] not in DEVICE_NAMES:
-            raise _unknown("device", self.device, DEVICE_NAMES)
-        if self.dtype not in (*DTYPE_NAMES, "int8"):
-            raise _unknown("dtype", self.dtype, (*DTYPE_NAMES, "int8"))
-        if self.quant not in QUANT_NAMES:
-            raise _unknown("quantization", self.quant, QUANT_NAMES)
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ConfigError("A server needs at least one thread.", hint="Say --threads 1.")
+    model: Annotated[str, Setting("A Hugging Face repository or a local folder.", "MODEL")]
+    name: Annotated[
+        ModelId | None,
+        Setting("Name of the model in the directory, if another than its own.", "--name", "NAME"),
+    ] = None
+    revision: Annotated[
+        str | None, Setting("Revision of the repository.", "--revision", "REVISION")
+    ] = None
+    token: Annotated[
+        str | bool | None,
+        Setting("Hugging Face access token; by default the one of HF_TOKEN or of a login."),
+    ] = None
+    cache_dir: Annotated[
+        str | None,
+        Setting("Folder of downloaded files, if not Hugging Face's own.", "--cache-dir", "FOLDER"),
+    ] = None
+    adapters: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A LoRA adapter (repository or folder) that clients may ask for; may be repeated.",
+            "--adapters",
+            "LORA",
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryConfig:
-    """The KV budget: ``cache_tokens`` per block, or ``cache_bytes`` in all; None: what fits.
+class ComputeConfig(Settings):
+    """How to compute."""
 
-    ``outbox_bytes`` is for the outputs that sessions may be repaired from; None: as many tokens as
-    the cache holds. ``training_bytes`` is for what passes keep for their way back; None: a
-    quarter of what is free, at most 1 GiB.
-    """
+    device: Annotated[
+        DeviceName, Setting("auto, cpu, cuda, cuda:N or mps.", "--device", "DEVICE")
+    ] = "auto"
+    dtype: Annotated[
+        DtypeName,
+        Setting(
+            "Precision of weights and states. auto: half-precision checkpoints in bfloat16 where "
+            "that is fastest, float32 otherwise; int8: float32 with int8 weights.",
+            "--dtype",
+            "DTYPE",
+        ),
+    ] = "auto"
+    quant: Annotated[
+        QuantName,
+        Setting("Quantization of the weights; auto: int8 where it is fastest.", "--quant", "KIND"),
+    ] = "none"
+    num_threads: Annotated[
+        PositiveInt | None,
+        Setting("CPU threads; by default as many as there are idle cores.", "--threads", "N"),
+    ] = None
 
-    cache_tokens: int | None = None
-    cache_bytes: int | None = None
-    outbox_bytes: int | None = None
-    training_bytes: int | None = None
 
-    def __post_init__(self) -> None:
-        for value in (self.cache_tokens, self.cache_bytes):
-            if value is not None and value < 1:
-                raise ConfigError(
-                    "A server without cache can serve nobody.", hint="Give it at least a page."
-                )
-        if self.training_bytes is not None and self.training_bytes < 0:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig(Settings):
+    """How much memory sessions and training may take."""
+
+    cache_tokens: Annotated[
+        PositiveInt | None,
+        Setting("KV memory, in tokens per block; by default what fits.", "--cache-tokens", "N"),
+    ] = None
+    cache_bytes: Annotated[
+        PositiveInt | None,
+        Setting(
+            "KV memory of all blocks, in place of --cache-tokens.",
+            "--cache-memory",
+            "MIB",
+            scale=MIB,
+        ),
+    ] = None
+    outbox_bytes: Annotated[
+        WholeNumber | None,
+        Setting(
+            "Memory for outputs from which a session's next hop is refilled; by default as many "
+            "tokens as the KV memory holds.",
+            "--output-log",
+            "MIB",
+            scale=MIB,
+        ),
+    ] = None
+    training_bytes: Annotated[
+        WholeNumber | None,
+        Setting(
+            "Memory for activations between the forward and the backward pass; by default a "
+            "quarter of what is free, at most 1 GiB. 0 keeps nothing and computes again.",
+            "--training-cache",
+            "MIB",
+            scale=MIB,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raises ConfigError if the KV memory is given twice."""
+        if self.cache_tokens is not None and self.cache_bytes is not None:
             raise ConfigError(
-                "Memory for training cannot be negative.", hint="0 keeps nothing between halves."
+                "Both cache_tokens and cache_bytes are given.",
+                hint="--cache-tokens counts tokens per block, --cache-memory MiB in all: give one.",
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LimitsConfig:
-    """The most one request may ask for; ``max_length`` None: what the model and the cache allow.
+class LimitsConfig(Settings):
+    """The most that one request may ask for."""
 
-    ``max_step_tokens`` is for one step or pass, ``max_rows`` for one session. ``allow_training``
-    False: no gradients for anybody.
-    """
-
-    max_length: int | None = None
-    max_step_tokens: int = 8192
-    max_rows: int = 256
-    allow_training: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientLimits:
-    """How much one client may take, and how long we wait for it.
-
-    ``max_alloc_seconds`` caps what a client may wait for cache. ``lease_seconds``: how long a
-    session outlives its client's last sign of life, an adapter its last use, and what is kept of a
-    pass its forward half. ``max_adapter_bytes`` is what clients' adapters may take in all.
-    ``replay_chunk_tokens``: the most that is replayed to a successor at once.
-    """
-
-    lease_seconds: float = 60.0
-    max_alloc_seconds: float = 600.0
-    max_sessions_per_peer: int = 64
-    max_bytes_per_peer: int = 512 * MIB
-    max_adapter_bytes_per_peer: int = 256 * MIB
-    max_adapter_bytes: int = 1024 * MIB
-    replay_chunk_tokens: int = 256
+    max_length: Annotated[
+        PositiveInt | None,
+        Setting(
+            "Longest session, in tokens; by default what the model and the KV memory allow.",
+            "--max-length",
+            "N",
+        ),
+    ] = None
+    max_step_tokens: Annotated[
+        PositiveInt,
+        Setting("Most tokens in one step or training pass.", "--max-step-tokens", "N"),
+    ] = 8192
+    max_rows: Annotated[
+        PositiveInt, Setting("Most sequences in one session.", "--max-rows", "N")
+    ] = 256
+    allow_training: Annotated[
+        bool, Setting("Compute gradients for clients.", "--training/--no-training")
+    ] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnnounceConfig:
-    """What the directory says of us. ``throughput`` (blocks * tokens / s) None: measured."""
+class ClientLimits(Settings):
+    """How much one client may take, and how long the server keeps it."""
 
-    public_name: str | None = None
-    throughput: float | None = None
-    period_seconds: float = 20.0
-    expiry_seconds: float = 60.0
+    lease_seconds: Annotated[
+        PositiveFloat,
+        Setting(
+            "How long a session outlives its client's last frame, an adapter its last use, and "
+            "kept activations their forward pass.",
+            "--lease",
+            "SECONDS",
+        ),
+    ] = 60.0
+    max_alloc_seconds: Annotated[
+        NonNegativeFloat,
+        Setting("Longest time that a client may wait for KV memory.", "--max-alloc", "SECONDS"),
+    ] = 600.0
+    max_sessions_per_peer: Annotated[
+        PositiveInt, Setting("Sessions of one client.", "--max-sessions-per-client", "N")
+    ] = 64
+    max_bytes_per_peer: Annotated[
+        PositiveInt, Setting("Memory for one client's requests and prompts.")
+    ] = 512 * MIB
+    max_adapter_bytes_per_peer: Annotated[
+        PositiveInt, Setting("Memory for one client's adapters.")
+    ] = 256 * MIB
+    max_adapter_bytes: Annotated[
+        PositiveInt,
+        Setting("Memory for the adapters that clients send.", "--adapter-memory", "MIB", scale=MIB),
+    ] = 1024 * MIB
+    replay_chunk_tokens: Annotated[
+        PositiveInt, Setting("Most tokens that are sent to a replacement server at once.")
+    ] = 256
 
-    def __post_init__(self) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnounceConfig(Settings):
+    """What the directory says of the server."""
+
+    public_name: Annotated[
+        str | None, Setting("Name that petals status shows.", "--public-name", "NAME")
+    ] = None
+    throughput: Annotated[
+        NonNegativeFloat | None,
+        Setting(
+            "Throughput to announce, in blocks x tokens/s; by default measured at the start.",
+            "--throughput",
+            "RATE",
+        ),
+    ] = None
+    period_seconds: Annotated[
+        PositiveFloat,
+        Setting("Period of renewing the announcement.", "--announce-every", "SECONDS"),
+    ] = 20.0
+    expiry_seconds: Annotated[
+        PositiveFloat,
+        Setting("Lifetime of an announcement that is not renewed.", "--announce-for", "SECONDS"),
+    ] = 60.0
+
+    def check(self) -> None:
+        """Raises ConfigError if announcements would expire before they are renewed."""
         if self.expiry_seconds <= self.period_seconds:
             raise ConfigError(
-                "Announcements would expire before they are renewed.",
-                hint="Make the expiration at least twice the update period.",
+                f"Announcements would expire (expiry_seconds={self.expiry_seconds:g}) before they "
+                f"are renewed (period_seconds={self.period_seconds:g}).",
+                hint="Make the lifetime at least twice the period.",
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MovingConfig:
-    """Whether a server that chose its blocks itself may go to others later, and how eagerly.
+class MovingConfig(Settings):
+    """Whether a server that chose its blocks itself may move to others later."""
 
-    ``propagation_seconds``: how long DRAINING needs to be read by everybody, records being cached.
-    """
-
-    enabled: bool = True
-    policy: MovePolicy = MovePolicy()
-    propagation_seconds: float = 45.0
-
-    def __post_init__(self) -> None:
-        if self.policy.look_seconds <= 0:
-            raise ConfigError(
-                "A server cannot look at the swarm all the time.",
-                hint="Say --rebalance-every 60, or --no-rebalance.",
-            )
+    enabled: Annotated[
+        bool,
+        Setting(
+            "Move to blocks that need it more; never from blocks given by --blocks.",
+            "--rebalance/--no-rebalance",
+        ),
+    ] = True
+    policy: Annotated[MovePolicy, Setting("Moving to other blocks")] = MovePolicy()
+    propagation_seconds: Annotated[
+        NonNegativeFloat,
+        Setting("Time until all readers of the directory, who cache records, see a change."),
+    ] = 45.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """One server: ``blocks``, or how many (``num_blocks``; None: as many as fit) to choose.
+class ServerConfig(Settings):
+    """One server."""
 
-    ``drain_seconds``: how long it stays for the sessions it has when it leaves.
-    """
+    source: Annotated[SourceConfig, Setting("Model")]
+    blocks: Annotated[
+        BlockSpan | None,
+        Setting("Serve exactly these blocks.", "--blocks", "A:B", parse=_span),
+    ] = None
+    num_blocks: Annotated[
+        PositiveInt | None,
+        Setting(
+            "How many blocks, which the server chooses; by default as many as fit into memory.",
+            "--num-blocks",
+            "N",
+        ),
+    ] = None
+    network: Annotated[NodeConfig, Setting("Network")] = field(default_factory=NodeConfig)
+    compute: Annotated[ComputeConfig, Setting("Computing")] = ComputeConfig()
+    memory: Annotated[MemoryConfig, Setting("Memory")] = MemoryConfig()
+    limits: Annotated[LimitsConfig, Setting("Limits of a request")] = LimitsConfig()
+    clients: Annotated[ClientLimits, Setting("Limits of a client")] = ClientLimits()
+    scheduling: Annotated[SchedulerConfig, Setting("Scheduling")] = SchedulerConfig()
+    announce: Annotated[AnnounceConfig, Setting("Announcement")] = AnnounceConfig()
+    moving: Annotated[MovingConfig, Setting("Moving to other blocks")] = MovingConfig()
+    drain_seconds: Annotated[
+        NonNegativeFloat,
+        Setting(
+            "Time limit for handing sessions over to other servers when this one leaves.",
+            "--drain-seconds",
+            "SECONDS",
+        ),
+    ] = 60.0
 
-    source: SourceConfig
-    blocks: BlockSpan | None = None
-    num_blocks: int | None = None
-    network: NodeConfig = field(default_factory=NodeConfig)
-    compute: ComputeConfig = ComputeConfig()
-    memory: MemoryConfig = MemoryConfig()
-    limits: LimitsConfig = LimitsConfig()
-    door: ClientLimits = ClientLimits()
-    scheduling: SchedulerConfig = SchedulerConfig()
-    announce: AnnounceConfig = AnnounceConfig()
-    moving: MovingConfig = field(default_factory=MovingConfig)
-    drain_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ConfigError if the blocks are given twice."""
         if self.blocks is not None and self.num_blocks is not None:
             raise ConfigError(
                 "Both the blocks and their number are given.",
                 hint="--blocks 0:10 names them; --num-blocks 10 lets the server choose which.",
             )
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise ConfigError("A server holds at least one block.", hint="Say --num-blocks 1.")
-
-
-def _unknown(what: str, name: str, known: tuple[str, ...]) -> ConfigError:
-    return ConfigError(f"There is no {what} {name!r}.", hint=f"Choose one of {', '.join(known)}.")

@@ -1,46 +1,82 @@
 """The numbers that scheduling and moving decide by.
 
-Plain values, checked when they are written down.
+Plain values, checked when they are made; apart from ``server.config``, since pure decisions read
+them. Must not know the network.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from petals.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Setting, Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MovePolicy:
-    """How eager servers are.
+class MovePolicy(Settings):
+    """When a server leaves its blocks for others that need it more.
 
-    ``enough``: the share of its even level that a swarm must carry to be left alone. ``margin``: by
-    which part it must gain, for each part of the swarm's throughput that moves: at 1.0 a server
-    that is a tenth of the swarm must lift it by 10 %. Every server looks about once in
-    ``look_seconds``, or less often in large swarms: once in ``seconds_between_looks`` somebody
-    does. ``confirm_seconds`` after a finding it looks again, and moves if it still holds;
-    ``turn_seconds`` later for each server whose move is better, so long as that takes no more than
-    ``patience_seconds``. ``min_stay_seconds`` is waived while a block is held by nobody.
+    A server looks about once in ``max(look_seconds, number of servers x seconds_between_looks)``.
+    It moves if it finds the same reason twice, ``confirm_seconds`` apart, and waits
+    ``turn_seconds`` for each server whose move is better, ``patience_seconds`` at most.
     """
 
-    enough: float = 0.9
-    margin: float = 1.0
-    look_seconds: float = 60.0
-    seconds_between_looks: float = 1.0
-    confirm_seconds: float = 60.0
-    turn_seconds: float = 60.0
-    patience_seconds: float = 600.0
-    min_stay_seconds: float = 1800.0
+    enough: Annotated[
+        NonNegativeFloat,
+        Setting(
+            "Move only while the swarm carries less than this share of what it would with its "
+            "servers spread evenly.",
+            "--rebalance-below",
+            "SHARE",
+        ),
+    ] = 0.9
+    margin: Annotated[
+        NonNegativeFloat,
+        Setting(
+            "Least gain of a move, relative to the part of the swarm's throughput that moves: at "
+            "1.0 a server that is a tenth of the swarm must lift it by 10 %."
+        ),
+    ] = 1.0
+    look_seconds: Annotated[
+        PositiveFloat,
+        Setting("How often to look for blocks that need it more.", "--rebalance-every", "SECONDS"),
+    ] = 60.0
+    seconds_between_looks: Annotated[
+        NonNegativeFloat, Setting("Mean time between two looks in the whole swarm, at least.")
+    ] = 1.0
+    confirm_seconds: Annotated[
+        NonNegativeFloat, Setting("Time between finding a reason to move and looking again.")
+    ] = 60.0
+    turn_seconds: Annotated[
+        NonNegativeFloat, Setting("Time to wait for each server whose move would be better.")
+    ] = 60.0
+    patience_seconds: Annotated[
+        NonNegativeFloat, Setting("Longest time to wait for better moves of others.")
+    ] = 600.0
+    min_stay_seconds: Annotated[
+        NonNegativeFloat,
+        Setting("Shortest stay at the same blocks, unless a block has no server."),
+    ] = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """How long a batch may take, and how much it may hold.
+class SchedulerConfig(Settings):
+    """How long a batch may take, and how much it may hold."""
 
-    ``latency_budget_seconds`` bounds a batch while somebody decodes (unless the decodes alone need
-    longer: then they may take twice their own time); ``idle_budget_seconds`` bounds one that only
-    reads prompts, or a unit of a pass. ``forward_every``: after so many batches of others a unit of
-    a pass runs, so that passes never starve.
-    """
-
-    latency_budget_seconds: float = 0.1
-    idle_budget_seconds: float = 0.5
-    max_batch_tokens: int = 1024
-    min_chunk_tokens: int = 16
-    forward_every: int = 8
+    latency_budget_seconds: Annotated[
+        PositiveFloat,
+        Setting(
+            "Time limit of a batch while a session decodes; max(this, 2 x the time of the decode "
+            "steps alone)."
+        ),
+    ] = 0.1
+    idle_budget_seconds: Annotated[
+        PositiveFloat,
+        Setting("Time limit of a batch without decode steps, and of one unit of a training pass."),
+    ] = 0.5
+    max_batch_tokens: Annotated[PositiveInt, Setting("Most tokens in one batch.")] = 1024
+    min_chunk_tokens: Annotated[
+        PositiveInt, Setting("Shortest piece that a prefill is cut into.")
+    ] = 16
+    forward_every: Annotated[
+        PositiveInt,
+        Setting("A unit of a training pass runs after this many other batches at the latest."),
+    ] = 8

@@ -6,45 +6,29 @@ Knows the swarm layer only; what it runs is a node and nothing else.
 import asyncio
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from petals.cli.terminal import options
 from petals.cli.terminal.console import print_data, say
 from petals.cli.terminal.lifetime import stop_when_stdin_closes, write_ready_file
 from petals.imports import collector_at_rest
+from petals.swarm.config import NodeConfig
 
-if TYPE_CHECKING:
-    from petals.swarm.config import NodeConfig
+AGENT = "petals-bootstrap"
 
 
+@options.with_config(NodeConfig, fixed={"agent": AGENT})
 def bootstrap(
-    join: options.Join = None,
-    host: options.Host = "0.0.0.0",
-    port: options.Port = 0,
-    announce: options.Announce = None,
-    identity: options.IdentityFile = None,
-    swarm_key: options.SwarmKeyFile = None,
+    config: NodeConfig,
     ready_file: options.ReadyFile = None,
     until_stdin_closes: options.UntilStdinCloses = False,
 ) -> None:
     """Run the first peer of a swarm (or one more meeting point); prints its addresses."""
-    from petals.swarm.config import NodeConfig
-
     if until_stdin_closes:
         stop_when_stdin_closes()
-    config = NodeConfig(
-        initial_peers=tuple(join or ()),
-        host=host,
-        port=port,
-        announce_maddrs=tuple(announce or ()),
-        identity_path=identity,
-        swarm_key=options.read_swarm_key(swarm_key),
-        agent="petals-bootstrap",
-    )
     asyncio.run(run_bootstrap(config, ready_file))
 
 
-async def run_bootstrap(config: "NodeConfig", ready_file: Path | None = None) -> None:
+async def run_bootstrap(config: NodeConfig, ready_file: Path | None = None) -> None:
     """Be a member until SIGINT or SIGTERM. Prints one address per line on stdout.
 
     Raises BootstrapFailed if there are initial peers and none answers.

@@ -9,22 +9,28 @@ from petals.cli.terminal import options
 from petals.cli.terminal.answer import ChatMessage, WordStream, ask, describe, encode_chat
 from petals.cli.terminal.client_model import ClientModel, load_client
 from petals.cli.terminal.console import report, say
+from petals.client.config import ClientConfig
 from petals.errors import RequestError, RouteError, SessionError
 
 HELP = "Type a line to ask, /new to forget the conversation, /quit or Ctrl-D to leave."
 
 
+@options.with_config(ClientConfig, heading="Swarm")
 def chat(
+    config: ClientConfig,
     model: options.ModelArgument,
-    join: options.Join = None,
-    swarm_key: options.SwarmKeyFile = None,
     max_new_tokens: options.MaxNewTokens = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: no chance at play.")] = 0.0,
-    system: Annotated[str, typer.Option(help="What the model should know about its role.")] = "",
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="T", help="0 takes the most probable token every time."),
+    ] = 0.0,
+    system: Annotated[
+        str, typer.Option(metavar="TEXT", help="System prompt: the role of the model.")
+    ] = "",
 ) -> None:
     """Talk with a model that a swarm serves."""
     opening: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
-    with load_client(model, join, swarm_key) as client:
+    with load_client(model, config) as client:
         say(HELP)
         messages = list(opening)
         while (line := _read_line()) is not None:

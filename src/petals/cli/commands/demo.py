@@ -13,6 +13,7 @@ from petals.cli.terminal import options
 from petals.cli.terminal.answer import WordStream, ask, describe, encode_chat
 from petals.cli.terminal.client_model import open_client
 from petals.cli.terminal.console import interrupted_by_sigterm, say, stage
+from petals.client.config import ClientConfig
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 DEMO_MODEL = "smollm2"
@@ -20,7 +21,7 @@ DEMO_MODEL = "smollm2"
 
 def demo(
     prompt: Annotated[
-        str, typer.Option(help="What to ask.")
+        str, typer.Option(metavar="TEXT", help="What to ask.")
     ] = "Why is the sky blue? Answer in one short paragraph.",
     servers: Annotated[int, typer.Option(min=1, metavar="N", help="How many servers.")] = 3,
     max_new_tokens: options.MaxNewTokens = 96,
@@ -28,9 +29,7 @@ def demo(
         str | None, typer.Option(metavar="PATH", help="Another model: a folder or repository.")
     ] = None,
     dtype: options.Dtype = "auto",
-    keep: Annotated[
-        bool, typer.Option("--keep", help="ServedSpan up and print the address.")
-    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up and print the address.")] = False,
 ) -> None:
     """Start a small swarm on this machine, ask it a question, stop it again."""
     with interrupted_by_sigterm():
@@ -54,7 +53,8 @@ def _demo_model() -> str:
 
 
 def _ask(source: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int) -> None:
-    with open_client(source, swarm.initial_peers, swarm.config.swarm_key) as client:
+    config = ClientConfig(initial_peers=swarm.initial_peers, swarm_key=swarm.config.swarm_key)
+    with open_client(source, config) as client:
         say(f"You: {prompt}")
         input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
         stream = WordStream(client.tokenizer, _show)

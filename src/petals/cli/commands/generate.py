@@ -10,26 +10,32 @@ from petals.cli.terminal import options
 from petals.cli.terminal.answer import ChatReply, WordStream, ask, describe, encode_chat
 from petals.cli.terminal.client_model import load_client
 from petals.cli.terminal.console import print_json, say
+from petals.client.config import ClientConfig
 from petals.errors import BadInput
 
 
+@options.with_config(ClientConfig, heading="Swarm")
 def generate(
+    config: ClientConfig,
     model: options.ModelArgument,
-    prompt: Annotated[str, typer.Option(help="What to continue, or to ask with --chat.")],
-    join: options.Join = None,
-    swarm_key: options.SwarmKeyFile = None,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="What to continue, or to ask with --chat.")
+    ],
     max_new_tokens: options.MaxNewTokens = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")
+        float,
+        typer.Option(min=0.0, metavar="T", help="0 takes the most probable token every time."),
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue one prompt with a model that a swarm serves."""
     if not prompt.strip():
         raise BadInput("The prompt is empty.", hint='Say --prompt "Once upon a time".')
-    with load_client(model, join, swarm_key) as client:
+    with load_client(model, config) as client:
         if chat:
             input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
         else:

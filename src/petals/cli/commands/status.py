@@ -14,26 +14,25 @@ from petals.cli.terminal import options
 from petals.cli.terminal.block_map import block_map, draw_map
 from petals.cli.terminal.console import print_data, print_json, stage
 from petals.errors import MissingBlocksError
+from petals.swarm.config import NodeConfig
+from petals.swarm.identity import load_swarm_key
 
 if TYPE_CHECKING:
-    from petals.swarm.config import NodeConfig
     from petals.swarm.directory.records import View
 
 
 def status(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Only this model's name.")
+        str | None, typer.Argument(metavar="MODEL", help="Only this model's name.")
     ] = None,
     join: options.Join = None,
     swarm_key: options.SwarmKeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Show which block is served by whom; the thinnest place is marked."""
-    from petals.swarm.config import NodeConfig
-
     config = NodeConfig(
-        initial_peers=options.peers_to_join(join),
-        swarm_key=options.read_swarm_key(swarm_key),
+        initial_peers=options.peers_to_join(tuple(join or ())),
+        swarm_key=None if swarm_key is None else load_swarm_key(swarm_key),
         peer_memory=constants.peers_dir(),
         client_mode=True,
         agent="petals-status",
@@ -50,7 +49,7 @@ def status(
             print_data(line)
 
 
-async def _read_views(config: "NodeConfig", model: str | None) -> list["View"]:
+async def _read_views(config: NodeConfig, model: str | None) -> list["View"]:
     """Views of all models, or of those that `model` names by directory name or repository.
 
     Raises BootstrapFailed, AdmissionDenied, and MissingBlocksError if nobody serves `model`.

@@ -32,9 +32,7 @@ def up(
         typer.Option(metavar="A:B", help="One span per server instead of --servers even ones."),
     ] = None,
     swarm_key: options.SwarmKeyFile = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads of each server.")
-    ] = None,
+    threads: options.Threads = None,
     state_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="JSON with addresses and servers, once all are online."),

@@ -5,13 +5,13 @@ Knows the client's public names and the tokenizer of transformers; knows no serv
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from petals import constants
 from petals.cli.terminal import options
 from petals.cli.terminal.console import say, stage
+from petals.client.config import ClientConfig
 from petals.errors import ModelFilesBroken
 from petals.imports import collector_at_rest
 
@@ -40,22 +40,20 @@ class ClientModel:
 
 
 @contextmanager
-def load_client(
-    model: str, join: list[str] | None, swarm_key: Path | None
-) -> Iterator[ClientModel]:
-    """`open_client` for the options of a command; says so once if the swarm has no key."""
-    addresses = options.peers_to_join(join)
-    swarm_key = swarm_key or constants.swarm_key_file()
-    if swarm_key is None:
-        say("This swarm has no key: whoever runs its servers can read what you type.")
-    with open_client(model, addresses, swarm_key) as client:
+def load_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
+    """`open_client` for the options of a command; warns if the swarm has no key.
+
+    Raises ConfigError if no swarm is named.
+    """
+    options.peers_to_join(config.initial_peers)
+    if config.swarm_key is None:
+        say("This swarm has no key: the operators of its servers can read what you type.")
+    with open_client(model, config) as client:
         yield client
 
 
 @contextmanager
-def open_client(
-    model: str, addresses: tuple[str, ...], swarm_key: Path | None
-) -> Iterator[ClientModel]:
+def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
     """Load embeddings, head and tokenizer; connections are closed at the end.
 
     Raises ModelNotFound, ModelNotSupported, ModelFilesBroken, PickleCheckpointRefused.
@@ -68,7 +66,7 @@ def open_client(
 
         tokenizer = _load_tokenizer(open_checkpoint(model))
         client = AutoDistributedModelForCausalLM.from_pretrained(
-            model, initial_peers=list(addresses), swarm_key=swarm_key
+            model, **{field.name: getattr(config, field.name) for field in fields(config)}
         )
     try:
         yield ClientModel(model=client, tokenizer=tokenizer)

@@ -1,24 +1,57 @@
-"""The flags of the old run_server, each with what it means today.
+"""The flags of the original's run_server, each with what it means today.
 
-A table and a parser made from it; pure. Knows no server: `run_server` translates the values.
+Tables and a parser made from them; types and help texts are those of the config's fields. Pure:
+`run_server` translates the values.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from petals.cli.terminal.options import is_list, plain_type
 from petals.errors import ConfigError
+from petals.server.config import ServerConfig
+from petals.settings import Settings, fields_of
 
 DEFAULT_CONFIG_FILE = Path("config.yml")
 
 
+KEPT = {
+    "num_blocks": "num_blocks",
+    "block_indices": "blocks",
+    "dht_prefix": "source.name",
+    "revision": "source.revision",
+    "cache_dir": "source.cache_dir",
+    "adapters": "source.adapters",
+    "device": "compute.device",
+    "torch_dtype": "compute.dtype",
+    "quant_type": "compute.quant",
+    "attn_cache_tokens": "memory.cache_tokens",
+    "initial_peers": "network.initial_peers",
+    "swarm_key": "network.swarm_key",
+    "port": "network.port",
+    "host_maddrs": "network.host_maddrs",
+    "announce_maddrs": "network.announce_maddrs",
+    "identity_path": "network.identity_path",
+    "inference_max_length": "limits.max_length",
+    "max_batch_size": "limits.max_step_tokens",
+    "step_timeout": "clients.lease_seconds",
+    "max_alloc_timeout": "clients.max_alloc_seconds",
+    "public_name": "announce.public_name",
+    "update_period": "announce.period_seconds",
+    "expiration": "announce.expiry_seconds",
+    "mean_balance_check_period": "moving.policy.look_seconds",
+}
+"""Flags that are fields of ServerConfig under another name: flag -> path of the field."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A flag that is accepted and does nothing any more; `instead` says what replaced it."""
+    """A flag that is accepted without effect; `instead` names its replacement."""
 
     name: str
     instead: str
@@ -47,67 +80,53 @@ DROPPED = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags of the old run_server, and --swarm_key."""
+    """All flags of the original's run_server, and --swarm_key."""
     parser = argparse.ArgumentParser(
         prog="python -m petals.cli.run_server",
-        description="Serve blocks of a model; the old form of petals serve.",
+        description="Serve blocks of a model; the original's form of petals serve.",
         argument_default=argparse.SUPPRESS,
     )
-    _add_model_flags(parser)
-    _add_network_flags(parser)
-    _add_limit_flags(parser)
-    for flag in DROPPED:
-        kind: dict[str, Any] = {"nargs": "+"} if flag.takes_value else {"action": "store_true"}
-        parser.add_argument(f"--{flag.name}", help=f"no effect: {flag.instead}", **kind)
-    return parser
-
-
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="Hugging Face repository or local folder")
     add("-c", "--config", type=Path, help="YAML file with flags (default: ./config.yml if any)")
-    add("--converted_model_name_or_path", help="the model, in the old form")
-    add("--public_name", help="shown by petals status")
+    add("--converted_model_name_or_path", help="the model, in another form")
+    peers = parser.add_mutually_exclusive_group()
+    peers.add_argument("--new_swarm", action="store_true", help="start a new swarm")
+    for flag, kind in field_flags(ServerConfig, KEPT).items():
+        into = peers if flag == "initial_peers" else parser
+        into.add_argument(f"--{flag}", **kind)
+    _add_special_flags(parser)
+    for dropped in DROPPED:
+        form: dict[str, Any] = {"nargs": "+"} if dropped.takes_value else {"action": "store_true"}
+        add(f"--{dropped.name}", help=f"no effect: {dropped.instead}", **form)
+    return parser
+
+
+def field_flags(kind: type[Settings], table: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What argparse needs to know of the flags in ``table`` (flag -> path of a field): type, number
+    of values and help text are the field's.
+    """
+    fields = {field.path: field for field in fields_of(kind)}
+    return {
+        flag: {
+            "type": str.lower if fields[path].choices else plain_type(fields[path]),
+            "nargs": "*" if is_list(fields[path]) else None,
+            "help": fields[path].setting.help.replace("%", "%%"),
+        }
+        for flag, path in table.items()
+    }
+
+
+def _add_special_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags whose values are not those of a field."""
     token = parser.add_mutually_exclusive_group()
     token.add_argument("--token", help="Hugging Face access token")
-    token.add_argument("--use_auth_token", action="store_true", help="the token you logged in with")
-    add("--num_blocks", type=int, help="how many blocks; which ones is chosen")
-    add("--block_indices", help="START:END, these blocks and no others")
-    add("--dht_prefix", help="name of the model in the directory")
-    add("--cache_dir", help="folder for downloaded weights")
-    add("--device", help="cpu, cuda or mps")
-    add("--torch_dtype", help="auto, float32, bfloat16 or float16")
-    add("--quant_type", type=str.lower, choices=("none", "int8", "nf4"), help="weight quantization")
-    add("--revision", help="revision of the repository")
-    add("--adapters", nargs="*", help="LoRA adapters to preload")
-
-
-def _add_network_flags(parser: argparse.ArgumentParser) -> None:
+    token.add_argument("--use_auth_token", action="store_true", help="the token of your login")
     add = parser.add_argument
-    peers = parser.add_mutually_exclusive_group()
-    peers.add_argument("--initial_peers", nargs="+", help="addresses of peers of the swarm")
-    peers.add_argument("--new_swarm", action="store_true", help="start a swarm of one's own")
-    add("--swarm_key", type=Path, help="key file of a closed swarm")
-    add("--port", type=int, help="port to listen on")
-    add("--public_ip", help="IPv4 address that others should dial; needs --port")
-    add("--no_auto_relay", action="store_true", help="do not look for relays")
-    add("--host_maddrs", nargs="+", help="multiaddresses to listen on")
-    add("--announce_maddrs", nargs="+", help="multiaddresses that others should dial")
-    add("--identity_path", type=Path, help="private key file")
-
-
-def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--inference_max_length", type=int, help="longest session, in tokens")
-    add("--max_batch_size", type=int, help="most tokens in one batch")
-    add("--attn_cache_tokens", type=int, help="KV budget, in tokens per block")
-    add("--max_alloc_timeout", type=float, help="longest wait for KV memory, in seconds")
-    add("--throughput", help="a number, auto, eval or dry_run")
-    add("--update_period", type=float, help="seconds between announcements")
-    add("--expiration", type=float, help="seconds until an announcement expires")
+    add("--public_ip", help="IPv4 address at which others reach this peer; needs --port")
+    add("--no_auto_relay", action="store_true", help="never be reached through relays")
+    add("--throughput", help="a number, auto or eval")
     add("--balance_quality", type=float, help="move if the swarm is worse than this; 0: never")
-    add("--mean_balance_check_period", type=float, help="seconds between looks at the swarm")
-    add("--step_timeout", type=float, help="seconds a silent client's session is kept")
 
 
 def read_flags(arguments: list[str] | None) -> dict[str, Any]:

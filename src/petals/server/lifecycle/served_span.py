@@ -150,7 +150,7 @@ class ServedSpan:
         self.pool = self._make_pool(loaded.span.layout)
         self.offer = self._make_offer(loaded)
         outboxes = self._make_outboxes()
-        door = site.config.door
+        door = site.config.clients
         self.service = BlocksService(self.offer, executor, self.pool, outboxes, node, door)
         for name, adapter in loaded.adapters.items():
             self.service.adapters.preload(name, adapter)

@@ -72,11 +72,11 @@ def test_a_ready_file_names_the_process(tmp_path: Path) -> None:
 def test_a_command_without_a_swarm_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PETALS_INITIAL_PEERS", raising=False)
     with pytest.raises(ConfigError, match="No swarm was named") as caught:
-        options.peers_to_join(None)
+        options.peers_to_join(())
     assert "--join" in caught.value.hint
 
 
 def test_the_environment_names_a_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETALS_INITIAL_PEERS", "/a, /b\n/c")
-    assert options.peers_to_join(None) == ("/a", "/b", "/c")
-    assert options.peers_to_join(["/d"]) == ("/d",)
+    assert options.peers_to_join(()) == ("/a", "/b", "/c")
+    assert options.peers_to_join(("/d",)) == ("/d",)
