@@ -1,12 +1,12 @@
 """The libp2p engine: real daemons on loopback."""
 
 import asyncio
-import os
-import signal
+import contextlib
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -47,6 +47,16 @@ def record(**changes) -> ServerRecord:
     return ServerRecord(peer_id="", model="m", num_blocks=30, **(fields | changes))
 
 
+def daemon_of(node: SwarmNode) -> psutil.Process:
+    """The daemon that runs with the node's key."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess, FileNotFoundError):
+            (key,) = [word[4:] for word in child.cmdline() if word.startswith("-id=")] or [""]
+            if key and Path(key).read_bytes() == node.identity.to_bytes():
+                return child
+    raise AssertionError("the node has no daemon")
+
+
 async def until(condition) -> None:
     deadline = time.monotonic() + 30.0
     while not condition():
@@ -79,7 +89,7 @@ async def test_a_swarm_of_three(tmp_path):
             assert (await server.check_reachability([bootstrap.peer_id])).reached is True
             await server.directory.announce(record(state=ServerState.OFFLINE))
             assert not (await client.directory.view("m", 30)).records
-            processes = [n.transport._daemon.process_id for n in (bootstrap, server, client)]
+            processes = [daemon_of(node).pid for node in (bootstrap, server, client)]
             peer_id = server.peer_id
         async with SwarmNode(server_config) as again:
             assert again.peer_id == peer_id
@@ -207,7 +217,7 @@ async def test_a_lost_daemon_is_started_again():
             restarted = asyncio.Event()
             server.transport.on_restart(restarted.set)
             async with await bootstrap.open_channel(server.peer_id, "node") as channel:
-                os.kill(server.transport._daemon.process_id, signal.SIGKILL)
+                daemon_of(server).kill()
                 with pytest.raises(PeerUnreachable):
                     await channel.receive(timeout=10.0)
             await asyncio.wait_for(restarted.wait(), 20.0)
@@ -246,7 +256,7 @@ def test_the_daemon_ends_with_its_parent():
 
         async def main():
             async with SwarmNode(NodeConfig(host="127.0.0.1", quic=False)) as node:
-                print(node.transport._daemon.process_id, flush=True)
+                print(node.peer_id, flush=True)
                 await asyncio.sleep(100)
 
         asyncio.run(main())
@@ -254,7 +264,8 @@ def test_the_daemon_ends_with_its_parent():
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
     ) as parent:
-        daemon = psutil.Process(int(parent.stdout.readline()))
+        assert parent.stdout.readline()
+        (daemon,) = psutil.Process(parent.pid).children()
         assert "p2pd" in " ".join(daemon.cmdline())
         parent.kill()
         daemon.wait(timeout=10.0)
@@ -314,7 +325,7 @@ async def test_a_reader_that_stops_holds_its_sender_and_nobody_else(quic):
             await sender.open_channel(reader.peer_id, "stopped") as channel,
             await sender.open_channel(reader.peer_id, "echo") as other,
         ):
-            assert transport.strip("/") in channel.remote_address
+            assert transport.strip("/") in channel.address.text
             flooding = asyncio.create_task(flood(channel))
             stopped = await inbound.get()
             await until(
@@ -384,12 +395,12 @@ async def test_a_daemon_that_ends_again_while_it_starts():
             await serve(daemon, protocol, accept)
             starts.append(daemon)
             if len(starts) == 1:
-                os.kill(daemon.process_id, signal.SIGKILL)
+                daemon_of(node).kill()
                 await until(lambda: daemon.has_ended)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Daemon, "serve", die_once)
-            os.kill(node.transport._daemon.process_id, signal.SIGKILL)
+            daemon_of(node).kill()
             await asyncio.wait_for(restarted.wait(), 20.0)
         assert len(starts) == 2
         assert await node.addresses()
@@ -448,9 +459,9 @@ async def test_a_dead_peer_refuses_a_redial_and_says_so():
         (address,) = await one.addresses()
         await other.transport.connect(address)
         channel = await other.open_channel(one.peer_id, "node")
-        os.kill(one.transport._daemon.process_id, signal.SIGSTOP)
+        daemon_of(one).suspend()
         one.transport._up.clear()  # it is not to start again
-        os.kill(one.transport._daemon.process_id, signal.SIGKILL)
+        daemon_of(one).kill()
         with pytest.raises(PeerUnreachable):
             await channel.receive(30.0)
         with pytest.raises(PeerUnreachable):
@@ -468,9 +479,9 @@ async def test_turning_to_relays_keeps_id_and_port(tmp_path):
         async with SwarmNode(hiding) as hidden:
             hidden.serve("echo", answering({Forward: echo}))
             assert await hidden.directory.announce(record())
-            addresses, first = await hidden.addresses(), hidden.transport._daemon.process_id
+            addresses, first = await hidden.addresses(), daemon_of(hidden).pid
             assert await hidden.become_reachable()
-            assert hidden.transport._daemon.process_id != first
+            assert daemon_of(hidden).pid != first
             assert set(addresses) <= set(await hidden.addresses())
             # The relay remembers us as one who keeps records and names us to ourselves.
             assert await hidden.directory.announce(record(spans=((10, 20),)))

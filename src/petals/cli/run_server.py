@@ -14,6 +14,7 @@ from petals.cli.terminal.serving import run_server
 from petals.errors import ConfigError
 from petals.server.config import ServerConfig
 from petals.settings import build
+from petals.swarm.address import Address
 
 Flags = dict[str, Any]
 
@@ -57,10 +58,7 @@ def _network(flags: Flags) -> Flags:
                 "--public_ip needs --port, and excludes --announce_maddrs.",
                 hint=f"--port 31330 --public_ip {public_ip}",
             )
-        values["network.announce_maddrs"] = (
-            f"/ip4/{public_ip}/tcp/{port}",
-            f"/ip4/{public_ip}/udp/{port}/quic-v1",
-        )
+        values["network.announce_maddrs"] = _announced(public_ip, port)
     if not flags.get("new_swarm") and not flags.get("initial_peers"):
         values["network.initial_peers"] = constants.initial_peers()
         if not values["network.initial_peers"]:
@@ -69,6 +67,15 @@ def _network(flags: Flags) -> Flags:
                 hint="Add --initial_peers ADDR, or --new_swarm to start one.",
             )
     return values
+
+
+def _announced(host: str, port: int) -> tuple[str, ...]:
+    try:
+        return tuple(str(Address.listening(host, port, name)) for name in ("tcp", "quic"))
+    except ValueError:
+        raise ConfigError(
+            f"--public_ip {host} is not an IP address.", hint="--public_ip 203.0.113.5"
+        ) from None
 
 
 def _announcement(flags: Flags) -> Flags:

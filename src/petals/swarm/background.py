@@ -5,13 +5,28 @@ few places that catch every exception: there is no caller who could. Knows nothi
 """
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
 
 from petals.errors import PetalsError
 from petals.logs import get_logger
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+async def run_all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines at the same time; returns their results in order.
+
+    The first error cancels the others and is raised once they have ended.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class BackgroundTasks:

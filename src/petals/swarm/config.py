@@ -15,6 +15,7 @@ from petals import constants
 from petals.clock import Clock
 from petals.errors import ConfigError
 from petals.settings import PositiveFloat, PositiveInt, Setting, Settings
+from petals.swarm.address import Address
 from petals.swarm.identity import Identity, load_swarm_key
 from petals.swarm.membership import Admission, SwarmKey
 from petals.swarm.transport import Transport
@@ -149,7 +150,7 @@ class NodeConfig(Settings):
     limits: Annotated[ChannelLimits, Setting("Limits of channels")] = ChannelLimits()
 
     def check(self) -> None:
-        """Raises ConfigError for a host that is no IP address."""
+        """Raises ConfigError for a host that is no IP address, or an announced port 0."""
         try:
             ip_address(self.host)
         except ValueError:
@@ -157,17 +158,22 @@ class NodeConfig(Settings):
                 f"host={self.host!r} is not an IP address.",
                 hint="host (--host): 0.0.0.0 listens on all interfaces, 127.0.0.1 on this machine.",
             ) from None
+        for text in self.announce_maddrs:
+            address = Address(text)
+            if address.is_dialable and address.port == 0:
+                raise ConfigError(
+                    f"Others cannot dial port 0: announce_maddrs has {text}.",
+                    hint="announce_maddrs (--announce): fix the port with --port, announce it.",
+                )
 
     @property
     def listen_maddrs(self) -> tuple[str, ...]:
         """What to listen on, as multiaddresses."""
         if self.host_maddrs:
             return self.host_maddrs
-        ip = "ip6" if ":" in self.host else "ip4"
-        addresses = [f"/{ip}/{self.host}/tcp/{self.port}"]
-        if _crosses_internet(self.host) if self.quic is None else self.quic:
-            addresses.append(f"/{ip}/{self.host}/udp/{self.port}/quic-v1")
-        return tuple(addresses)
+        with_quic = _crosses_internet(self.host) if self.quic is None else self.quic
+        transports = ("tcp", "quic") if with_quic else ("tcp",)
+        return tuple(str(Address.listening(self.host, self.port, name)) for name in transports)
 
 
 def _crosses_internet(host: str) -> bool:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPubl
 from petals.errors import ConfigError
 from petals.swarm.membership import SwarmKey
 from petals.types import PeerId
+from petals.wire import varint
 
 _RSA, _ED25519 = 0, 1
 _MAX_KEY_BYTES = 8192
@@ -184,28 +185,15 @@ def _bad_key(reason: str) -> ConfigError:
 
 def _pack(kind: int, data: bytes) -> bytes:
     """Protobuf ``{1: kind, 2: data}``, libp2p's form of public and private keys."""
-    length = bytearray()
-    rest = len(data)
-    while rest >= 0x80:
-        length.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    length.append(rest)
-    return bytes([0x08, kind, 0x12]) + bytes(length) + data
+    return bytes([0x08, kind, 0x12]) + varint.encode(len(data)) + data
 
 
 def _unpack(message: bytes) -> tuple[int, bytes]:
     """The inverse of ``_pack``. Raises ValueError."""
     if not 4 <= len(message) <= _MAX_KEY_BYTES or message[0] != 0x08 or message[2] != 0x12:
         raise ValueError("not a libp2p key")
-    length, shift, at = 0, 0, 3
-    while True:
-        if at >= len(message) or shift > 14:
-            raise ValueError("damaged libp2p key")
-        byte = message[at]
-        length |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            break
-    if len(message) - at != length:
+    length, num_bytes = varint.decode(message[3:])
+    data = message[3 + num_bytes :]
+    if len(data) != length:
         raise ValueError("libp2p key of the wrong length")
-    return message[1], message[at:]
+    return message[1], data

@@ -3,13 +3,13 @@
 A node with nothing added is a bootstrap peer. Knows no models beyond the records in the directory.
 """
 
-import asyncio
 from collections.abc import Iterable, Sequence
 
 from petals.clock import Clock, SystemClock
 from petals.errors import PetalsError
 from petals.logs import get_logger
-from petals.swarm.background import BackgroundTasks
+from petals.swarm.address import Address
+from petals.swarm.background import BackgroundTasks, run_all
 from petals.swarm.config import Engine, EngineParts, NodeConfig
 from petals.swarm.directory.directory import Directory
 from petals.swarm.identity import Identity, load_or_create_identity
@@ -163,8 +163,8 @@ class SwarmNode:
             return False
         peers = dict.fromkeys([*await self.transport.peers(), *members])
         peers.pop(self.peer_id, None)
-        ways = await asyncio.gather(*map(self._way_to, list(peers)[:_MAX_MEASURED]))
-        relays = choose_relays(ways)
+        ways = await run_all(map(self._way_to, list(peers)[:_MAX_MEASURED]))
+        relays = choose_relays(way for way in ways if way is not None)
         if not relays:
             logger.warning("There is no member that this peer could be reached through.")
             return False
@@ -172,23 +172,32 @@ class SwarmNode:
         await self.transport.use_relays(relays)
         return True
 
-    async def _way_to(self, peer: PeerId) -> tuple[str, float]:
-        """Where we see a peer, and the round trip in seconds; no address if it does not answer."""
+    async def _way_to(self, peer: PeerId) -> tuple[Address, float] | None:
+        """The address at which a peer is seen, and the round trip in seconds; None if it does not
+        answer.
+        """
         try:
             async with await self.open_channel(peer, NODE_SERVICE) as channel:
                 seconds = await channel.ping(OPEN_TIMEOUT_SECONDS)
-                way = channel.remote_address.removesuffix(f"/p2p/{peer}")
-                return (f"{way}/p2p/{peer}", seconds)
+                return channel.address.with_peer(peer), seconds
         except PetalsError:
-            return ("", 0.0)
+            return None
 
     async def _greet(self, peers: Sequence[PeerId]) -> list[PeerId]:
-        """Who of the initial peers admits us. If nobody does, raises the first one's reason."""
-        results = await asyncio.gather(*map(self.clock_skew, peers), return_exceptions=True)
-        refusals = [result for result in results if isinstance(result, BaseException)]
-        if refusals and len(refusals) == len(peers):
+        """The initial peers that admit this one. If none does, raises the first one's reason."""
+
+        async def refusal_of(peer: PeerId) -> PetalsError | None:
+            try:
+                await self.clock_skew(peer)
+            except PetalsError as error:
+                return error
+            return None
+
+        refusals = await run_all(map(refusal_of, peers))
+        admitting = [peer for peer, refusal in zip(peers, refusals) if refusal is None]
+        if not admitting and refusals and refusals[0] is not None:
             raise refusals[0]
-        return [peer for peer, result in zip(peers, results) if isinstance(result, float)]
+        return admitting
 
     async def _remember_peers(self) -> None:
         while self._memory is not None:

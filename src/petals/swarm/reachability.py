@@ -4,16 +4,17 @@ A peer dials back only to the address it sees the asker at, and not often, so th
 it knock at a third party's door. Knows no models.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from petals.clock import Clock
 from petals.errors import PeerBusy, PetalsError, ProtocolError
+from petals.swarm.address import Address
+from petals.swarm.background import run_all
 from petals.swarm.rpc.channel import Channel
 from petals.swarm.rpc.dispatcher import Service
-from petals.swarm.transport import CIRCUIT, Transport
+from petals.swarm.transport import Transport
 from petals.types import PeerId
 from petals.wire.messages import DialBack, DialedBack
 
@@ -60,12 +61,12 @@ def node_service(transport: Transport, clock: Clock) -> Service:
     allowance = _Allowance(clock)
 
     async def serve(channel: Channel) -> None:
-        seen_at = host_of(channel.remote_address)
+        seen_at = channel.address.seen_host
         while True:
             message, _ = await channel.receive()
             if not isinstance(message, DialBack):
                 raise ProtocolError("Only DialBack can be asked of this service.")
-            own = [a for a in message.addresses if seen_at and host_of(a) == seen_at]
+            own = [a for a in message.addresses if seen_at and Address(a).seen_host == seen_at]
             reached = False
             for address in list(dict.fromkeys(own))[:_MAX_DIALLED]:
                 allowance.take(seen_at)
@@ -96,7 +97,7 @@ async def check_reachability(
         except PetalsError:
             return None
 
-    answers = await asyncio.gather(*map(ask, peers[:_MAX_ASKED]))
+    answers = await run_all(map(ask, peers[:_MAX_ASKED]))
     num_asked = sum(answer is not None for answer in answers)
     if any(answers):
         return Reachability(True, num_asked, "Other peers can reach this one directly.")
@@ -111,18 +112,10 @@ async def check_reachability(
     )
 
 
-def choose_relays(ways: Iterable[tuple[str, float]]) -> tuple[str, ...]:
-    """Up to three members to be reached through: (address that leads there, round trip in seconds)
-    of many -> the nearest that are not relayed themselves.
+def choose_relays(ways: Iterable[tuple[Address, float]]) -> tuple[str, ...]:
+    """Up to three members to be reached through: the nearest that can be dialled directly.
+
+    ``ways`` are (address of a member, round trip in seconds).
     """
-    direct = sorted((seconds, way) for way, seconds in ways if way and CIRCUIT not in way)
+    direct = sorted((seconds, str(way)) for way, seconds in ways if not way.is_relayed)
     return tuple(way for _, way in direct[:_MAX_RELAYS])
-
-
-def host_of(address: str) -> str:
-    """``/ip4/1.2.3.4/tcp/5/p2p/Qm…`` -> ``/ip4/1.2.3.4``; empty for relayed addresses (their host
-    is the relay's).
-    """
-    if CIRCUIT in address:
-        return ""
-    return "/".join(address.split("/")[:3])

@@ -11,9 +11,6 @@ from typing import Protocol
 
 from petals.types import PeerId
 
-CIRCUIT = "/p2p-circuit"
-"""Part of every address that leads through a relay."""
-
 BOOTSTRAP_TIMEOUT_SECONDS = 5.0
 OPEN_TIMEOUT_SECONDS = 5.0
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from petals.clock import Clock, SystemClock
 from petals.errors import BootstrapFailed, PeerTimeout, PeerUnreachable
+from petals.swarm.address import CIRCUIT
 from petals.swarm.config import EngineParts
-from petals.swarm.transport import CIRCUIT, StoredValue, StreamHandler
+from petals.swarm.transport import StoredValue, StreamHandler
 from petals.types import PeerId
 
 _HIGH_WATER_BYTES = 256 * 1024

@@ -54,7 +54,7 @@ async def test_a_stranger_that_does_not_answer_is_left_out_and_remembered_later(
 
 
 async def test_a_cancelled_search_asks_no_longer(records: DhtRecords) -> None:
-    records._answered.add(PEER)
+    records._answered[PEER] = None
     member = Member()
     asking = asyncio.create_task(records._find_others(member.find, PEER, ["key"]))
     await member.asked.wait()

@@ -17,11 +17,13 @@ import msgspec
 from petals.clock import Clock
 from petals.errors import RecordInvalid
 from petals.logs import get_logger
+from petals.swarm.address import Address
+from petals.swarm.background import run_all
 from petals.swarm.directory import records
 from petals.swarm.directory.records import ModelRecord, ModelSummary, R, ServerRecord, View
 from petals.swarm.directory.shard_reader import SAMPLE_SECONDS, Reading
 from petals.swarm.identity import Identity
-from petals.swarm.transport import CIRCUIT, StoredValue, Transport
+from petals.swarm.transport import StoredValue, Transport
 from petals.types import ModelId, PeerId, ServerState
 
 logger = get_logger(__name__)
@@ -34,7 +36,6 @@ MORE_SHARDS = 4
 
 _STAYING = (ServerState.JOINING, ServerState.ONLINE)
 _MAX_ADDRESSES = 8
-_LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 _MAX_RECORDS_PER_KEY = 2000
 _RECORDS_AT_ONCE = 32
 """Signatures checked before other tasks get their turn."""
@@ -74,7 +75,7 @@ class Directory:
             record,
             peer_id=self._identity.peer_id,
             addresses=addresses,
-            relayed=any(CIRCUIT in address for address in addresses),
+            relayed=any(Address(address).is_relayed for address in addresses),
             expires_at=expires_at,
             shard_bits=shard_bits,
         )
@@ -177,10 +178,11 @@ class Directory:
 
     async def _store_all(self, keys: Iterable[str], record: ServerRecord) -> bool:
         value = records.seal(record, self._identity)
-        results = await asyncio.gather(
-            *(self._store.store(key, record.peer_id, value, record.expires_at) for key in keys)
+        return any(
+            await run_all(
+                self._store.store(key, record.peer_id, value, record.expires_at) for key in keys
+            )
         )
-        return any(results)
 
     async def _fetch(self, keys: Sequence[str]) -> Mapping[str, list[ServerRecord]]:
         if not keys:
@@ -203,6 +205,7 @@ class Directory:
 
 def _to_announce(addresses: Sequence[str]) -> tuple[str, ...]:
     """Relayed addresses first; those of this machine alone only if there are no others."""
-    others = [address for address in addresses if not address.startswith(_LOOPBACK)]
-    ordered = sorted(others or addresses, key=lambda address: CIRCUIT not in address)
-    return tuple(ordered[:_MAX_ADDRESSES])
+    known = [Address(text) for text in addresses]
+    others = [address for address in known if not address.is_loopback]
+    ordered = sorted(others or known, key=lambda address: not address.is_relayed)
+    return tuple(str(address) for address in ordered[:_MAX_ADDRESSES])

@@ -1,15 +1,12 @@
-"""The go-libp2p daemon as a child process: start it, talk to it, notice its death.
+"""The go-libp2p daemon's control protocol: streams, addresses and connections of the daemon.
 
-Everything that depends on hivemind's ``P2P`` and on the daemon's flags and control socket is in
-this file. The daemon ends with its parent, even if that is killed. Knows bytes and peer ids; knows
-no records and no frames.
+Everything that depends on hivemind's ``P2P``, on the daemon's protobuf messages and on its sockets
+is in this file (docs/decisions/0001). Must not know records and frames.
 """
 
 import asyncio
 import contextlib
-import re
 import resource
-import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -24,20 +21,25 @@ from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.multiaddr.codecs import cid
 
 from petals.errors import ConfigError, PeerUnreachable, VersionMismatch
-from petals.logs import get_logger
+from petals.swarm.address import Address
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import NodeConfig
 from petals.swarm.identity import Identity, write_secret
+from petals.swarm.libp2p.process import DaemonProcess
 from petals.types import PeerId
-
-logger = get_logger(__name__)
-p2pd_logger = get_logger("petals.p2pd")
+from petals.wire import varint
 
 _BUFFER_BYTES = 1024 * 1024
+"""Bytes of one stream that are read ahead from the daemon."""
+
 _CLOSE_SECONDS = 1.0
+"""Time limit for sending what is queued when a stream is closed."""
+
 _LINGER_SECONDS = 0.3
-_PORT = re.compile(r"^/(ip4|ip6)/([^/]+)/(tcp|udp)/(\d+)")
+"""Time for the other side to end a stream first, before this side ends it."""
+
 _MAX_CONTROL_BYTES = 4 * 1024 * 1024
+"""Longest message of the daemon that is accepted."""
 
 Accept = Callable[[str, "DaemonStream"], Awaitable[None]]
 
@@ -129,6 +131,7 @@ class Daemon:
         self._relays = relays
         self._on_exit = on_exit
         self._home = tempfile.TemporaryDirectory(prefix="petals-")
+        self._process = DaemonProcess(Path(self._home.name), self._ended)
         self._server: asyncio.Server | None = None
         self._accept: dict[str, Accept] = {}
         self._inbound = BackgroundTasks()
@@ -137,17 +140,10 @@ class Daemon:
         self.has_ended = False
         self.p2p: Any = None
 
-    @property
-    def process_id(self) -> int | None:
-        """The daemon's process, None before it starts."""
-        return None if self.p2p is None else int(self.p2p._child.pid)
-
     async def start(self, listen: Sequence[str]) -> None:
         """Start the process and connect to it. Raises ConfigError if it cannot start (a port in
         use, for example).
         """
-        for address in listen:
-            _check_free(address)
         use_hivemind_log_handler("nowhere")
         # hivemind would write peer ids inside addresses in a form that the daemon cannot read.
         cid.PROTO_NAME_TO_CIDv1_CODEC.clear()
@@ -155,29 +151,14 @@ class Daemon:
         key_file = home / "identity"
         if not key_file.exists():
             write_secret(key_file, self._identity.to_bytes())
-        config, relays = self._config, list(self._relays)
+        await self._process.start(self._config, listen, key_file, self._relays)
         try:
-            self.p2p = await _daemon_class(home, self._ended).create(
-                host_maddrs=list(listen),
-                announce_maddrs=list(config.announce_maddrs) or None,
-                identity_path=str(key_file),
-                check_if_identity_free=False,
-                dht_mode="client" if config.client_mode else "server",
-                # Never "public": relays that are told so cut circuits at 128 KiB, at random.
-                force_reachability="private" if relays else None,
-                nat_port_map=config.nat_port_map,
-                use_relay=config.use_relay,
-                use_auto_relay=bool(relays),
-                trusted_relays=relays or None,
-            )
+            self.p2p = await _attach(self._process.control)
             self._server = await asyncio.start_unix_server(
                 self._on_connection, path=home / "streams", limit=_BUFFER_BYTES
             )
-        except (P2PDaemonError, ValueError, OSError) as error:
-            raise ConfigError(
-                f"The network daemon could not start: {error}",
-                hint="Check the addresses and ports to listen on; another process may use them.",
-            ) from error
+        except (P2PDaemonError, OSError) as error:
+            raise ConfigError(f"The network daemon cannot be spoken to: {error}") from error
 
     async def close(self) -> None:
         """End the process and wait for its end."""
@@ -187,6 +168,7 @@ class Daemon:
         await self._inbound.close()
         if self.p2p is not None:
             await self.p2p.shutdown()
+        await self._process.stop()
         self._home.cleanup()
 
     async def addresses(self) -> tuple[str, ...]:
@@ -199,15 +181,15 @@ class Daemon:
         except DaemonError:
             return ()
         found = (_readable(address) for address in response.identify.addrs)
-        own = f"/p2p/{self._identity.peer_id}"
-        return tuple(a if a.endswith(own) else a + own for a in found if a)
+        own = self._identity.peer_id
+        return tuple(str(Address(text).with_peer(own)) for text in found if text)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Dial a peer. Raises DaemonError."""
         encoded = []
         for address in addresses:
             with contextlib.suppress(ValueError, KeyError, LookupError):
-                encoded.append(Multiaddr(address.removesuffix(f"/p2p/{peer}")).to_bytes())
+                encoded.append(Multiaddr(str(Address(address).without_peer(peer))).to_bytes())
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.CONNECT,
             connect=p2pd_pb2.ConnectRequest(peer=base58.b58decode(peer), addrs=encoded),
@@ -276,9 +258,8 @@ class Daemon:
     async def _dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self.p2p is None:
             raise DaemonError("The network daemon is being started again.")
-        path = self.p2p._daemon_listen_maddr.value_for_protocol("unix")
         try:
-            return await asyncio.open_unix_connection(path, limit=_BUFFER_BYTES)
+            return await asyncio.open_unix_connection(self._process.control, limit=_BUFFER_BYTES)
         except OSError as error:
             raise DaemonError("The network daemon is not running.") from error
 
@@ -307,48 +288,13 @@ class Daemon:
             self._on_exit()
 
 
-def _check_free(address: str) -> None:
-    """Raises ConfigError if another process has the port: the daemon would silently share it."""
-    match = _PORT.match(address)
-    if match is None or match[4] == "0":
-        return
-    family = socket.AF_INET6 if match[1] == "ip6" else socket.AF_INET
-    kind = socket.SOCK_STREAM if match[3] == "tcp" else socket.SOCK_DGRAM
-    with socket.socket(family, kind) as probe:
-        if kind is socket.SOCK_STREAM:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((match[2], int(match[4])))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"The network daemon could not start: {address} cannot be listened on ({error}).",
-                hint="Another process may use the port; choose another with --port.",
-            ) from error
+async def _attach(control: Path) -> Any:
+    """hivemind's ``P2P`` on a running daemon, its own socket in the daemon's private folder."""
 
+    class PrivateP2P(P2P):
+        _UNIX_SOCKET_PREFIX = f"/unix{control.parent}/"
 
-def _daemon_class(home: Path, on_exit: Callable[[], None]) -> Any:
-    """hivemind's ``P2P`` with a private socket folder, our own flags and our own log."""
-
-    class PetalsDaemon(P2P):
-        _UNIX_SOCKET_PREFIX = f"/unix{home}/"
-
-        @staticmethod
-        def _make_process_args(*args: str, **kwargs: object) -> list[str]:
-            command: list[str] = P2P._make_process_args(*args, **kwargs)
-            # Ctrl-C reaches the whole process group; the daemon must outlive our goodbye.
-            shield = ["/bin/sh", "-c", 'trap \'\' INT; exec "$0" "$@"']
-            # Without this flag, finding relays takes minutes instead of a moment.
-            return [*shield, *command, "-relayDiscovery=0"]
-
-        @staticmethod
-        def _log_p2pd_message(line: str) -> None:
-            p2pd_logger.debug("%s", line)
-
-        async def _read_outputs(self, ready: "asyncio.Future[None]") -> None:
-            await super()._read_outputs(ready)
-            on_exit()
-
-    return PetalsDaemon
+    return await PrivateP2P.replicate(Multiaddr(f"/unix{control}"))
 
 
 async def _exchange(
@@ -357,7 +303,7 @@ async def _exchange(
     response = p2pd_pb2.Response()
     try:
         body = request.SerializeToString()
-        writer.write(_varint(len(body)) + body)
+        writer.write(varint.encode(len(body)) + body)
         await writer.drain()
         response.ParseFromString(await _read_delimited(reader))
     except OSError as error:
@@ -368,28 +314,17 @@ async def _exchange(
 
 
 async def _read_delimited(reader: asyncio.StreamReader) -> bytes:
-    length = shift = 0
+    """The next message of the daemon: its length as a varint, then its bytes."""
+    prefix = bytearray()
     try:
-        while True:
-            byte = (await reader.readexactly(1))[0]
-            length |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
+        while not varint.is_whole(prefix):
+            prefix += await reader.readexactly(1)
+        length, _ = varint.decode(prefix)
         if length > _MAX_CONTROL_BYTES:
             raise DaemonError("The network daemon sent an answer that is too long.")
         return await reader.readexactly(length)
-    except asyncio.IncompleteReadError as error:
+    except (asyncio.IncompleteReadError, ValueError) as error:
         raise DaemonError("The network daemon went away.") from error
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def _readable(address: bytes) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from cachetools import LRUCache
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
@@ -23,6 +24,7 @@ from hivemind.utils.auth import AuthorizerBase, AuthRole, AuthRPCWrapper
 from petals.clock import Clock
 from petals.errors import AdmissionDenied, BootstrapFailed, RecordInvalid, RequestTooLarge
 from petals.logs import get_logger
+from petals.swarm.background import BackgroundTasks, run_all
 from petals.swarm.config import MIB
 from petals.swarm.directory.records import check_stored
 from petals.swarm.libp2p.dht_storage import BoundedStorage
@@ -38,6 +40,9 @@ _STRANGER_SECONDS = 1.0
 its first answer, unless even those whom we joined through take that long.
 """
 _STRANGER_PINGS = 8
+_MAX_ANSWERED = 20_000
+"""Members that are known to have answered."""
+
 _MAX_STORED_BYTES = 64 * MIB
 _MAX_HINT_BYTES = MIB
 _MAX_CALL_BYTES = {"rpc_ping": 4096, "rpc_find": 64 * 1024, "rpc_store": 256 * 1024}
@@ -51,7 +56,8 @@ class DhtRecords:
         self._clock = clock
         self._node: Any = None
         self._calls: set[asyncio.Task[Any]] = set()
-        self._answered: set[str] = set()
+        self._background = BackgroundTasks()
+        self._answered: LRUCache[str, None] = LRUCache(_MAX_ANSWERED)
         self._stranger_seconds = _STRANGER_SECONDS
         self._id = DHTID.generate()
 
@@ -100,9 +106,7 @@ class DhtRecords:
         answers.
         """
         protocol, began = self._node.protocol, self._clock.monotonic()
-        answers = await asyncio.gather(
-            *(protocol.call_ping(PeerID.from_base58(peer)) for peer in peers)
-        )
+        answers = await run_all(protocol.call_ping(PeerID.from_base58(peer)) for peer in peers)
         seconds = _STRANGER_PINGS * (self._clock.monotonic() - began)
         self._stranger_seconds = min(_CALL_TIMEOUT_SECONDS, max(_STRANGER_SECONDS, seconds))
         if peers and not any(answer is not None for answer in answers):
@@ -115,6 +119,7 @@ class DhtRecords:
         """End the calls under way: hivemind starts tasks that outlive their search."""
         if self._node is not None:
             self._node.is_alive = False
+        await self._background.close()
         calls = self._calls - {asyncio.current_task()}
         for call in calls:
             call.cancel()
@@ -125,27 +130,30 @@ class DhtRecords:
         """What a peer knows of ``keys`` and whom it names, without ourselves: hivemind gives up
         where it meets itself. None if it does not answer.
         """
-        call = asyncio.create_task(find(peer, keys), name="asking a member")
-        seconds = None if str(peer) in self._answered else self._stranger_seconds
+        name, found = str(peer), None
+
+        async def ask() -> None:
+            nonlocal found
+            answer = None
+            try:
+                answer = await find(peer, keys)
+            finally:
+                self._answered.pop(name, None)
+            if answer is not None:
+                self._answered[name] = None
+                for _, nearest in answer.values():
+                    nearest.pop(self._id, None)
+            found = answer
+
+        # The call outlives a search that no longer waits for it: a late answer counts next time.
+        seconds = None if name in self._answered else self._stranger_seconds
+        call = self._background.start(ask(), "asking a member of the directory")
         try:
             await asyncio.wait({call}, timeout=seconds)
         except asyncio.CancelledError:
             call.cancel()
             raise
-        if not call.done():
-            call.add_done_callback(partial(self._note_answer, peer))
-            return None
-        self._note_answer(peer, call)
-        found = call.result()
-        for _, nearest in (found or {}).values():
-            nearest.pop(self._id, None)
         return found
-
-    def _note_answer(self, peer: Any, call: "asyncio.Task[Any]") -> None:
-        if not call.cancelled() and call.exception() is None and call.result() is not None:
-            self._answered.add(str(peer))
-        else:
-            self._answered.discard(str(peer))
 
     def _note_call(self) -> None:
         task = asyncio.current_task()

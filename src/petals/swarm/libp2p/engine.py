@@ -7,18 +7,19 @@ this package. Knows no frames.
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 
+from cachetools import LRUCache, TTLCache
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
-from petals.errors import BootstrapFailed, ConfigError, PeerTimeout, PeerUnreachable, PetalsError
+from petals.errors import BootstrapFailed, PeerTimeout, PeerUnreachable, PetalsError
 from petals.logs import get_logger
+from petals.swarm.address import Address
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import EngineParts
 from petals.swarm.libp2p.daemon import Daemon, DaemonError, DaemonStream
 from petals.swarm.libp2p.dht import DhtRecords
-from petals.swarm.transport import BOOTSTRAP_TIMEOUT_SECONDS, CIRCUIT, StreamHandler
+from petals.swarm.transport import BOOTSTRAP_TIMEOUT_SECONDS, StreamHandler
 from petals.types import PeerId
 
 logger = get_logger(__name__)
@@ -38,11 +39,6 @@ _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
 _MAX_KNOWN_PEERS = 20_000
 _MAX_ADDRESSES = 8
-_PEER_PART = re.compile(r"/p2p/([1-9A-HJ-NP-Za-km-z]{32,64})$")
-_DIALLABLE = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/[^/]+/(tcp|udp)/\d{1,5}(/|$)")
-"""A /dnsaddr, for one, may stand for any number of others."""
-
-_TCP_PART = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
 
 
 class Libp2pTransport:
@@ -57,8 +53,10 @@ class Libp2pTransport:
         self._up = asyncio.Event()
         self._listen = parts.config.listen_maddrs
         self._handlers: dict[str, StreamHandler] = {}
-        self._known: dict[PeerId, tuple[str, ...]] = {}
-        self._relayed_since: dict[PeerId, float] = {}
+        self._known: LRUCache[PeerId, tuple[str, ...]] = LRUCache(_MAX_KNOWN_PEERS)
+        self._relayed_since: TTLCache[PeerId, float] = TTLCache(
+            _MAX_KNOWN_PEERS, ttl=_PUNCH_AGAIN_SECONDS, timer=parts.clock.monotonic
+        )
         self._on_restart: list[Callable[[], None]] = []
         self._background = BackgroundTasks()
         self._closed = False
@@ -68,8 +66,8 @@ class Libp2pTransport:
         return self._dht
 
     async def start(self, others: Sequence[str] = ()) -> tuple[PeerId, ...]:
-        initial = [(address, _peer_of(address)) for address in self._parts.config.initial_peers]
-        more = [(other, _peer_of(other)) for other in others if _PEER_PART.search(other)]
+        initial = [Address.of_peer(text) for text in self._parts.config.initial_peers]
+        more = [address for address in map(Address, others) if address.peer_id]
         await self._start_daemon()
         self._listen = await self._fixed_ports()
         self._up.set()
@@ -92,7 +90,7 @@ class Libp2pTransport:
         return await self._daemon.addresses()
 
     async def connect(self, address: str) -> PeerId:
-        peer = _peer_of(address)
+        peer = Address.of_peer(address).peer_id
         try:
             async with asyncio.timeout(BOOTSTRAP_TIMEOUT_SECONDS):
                 await self._daemon.connect(peer, [address])
@@ -101,18 +99,16 @@ class Libp2pTransport:
         return peer
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        usable = tuple(a for a in addresses if _DIALLABLE.match(a))[:_MAX_ADDRESSES]
+        usable = tuple(text for text in addresses if Address(text).is_dialable)[:_MAX_ADDRESSES]
         if usable:
-            while len(self._known) >= _MAX_KNOWN_PEERS:
-                self._known.pop(next(iter(self._known)))
-            self._known.pop(peer, None)  # the latest are at the end
+            self._known.pop(peer, None)  # those learned last are at the end
             self._known[peer] = usable
 
     def known(self) -> tuple[str, ...]:
         return tuple(
-            address if _PEER_PART.search(address) else f"{address}/p2p/{peer}"
-            for peer, addresses in reversed(self._known.items())
-            for address in addresses
+            text if Address(text).peer_id else str(Address(text).with_peer(peer))
+            for peer, addresses in reversed(list(self._known.items()))
+            for text in addresses
         )
 
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> DaemonStream:
@@ -121,7 +117,7 @@ class Libp2pTransport:
             async with asyncio.timeout(timeout):
                 await self._up.wait()
                 stream = await self._open(peer, protocol)
-                if CIRCUIT in stream.remote_address:
+                if Address(stream.remote_address).is_relayed:
                     stream = await self._straightened(stream, protocol, give_up_at)
                 return stream
         except TimeoutError:
@@ -141,7 +137,7 @@ class Libp2pTransport:
         await self._restart()
         clock = self._parts.clock
         give_up_at = clock.monotonic() + _CIRCUIT_SECONDS
-        while not any(CIRCUIT in address for address in await self.addresses()):
+        while not any(Address(text).is_relayed for text in await self.addresses()):
             if clock.monotonic() > give_up_at:
                 logger.warning("no relay has taken us yet")
                 return
@@ -149,13 +145,13 @@ class Libp2pTransport:
 
     async def probe(self, address: str, timeout: float) -> bool:
         """Connects over TCP, beside the daemon: it would use the connection the asker made."""
-        match = _TCP_PART.match(address)
-        if match is None:
+        target = Address(address)
+        if target.transport != "tcp":
             return False
         writer = None
         try:
             async with asyncio.timeout(timeout):
-                reader, writer = await asyncio.open_connection(match[2], int(match[3]))
+                reader, writer = await asyncio.open_connection(target.host, target.port)
                 writer.write(_MULTISTREAM)
                 return await reader.readexactly(len(_MULTISTREAM)) == _MULTISTREAM
         except (OSError, OverflowError, TimeoutError, asyncio.IncompleteReadError):
@@ -177,25 +173,27 @@ class Libp2pTransport:
 
     # -- connecting ----------------------------------------------------------------------------
 
-    async def _connect_first(self, initial: Sequence[tuple[str, PeerId]]) -> tuple[PeerId, ...]:
-        """Dial all initial peers; returns those that answered when the first did, or soon after."""
-        tasks = {asyncio.create_task(self.connect(address)) for address, _ in initial}
+    async def _connect_first(self, initial: Sequence[Address]) -> tuple[PeerId, ...]:
+        """Dial all initial peers; returns those that answer within ``_STRAGGLER_SECONDS`` of the
+        first. Raises BootstrapFailed if there are initial peers and none answers.
+        """
         reached: set[PeerId] = set()
-        pending, patience = tasks, BOOTSTRAP_TIMEOUT_SECONDS
-        try:
-            while pending:
-                done, pending = await asyncio.wait(
-                    pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED
-                )
-                reached |= {task.result() for task in done if task.exception() is None}
-                if not done or (reached and patience == _STRAGGLER_SECONDS):
-                    break
-                patience = _STRAGGLER_SECONDS if reached else patience
-        finally:
-            for task in pending:
-                task.cancel()
+        loop = asyncio.get_running_loop()
+
+        async def dial(address: Address) -> None:
+            with contextlib.suppress(PetalsError):
+                reached.add(await self.connect(address.text))
+                # An expired limit cannot be moved: it is ending the dials right now.
+                if len(reached) == 1 and not limit.expired():
+                    limit.reschedule(loop.time() + _STRAGGLER_SECONDS)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BOOTSTRAP_TIMEOUT_SECONDS) as limit:
+                async with asyncio.TaskGroup() as dials:
+                    for address in initial:
+                        dials.create_task(dial(address))
         if initial and not reached:
-            tried = ", ".join(address for address, _ in initial[:3])
+            tried = ", ".join(address.text for address in initial[:3])
             raise BootstrapFailed(
                 f"None of the initial peers answers ({tried}).",
                 hint="Check the address, that the peer runs, and that its port is open.",
@@ -227,19 +225,13 @@ class Libp2pTransport:
         as soon as a relay has brought them together, and only new streams profit.
         """
         clock, peer = self._parts.clock, stream.remote
-        now = clock.monotonic()
-        since = self._relayed_since.pop(peer, now)
-        if now - since > _PUNCH_AGAIN_SECONDS:
-            since = now
-        while len(self._relayed_since) >= _MAX_KNOWN_PEERS:
-            self._relayed_since.pop(next(iter(self._relayed_since)))
-        self._relayed_since[peer] = since
+        since = self._relayed_since.setdefault(peer, clock.monotonic())
         give_up_at = min(since + _PUNCH_SECONDS, give_up_at)
         try:
             while clock.monotonic() < give_up_at:
                 await clock.sleep(_PUNCH_PAUSE_SECONDS)
                 ways = [way for other, way in await self._daemon.connections() if other == peer]
-                if any(CIRCUIT not in way for way in ways):
+                if not all(Address(way).is_relayed for way in ways):
                     direct = await self._daemon.open_stream(peer, protocol)
                     stream.reset()
                     return direct
@@ -315,21 +307,11 @@ class Libp2pTransport:
         """What we listen on, with the ports that port 0 became, so that a restart keeps our
         addresses.
         """
-        ports: dict[str, str] = {}
-        for address in await self._daemon.addresses():
-            for kind, port in re.findall(r"/(tcp|udp)/(\d+)", address.split("/p2p-circuit")[0]):
-                ports.setdefault(kind, port)
+        ports: dict[str, int] = {}
+        for own in map(Address, await self._daemon.addresses()):
+            ports.setdefault(own.transport, own.port)
+        listen = [Address(text) for text in self._listen]
         return tuple(
-            re.sub(r"/(tcp|udp)/0(?=/|$)", lambda m: f"/{m[1]}/{ports.get(m[1], '0')}", address)
-            for address in self._listen
+            str(address if address.port else address.with_port(ports.get(address.transport, 0)))
+            for address in listen
         )
-
-
-def _peer_of(address: str) -> PeerId:
-    match = _PEER_PART.search(address)
-    if match is None or not address.startswith("/"):
-        raise ConfigError(
-            f"{address!r} is not an address of a peer.",
-            hint="It looks like /ip4/1.2.3.4/tcp/31337/p2p/12D3KooW…; the peer prints it.",
-        )
-    return PeerId(match[1])

@@ -26,9 +26,10 @@ from petals.errors import (
     RequestTooLarge,
 )
 from petals.logs import get_logger
+from petals.swarm.address import Address
 from petals.swarm.config import ChannelLimits
 from petals.swarm.rpc.receive_buffer import WINDOW_BYTES, Budget, Inbox, message_cost
-from petals.swarm.transport import CIRCUIT, Stream
+from petals.swarm.transport import Stream
 from petals.types import PeerId
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
@@ -52,6 +53,7 @@ class Channel:
         self, stream: Stream, service: str, limits: ChannelLimits, budget: Budget, clock: Clock
     ) -> None:
         self.service = service
+        self.address = Address(stream.remote_address)
         self.limits = limits
         self.silence_seconds = limits.silence_seconds
         self.rtt_seconds: float | None = None
@@ -85,14 +87,9 @@ class Channel:
         return self._stream.remote
 
     @property
-    def remote_address(self) -> str:
-        """Multiaddress the peer is seen at; empty if unknown."""
-        return self._stream.remote_address
-
-    @property
     def is_relayed(self) -> bool:
-        """True if what we say passes through a third peer's relay."""
-        return CIRCUIT in self._stream.remote_address
+        """True if frames pass through a third peer's relay."""
+        return self.address.is_relayed
 
     @property
     def is_closed(self) -> bool:
