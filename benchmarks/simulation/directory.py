@@ -70,7 +70,6 @@ def _record_bytes() -> int:
         expires_at=1.7e9 + 0.123,
         throughput=812.123,
         inference_rps=300.2,
-        forward_rps=812.123,
         max_length=8192,
         cache_tokens=65536,
         version="3.0.0",

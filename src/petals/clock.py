@@ -1,17 +1,18 @@
-"""Time as an argument: whoever needs a clock is given one, so that tests can turn the hands.
+"""Time as an argument, so that tests can set it.
 
 ``now`` is the wall clock (record expiry, tickets; comparable between machines), ``monotonic``
-measures durations inside one process. Knows no network and no torch.
+measures durations inside one process. Must not know network and torch.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 
 class Timer(Protocol):
-    """A callback that has been ordered for later."""
+    """A callback that is scheduled."""
 
     def cancel(self) -> None: ...
 
@@ -50,3 +51,16 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+@asynccontextmanager
+async def time_limit(clock: Clock, seconds: float) -> AsyncIterator[None]:
+    """``asyncio.timeout`` by ``clock``: cancels what runs inside after ``seconds`` and raises
+    TimeoutError.
+    """
+    async with asyncio.timeout(None) as limit:
+        timer = clock.call_later(seconds, lambda: limit.reschedule(0.0))
+        try:
+            yield
+        finally:
+            timer.cancel()

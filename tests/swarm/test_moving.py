@@ -72,9 +72,10 @@ async def states_of(swarm: RealSwarm) -> dict[PeerId, tuple[ServerState, tuple[B
 
 async def becomes(swarm: RealSwarm, peer: PeerId, state: ServerState) -> None:
     assert swarm.client is not None
-    async for view in swarm.client.directory.watch(swarm.model, NUM_BLOCKS, 0.02):
-        if view.records[peer].state is state:
+    while True:
+        if (await states_of(swarm))[peer][0] is state:
             return
+        await asyncio.sleep(0.02)
 
 
 async def add(swarm: RealSwarm, span: BlockSpan, throughput: float) -> PeerId:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from petals.wire.messages import Refusal, Replay, Replayed, Step, StepResult
-from petals.wire.services import RING_SERVICE
 from support.linked_script import HISTORIES, PARTS, ring_for
 from support.linked_services import Leg, StepForwarder, Worker, ring_of_servers
 from support.service import assert_close, states
@@ -284,13 +283,13 @@ async def test_a_replay_that_reaches_nobody_says_so() -> None:
         await told.step([9])
         ring = told.ring
         new = await replace(ring, slice(1, 2), swarm.workers[3:])
-        swarm.workers[4].node.stop_serving(RING_SERVICE)
+        swarm.net.hide(swarm.workers[4].peer_id)
         hops = tuple(leg.next_hop for leg in new)
         replay = Replay(ring.session_id, ring.epoch, 7, told.lengths, hops)
         await ring.legs[0].channel.send(replay)
         answer, _ = await new[0].hear()
         assert answer == Replayed(ring.session_id, ring.epoch, hops[1:])
-        swarm.workers[3].node.stop_serving(RING_SERVICE)
+        swarm.net.hide(swarm.workers[3].peer_id)
         ring.swarm.workers[0].service.ring._links._lanes.clear()
         await ring.legs[0].channel.send(replay)
         answer, _ = await ring.legs[0].hear()

@@ -4,12 +4,13 @@ A node with nothing added is a bootstrap peer. Knows no models beyond the record
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from petals.clock import Clock, SystemClock
 from petals.errors import PetalsError
 from petals.logs import get_logger
 from petals.swarm.address import Address
-from petals.swarm.background import BackgroundTasks, run_all
+from petals.swarm.background import BackgroundTasks, gather_bounded
 from petals.swarm.config import Engine, EngineParts, NodeConfig
 from petals.swarm.directory.directory import Directory
 from petals.swarm.identity import Identity, load_or_create_identity
@@ -109,10 +110,6 @@ class SwarmNode:
         """Offer a service; see ``rpc.Service`` and ``rpc.answering``."""
         self._server.add(name, service)
 
-    def stop_serving(self, name: str) -> None:
-        """Refuse new streams for a service; running ones go on."""
-        self._server.remove(name)
-
     async def open_channel(
         self, peer: PeerId, service: str, timeout: float = OPEN_TIMEOUT_SECONDS
     ) -> Channel:
@@ -163,7 +160,9 @@ class SwarmNode:
             return False
         peers = dict.fromkeys([*await self.transport.peers(), *members])
         peers.pop(self.peer_id, None)
-        ways = await run_all(map(self._way_to, list(peers)[:_MAX_MEASURED]))
+        ways = await gather_bounded(
+            [partial(self._way_to, peer) for peer in list(peers)[:_MAX_MEASURED]], _MAX_MEASURED
+        )
         relays = choose_relays(way for way in ways if way is not None)
         if not relays:
             logger.warning("There is no member that this peer could be reached through.")
@@ -193,7 +192,9 @@ class SwarmNode:
                 return error
             return None
 
-        refusals = await run_all(map(refusal_of, peers))
+        refusals = await gather_bounded(
+            [partial(refusal_of, peer) for peer in peers], _MAX_MEASURED
+        )
         admitting = [peer for peer, refusal in zip(peers, refusals) if refusal is None]
         if not admitting and refusals and refusals[0] is not None:
             raise refusals[0]

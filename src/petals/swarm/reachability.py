@@ -7,11 +7,12 @@ it knock at a third party's door. Knows no models.
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from petals.clock import Clock
 from petals.errors import PeerBusy, PetalsError, ProtocolError
 from petals.swarm.address import Address
-from petals.swarm.background import run_all
+from petals.swarm.background import gather_bounded
 from petals.swarm.rpc.channel import Channel
 from petals.swarm.rpc.dispatcher import Service
 from petals.swarm.transport import Transport
@@ -97,7 +98,7 @@ async def check_reachability(
         except PetalsError:
             return None
 
-    answers = await run_all(map(ask, peers[:_MAX_ASKED]))
+    answers = await gather_bounded([partial(ask, peer) for peer in peers[:_MAX_ASKED]], _MAX_ASKED)
     num_asked = sum(answer is not None for answer in answers)
     if any(answers):
         return Reachability(True, num_asked, "Other peers can reach this one directly.")

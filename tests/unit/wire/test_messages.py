@@ -53,7 +53,7 @@ def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     step = messages.Step(SESSION, 1, 2, (3,), (1,))
     fields = ["Step", SESSION, 1, 2, (3,), (1,), None, (), (), False, False, False, (), False]
     expected = msgspec.msgpack.encode((fields, ()))
-    assert frames.PROTOCOL_VERSION == 7
+    assert frames.PROTOCOL_VERSION == 8
     assert messages.encode_message(step) == expected
 
 

@@ -241,7 +241,6 @@ class ServedSpan:
             "state": ServerState.ONLINE,
             "throughput": bulk if told is None else told,
             "inference_rps": single if told is None else told,
-            "forward_rps": bulk if told is None else told,
             "max_length": self.offer.max_length,
             "cache_tokens": self.pool.tokens_total,
             "adapters": tuple(loaded.adapters),

@@ -83,11 +83,6 @@ class PeerLinks:
         self._lanes: dict[tuple[PeerId, bytes], Link] = {}
         self._tasks = BackgroundTasks()
 
-    @property
-    def num_open(self) -> int:
-        """Channels that are open now."""
-        return sum(lane.channel is not None for lane in self._lanes.values())
-
     async def close(self) -> None:
         """End all channels."""
         await self._tasks.close()

@@ -8,7 +8,8 @@ placement.
 import asyncio
 import math
 import zlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
 
@@ -18,7 +19,7 @@ from petals.clock import Clock
 from petals.errors import RecordInvalid
 from petals.logs import get_logger
 from petals.swarm.address import Address
-from petals.swarm.background import run_all
+from petals.swarm.background import gather_bounded
 from petals.swarm.directory import records
 from petals.swarm.directory.records import ModelRecord, ModelSummary, R, ServerRecord, View
 from petals.swarm.directory.shard_reader import SAMPLE_SECONDS, Reading
@@ -37,6 +38,9 @@ MORE_SHARDS = 4
 _STAYING = (ServerState.JOINING, ServerState.ONLINE)
 _MAX_ADDRESSES = 8
 _MAX_RECORDS_PER_KEY = 2000
+_STORED_AT_ONCE = 16
+"""Keys that are stored at the same time; a model of 4096 blocks has 256."""
+
 _RECORDS_AT_ONCE = 32
 """Signatures checked before other tasks get their turn."""
 
@@ -126,16 +130,6 @@ class Directory:
             self._transport.learn(peer, record.addresses)
         return View(ModelId(model), num_blocks, MappingProxyType(merged), now)
 
-    async def watch(
-        self, model: str, num_blocks: int | None = None, interval_seconds: float = 5.0
-    ) -> AsyncIterator[View]:
-        """Views of a model, a new one every ``interval_seconds``; ends when the caller stops
-        reading.
-        """
-        while True:
-            yield await self.view(model, num_blocks)
-            await self._clock.sleep(interval_seconds)
-
     async def models(self) -> tuple[ModelSummary, ...]:
         """The models that are announced."""
         values = (await self._store.get([records.MODELS_KEY]))[records.MODELS_KEY]
@@ -178,11 +172,13 @@ class Directory:
 
     async def _store_all(self, keys: Iterable[str], record: ServerRecord) -> bool:
         value = records.seal(record, self._identity)
-        return any(
-            await run_all(
-                self._store.store(key, record.peer_id, value, record.expires_at) for key in keys
-            )
+        store = partial(
+            self._store.store,
+            subkey=record.peer_id,
+            value=value,
+            expires_at=record.expires_at,
         )
+        return any(await gather_bounded([partial(store, key) for key in keys], _STORED_AT_ONCE))
 
     async def _fetch(self, keys: Sequence[str]) -> Mapping[str, list[ServerRecord]]:
         if not keys:

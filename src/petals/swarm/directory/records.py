@@ -43,14 +43,14 @@ Rate = Annotated[float, Meta(ge=0, le=1e12)]
 BlockRange = tuple[Block, Block]
 
 
-class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one server serves of one model. Rates are tokens (or requests) per second, as measured
-    by the server.
+class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What one server serves of one model.
 
-    ``throughput`` is what the server expects to give a client end to end; ``inference_rps``,
-    ``forward_rps`` and ``network_rps`` are its parts. ``max_length`` and ``cache_tokens`` count
+    ``throughput`` and ``inference_rps`` are rates in blocks x tokens/s, as measured by the server:
+    in full batches, and of one session that decodes. ``max_length`` and ``cache_tokens`` count
     tokens; times are seconds since the epoch. ``next_spans``: where a DRAINING server that moves
-    will be; empty if it goes for good. ``trains``: it gives gradients.
+    will be; empty if it leaves for good. ``trains``: it computes gradients. Fields that this
+    version does not know are ignored, so that versions can share a directory.
     """
 
     peer_id: RecordName
@@ -61,8 +61,6 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     expires_at: float
     throughput: Rate = 0.0
     inference_rps: Rate | None = None
-    forward_rps: Rate | None = None
-    network_rps: Rate | None = None
     dtype: RecordName = "float32"
     quant: RecordName | None = None
     adapters: Annotated[tuple[RecordName, ...], Meta(max_length=32)] = ()
@@ -87,8 +85,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return any(start <= block < end for start, end in self.spans)
 
 
-class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One server's word that a model is served here."""
+class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One server's statement that it serves a model."""
 
     peer_id: RecordName
     model: RecordName

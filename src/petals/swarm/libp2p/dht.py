@@ -24,7 +24,7 @@ from hivemind.utils.auth import AuthorizerBase, AuthRole, AuthRPCWrapper
 from petals.clock import Clock
 from petals.errors import AdmissionDenied, BootstrapFailed, RecordInvalid, RequestTooLarge
 from petals.logs import get_logger
-from petals.swarm.background import BackgroundTasks, run_all
+from petals.swarm.background import BackgroundTasks, gather_bounded
 from petals.swarm.config import MIB
 from petals.swarm.directory.records import check_stored
 from petals.swarm.libp2p.dht_storage import BoundedStorage
@@ -42,6 +42,9 @@ its first answer, unless even those whom we joined through take that long.
 _STRANGER_PINGS = 8
 _MAX_ANSWERED = 20_000
 """Members that are known to have answered."""
+
+_PINGS_AT_ONCE = 32
+"""Members that are pinged at the same time when the directory is joined."""
 
 _MAX_STORED_BYTES = 64 * MIB
 _MAX_HINT_BYTES = MIB
@@ -106,7 +109,8 @@ class DhtRecords:
         answers.
         """
         protocol, began = self._node.protocol, self._clock.monotonic()
-        answers = await run_all(protocol.call_ping(PeerID.from_base58(peer)) for peer in peers)
+        pings = [partial(protocol.call_ping, PeerID.from_base58(peer)) for peer in peers]
+        answers = await gather_bounded(pings, _PINGS_AT_ONCE)
         seconds = _STRANGER_PINGS * (self._clock.monotonic() - began)
         self._stranger_seconds = min(_CALL_TIMEOUT_SECONDS, max(_STRANGER_SECONDS, seconds))
         if peers and not any(answer is not None for answer in answers):

@@ -10,13 +10,13 @@ messages; knows nothing of services, sessions or models.
 import asyncio
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from petals.clock import Clock, Timer
+from petals.clock import Clock, Timer, time_limit
 from petals.errors import (
     PeerFailed,
     PeerTimeout,
@@ -35,7 +35,7 @@ from petals.wire import frames, tensors
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
 from petals.wire.messages import AnyMessage, Refusal, encode_message
-from petals.wire.specs import Codec, TensorSpec
+from petals.wire.specs import TensorSpec
 
 logger = get_logger(__name__)
 
@@ -56,7 +56,7 @@ class Channel:
         self.address = Address(stream.remote_address)
         self.limits = limits
         self.silence_seconds = limits.silence_seconds
-        self.rtt_seconds: float | None = None
+        self.send_seconds = limits.send_seconds
         self._stream = stream
         self._clock = clock
         self._inbox = Inbox(stream.remote, limits, budget)
@@ -71,7 +71,6 @@ class Channel:
         self._pending_since = self._last_heard = clock.monotonic()
         self._confirmed_at = 0.0
         self._error: PetalsError | None = None
-        self._on_close: list[Callable[[], object]] = []
         self._reader = asyncio.create_task(self._read(), name=f"channel {service}")
         self._reader.add_done_callback(self._on_reader_done)
 
@@ -108,41 +107,37 @@ class Channel:
         """What was sent before this time of the clock has reached the peer's channel."""
         return self._confirmed_at
 
-    def on_close(self, callback: Callable[[], object]) -> None:
-        """Call back, once, as soon as the stream has ended (at once if it has)."""
-        if self._error is None:
-            self._on_close.append(callback)
-        else:
-            callback()
-
     async def send(
-        self, message: Message, tensors_: Sequence[Tensor] = (), codec: Codec = Codec.RAW
+        self, message: Message, tensors_: Sequence[Tensor] = (), timeout: float | None = None
     ) -> None:
         """Send a message and its tensors; returns when the bytes are on their way, not when they
         arrive.
 
-        Waits while the peer's window is full. Raises RequestTooLarge, PeerUnreachable, PeerTimeout,
-        ProtocolError.
+        Waits while the peer's window is full. The time limit, all waiting included, is
+        ``send_seconds + num_bytes / min_bytes_per_second``, or ``timeout`` (s) if that is less.
+        Raises PeerTimeout when it is over (the channel stays usable), RequestTooLarge,
+        PeerUnreachable, ProtocolError, and PeerTimeout for a peer that is silent.
         """
-        encoded = [tensors.encode(tensor, codec) for tensor in tensors_]
+        encoded = [tensors.encode(tensor) for tensor in tensors_]
         payload = encode_message(message, tuple(spec for spec, _ in encoded))
         total = sum(len(data) for _, data in encoded)
+        num_bytes = total + len(payload)
         if total > self.limits.max_tensor_bytes or len(payload) > frames.MAX_HEADER_BYTES:
             raise RequestTooLarge(
-                f"A message of {total + len(payload)} bytes is more than one message may hold.",
+                f"A message of {num_bytes} bytes is more than one message may hold.",
                 hint="Send fewer tokens or rows at a time.",
             )
-        async with self._sending:
-            self._raise_if_closed()
-            head = frames.encode_frame(FrameKind.MESSAGE, payload)
-            cost = message_cost(payload)
-            if total <= frames.CHUNK_BYTES and cost + total <= self._credit:
-                self._credit -= cost + total
-                self._stream.write(b"".join((head, *_chunk_parts(encoded))) if total else head)
-                await self._drain()
-            else:
-                await self._take_credit(cost)
-                await self._send_in_chunks(head, [data for _, data in encoded])
+        seconds = self.send_seconds + num_bytes / self.limits.min_bytes_per_second
+        if timeout is not None:
+            seconds = min(seconds, timeout)
+        try:
+            async with time_limit(self._clock, seconds), self._sending:
+                await self._send(payload, encoded, total)
+        except TimeoutError:
+            raise PeerTimeout(
+                f"The peer did not take {num_bytes} bytes within {seconds:g} s.",
+                peer_id=self.peer_id,
+            ) from None
 
     async def receive(self, timeout: float | None = None) -> tuple[AnyMessage, list[Tensor]]:
         """The next message and its tensors, whatever it is (a Refusal too).
@@ -165,14 +160,16 @@ class Channel:
         *,
         expect: type[M],
         timeout: float | None = None,
-        codec: Codec = Codec.RAW,
     ) -> tuple[M, list[Tensor]]:
-        """Send and wait for the answer; a Refusal is raised as the typed error it carries.
+        """Send and wait for the answer, ``timeout`` seconds in all.
 
-        Raises ProtocolError if the answer is of another type, and all that ``send`` and ``receive``
-        raise.
+        A Refusal is raised as the typed error that it carries. Raises ProtocolError if the answer
+        is of another type, and all that ``send`` and ``receive`` raise.
         """
-        await self.send(message, tensors_, codec)
+        began = self._clock.monotonic()
+        await self.send(message, tensors_, timeout)
+        if timeout is not None:
+            timeout = max(0.0, timeout - (self._clock.monotonic() - began))
         answer, answer_tensors = await self.receive(timeout)
         if isinstance(answer, expect):
             return answer, answer_tensors
@@ -207,6 +204,21 @@ class Channel:
         self._fail(error)
 
     # -- sending ----------------------------------------------------------------
+
+    async def _send(
+        self, payload: bytes, encoded: Sequence[tuple[TensorSpec, memoryview]], total: int
+    ) -> None:
+        """Write one message; ``total`` is the size of its tensors in bytes."""
+        self._raise_if_closed()
+        head = frames.encode_frame(FrameKind.MESSAGE, payload)
+        cost = message_cost(payload)
+        if total <= frames.CHUNK_BYTES and cost + total <= self._credit:
+            self._credit -= cost + total
+            self._stream.write(b"".join((head, *_chunk_parts(encoded))) if total else head)
+            await self._drain()
+        else:
+            await self._take_credit(cost)
+            await self._send_in_chunks(head, [data for _, data in encoded])
 
     async def _send_in_chunks(self, head: bytes, buffers: Sequence[memoryview]) -> None:
         step = frames.CHUNK_BYTES
@@ -327,9 +339,8 @@ class Channel:
         if waiter is None and nonce != self._last_nonce:
             return
         self._confirmed_at = max(self._confirmed_at, nonce / 1e9)
-        self.rtt_seconds = self._clock.monotonic() - nonce / 1e9
         if waiter is not None and not waiter.done():
-            waiter.set_result(self.rtt_seconds)
+            waiter.set_result(self._clock.monotonic() - nonce / 1e9)
 
     def _grant(self) -> None:
         """Give credit for what was taken, in few frames: small messages cost none of their own."""
@@ -396,8 +407,6 @@ class Channel:
             self._stream.reset()
         if self._reader is not asyncio.current_task():
             self._reader.cancel()
-        for callback in self._on_close:
-            callback()
         return error
 
 

@@ -121,10 +121,6 @@ class RpcServer:
         """Serve streams opened for ``name``; replaces a service of that name."""
         self.services[name] = service
 
-    def remove(self, name: str) -> None:
-        """Refuse new streams for ``name``; running ones go on."""
-        self.services.pop(name, None)
-
     @property
     def num_streams(self) -> int:
         return self._open.total()

@@ -1,4 +1,3 @@
-import asyncio
 import logging
 
 import pytest
@@ -161,17 +160,6 @@ async def test_in_a_small_swarm_nothing_is_kept(server, client, clock, net):
     assert server.peer_id in (await client.directory.view("m", 30)).records
     net.records_of(b"").clear()
     assert not (await client.directory.view("m", 30)).records
-
-
-async def test_watch(server, client, clock):
-    views = client.directory.watch("m", 30, interval_seconds=5.0)
-    assert not (await anext(views)).records
-    await server.directory.announce(record(clock))
-    upcoming = asyncio.ensure_future(anext(views))
-    await clock.advance(4.9)
-    assert not upcoming.done()
-    await clock.advance(0.2)
-    assert server.peer_id in (await upcoming).records
 
 
 async def test_records_are_stored_again_after_a_restart(server, client, clock, net):
