@@ -67,7 +67,7 @@ class ClientConfig(Settings):
     ] = field(default_factory=constants.initial_peers)
     swarm_key: Annotated[
         Path | None,
-        Setting("Key file of a private swarm.", "--swarm-key", "FILE", env=constants.ENV_SWARM_KEY),
+        Setting("Key file of a closed swarm.", "--swarm-key", "FILE", env=constants.ENV_SWARM_KEY),
     ] = field(default_factory=constants.swarm_key_file)
     dht_prefix: Annotated[
         str | None,

