@@ -1,4 +1,4 @@
-"""Importing large libraries quickly. Knows none of them."""
+"""Importing large libraries quickly. Must not know which."""
 
 import gc
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """No garbage is looked for inside.
+    """The garbage collector is switched off inside.
 
-    Importing torch and transformers makes a million objects that stay, and the collector looks
-    through them again and again: 7 % of the time (8.4 and 7.8 s, medians of ten on 2 slow cores).
+    Importing torch and transformers makes a million objects that stay, and the collector scans
+    them again and again: 7 % of the time (8.4 and 7.8 s, medians of ten on 2 slow cores).
     """
     was_enabled = gc.isenabled()
     gc.disable()

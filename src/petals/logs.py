@@ -1,8 +1,8 @@
-"""Logging: everything Petals says goes to loggers under ``petals``; the command line decides where
-it is shown.
+"""Logging: every message goes to a logger under ``petals``; the command line decides where it is
+shown.
 
-Libraries that import Petals get silence unless they configure logging themselves. Knows no network
-and no torch.
+Programs that import Petals see nothing unless they configure logging themselves. Must not know
+network and torch.
 """
 
 import logging

@@ -1,6 +1,6 @@
-"""The nouns every layer shares: ids, spans, routes, states.
+"""Values that every layer shares: ids, spans, routes, states.
 
-Plain values without behaviour of their own. Knows no torch, no network, no clock.
+Must not know torch, network and clock.
 """
 
 import re
@@ -17,8 +17,8 @@ SessionId = NewType("SessionId", bytes)
 """16 random bytes chosen by the client; unique together with the client's peer id."""
 
 ModelId = NewType("ModelId", str)
-"""Name of a model in the directory (the old ``dht_prefix``): equal for all who serve the same
-weights.
+"""Name of a model in the directory (the original's ``dht_prefix``): equal for all servers of the
+same weights.
 """
 
 SESSION_ID_BYTES = 16
@@ -70,7 +70,7 @@ class BlockSpan:
 
 
 class ServerState(StrEnum):
-    """Life of a server as its record tells it."""
+    """State of a server in its record."""
 
     JOINING = "joining"
     ONLINE = "online"

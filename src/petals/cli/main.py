@@ -1,6 +1,6 @@
 """The `petals` command: registers every other command and turns errors into a sentence and a hint.
 
-Must not import torch, transformers or hivemind: `petals --help` answers at once.
+Must not import torch, transformers or hivemind, so that `petals --help` answers at once.
 """
 
 import typer

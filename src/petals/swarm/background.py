@@ -1,7 +1,8 @@
-"""Tasks that run beside the main flow and must neither vanish nor die unheard.
+"""Tasks that outlive their caller, and coroutines that run at the same time.
 
-A runner keeps its tasks alive, logs what kills them and ends them all when it is closed. One of the
-few places that catch every exception: there is no caller who could. Knows nothing of what it runs.
+``BackgroundTasks`` keeps its tasks alive, logs the exceptions that end them, and cancels them all
+when it is closed. It is one of the few places that catch every exception, since no caller can. Must
+not know what it runs.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ class BackgroundTasks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        """How many run."""
+        """Number of tasks that run."""
         return len(self._tasks)
 
     async def __aenter__(self) -> "BackgroundTasks":
@@ -36,7 +37,8 @@ class BackgroundTasks:
         task = asyncio.create_task(_guard(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        # Cancelled before its first step, a task leaves its coroutine unclosed: Python complains.
+        # A task that is cancelled before its first step leaves its coroutine unclosed, and Python
+        # warns of that.
         task.add_done_callback(lambda _: work.close())
         return task
 

@@ -1,8 +1,8 @@
 """A peer's key: the file it lives in, the peer id it gives, signatures made and checked with it.
 
 Keys are Ed25519 in libp2p's protobuf form; RSA files of older swarms are read too. The peer id is
-derived from the public key, so whoever signs with the key *is* the peer. Also reads and writes the
-swarm key file, the other secret on disk. Knows no network and no torch.
+derived from the public key, so a signature with the key proves the peer id. Also reads and writes
+the swarm key file, the other secret on disk. Must not know network and torch.
 """
 
 import contextlib
@@ -25,8 +25,13 @@ from petals.wire import varint
 
 _RSA, _ED25519 = 0, 1
 _MAX_KEY_BYTES = 8192
+"""Longest key file."""
+
 _IDENTITY_MULTIHASH_MAX_BYTES = 42
+"""A public key up to this length is its own peer id; a longer one is hashed (libp2p's rule)."""
+
 _MAX_RSA_EXPONENT = 2**32
+"""A larger exponent would make checking a signature slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ def verify(public_key: bytes, data: bytes, signature: bytes) -> bool:
         key = serialization.load_der_public_key(raw)
         if not isinstance(key, RSAPublicKey) or not 2048 <= key.key_size <= 8192:
             return False
-        if key.public_numbers().e >= _MAX_RSA_EXPONENT:  # a large one makes checking slow
+        if key.public_numbers().e >= _MAX_RSA_EXPONENT:
             return False
         key.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
     except (InvalidSignature, ValueError, TypeError):
@@ -145,7 +150,7 @@ def load_swarm_key(path: Path) -> SwarmKey:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The swarm key file {path} cannot be read.",
-            hint="Ask whoever runs the swarm for the file, or create one for a new swarm.",
+            hint="Ask the operator of the swarm for it, or make one: petals swarm new-key FILE.",
         ) from error
 
 

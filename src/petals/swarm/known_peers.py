@@ -1,7 +1,7 @@
-"""Members of a swarm that were met before, kept on disk: ways in when no initial peer answers.
+"""Addresses of members of a swarm, kept on disk, to be dialled when no initial peer answers.
 
-One small file of addresses per swarm, replaced as a whole; nothing secret is in it, and whoever is
-found through it is admitted like anybody else. Knows files and addresses; knows no network.
+One small file of addresses per swarm, replaced as a whole. It holds no secret, and a member found
+through it has to be admitted like any other. Must not know the network.
 """
 
 import contextlib
@@ -17,15 +17,19 @@ from petals.swarm.membership import SwarmKey
 logger = get_logger(__name__)
 
 MAX_ADDRESSES = 64
+"""Addresses kept of one swarm."""
+
 MAX_FILES = 64
-"""Swarms that are remembered; the one that was not joined for longest is forgotten first."""
+"""Swarms that are kept; the file that was written least recently is deleted first."""
 
 _MAX_ADDRESS_BYTES = 256
+"""Longest address that is kept."""
+
 _MAX_FILE_BYTES = MAX_ADDRESSES * (_MAX_ADDRESS_BYTES + 1)
 
 
 class PeerMemory:
-    """What is remembered of the swarm that these initial peers lead to."""
+    """The addresses kept of the swarm that these initial peers lead to."""
 
     def __init__(self, folder: Path, initial_peers: Sequence[str], key: SwarmKey | None) -> None:
         digest = hashlib.sha256(b"petals peers 1\0" + (key.secret if key is not None else b""))
@@ -35,7 +39,7 @@ class PeerMemory:
         self._path = folder / f"{digest.hexdigest()[:32]}.txt"
 
     def read(self) -> tuple[str, ...]:
-        """Addresses, those met last first; nothing if there is no such file, or a broken one."""
+        """Addresses, the latest first; none if the file is missing or damaged."""
         try:
             with self._path.open("rb") as file:
                 text = file.read(_MAX_FILE_BYTES + 1).decode("ascii")
@@ -44,7 +48,7 @@ class PeerMemory:
         return _bounded(text.split("\n")) if len(text) <= _MAX_FILE_BYTES else ()
 
     def add(self, addresses: Iterable[str]) -> None:
-        """Remember these before those remembered already. A disk that takes nothing is no error."""
+        """Put addresses before those kept already. A disk that cannot be written is only logged."""
         kept = _bounded([*addresses, *self.read()])
         if not kept:
             return
@@ -60,7 +64,7 @@ class PeerMemory:
                 raise
             self._forget_the_oldest()
         except OSError as error:
-            logger.info("peers are not remembered: %s", error)
+            logger.info("addresses of peers could not be kept: %s", error)
 
     def _forget_the_oldest(self) -> None:
         files = sorted(self._folder.glob("*.txt"), key=lambda path: path.stat().st_mtime)

@@ -5,9 +5,9 @@ A ticket of kind 1 proves that its holder knows the swarm key, to one verifier, 
     kind (u8 = 1) | expires_at (u64, seconds) | mac (32 bytes)
     mac = HMAC-SHA256(key, label, holder, verifier, expires_at, bound bytes)
 
-Both peer ids are proven by the engine's encryption, so a ticket is worth nothing to anybody else.
-It cannot be revoked; change the key for that. Without a key (an open swarm) tickets are empty and
-everybody is admitted. Pure: values in, values out; knows no clock, no socket and no message.
+Both peer ids are proven by the engine's encryption, so a ticket is of no use to a third peer. A
+ticket cannot be revoked; change the key for that. Without a key (an open swarm) tickets are empty
+and every peer is admitted. Pure. Must not know clock, sockets and messages.
 """
 
 import base64
@@ -22,7 +22,7 @@ from petals.errors import AdmissionDenied, ConfigError
 from petals.types import PeerId
 
 TICKET_SECONDS = 600.0
-"""How long a ticket is good for: generous, because clocks of volunteers differ."""
+"""How long (s) a ticket is valid; long, because the clocks of volunteers' machines differ."""
 
 _KIND = 1
 _HEAD = struct.Struct("!BQ")
@@ -34,7 +34,7 @@ _HINT_KEY = "Start with --swarm-key FILE, the same key file as the rest of the s
 
 @dataclass(frozen=True, slots=True)
 class SwarmKey:
-    """32 secret bytes that all members of a private swarm share."""
+    """32 secret bytes that all members of a closed swarm share."""
 
     secret: bytes = field(repr=False)
 
@@ -63,7 +63,7 @@ class SwarmKey:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Issues our tickets and checks those of others. ``key`` None is an open swarm."""
+    """Issues this peer's tickets and checks those of others. ``key`` None is an open swarm."""
 
     peer_id: PeerId
     key: SwarmKey | None = None
@@ -73,8 +73,8 @@ class Admission:
         return self.key is None
 
     def issue(self, verifier: PeerId, now: float, bound: bytes = b"") -> bytes:
-        """Our ticket for ``verifier``, good from ``now`` (seconds since the epoch); ``bound`` is
-        covered by it.
+        """This peer's ticket for ``verifier``, issued at ``now`` (seconds since the epoch); it also
+        proves ``bound``, the bytes that it is sent with.
         """
         if self.key is None:
             return b""

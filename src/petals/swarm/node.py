@@ -1,6 +1,7 @@
-"""One peer, whole: identity, transport, admission, directory, services.
+"""One peer: identity, transport, admission, directory and services together.
 
-A node with nothing added is a bootstrap peer. Knows no models beyond the records in the directory.
+A node without services of its own is a bootstrap peer. Must not know models beyond the records in
+the directory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,8 +34,10 @@ from petals.wire.messages import DialBack, DialedBack
 logger = get_logger(__name__)
 
 _REMEMBER_SECONDS = 60.0
+"""Period of writing the addresses of members to disk."""
+
 _MAX_MEASURED = 16
-"""Members that are looked at when relays are chosen."""
+"""Members that are measured when relays are chosen; calls to members at the same time."""
 
 
 class SwarmNode:
@@ -121,13 +124,13 @@ class SwarmNode:
         return await open_channel(self._parts, self.transport, peer, service, timeout)
 
     async def ping(self, peer: PeerId, timeout: float = OPEN_TIMEOUT_SECONDS) -> float:
-        """Round-trip time to a peer, in seconds. Raises what ``open_channel`` raises."""
+        """Round-trip time (s) to a peer. Raises what ``open_channel`` raises."""
         async with await self.open_channel(peer, NODE_SERVICE, timeout) as channel:
             return await channel.ping(timeout)
 
     async def clock_skew(self, peer: PeerId) -> float:
-        """How far the peer's wall clock is ahead of ours, in seconds; the directory warns when it
-        is large.
+        """How far (s) the peer's wall clock is ahead of this one; the directory warns if it is
+        large.
         """
         async with await self.open_channel(peer, NODE_SERVICE) as channel:
             before = self.clock.now()
@@ -139,15 +142,15 @@ class SwarmNode:
         return skew
 
     async def check_reachability(self, peers: Sequence[PeerId] = ()) -> Reachability:
-        """Ask peers (those we are connected to, if none are named) whether they can reach us."""
+        """Ask peers (by default those with an open connection) whether they can dial this one."""
         asked = list(peers) or sorted(await self.transport.peers())
         return await check_reachability(self.open_channel, asked, await self.addresses())
 
     async def become_reachable(self, members: Iterable[PeerId] = ()) -> bool:
-        """Turn to relays if others cannot dial us, as ``config.relay`` says; all streams are lost
-        then. Returns whether we turned.
+        """Use relays if others cannot dial this peer, as ``config.relay`` says. True if relays are
+        used now; all streams are lost then.
 
-        The nearest of ``members`` and of those we are connected to become our relays.
+        The nearest of ``members`` and of the connected peers become the relays.
         """
         relay = self.config.relay
         if relay is None:

@@ -1,7 +1,7 @@
-"""Can others reach us? Ask them to dial back, say in words what follows, and choose relays.
+"""Whether other peers can reach this one: ask them to dial back, and choose relays.
 
-A peer dials back only to the address it sees the asker at, and not often, so that nobody can make
-it knock at a third party's door. Knows no models.
+A peer dials back only to the host at which it sees the asking peer, and at a bounded rate, so that
+no peer can direct it at a third party. Must not know models.
 """
 
 from collections import deque
@@ -23,16 +23,27 @@ NODE_SERVICE = "node"
 """Every peer offers it: pings, clock, dialling back."""
 
 _PROBE_TIMEOUT_SECONDS = 3.0
+"""Time limit for dialling one address back."""
+
 _ASK_TIMEOUT_SECONDS = 10.0
+"""Time limit for a peer's answer whether it could dial back."""
+
 _MAX_ASKED = 3
+"""Peers that are asked to dial back."""
+
 _MAX_RELAYS = 3
+"""Members through which a hidden peer is reached."""
+
 _MAX_DIALLED = 4
+"""Addresses that are dialled back for one request."""
+
 _DIALS_PER_HOST, _DIALS_IN_ALL, _PER_SECONDS = 8, 64, 60.0
+"""Dials back within ``_PER_SECONDS``: to one host, and in all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reachability:
-    """What the peers said. ``reached`` None means that nobody could be asked."""
+    """What the peers reported. ``reached`` is None if no peer could be asked."""
 
     reached: bool | None
     num_asked: int
@@ -40,14 +51,14 @@ class Reachability:
 
 
 class _Allowance:
-    """How often this peer dials back: a few addresses a minute per host, and some in all."""
+    """Rate limit of dials back, per host and in all."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._dials: deque[tuple[float, str]] = deque()
 
     def take(self, host: str) -> None:
-        """Raises PeerBusy if there is none left."""
+        """Count one dial to ``host``. Raises PeerBusy if the limit is reached."""
         now = self._clock.monotonic()
         while self._dials and self._dials[0][0] <= now - _PER_SECONDS:
             self._dials.popleft()
@@ -58,7 +69,7 @@ class _Allowance:
 
 
 def node_service(transport: Transport, clock: Clock) -> Service:
-    """The service every peer offers."""
+    """The service that every peer offers: dialling back, and the wall clock."""
     allowance = _Allowance(clock)
 
     async def serve(channel: Channel) -> None:
@@ -84,7 +95,7 @@ async def check_reachability(
     peers: Sequence[PeerId],
     addresses: Sequence[str],
 ) -> Reachability:
-    """Ask up to three of ``peers`` to dial ``addresses`` (ours). One success is enough."""
+    """Ask up to three of ``peers`` to dial ``addresses`` of this peer. One success is enough."""
 
     async def ask(peer: PeerId) -> bool | None:
         try:

@@ -1,8 +1,8 @@
-"""The seam between Petals and a peer-to-peer engine.
+"""The interface between Petals and a peer-to-peer engine.
 
-Two engines stand behind it: ``swarm.libp2p`` (real networks) and ``testing.memory_net`` (one
-process). An engine authenticates peers (a stream's ``remote`` is proven), carries bytes, and keeps
-expiring records. It knows nothing of frames, messages, tickets' meaning or models.
+Two engines implement it: ``swarm.libp2p`` (real networks) and ``testing.memory_net`` (one process).
+An engine authenticates peers (a stream's ``remote`` is proven), carries bytes, and keeps expiring
+records. It must not know frames, messages, the meaning of tickets, or models.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,12 +12,16 @@ from typing import Protocol
 from petals.types import PeerId
 
 BOOTSTRAP_TIMEOUT_SECONDS = 5.0
+"""Time limit for dialling the initial peers."""
+
 OPEN_TIMEOUT_SECONDS = 5.0
+"""Default time limit for opening an admitted stream to a peer."""
 
 
 class Stream(Protocol):
-    """A bidirectional stream of bytes to one authenticated peer. Every wait raises PeerUnreachable
-    once it is lost.
+    """A bidirectional stream of bytes to one authenticated peer.
+
+    Every wait raises PeerUnreachable once the stream is lost.
     """
 
     @property
@@ -39,7 +43,7 @@ class Stream(Protocol):
         ...
 
     async def drain(self) -> None:
-        """Wait until the queue is short (backpressure). Raises PeerUnreachable if the stream is
+        """Wait until the queue is short (back-pressure). Raises PeerUnreachable if the stream is
         lost.
         """
         ...
@@ -54,7 +58,7 @@ class Stream(Protocol):
 
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
-"""Called in a task of its own for every stream a peer opens; it owns the stream."""
+"""Called in a task of its own for every stream that a peer opens; it owns the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,11 @@ class RecordStore(Protocol):
     """Distributed, expiring: key -> subkey -> value; the later expiry wins."""
 
     async def store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
-        """True if at least one peer (or we ourselves) took it."""
+        """True if at least one peer, perhaps this one, has stored it."""
         ...
 
     async def get(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, StoredValue]]:
-        """The freshest values of every key; a key nobody knows maps to an empty mapping."""
+        """The freshest values of every key; a key without values maps to an empty mapping."""
         ...
 
 
@@ -87,10 +91,11 @@ class Transport(Protocol):
     def records(self) -> RecordStore: ...
 
     async def start(self, others: Sequence[str] = ()) -> tuple[PeerId, ...]:
-        """Listen and dial the initial peers, and ``others`` if none of them answers; returns those
-        that did.
+        """Listen and dial the initial peers, and ``others`` if none of them answers; returns the
+        peers that answered.
 
-        Raises BootstrapFailed within about five seconds (ten with others) if nobody does.
+        Raises BootstrapFailed if none does, within ``BOOTSTRAP_TIMEOUT_SECONDS`` (twice that with
+        others).
         """
         ...
 
@@ -99,11 +104,11 @@ class Transport(Protocol):
         ...
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Remember where a peer says it can be dialled."""
+        """Record the addresses at which a peer says that it can be dialled."""
         ...
 
     def known(self) -> tuple[str, ...]:
-        """Multiaddresses of members that were learned, each ending in ``/p2p/<id>``."""
+        """Addresses of members given to ``learn``, latest first, each ending in ``/p2p/<id>``."""
         ...
 
     async def addresses(self) -> tuple[str, ...]:
@@ -123,17 +128,17 @@ class Transport(Protocol):
         ...
 
     async def peers(self) -> frozenset[PeerId]:
-        """Peers we hold a connection to."""
+        """Peers to which a connection is open."""
         ...
 
     async def use_relays(self, relays: Sequence[str]) -> None:
-        """From now on be reached through these members (multiaddresses). Every stream is lost, and
+        """Be reached through these members (multiaddresses) from now on. Every stream is lost, and
         the callbacks of ``on_restart`` are called.
         """
         ...
 
     async def probe(self, address: str, timeout: float) -> bool:
-        """Whether ``address`` takes a *fresh* connection, not one that is already open."""
+        """Whether ``address`` accepts a new connection; connections that are open do not count."""
         ...
 
     def on_restart(self, callback: Callable[[], None]) -> None:

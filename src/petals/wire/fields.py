@@ -1,6 +1,6 @@
-"""What fields of messages may hold, with their bounds, and the shape all messages share.
+"""Types of message fields with their bounds, and the base of all messages.
 
-Knows no particular message.
+Must not know any particular message.
 """
 
 from typing import Annotated
@@ -11,8 +11,13 @@ from msgspec import Meta
 from petals.types import SESSION_ID_BYTES
 
 MAX_ROWS = 1024
+"""Most rows of a session."""
+
 MAX_TENSORS = 4096
+"""Most tensors that follow one message."""
+
 MAX_POSITION = 2**31 - 1
+"""Largest token position and block index."""
 
 ShortText = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
@@ -29,4 +34,4 @@ WireBlocks = tuple[Position, Position]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
-    """Common shape: an array that begins with the class name."""
+    """Base of all messages: on the wire, an array that begins with the class name."""

@@ -1,4 +1,4 @@
-"""Frames: the cells every stream is made of.
+"""Frames: the units of every stream.
 
 ::
 
@@ -8,10 +8,10 @@
     +------+-------------+------------------+
 
 A MESSAGE frame carries a typed message (``wire.messages``) and the list of the tensors that follow
-it; their bytes follow in CHUNK frames, in order. CREDIT gives the sender leave for so many more
-bytes: chunks cost their length, messages their payload and a little more. PING and PONG carry an
-8-byte nonce. CANCEL ends the message under way (its remaining chunks will not come). Knows no
-sockets and no torch.
+it; their bytes follow in CHUNK frames, in order. CREDIT allows the sender that number of further
+bytes: a chunk costs its length, a message its payload and ``MESSAGE_COST_BYTES``. PING and PONG
+carry an 8-byte nonce. CANCEL ends the message that is being sent (its remaining chunks will not
+come). Must not know sockets and torch.
 """
 
 import struct
@@ -20,17 +20,17 @@ from enum import IntEnum
 from petals.errors import ProtocolError
 
 PROTOCOL_VERSION = 8
-"""Raised with every change of ``wire`` that an older peer would misread."""
+"""Incremented with every change of ``wire`` that an older peer would misread."""
 
 MAX_HEADER_BYTES = 256 * 1024
-"""Largest MESSAGE payload; messages are small, bulk travels in chunks."""
+"""Largest MESSAGE payload; tensors travel in chunks."""
 
 MAX_CHUNK_BYTES = 1024 * 1024
 """Largest CHUNK payload."""
 
 CHUNK_BYTES = 512 * 1024
-"""Chunk size we send: large enough that framing is free, small enough that a PONG never waits
-long behind it.
+"""Size of the chunks that are sent: large enough for little overhead, small enough that a PONG does
+not wait long behind one.
 """
 
 HEADER = struct.Struct("!BI")
@@ -84,7 +84,7 @@ def encode_frame(kind: FrameKind, payload: bytes = b"") -> bytes:
 
 
 def encode_credit(num_bytes: int) -> bytes:
-    """A CREDIT frame for ``num_bytes`` more bytes (at most 2**32 - 1)."""
+    """A CREDIT frame for ``num_bytes`` further bytes (at most 2**32 - 1)."""
     return encode_frame(FrameKind.CREDIT, _U32.pack(num_bytes))
 
 

@@ -1,6 +1,6 @@
-"""`petals bootstrap`: a peer that holds no blocks and tells others who is there.
+"""`petals bootstrap`: a peer without blocks, through which others join.
 
-Knows the swarm layer only; what it runs is a node and nothing else.
+Runs a node of the swarm layer and nothing else.
 """
 
 import asyncio
@@ -22,14 +22,17 @@ def bootstrap(
     ready_file: options.ReadyFile = None,
     until_stdin_closes: options.UntilStdinCloses = False,
 ) -> None:
-    """Run the first peer of a swarm (or one more meeting point); prints its addresses."""
+    """Run a peer through which others join; prints its addresses.
+
+    Without --join it is the first peer of a new swarm.
+    """
     if until_stdin_closes:
         stop_when_stdin_closes()
     asyncio.run(run_bootstrap(config, ready_file))
 
 
 async def run_bootstrap(config: NodeConfig, ready_file: Path | None = None) -> None:
-    """Be a member until SIGINT or SIGTERM. Prints one address per line on stdout.
+    """Run a member until SIGINT or SIGTERM. Prints one address per line on stdout.
 
     Raises BootstrapFailed if there are initial peers and none answers.
     """

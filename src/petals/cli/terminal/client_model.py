@@ -1,6 +1,6 @@
 """Opening a distributed model and its tokenizer for a command, and closing them again.
 
-Knows the client's public names and the tokenizer of transformers; knows no servers.
+Knows the client's public names and the tokenizer of transformers. Must not know servers.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""How commands speak: data on stdout, talk on stderr, errors as one sentence and a hint.
+"""Output of commands: data on stdout, messages on stderr, errors as one sentence and a hint.
 
-Knows no command, no torch and no network. rich draws only on a terminal; elsewhere lines are plain.
+rich draws on a terminal only; elsewhere lines are plain. Must not know commands, torch and network.
 """
 
 import gc
@@ -21,12 +21,12 @@ EXIT_INTERRUPTED = 130
 
 
 def talk() -> Console:
-    """The console for people; made anew so that it follows a redirected stderr."""
+    """The console for messages; made at each call so that it follows a redirected stderr."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line of talk."""
+    """Print one line of messages."""
     talk().print(text, markup=False)
 
 
@@ -42,7 +42,7 @@ def run_as_command(work: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        # On its way out Python searches all of torch for cycles, several times: seconds.
+        # At its exit Python searches all of torch for cycles, several times, which takes seconds.
         gc.freeze()
 
 
@@ -58,7 +58,7 @@ def print_json(value: object) -> None:
 
 
 def report(error: PetalsError) -> int:
-    """Tell what went wrong and what to type next; return the exit status."""
+    """Print what went wrong and what to type next; return the exit status."""
     sentence, _, hint = str(error).partition("\nhint: ")
     console = talk()
     console.print(f"error: {sentence}", style="red", markup=False)

@@ -1,6 +1,6 @@
-"""How a serving process tells that it is ready and learns that it should stop.
+"""How a serving process reports that it is ready, and when it stops.
 
-Shared by `serve` and `bootstrap`. Knows files, pipes and signals; knows no swarm and no model.
+Shared by `serve` and `bootstrap`. Must not know swarm and model.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def write_ready_file(path: Path | None, content: Mapping[str, object]) -> None:
-    """Put `content` and our pid into `path` as JSON; the file appears whole. None: do nothing."""
+    """Write `content` and the pid to `path` as JSON; the file appears whole. None: do nothing."""
     if path is None:
         return
     draft = path.with_name(path.name + ".part")
@@ -22,7 +22,9 @@ def write_ready_file(path: Path | None, content: Mapping[str, object]) -> None:
 
 
 def stop_when_stdin_closes() -> None:
-    """Watch stdin in a thread; its end is our SIGTERM, however the holder of the pipe went."""
+    """Watch stdin in a thread; its end becomes SIGTERM, so that this process ends with its parent,
+    even if that is killed.
+    """
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 4096):

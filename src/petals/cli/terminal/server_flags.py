@@ -60,7 +60,7 @@ class Dropped:
 
 DROPPED = (
     Dropped("daemon_startup_timeout", "the network engine starts within seconds or fails"),
-    Dropped("num_handlers", "one process serves everybody; nothing to set"),
+    Dropped("num_handlers", "one process serves all clients; nothing to set"),
     Dropped("prefetch_batches", "the scheduler batches by itself; nothing to set"),
     Dropped("sender_threads", "one event loop sends; nothing to set"),
     Dropped("min_batch_size", "steps never wait for a batch to fill; nothing to set"),

@@ -1,6 +1,6 @@
-"""Running a server in the foreground: what it says while it starts, its ready file, its log.
+"""Running a server in the foreground: its messages while it starts, its ready file, its log.
 
-For `serve` and `run_server`. Knows the server's config and watchers, not its insides.
+For `serve` and `run_server`. Must not know how the server works.
 """
 
 import gc
@@ -50,12 +50,12 @@ def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
 
     with collector_at_rest():
         from petals.server.server import Server, Watchers, run_until_signalled
-    gc.freeze()  # what was imported stays: nobody need look through it while a step waits
+    gc.freeze()  # imported objects stay: the collector need not scan them while a step waits
 
     configure_logging()
     bar = _LoadingBar()
 
-    def tell(info: "OnlineInfo") -> None:
+    def report(info: "OnlineInfo") -> None:
         say(
             f"{info.model}: {info.dtype}, {info.quant} quantization, sessions up to "
             f"{info.max_length} tokens, cache for {info.cache_tokens}"
@@ -72,7 +72,7 @@ def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
             },
         )
 
-    watchers = Watchers(on_stage=say, on_loading=bar.update, on_online=tell)
+    watchers = Watchers(on_stage=say, on_loading=bar.update, on_online=report)
     try:
         run_until_signalled(lambda: Server(config, watchers))
     finally:

@@ -1,8 +1,8 @@
-"""Announce servers, read views of them.
+"""Announce servers, and read views of them.
 
-Stands between the pure ``records`` and the engine's record store: seals and stores, fetches and
-merges. What peers store is checked here again, whoever let it in. Knows no routing and no
-placement.
+Connects the pure ``records`` with the engine's record store: seals and stores, fetches and merges.
+Records are checked again when they are read, since another peer stored them. Must not know routing
+and placement.
 """
 
 import asyncio
@@ -30,23 +30,27 @@ from petals.types import ModelId, PeerId, ServerState
 logger = get_logger(__name__)
 
 MAX_SKEW_SECONDS = 3.0
-"""Clocks that differ more shorten or prolong records noticeably: warn."""
+"""A difference of clocks (s) that is reported: it shortens or prolongs the life of records."""
 
 MORE_SHARDS = 4
-"""Read at most beside the one of a view, where a block has few holders."""
+"""Further shards that one view reads at most, where a block has few servers."""
 
 _STAYING = (ServerState.JOINING, ServerState.ONLINE)
 _MAX_ADDRESSES = 8
+"""Addresses in one record."""
+
 _MAX_RECORDS_PER_KEY = 2000
+"""Records of one key that are looked at; a peer may store any number."""
+
 _STORED_AT_ONCE = 16
 """Keys that are stored at the same time; a model of 4096 blocks has 256."""
 
 _RECORDS_AT_ONCE = 32
-"""Signatures checked before other tasks get their turn."""
+"""Signatures that are checked before other tasks may run."""
 
 
 class Directory:
-    """The servers of the swarm, as far as their records tell."""
+    """The servers of the swarm, as their records describe them."""
 
     def __init__(self, transport: Transport, identity: Identity, clock: Clock) -> None:
         self._transport = transport
@@ -59,13 +63,13 @@ class Directory:
         self._skews: dict[PeerId, float] = {}
 
     async def announce(self, record: ServerRecord, repository: str = "") -> bool:
-        """Sign and store our record until ``record.expires_at``; True if at least one key was
-        stored.
+        """Sign and store this peer's record until ``record.expires_at``; True if at least one key
+        was stored.
 
         ``peer_id``, ``addresses`` and ``shard_bits`` are filled in. A record that should replace an
         earlier one (OFFLINE, too) is made to expire later than it: the later expiry wins. Spans
-        that were announced before and are no longer ours are withdrawn in the same call. In a swarm
-        of many shards a record lives at least as long as readers keep it.
+        that were announced before and are no longer served are withdrawn in the same call. In a
+        swarm of many shards a record lives at least as long as readers keep it.
         """
         previous = self._own.get(record.model)
         shard_bits = records.shard_bits_for(await self._population_of(record))
@@ -96,7 +100,7 @@ class Directory:
         return stored
 
     async def store_again(self) -> None:
-        """Store our current records once more (the engine lost what it kept)."""
+        """Store this peer's current records once more, after the engine has lost its storage."""
         for record, repository in list(self._own.values()):
             if record.expires_at > self._clock.now():
                 await self.announce(record, repository)
@@ -104,7 +108,7 @@ class Directory:
     async def view(self, model: str, num_blocks: int | None = None, whole: bool = False) -> View:
         """A picture of the model's servers now.
 
-        ``num_blocks`` None asks the models list (0 blocks if nobody serves the model). In large
+        ``num_blocks`` None asks the models list (0 blocks if no server has the model). In large
         swarms a part of the servers is read, another one each time, unless ``whole``; what was read
         in the last five minutes is in the view, too. See ``reading``.
         """
@@ -136,7 +140,9 @@ class Directory:
         return records.summarize(await self._sound(values, ModelRecord), self._clock.now())
 
     def note_skew(self, peer: PeerId, skew_seconds: float) -> None:
-        """Remember how far a peer's clock is ahead; warn once per peer if it is far."""
+        """Record how far (s) a peer's clock is ahead; warn once per peer beyond
+        ``MAX_SKEW_SECONDS``.
+        """
         known = self._skews.get(peer, 0.0)
         self._skews[peer] = skew_seconds
         if abs(skew_seconds) > MAX_SKEW_SECONDS >= abs(known):
@@ -151,7 +157,9 @@ class Directory:
         return self._readings.setdefault(model, Reading(model, seed))
 
     async def _population_of(self, record: ServerRecord) -> int:
-        """How many servers a bucket of the model has, asked now and then while we stay."""
+        """How many servers a bucket of the model has, read again every ``SAMPLE_SECONDS`` while the
+        server stays.
+        """
         read_at, population = self._population.get(record.model, (-math.inf, 0))
         if record.state in _STAYING and self._clock.now() - read_at > SAMPLE_SECONDS:
             await self.view(record.model, record.num_blocks)

@@ -1,8 +1,9 @@
 """What one peer has read of a model's servers, and which part of the directory it reads next.
 
 A small swarm is one shard per bucket, read whole each time. Of a large one a reader takes one shard
-per bucket and view, another one each time, keeps for a while what it has read, and looks seldom at
-the sample that tells the level of sharding. Values in, values out: knows no clock and no store.
+per bucket and view, the next one each time, keeps it for ``records.KEPT_SECONDS``, and reads every
+``SAMPLE_SECONDS`` the sample from which the level of sharding follows. Pure. Must not know clock
+and store.
 """
 
 from collections import Counter
@@ -17,10 +18,10 @@ SAMPLE_SECONDS = 600.0
 """Age at which the level-0 sample of a bucket is read again to learn the level of sharding."""
 
 ENOUGH_HOLDERS = 3
-"""Fewer ONLINE servers of a block than this, and the next shard of its bucket is read at once."""
+"""A block with fewer ONLINE servers than this has the next shard of its bucket read at once."""
 
 _LEVELS_FOLLOWED = 2
-"""While a population grows over a threshold, its servers are at two levels."""
+"""Levels of sharding that are read: while a population crosses a threshold, it is at two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class _Part:
 
 @dataclass(slots=True)
 class _Bucket:
-    """The keys of one bucket: the sample, the levels that it shows, and whose turn it is."""
+    """The keys of one bucket: the sample, the levels found in it, and the number of shards read."""
 
     sample: _Part | None = None
     levels: tuple[int, ...] = ()
@@ -42,7 +43,7 @@ class _Bucket:
 
 
 class Reading:
-    """One model's directory entries as far as they have been read.
+    """One model's directory entries, as far as they have been read.
 
     ``seed`` lets different readers begin at different shards. Times are seconds since the epoch.
     """
@@ -63,7 +64,7 @@ class Reading:
         return due
 
     def next_shards(self, buckets: Iterable[int]) -> list[str]:
-        """One further shard of each bucket and level; none where the sample is everybody."""
+        """One further shard of each bucket and level; none where the sample holds all servers."""
         keys = []
         for number in buckets:
             bucket = self._bucket(number)

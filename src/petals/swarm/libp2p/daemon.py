@@ -45,7 +45,7 @@ Accept = Callable[[str, "DaemonStream"], Awaitable[None]]
 
 
 class DaemonError(PeerUnreachable):
-    """The daemon refused a request; the text says why."""
+    """The daemon refused a request; the message holds its reason."""
 
 
 class DaemonStream:
@@ -89,8 +89,8 @@ class DaemonStream:
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._writer.drain()
-                # Over QUIC the daemon's half-close drops what is on its way, a refusal for
-                # example: whoever reads it leaves first.
+                # Over QUIC the daemon's half-close drops what is on its way, for example a
+                # refusal: the side that reads the last message closes first.
                 if not self._wrote_last or not await self._ends_soon():
                     self._writer.write_eof()
                     await self._read_to_end()
@@ -172,8 +172,8 @@ class Daemon:
         self._home.cleanup()
 
     async def addresses(self) -> tuple[str, ...]:
-        """What the daemon believes to be reachable at, each with ``/p2p/<id>``. Empty if the daemon
-        is gone.
+        """The addresses at which the daemon can be reached, as far as it knows, each with
+        ``/p2p/<id>``. Empty if the daemon has ended.
         """
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
         try:
@@ -197,7 +197,7 @@ class Daemon:
         await self._ask(request)
 
     async def connections(self) -> list[tuple[PeerId, str]]:
-        """Every connection the daemon holds: to whom, and the address it leads to."""
+        """Every open connection of the daemon: the peer, and the address of its other end."""
         response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
         return [
             (PeerId(base58.b58encode(info.id).decode()), _readable(address))
@@ -206,7 +206,7 @@ class Daemon:
         ]
 
     async def serve(self, protocol: str, accept: Accept) -> None:
-        """Have streams for ``protocol`` handed to ``accept``."""
+        """Pass streams that peers open for ``protocol`` to ``accept``."""
         self._accept[protocol] = accept
         address = Multiaddr(f"/unix{self._home.name}/streams")
         await self._ask(
@@ -265,7 +265,7 @@ class Daemon:
 
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._inbound) >= self._max_inbound:
-            writer.transport.abort()  # sockets are needed for our own streams, too
+            writer.transport.abort()  # outbound streams need sockets, too
             return
         self._inbound.start(self._take_in(reader, writer), "a stream from a peer")
 

@@ -1,8 +1,8 @@
-"""The record store on hivemind's Kademlia, inside our own event loop.
+"""The record store on hivemind's Kademlia, inside this process's event loop.
 
 Every request and answer between peers carries a ticket that covers its bytes, so a peer without the
-swarm key can neither read nor store; what is stored must be a sound signed record
-(``records.check_stored``). Knows records' keys and bytes; knows no streams.
+swarm key can neither read nor store; what is stored must be a valid signed record
+(``records.check_stored``). Must not know streams.
 """
 
 import asyncio
@@ -35,10 +35,13 @@ from petals.types import PeerId
 logger = get_logger(__name__)
 
 _CALL_TIMEOUT_SECONDS = 3.0
+"""Time limit for one call to a member."""
+
 _STRANGER_SECONDS = 1.0
-"""A member that others name and that has never answered us may be gone: no search waits longer for
-its first answer, unless even those whom we joined through take that long.
+"""Time limit for the first answer of a member that others name; it may be gone. The effective limit
+is min(call timeout, max(this, ``_STRANGER_PINGS`` x the time in which the initial peers answered)).
 """
+
 _STRANGER_PINGS = 8
 _MAX_ANSWERED = 20_000
 """Members that are known to have answered."""
@@ -47,7 +50,11 @@ _PINGS_AT_ONCE = 32
 """Members that are pinged at the same time when the directory is joined."""
 
 _MAX_STORED_BYTES = 64 * MIB
+"""Memory for the records that this peer keeps for others."""
+
 _MAX_HINT_BYTES = MIB
+"""Memory for hivemind's cache, which peers may fill, too."""
+
 _MAX_CALL_BYTES = {"rpc_ping": 4096, "rpc_find": 64 * 1024, "rpc_store": 256 * 1024}
 
 
@@ -65,9 +72,9 @@ class DhtRecords:
         self._id = DHTID.generate()
 
     async def start(self, p2p: Any, only_asks: bool) -> None:
-        """Attach to a (re)started daemon. What was kept for others before is kept on.
+        """Attach to a daemon that was started (again). Records kept for others stay.
 
-        With ``only_asks`` we keep out of other peers' tables.
+        With ``only_asks`` this peer keeps out of other peers' tables.
         """
         previous = self._node
         node = await DHTNode.create(
@@ -83,7 +90,7 @@ class DhtRecords:
         )
         protocol = node.protocol
         protocol.storage = BoundedStorage(_MAX_STORED_BYTES)
-        protocol.cache = BoundedStorage(_MAX_HINT_BYTES)  # peers may fill it, too
+        protocol.cache = BoundedStorage(_MAX_HINT_BYTES)
         if previous is not None:
             previous.is_alive = False
             protocol.storage = previous.protocol.storage
@@ -105,8 +112,8 @@ class DhtRecords:
         self._node = node
 
     async def join(self, peers: Sequence[PeerId]) -> None:
-        """Enter the tables of these members, find our neighbours. Raises BootstrapFailed if none
-        answers.
+        """Enter the tables of these members and find the neighbours of this peer. Raises
+        BootstrapFailed if none answers.
         """
         protocol, began = self._node.protocol, self._clock.monotonic()
         pings = [partial(protocol.call_ping, PeerID.from_base58(peer)) for peer in peers]
@@ -131,8 +138,8 @@ class DhtRecords:
             await asyncio.wait(calls)
 
     async def _find_others(self, find: Any, peer: Any, keys: Any) -> Any:
-        """What a peer knows of ``keys`` and whom it names, without ourselves: hivemind gives up
-        where it meets itself. None if it does not answer.
+        """The records and members that a peer returns for ``keys``, without this peer itself, at
+        which hivemind would end the search. None if the peer does not answer in time.
         """
         name, found = str(peer), None
 
@@ -173,7 +180,7 @@ class DhtRecords:
     async def get(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, StoredValue]]:
         found = {}
         if self._node is not None:
-            # An infinite wish for freshness makes the search ask all replicas and merge them.
+            # An infinite expiration makes the search ask all replicas and merge their answers.
             found = await self._node.get_many(keys, sufficient_expiration_time=float("inf"))
         return {key: _values(found.get(key)) for key in keys}
 
@@ -189,7 +196,7 @@ def _values(found: Any) -> dict[str, StoredValue]:
 
 
 class _SignedRecordValidator(RecordValidatorBase):
-    """Refuses what is no signed record of the peer that its subkey names."""
+    """Refuses every value that is no signed record of the peer in its subkey."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -206,7 +213,7 @@ class _SignedRecordValidator(RecordValidatorBase):
 
 
 class _Tickets(AuthorizerBase):
-    """Our side of a call to one peer: a ticket on the request, a check of the answer's."""
+    """The calling side: puts a ticket on the request and checks the ticket of the answer."""
 
     def __init__(self, admission: Admission, clock: Clock, peer: PeerId) -> None:
         self._admission, self._clock, self._peer = admission, clock, peer
@@ -230,9 +237,7 @@ class _Tickets(AuthorizerBase):
 
 
 class _TicketedProtocol:
-    """The answering side: hands a call to the protocol only if its ticket is good for the calling
-    peer.
-    """
+    """The answering side: passes a call to the protocol if the calling peer's ticket is valid."""
 
     def __init__(self, protocol: Any, admission: Admission, clock: Clock) -> None:
         self._protocol, self._admission, self._clock = protocol, admission, clock

@@ -1,8 +1,7 @@
-"""What one peer keeps for the directory, within bounds that no peer can make it exceed.
+"""The records that one peer keeps for the directory, within bounds that no peer can exceed.
 
-hivemind's storage lets an older value shorten the life of a newer one, and pushes out the old to
-make room for whoever stores next; here both are refused. Knows bytes and expiry; knows nothing of
-records' content, calls or peers.
+hivemind's storage lets an older value shorten the life of a newer one, and evicts values to make
+room for new ones; here both are refused. Must not know the content of records, calls and peers.
 """
 
 import heapq
@@ -15,9 +14,10 @@ MAX_KEY_BYTES = 1024 * 1024
 """All values of a key travel in one answer, which hivemind bounds to 4 MiB."""
 
 _ENTRY_BYTES = 512
-"""What a value costs beside its bytes, and a key beside its values; roughly."""
+"""Estimated memory of a value beside its bytes, and of a key beside its values."""
 
 _RECOUNT_AFTER = 1000
+"""Refusals after which the bytes are counted again."""
 
 
 class BoundedStorage(DHTLocalStorage):
@@ -34,7 +34,7 @@ class BoundedStorage(DHTLocalStorage):
     def store(
         self, key: DHTID, value: Any, expiration_time: float, subkey: str | None = None
     ) -> bool:
-        """True if the value was taken. Values without a subkey are none of ours."""
+        """True if the value was stored. Values without a subkey are refused: records have one."""
         if subkey is not None:
             return self.store_subkey(key, subkey, value, expiration_time)
         if not isinstance(value, DictionaryDHTValue):
@@ -42,7 +42,7 @@ class BoundedStorage(DHTLocalStorage):
         return bool(super().store(key, value, expiration_time))
 
     def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
-        """True if the value was taken: it expires later than the one before, and there is room."""
+        """True if the value was stored: it expires later than the one before, and it fits."""
         held = self.get(key)
         values = None if held is None else held.value
         known = None if values is None else values.get(subkey)
@@ -56,7 +56,7 @@ class BoundedStorage(DHTLocalStorage):
             self._num_bytes += growth
         for storage in (self, values):
             if storage is not None:
-                _forget_ghosts(storage)
+                _prune_heap(storage)
         return stored
 
     def _has_room(self, values: DictionaryDHTValue | None, growth: int) -> bool:
@@ -64,7 +64,8 @@ class BoundedStorage(DHTLocalStorage):
             return False
         if self._num_bytes + growth <= self._max_bytes:
             return True
-        # What expired is not subtracted when it goes: count again, but not for every refusal.
+        # Expired values are not subtracted when they are removed: count again, but not at every
+        # refusal.
         self._num_refused += 1
         if self._num_refused % _RECOUNT_AFTER == 1:
             self._num_bytes = sum(_size_of(held.value) for _, held in self.items())
@@ -75,8 +76,8 @@ def _size_of(values: DictionaryDHTValue) -> int:
     return _ENTRY_BYTES + sum(len(held.value) + _ENTRY_BYTES for _, held in values.items())
 
 
-def _forget_ghosts(storage: Any) -> None:
-    """Every renewal leaves an entry in the heap of expiries; drop them before they pile up."""
+def _prune_heap(storage: Any) -> None:
+    """Every renewal leaves an old entry in the heap of expiries; remove them before they grow."""
     if len(storage.expiration_heap) > 64 + 4 * len(storage.data):
         storage.expiration_heap = list(storage.key_to_heap.values())
         heapq.heapify(storage.expiration_heap)

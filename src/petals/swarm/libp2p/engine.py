@@ -1,8 +1,8 @@
 """The libp2p engine behind ``swarm.transport``.
 
-Joins the daemon (streams, addresses, NAT traversal) and the distributed dictionary into one
+Combines the daemon (streams, addresses, NAT traversal) and the distributed dictionary into one
 transport, and starts the daemon again under the same id and ports if it dies. No engine type leaves
-this package. Knows no frames.
+this package. Must not know frames.
 """
 
 import asyncio
@@ -25,20 +25,39 @@ from petals.types import PeerId
 logger = get_logger(__name__)
 
 _LOOKUP_SECONDS = 2.0
-"""A peer that nobody seems to know may just not have been heard of yet: ask again for so long."""
+"""How long a peer without a known address is looked up again: it may have joined just now."""
 
 _LOOKUP_PAUSE_SECONDS = 0.2
+"""Pause between two such lookups."""
+
 _PUNCH_SECONDS = 1.5
-"""A direct connection follows a relayed one after 0.3 to 0.8 s, or never."""
+"""How long a relayed stream waits for a direct connection, which follows after 0.3 to 0.8 s or
+never.
+"""
 
 _PUNCH_PAUSE_SECONDS = 0.1
+"""Pause between two looks for a direct connection."""
+
 _PUNCH_AGAIN_SECONDS = 60.0
+"""A peer that stayed relayed is waited for again after this time."""
+
 _CIRCUIT_SECONDS = 5.0
+"""Time limit for the first relay to accept this peer."""
+
 _STRAGGLER_SECONDS = 0.3
+"""Time for other initial peers to answer after the first has."""
+
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+"""Pause before each attempt to start the daemon again; the last one repeats."""
+
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
+"""The first bytes that a libp2p peer sends on a TCP connection."""
+
 _MAX_KNOWN_PEERS = 20_000
+"""Peers whose addresses are kept; those used least recently are dropped."""
+
 _MAX_ADDRESSES = 8
+"""Addresses kept of one peer."""
 
 
 class Libp2pTransport:
@@ -76,9 +95,7 @@ class Libp2pTransport:
         except BootstrapFailed:
             if not more:
                 raise
-        logger.warning(
-            "no initial peer answers; trying %d addresses of members met before", len(more)
-        )
+        logger.warning("no initial peer answers; trying %d addresses of other members", len(more))
         return await self._connect_first([*initial, *more])
 
     async def join(self, peers: Sequence[PeerId]) -> None:
@@ -95,7 +112,7 @@ class Libp2pTransport:
             async with asyncio.timeout(BOOTSTRAP_TIMEOUT_SECONDS):
                 await self._daemon.connect(peer, [address])
         except (DaemonError, TimeoutError) as error:
-            raise PeerUnreachable("Nobody answers there.", peer_id=peer) from error
+            raise PeerUnreachable("No peer answers at this address.", peer_id=peer) from error
         return peer
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
@@ -118,7 +135,7 @@ class Libp2pTransport:
                 await self._up.wait()
                 stream = await self._open(peer, protocol)
                 if Address(stream.remote_address).is_relayed:
-                    stream = await self._straightened(stream, protocol, give_up_at)
+                    stream = await self._prefer_direct(stream, protocol, give_up_at)
                 return stream
         except TimeoutError:
             raise PeerTimeout(f"No stream within {timeout:g} s.", peer_id=peer) from None
@@ -131,7 +148,7 @@ class Libp2pTransport:
         return frozenset(peer for peer, _ in await self._daemon.connections())
 
     async def use_relays(self, relays: Sequence[str]) -> None:
-        """Starts the daemon anew: it learns only at its start that it is not reachable."""
+        """Starts the daemon again, which takes relays at its start only."""
         self._relays = tuple(relays)
         self._up.clear()
         await self._restart()
@@ -139,12 +156,12 @@ class Libp2pTransport:
         give_up_at = clock.monotonic() + _CIRCUIT_SECONDS
         while not any(Address(text).is_relayed for text in await self.addresses()):
             if clock.monotonic() > give_up_at:
-                logger.warning("no relay has taken us yet")
+                logger.warning("no relay has accepted this peer yet")
                 return
             await clock.sleep(_LOOKUP_PAUSE_SECONDS)
 
     async def probe(self, address: str, timeout: float) -> bool:
-        """Connects over TCP, beside the daemon: it would use the connection the asker made."""
+        """Connects over TCP, without the daemon, which would use the connection that is open."""
         target = Address(address)
         if target.transport != "tcp":
             return False
@@ -218,11 +235,12 @@ class Libp2pTransport:
                     raise PeerUnreachable("The peer cannot be reached.", peer_id=peer) from error
             await clock.sleep(_LOOKUP_PAUSE_SECONDS)
 
-    async def _straightened(
+    async def _prefer_direct(
         self, stream: DaemonStream, protocol: str, give_up_at: float
     ) -> DaemonStream:
-        """A direct stream in place of a relayed one, if the two daemons manage to meet: they try
-        as soon as a relay has brought them together, and only new streams profit.
+        """A direct stream in place of a relayed one, if the two daemons connect directly in time.
+
+        They try to as soon as a relay connects them; only streams opened afterwards are direct.
         """
         clock, peer = self._parts.clock, stream.remote
         since = self._relayed_since.setdefault(peer, clock.monotonic())
@@ -244,7 +262,9 @@ class Libp2pTransport:
         await self._handlers[protocol](stream)
 
     async def _keep_joined(self) -> None:
-        """An initial peer that was restarted knows nobody: tell it, or the swarm falls in two."""
+        """Join again and again: an initial peer that was restarted knows no member, and the swarm
+        would fall into two parts.
+        """
         while True:
             await self._parts.clock.sleep(self._parts.config.rejoin_seconds)
             if self._up.is_set():
@@ -258,7 +278,7 @@ class Libp2pTransport:
         with contextlib.suppress(PetalsError):
             await self._dht.join(reached)
 
-    # -- life of the daemon --------------------------------------------------------------------
+    # -- restarts of the daemon --------------------------------------------------------------------
 
     def _new_daemon(self) -> Daemon:
         parts = self._parts
@@ -266,7 +286,7 @@ class Libp2pTransport:
 
     async def _start_daemon(self) -> None:
         await self._daemon.start(self._listen)
-        # Who is behind a relay only asks: the directory must not wait for relayed answers.
+        # A peer behind a relay only asks: the directory must not wait for relayed answers.
         only_asks = self._parts.config.client_mode or bool(self._relays)
         await self._dht.start(self._daemon.p2p, only_asks)
 
@@ -304,8 +324,8 @@ class Libp2pTransport:
         await self._rejoin([*self._parts.config.initial_peers, *recent])
 
     async def _fixed_ports(self) -> tuple[str, ...]:
-        """What we listen on, with the ports that port 0 became, so that a restart keeps our
-        addresses.
+        """The addresses to listen on, with the ports that were chosen for port 0, so that a restart
+        keeps the addresses.
         """
         ports: dict[str, int] = {}
         for own in map(Address, await self._daemon.addresses()):

@@ -50,7 +50,7 @@ class DaemonProcess:
 
     @property
     def control(self) -> Path:
-        """The socket by which the daemon is spoken to."""
+        """The daemon's control socket."""
         return self._control
 
     async def start(
@@ -60,7 +60,7 @@ class DaemonProcess:
         for address in listen:
             _check_port_is_free(Address(address))
         flags = _flags(config, listen, relays) | {"id": key_file, "listen": f"/unix{self._control}"}
-        # Ctrl-C reaches the whole process group; the daemon must outlive our last messages.
+        # Ctrl-C reaches the whole process group; the daemon must still send the last messages.
         shield = ("/bin/sh", "-c", 'trap \'\' INT; exec "$0" "$@"')
         command = [*shield, str(_binary()), *(f"-{name}={value}" for name, value in flags.items())]
         try:
@@ -157,7 +157,7 @@ def _flags(config: NodeConfig, listen: Sequence[str], relays: Sequence[str]) -> 
         flags["announceAddrs"] = ",".join(config.announce_maddrs)
     if relays:
         flags["trustedRelays"] = ",".join(relays)
-        # Never "public": relays that are told so end circuits after 128 KiB, at random.
+        # Never "public": a relay with that setting ends circuits after 128 KiB, at random.
         flags["forceReachabilityPrivate"] = 1
     return flags
 

@@ -1,10 +1,10 @@
 """Typed messages with tensors over one stream.
 
-A channel reads its stream all the time, so that pings are answered and lost peers noticed while the
-owner computes; what it may hold unread is bounded by the credit it has given. Sending waits for the
-peer's credit, so a reader that stops reading costs its sender one message, and only on this stream.
-While somebody waits here for the peer, pings go out; silence becomes PeerTimeout. Knows frames and
-messages; knows nothing of services, sessions or models.
+A channel reads its stream all the time, so that pings are answered and a lost peer is noticed while
+the owner computes; the bytes it holds unread are bounded by the credit it has granted. A send waits
+for the peer's credit, up to its time limit, so a peer that stops reading delays its sender on this
+stream only. While a caller waits for the peer, pings are sent; silence becomes PeerTimeout. Must
+not know services, sessions and models.
 """
 
 import asyncio
@@ -41,7 +41,11 @@ logger = get_logger(__name__)
 
 _NONCE = struct.Struct("!Q")
 _PARTING_SECONDS = 0.2
+"""Time for the peer's last message, perhaps a refusal, to arrive after a write has failed."""
+
 _PINGS_PER_SILENCE = 3
+"""Pings sent within ``silence_seconds`` while something is pending."""
+
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
@@ -92,19 +96,17 @@ class Channel:
 
     @property
     def is_closed(self) -> bool:
-        """True once the stream has ended, for whatever reason. Messages received before can still
-        be read.
-        """
+        """True once the stream has ended. Messages received before can still be read."""
         return self._error is not None
 
     @property
     def heard_at(self) -> float:
-        """The time of the clock at which the last frame of the peer came."""
+        """The clock's time (s, monotonic) at which the peer's last frame arrived."""
         return self._last_heard
 
     @property
     def confirmed_at(self) -> float:
-        """What was sent before this time of the clock has reached the peer's channel."""
+        """What was sent before this time (s, monotonic) has reached the peer's channel."""
         return self._confirmed_at
 
     async def send(
@@ -200,7 +202,7 @@ class Channel:
         await self._stream.close()
 
     def abort(self, error: PetalsError) -> None:
-        """Drop the stream at once; whoever waits on it gets ``error``."""
+        """Drop the stream at once; every wait on it raises ``error``."""
         self._fail(error)
 
     # -- sending ----------------------------------------------------------------
@@ -254,7 +256,7 @@ class Channel:
         try:
             await self._stream.drain()
         except PetalsError as error:
-            # What the peer said last (a refusal, perhaps) may still be on its way to the reader.
+            # The peer's last message, perhaps a refusal, may still be on its way to the reader.
             await asyncio.wait({self._reader}, timeout=_PARTING_SECONDS)
             raise self._fail(error) from None
         finally:
@@ -343,7 +345,7 @@ class Channel:
             waiter.set_result(self._clock.monotonic() - nonce / 1e9)
 
     def _grant(self) -> None:
-        """Give credit for what was taken, in few frames: small messages cost none of their own."""
+        """Grant credit for what was taken, in few frames: small messages cost none of their own."""
         num_bytes = self._inbox.take_grant(self._receiver is not None)
         if num_bytes and self._error is None:
             self._stream.write(frames.encode_credit(num_bytes))
@@ -370,7 +372,7 @@ class Channel:
         self._watch(self.silence_seconds - silent)
 
     def _watch(self, seconds_left: float) -> None:
-        """Look again after a part of the silence that is allowed, or when no more is left."""
+        """Check again after a part of the silence that is allowed, or when none is left."""
         seconds = min(self.silence_seconds / _PINGS_PER_SILENCE, seconds_left)
         self._heartbeat = self._clock.call_later(seconds, self._check_pulse)
 
@@ -384,9 +386,7 @@ class Channel:
             raise self._error
 
     def _fail(self, error: PetalsError, reset: bool = True) -> PetalsError:
-        """The stream is over: tell everybody who waits. Returns the error that ended it (the first
-        one).
-        """
+        """End the stream and every wait on it. Returns the error that ended it, the first one."""
         if self._error is not None:
             return self._error
         if isinstance(error, PeerUnreachable):

@@ -1,9 +1,9 @@
 """From streams to typed services: the greeting, the dispatcher, request-and-answer services.
 
-Every stream of Petals is opened for one protocol name; its first frame says version, service and
-ticket, and nothing but a refusal comes back unless all three are right. A service is a coroutine
-that owns a ``Channel``; ``answering`` makes one from a table of message types. Knows peers and
-messages; knows nothing of what services do.
+Every stream of Petals is opened for one protocol name; its first frame holds version, service and
+ticket, and is answered by a refusal unless all three are accepted. A service is a coroutine that
+owns a ``Channel``; ``answering`` makes one from a table of message types. Must not know what
+services do.
 """
 
 import asyncio
@@ -42,13 +42,19 @@ from petals.wire.messages import AnyMessage, Hello, Refusal, Welcome, decode_mes
 logger = get_logger(__name__)
 
 STREAM_PROTOCOL = "/petals/stream"
-"""The engine's protocol name. It carries no version, so that versions can refuse each other in
-words.
+"""The engine's protocol name. It has no version, so that a peer of another version gets a typed
+refusal.
 """
 
 GREETING_TIMEOUT_SECONDS = 10.0
+"""Time limit for the first frame of an inbound stream."""
+
 _MAX_GREETING_STREAMS = 256
+"""Inbound streams that have not greeted yet; the oldest is dropped for a new one."""
+
 _MAX_GREETING_BYTES = 16 * 1024
+"""Longest greeting."""
+
 
 Service = Callable[[Channel], Awaitable[None]]
 """Owns a channel until it returns; an error it raises is sent to the peer as a Refusal."""
@@ -147,7 +153,7 @@ class RpcServer:
         except PeerUnreachable:
             logger.debug("%s closed its stream", peer)
         except TimeoutError:
-            logger.debug("%s opened a stream and said nothing", peer)
+            logger.debug("%s opened a stream and sent no greeting", peer)
         except PetalsError as error:
             logger.info("refused %s: %s", peer, error.message)
             await _refuse(stream, channel, error)
@@ -170,8 +176,9 @@ class RpcServer:
             await asyncio.wait(tasks)
 
     def _make_room(self, peer: PeerId) -> bool:
-        """Refusals take time, too: False for who asks too often to get one. Of those that have not
-        greeted yet the oldest must go, so that silence keeps nobody out.
+        """Whether a stream is accepted at all: a refusal takes time, too, so that a peer with twice
+        its number of streams gets none. Of the streams that have not greeted yet the oldest is
+        dropped, so that silent streams keep no peer out.
         """
         limits = self.parts.limits
         if (
@@ -184,7 +191,7 @@ class RpcServer:
         return True
 
     async def _admit(self, stream: Stream, peer: PeerId) -> tuple[str, Service]:
-        """Check the hello and answer it. Returns the service; raises what to refuse with."""
+        """Check the hello and answer it. Returns the service; raises the error to refuse with."""
         limits = self.parts.limits
         if self._open[peer] > limits.max_streams_per_peer or self.num_streams > limits.max_streams:
             raise PeerBusy("Too many streams are open to this peer.", hint="Close some first.")
@@ -265,7 +272,7 @@ def _check_version(version: int, peer: PeerId) -> None:
 
 
 async def _refuse(stream: Stream, channel: Channel | None, error: PetalsError) -> None:
-    """Say why before the stream ends, if it still can be said."""
+    """Send the reason before the stream ends, if it can still be sent."""
     if channel is None:
         stream.write(frames.encode_frame(FrameKind.MESSAGE, encode_message(Refusal.of(error))))
     elif not channel.is_closed:

@@ -1,7 +1,7 @@
-"""Memory for what is arriving: budgets, and the inbox that puts messages together.
+"""Memory for what is arriving: budgets, and the inbox that assembles messages.
 
-Everything a peer announces is counted before a byte of it is allocated. Knows frames' payloads;
-knows no stream, no clock and no task.
+Everything that a peer announces is counted before a byte of it is allocated. Must not know streams,
+clock and tasks.
 """
 
 from collections import deque
@@ -17,18 +17,16 @@ from petals.wire.messages import AnyMessage, Refusal, decode_message
 from petals.wire.specs import TensorSpec, check_specs
 
 WINDOW_BYTES = 8 * 1024 * 1024
-"""Bytes one side may send beyond what the other has taken. Part of the protocol: both count so."""
+"""Bytes that one side may send beyond what the other has taken. Part of the protocol."""
 
 MESSAGE_COST_BYTES = 1024
-"""What a message costs beside its payload and tensors, so that empty ones are bounded, too."""
+"""Credit that a message costs beside its payload and tensors, so that empty ones are bounded."""
 
 _SLACK_BYTES = 64 * 1024
-"""A last word (a refusal) may be said without credit."""
+"""Bytes that may exceed the credit: a refusal may be sent without credit."""
 
 _GRANT_BYTES = WINDOW_BYTES // 4
-"""Credit is returned in portions of at least this, so that small messages cost no frames of their
-own.
-"""
+"""Least credit (bytes) in one CREDIT frame, so that small messages cost no frames of their own."""
 
 
 def message_cost(payload: bytes) -> int:
@@ -37,7 +35,7 @@ def message_cost(payload: bytes) -> int:
 
 
 class Budget:
-    """Bytes that may be under way to this node, in all and from one peer."""
+    """Bytes that may be arriving at this node, in all and from one peer."""
 
     def __init__(self, total_bytes: int, per_peer_bytes: int) -> None:
         self._total_bytes = total_bytes
@@ -57,7 +55,7 @@ class Budget:
         self.used_bytes += num_bytes
 
     def release(self, peer: PeerId, num_bytes: int) -> None:
-        """Give back what was reserved."""
+        """Free what was reserved."""
         self.used_bytes -= num_bytes
         left = self._used.get(peer, 0) - num_bytes
         if left > 0:
@@ -109,7 +107,7 @@ class Inbox:
         return bool(self._ready)
 
     def make_room(self, num_bytes: int) -> None:
-        """For a frame that is being read; ``arrived`` gives it back. Raises PeerBusy."""
+        """Reserve memory for a frame that is being read; ``arrived`` frees it. Raises PeerBusy."""
         self._budget.reserve(self._peer, num_bytes)
 
     def arrived(self, num_bytes: int) -> None:
@@ -161,8 +159,8 @@ class Inbox:
         return received
 
     def take_grant(self, waiting: bool) -> int:
-        """Credit to give now, 0 for none yet. ``waiting``: the owner waits, so what arrives counts
-        as taken.
+        """Credit (bytes) to grant now, 0 for none yet. ``waiting``: the owner waits for a message,
+        so what arrives counts as taken.
         """
         if waiting and self._partial is not None and not self._ready:
             self._return_credit(self._partial.num_owed)
@@ -173,20 +171,20 @@ class Inbox:
         return granted
 
     def parting_refusal(self) -> PetalsError | None:
-        """The typed error with which the peer ended the stream, if its last message was one."""
+        """The peer's last message, if it is a refusal of the whole stream, as a typed error."""
         last = self._ready[-1].message if self._ready else None
         if isinstance(last, Refusal) and last.step_id is None:
             return last.to_error(self._peer)
         return None
 
     def drop_partial(self) -> None:
-        """Forget the message that is arriving."""
+        """Drop the message that is arriving."""
         if self._partial is not None:
             self._budget.release(self._peer, self._partial.num_bytes)
             self._partial = None
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all messages."""
         self.drop_partial()
         while self._ready:
             self._budget.release(self._peer, self._ready.popleft().num_bytes)

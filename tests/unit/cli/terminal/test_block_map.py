@@ -57,7 +57,7 @@ def test_draws_rows_counts_and_marks() -> None:
 def test_a_gap_is_said_aloud() -> None:
     lines = draw_map(block_map(view(record("alpha", (1, 10)))))
     assert lines[0].endswith("INCOMPLETE")
-    assert "nobody: block 0" in lines[-1]
+    assert "no server: block 0" in lines[-1]
 
 
 def test_a_large_model_fits_the_terminal() -> None:
@@ -72,7 +72,7 @@ def test_a_large_model_fits_the_terminal() -> None:
 def test_no_server_at_all() -> None:
     lines = draw_map(block_map(view()))
     assert "0 servers, INCOMPLETE" in lines[0]
-    assert "nobody: 10 blocks, first 0" in lines[-1]
+    assert "no server: 10 blocks, first 0" in lines[-1]
 
 
 def test_a_server_behind_a_relay_is_marked() -> None:
