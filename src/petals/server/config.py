@@ -68,6 +68,7 @@ class MemoryConfig:
     cache_bytes: int | None = None
     outbox_bytes: int | None = None
     training_bytes: int | None = None
+    check_integrity: bool = False
 
     def __post_init__(self) -> None:
         for value in (self.cache_tokens, self.cache_bytes):

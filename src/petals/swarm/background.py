@@ -5,13 +5,14 @@ few places that catch every exception: there is no caller who could. Knows nothi
 """
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Coroutine
+from typing import Any, TypeVar
 
 from petals.errors import PetalsError
 from petals.logs import get_logger
 
 logger = get_logger(__name__)
+T = TypeVar("T")
 
 
 class BackgroundTasks:
@@ -46,6 +47,21 @@ class BackgroundTasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+async def run_until(event: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """Run ``work`` until it ends or ``event`` is set, which cancels it.
+
+    Returns its result, or None if it was cancelled; raises its error.
+    """
+    working, waiting = asyncio.ensure_future(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        waiting.cancel()
+        await asyncio.wait({working, waiting})
 
 
 async def _guard(work: Coroutine[Any, Any, object], name: str) -> None:

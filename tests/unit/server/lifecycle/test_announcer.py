@@ -60,7 +60,7 @@ async def test_a_life_is_told_from_joining_to_offline(
         await speaker.announce(state=ServerState.ONLINE, throughput=3.0)
         assert speaker.record.throughput == 3.0
         await clock.advance(40)
-        await speaker.say(ServerState.DRAINING)
+        await speaker.announce_state(ServerState.DRAINING)
     states = [state for _, state, _ in notebook.told]
     assert states == ["joining", "online", "online", "online", "draining", "offline"]
     assert [when for when, _, _ in notebook.told] == [0, 5, 20, 40, 45, 45]
@@ -71,9 +71,9 @@ async def test_who_moves_tells_where_to_until_it_is_there(
     notebook: Notebook, clock: ManualClock
 ) -> None:
     async with announcer(notebook, clock) as speaker:
-        await speaker.say(ServerState.DRAINING, BlockSpan(3, 5))
+        await speaker.announce_state(ServerState.DRAINING, BlockSpan(3, 5))
         assert speaker.record.next_spans == ((3, 5),)
-        await speaker.say(ServerState.ONLINE)
+        await speaker.announce_state(ServerState.ONLINE)
         assert speaker.record.next_spans == ()
 
 
@@ -92,7 +92,7 @@ async def test_a_record_nobody_took_is_tried_again_soon(
 async def test_nobody_listening_does_not_hold_up_a_leaver(
     notebook: Notebook, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("petals.server.lifecycle.announcer._GOODBYE_SECONDS", 0.01)
+    monkeypatch.setattr("petals.server.lifecycle.announcer._LEAVE_SECONDS", 0.01)
     async with asyncio.timeout(5), announcer(notebook, clock):
         await clock.advance(0)
         notebook.hangs = True
