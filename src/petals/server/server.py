@@ -263,8 +263,8 @@ class Server:
             cache_tokens=budget.cache_tokens,
         )
         view = await node.directory.view(model.id, len(model.costs), whole=True)
-        picture = placement.picture_of(view, without)
-        return placement.choose_blocks(picture, capacity.num_blocks)
+        coverage = placement.coverage_of(view, without)
+        return placement.choose_blocks(coverage, capacity.num_blocks)
 
     def _first_record(self, node: SwarmNode, model: ModelPlan, blocks: BlockSpan) -> ServerRecord:
         precision = model.precision

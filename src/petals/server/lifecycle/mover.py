@@ -49,15 +49,15 @@ class Mover:
         me, policy = self._node.peer_id, self._config.policy
         view = await self._view()
         now = self._clock.monotonic()
-        standing = rebalancing.begin(me, now, len(view.records), policy)
+        state = rebalancing.begin(me, now, len(view.records), policy)
         while True:
-            await self._clock.sleep(standing.next_look - self._clock.monotonic())
+            await self._clock.sleep(state.next_look - self._clock.monotonic())
             view, now = await self._view(), self._clock.monotonic()
             if me not in view.records:
                 # The directory has lost our record for the moment; the decision is based on it.
-                standing = replace(standing, next_look=now + policy.look_seconds)
+                state = replace(state, next_look=now + policy.look_seconds)
                 continue
-            standing, blocks = rebalancing.should_move(view, me, now, standing, policy)
+            state, blocks = rebalancing.should_move(view, me, now, state, policy)
             if blocks is not None and await self._confirm_move(served, blocks):
                 return blocks
 
