@@ -1,6 +1,6 @@
-"""Everything an operator can choose about a server, in groups, checked on construction.
+"""Everything an operator can choose about a server, in groups, checked when it is written down.
 
-Imports neither torch nor a network engine, so that a command line can build it quickly.
+Loads neither torch nor an engine, so that a command line can build it in no time.
 """
 
 from dataclasses import dataclass, field
@@ -17,10 +17,9 @@ DEVICE_NAMES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """The source of the model.
+    """Where the model is from. ``name`` replaces its own name in the directory.
 
-    model: a repository or folder. name: replaces the model's own name in the directory. adapters:
-    repositories or folders of LoRA adapters that every client may use.
+    ``adapters`` are folders or repositories of LoRA adapters that every client may ask for.
     """
 
     model: str
@@ -33,11 +32,11 @@ class SourceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeConfig:
-    """Device and precision.
+    """How to compute.
 
-    dtype: "auto" is bf16 for half-precision checkpoints where that is fastest on this machine, else
-    f32; "int8" is f32 with int8 matrices. quant: "auto" is int8 where that is fastest.
-    num_threads: None leaves cores that other programs use to them.
+    ``dtype`` "auto" keeps half-precision checkpoints in bf16 where that is fastest here and uses
+    f32 otherwise; "int8" is f32 with int8 matrices. ``quant`` "auto" takes int8 where it is
+    fastest. ``num_threads`` None leaves busy cores to others.
     """
 
     device: str = "auto"
@@ -58,15 +57,12 @@ class ComputeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
-    """Memory budgets.
+    """The KV budget: ``cache_tokens`` per block, or ``cache_bytes`` in all; None: what fits.
 
-    cache_tokens: KV cache in tokens of each block; or cache_bytes: in bytes of all blocks; both
-    None: as much as fits, at most 16384 tokens. outbox_bytes: outputs kept in host memory, from
-    which a failed hop behind this one can be refilled; None: as many tokens as the cache, at most a
-    quarter of the free memory. training_bytes: activations that passes save for their backward;
-    None: a quarter of the free memory, at most 1 GiB. check_integrity: compare the accounts of the
-    KV cache with its memory whenever the compute thread is idle, and end the server if they differ
-    (for tests).
+    ``outbox_bytes`` is for the outputs that sessions may be repaired from; None: as many tokens as
+    the cache holds. ``training_bytes`` is for what passes keep for their way back; None: a
+    quarter of what is free, at most 1 GiB. ``check_integrity`` compares the accounts of the KV cache
+    with its memory whenever the compute thread is idle, for tests.
     """
 
     cache_tokens: int | None = None
@@ -89,10 +85,10 @@ class MemoryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsConfig:
-    """Limits of one request.
+    """The most one request may ask for; ``max_length`` None: what the model and the cache allow.
 
-    max_length: tokens per row; None: what the model and the cache allow. max_step_tokens: tokens of
-    one step or pass. max_rows: rows of one session. allow_training: whether gradients are computed.
+    ``max_step_tokens`` is for one step or pass, ``max_rows`` for one session. ``allow_training``
+    False: no gradients for anybody.
     """
 
     max_length: int | None = None
@@ -103,13 +99,12 @@ class LimitsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientLimits:
-    """Limits of one client.
+    """How much one client may take, and how long we wait for it.
 
-    lease_seconds: how long a session is kept after its client's last message, an adapter after its
-    last use, and the saved activations of a pass after its forward. max_alloc_seconds: longest wait
-    for KV memory. max_sessions_per_peer: open sessions. max_bytes_per_peer: states that wait or run
-    on this server. max_adapter_bytes_per_peer, max_adapter_bytes: adapters of one client, of all
-    clients. replay_chunk_tokens: most tokens in one message of a replay.
+    ``max_alloc_seconds`` caps what a client may wait for cache. ``lease_seconds``: how long a
+    session outlives its client's last sign of life, an adapter its last use, and what is kept of a
+    pass its forward half. ``max_adapter_bytes`` is what clients' adapters may take in all.
+    ``replay_chunk_tokens``: the most that is replayed to a successor at once.
     """
 
     lease_seconds: float = 60.0
@@ -123,11 +118,7 @@ class ClientLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnounceConfig:
-    """The server's record in the directory.
-
-    throughput: in blocks * tokens / s; None: measured. period_seconds: time between announcements.
-    expiry_seconds: life of a record that is not renewed.
-    """
+    """What the directory says of us. ``throughput`` (blocks * tokens / s) None: measured."""
 
     public_name: str | None = None
     throughput: float | None = None
@@ -144,9 +135,9 @@ class AnnounceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MovingConfig:
-    """Whether and when a server that chose its blocks itself moves to others.
+    """Whether a server that chose its blocks itself may go to others later, and how eagerly.
 
-    propagation_seconds: time after which every peer has read a changed record, caches included.
+    ``propagation_seconds``: how long DRAINING needs to be read by everybody, records being cached.
     """
 
     enabled: bool = True
@@ -163,10 +154,9 @@ class MovingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """One server.
+    """One server: ``blocks``, or how many (``num_blocks``; None: as many as fit) to choose.
 
-    blocks: the span to serve; None: the server chooses ``num_blocks`` (None: as many as fit).
-    drain_seconds: longest wait for its sessions to be migrated when it leaves.
+    ``drain_seconds``: how long it stays for the sessions it has when it leaves.
     """
 
     source: SourceConfig

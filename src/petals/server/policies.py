@@ -1,6 +1,6 @@
-"""The parameters of two decisions: which jobs run next, and when a server moves.
+"""The numbers that scheduling and moving decide by.
 
-Plain values.
+Plain values, checked when they are written down.
 """
 
 from dataclasses import dataclass
@@ -8,18 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MovePolicy:
-    """When servers move to other blocks.
+    """How eager servers are.
 
-    enough: no server moves while the weakest blocks have this share of the throughput that an even
-    distribution would give every block. margin: required relative gain of the swarm per moved share
-    of its throughput; at 1.0 a server with a tenth of the throughput must gain 10 %.
-
-    look_seconds: average time between two decisions of one server; in large swarms
-    seconds_between_looks * number of servers, if that is longer. confirm_seconds: time until a
-    reason to move is checked again; the server moves if it still holds. turn_seconds: additional
-    delay for each server with a better move; the server does not move if its delay would exceed
-    patience_seconds. min_stay_seconds: shortest time at the same blocks, unless some block of the
-    model has no server.
+    ``enough``: the share of its even level that a swarm must carry to be left alone. ``margin``: by
+    which part it must gain, for each part of the swarm's throughput that moves: at 1.0 a server
+    that is a tenth of the swarm must lift it by 10 %. Every server looks about once in
+    ``look_seconds``, or less often in large swarms: once in ``seconds_between_looks`` somebody
+    does. ``confirm_seconds`` after a finding it looks again, and moves if it still holds;
+    ``turn_seconds`` later for each server whose move is better, so long as that takes no more than
+    ``patience_seconds``. ``min_stay_seconds`` is waived while a block is held by nobody.
     """
 
     enough: float = 0.9
@@ -34,13 +31,12 @@ class MovePolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of a batch.
+    """How long a batch may take, and how much it may hold.
 
-    latency_budget_seconds: expected duration of a batch, or of a part of a pass, while sessions
-    decode; if their steps alone need longer, twice the duration of these. idle_budget_seconds: the
-    same while no session decodes. max_batch_tokens: size of a batch. min_chunk_tokens: what a
-    prefill or pass gets even if the budget is used up. forward_every: number of batches of sessions
-    after which a part of a waiting pass runs.
+    ``latency_budget_seconds`` bounds a batch while somebody decodes (unless the decodes alone need
+    longer: then they may take twice their own time); ``idle_budget_seconds`` bounds one that only
+    reads prompts, or a unit of a pass. ``forward_every``: after so many batches of others a unit of
+    a pass runs, so that passes never starve.
     """
 
     latency_budget_seconds: float = 0.1
