@@ -1,4 +1,4 @@
-"""What a trainer gets wrong is a typed refusal; what it leaves behind does not stay."""
+"""Wrong requests for passes are refused with a type; abandoned passes hold no memory."""
 
 import asyncio
 
@@ -118,7 +118,7 @@ async def test_a_repeated_forward_keeps_one_pass() -> None:
         await swarm.at_rest()
 
 
-async def test_what_nobody_comes_back_for_is_dropped() -> None:
+async def test_saved_activations_are_dropped_after_the_lease() -> None:
     clock = ManualClock()
     async with served(clock=clock, door=ClientLimits(lease_seconds=60.0)) as swarm:
         talk, task = await swarm.talk(), lesson(prompts=(1, 4))

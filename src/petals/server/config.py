@@ -61,8 +61,8 @@ class MemoryConfig:
 
     ``outbox_bytes`` is for the outputs that sessions may be repaired from; None: as many tokens as
     the cache holds. ``training_bytes`` is for what passes keep for their way back; None: a
-    quarter of what is free, at most 1 GiB. ``check_integrity`` compares the accounts of the KV cache
-    with its memory whenever the compute thread is idle, for tests.
+    quarter of what is free, at most 1 GiB. ``check_integrity`` compares the accounts of the KV
+    cache with its memory whenever the compute thread is idle, for tests.
     """
 
     cache_tokens: int | None = None

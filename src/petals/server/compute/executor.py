@@ -206,6 +206,8 @@ class Executor:
             if order is None:
                 return False
             order()
+            # The next order may be long in coming; this one refers to a job and its tensors.
+            del order
 
     def _wait_seconds(self) -> float | None:
         """Seconds to wait for the next order before the next batch; None: without limit."""

@@ -54,7 +54,7 @@ HOLE = view_of(("a", 0, 3, ONLINE, 4.0), ("b", 0, 3, ONLINE, 4.0))
 HELD_BY_ONE = view_of(("a", 0, 3, ONLINE, 4.0))
 SPARE_IS_JOINING = view_of(("a", 0, 3, ONLINE, 4.0), ("b", 0, 3, JOINING, 4.0))
 SPARE_IS_DRAINING = view_of(("a", 0, 3, ONLINE, 4.0), ("b", 0, 3, DRAINING, 4.0))
-SOMEBODY_COMES = view_of(
+TWO_ARE_JOINING = view_of(
     ("a", 0, 3, ONLINE, 4.0),
     ("b", 0, 3, ONLINE, 4.0),
     ("c", 0, 3, ONLINE, 4.0),
@@ -77,7 +77,7 @@ SOMEBODY_COMES = view_of(
         ("b", SPARE_IS_JOINING, None),
         ("a", SPARE_IS_DRAINING, None),
         ("b", SPARE_IS_DRAINING, None),
-        ("a", SOMEBODY_COMES, None),
+        ("a", TWO_ARE_JOINING, None),
     ],
 )
 def test_who_would_help_by_moving(name: str, view: View, wanted: BlockSpan | None) -> None:
@@ -144,17 +144,17 @@ def test_a_reason_that_holds_twice_moves() -> None:
 def test_a_reason_that_is_gone_when_looked_at_again_does_not() -> None:
     confirming = MoverState(since=-1e6, next_look=0.0, num_looks=3, is_confirming=True)
     assert should_move(CROWDED, PeerId("a"), 0.0, confirming)[1] == BlockSpan(3, 6)
-    state, blocks = should_move(SOMEBODY_COMES, PeerId("a"), 0.0, confirming)
+    state, blocks = should_move(TWO_ARE_JOINING, PeerId("a"), 0.0, confirming)
     assert blocks is None and not state.is_confirming
 
 
-def test_nobody_looks_before_its_time_or_without_a_record() -> None:
+def test_nothing_is_decided_before_its_time_or_without_a_record() -> None:
     early = MoverState(since=-1e6, next_look=10.0, is_confirming=True)
     assert should_move(CROWDED, PeerId("a"), 9.9, early) == (early, None)
     assert should_move(CROWDED, PeerId("stranger"), 11.0, early) == (early, None)
 
 
-def test_who_has_just_come_stays_unless_a_block_is_held_by_nobody() -> None:
+def test_a_server_that_has_just_come_stays_unless_a_block_has_no_server() -> None:
     new = MoverState(since=0.0, next_look=10.0, is_confirming=True)
     assert should_move(CROWDED, PeerId("a"), 10.0, new)[1] is None
     later = MoverState(since=0.0, next_look=10.0, is_confirming=True)
@@ -177,7 +177,7 @@ def test_in_a_large_crowd_few_start_at_once() -> None:
 
 
 def test_they_look_again_one_after_another_and_then_the_hole_is_filled() -> None:
-    """Those whose turn is later find who is on the way, and stay once that is enough."""
+    """Servers with a later turn see which others are on the way, and stay once these suffice."""
     servers = {PeerId(f"s{i:03}"): (0, 3) for i in range(40)}
     states = dict.fromkeys(servers, LONG_AGO)
     draining: set[PeerId] = set()
@@ -233,7 +233,7 @@ def test_draws_are_even_and_independent_of_each_other() -> None:
         (("b", 0, 3, DRAINING, 1.0), False),
     ],
 )
-def test_nobody_leaves_a_block_uncovered(
+def test_no_server_leaves_a_block_uncovered(
     other: tuple[str, int, int, ServerState, float], may: bool
 ) -> None:
     view = view_of(("a", 0, 3, DRAINING, 1.0), other)
