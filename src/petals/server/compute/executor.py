@@ -1,33 +1,29 @@
-"""The compute thread: the one thread that uses the device and everything in its memory.
+"""Runs jobs on the compute thread, the only thread that uses the device and its memory.
 
-The event loop hands jobs and calls in through a queue and awaits a future for each. The thread asks
-the scheduler for a batch, runs it, and hands all results over in one wake-up of the loop. Whatever
-touches KV memory runs on this thread too, between batches (``call``), so it needs no lock. A job
-that fails does not affect the other jobs of its batch. Knows no network, no peers, no messages.
+Again and again the thread asks the scheduler for a batch and runs it. Whatever else touches KV
+memory runs on this thread too, between batches (``call``), so it needs no lock. A job that fails
+does not affect the other jobs of its batch. Knows no network, no peers, no messages.
 """
 
 import asyncio
 import itertools
 import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
-from petals.errors import PeerFailed, PetalsError, SessionClosed
+from petals.errors import PeerFailed, PetalsError
 from petals.logs import get_logger
 from petals.server.compute.batch_window import BatchWindow
 from petals.server.compute.device import DeviceContext
 from petals.server.compute.jobs import BatchableJob, Job, Outcome, run_packed
 from petals.server.compute.scheduler import Portion, Scheduler, WaitingJob
+from petals.server.compute.thread import ComputeThread, attempt, log_failure
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 _SMOOTHING = 0.2
 """Weight of the newest decode batch in ``step_seconds``."""
-
-JOIN_SECONDS = 9.0
-"""Longest wait at the end for the batch or call that is running; then the thread is abandoned."""
 
 
 class _QueuedJob:
@@ -53,28 +49,22 @@ class _QueuedJob:
         self.batch_tokens = 0
 
 
-class Executor:
-    """Runs jobs for the event loop that entered it (an async context manager).
+class Executor(ComputeThread):
+    """Runs jobs for the event loop that entered it.
 
     ``call`` works from the beginning, ``run`` and ``call_on_device`` after ``attach``.
     ``waiting_tokens`` and ``step_seconds`` (moving average of batches with decode steps) may be
-    read on any thread. ``on_failure`` is called on the event loop if the thread ends by an error;
-    every caller then gets PeerFailed, those that wait as well as those that come later.
+    read on any thread.
     """
 
     def __init__(self, scheduler: Scheduler, on_failure: Callable[[], None] = lambda: None) -> None:
+        super().__init__(on_failure)
         self._scheduler = scheduler
-        self._on_failure = on_failure
         self._window = BatchWindow()
         self._device: DeviceContext | None = None
         self._check_when_idle: Callable[[], None] | None = None
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, _QueuedJob] = {}
         self._keys = itertools.count()
-        self._answers: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
-        self._thread = threading.Thread(target=self._work, name="petals-compute", daemon=True)
-        self._unanswered: set[asyncio.Future[Any]] = set()
-        self._refusal: Callable[[], PetalsError] | None = None
         self.step_seconds = 0.0
         self.waiting_tokens = 0
 
@@ -96,19 +86,6 @@ class Executor:
         for queued in list(self._jobs.values()):
             self._fail(queued, _no_blocks())
 
-    async def __aenter__(self) -> "Executor":
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._refusal = self._refusal or _stopping
-        self._inbox.put(None)
-        try:
-            await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
-        finally:
-            self._refuse_all(_stopping)
-
     async def run(self, job: Job[T]) -> Outcome[T]:
         """Run ``job`` in one or more batches.
 
@@ -127,61 +104,11 @@ class Executor:
             raise
         return outcome
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` between two batches; return what it returns, raise what it raises."""
-        result: T = await self._ask(
-            lambda future: self._answers.append((future, *_attempt(function)))
-        )
-        return result
-
     async def call_on_device(self, function: Callable[[DeviceContext], T]) -> T:
         """``call`` with the device context. Raises PeerFailed while none is attached."""
         return await self.call(lambda: function(self._device_or_fail()))
 
-    def post(self, function: Callable[[], object]) -> None:
-        """``call`` for callers that do not wait; an error is logged."""
-        self._inbox.put(lambda: _log_failure(_attempt(function)[1]))
-
-    async def _ask(self, order: "Callable[[asyncio.Future[Any]], None]") -> Any:
-        """Let the compute thread do ``order``, which sees to it that the future is answered."""
-        if self._refusal is not None:
-            raise self._refusal()
-        future = self._loop.create_future()
-        self._unanswered.add(future)
-        self._inbox.put(lambda: order(future))
-        try:
-            return await future
-        finally:
-            self._unanswered.discard(future)
-
-    def _refuse_all(self, refusal: Callable[[], PetalsError]) -> None:
-        """Answer everything that waits, and everything that comes later, with this error.
-
-        On the event loop, which alone makes futures and puts orders into the inbox: an order that
-        the thread has not seen before its end cannot be overlooked.
-        """
-        self._refusal = refusal
-        for future in self._unanswered:
-            if not future.done():
-                future.set_exception(refusal())
-
-    def _thread_failed(self) -> None:
-        self._refuse_all(_thread_has_failed)
-        self._on_failure()
-
     # On the compute thread from here on.
-
-    def _work(self) -> None:
-        error, is_regular_end = None, False
-        try:
-            error = _attempt(self._serve)[1]
-            is_regular_end = error is None
-        finally:
-            # Also after SystemExit, which the code of a model may raise.
-            if not is_regular_end:
-                logger.critical("The compute thread has failed.", exc_info=error or True)
-                if not self._loop.is_closed():
-                    self._loop.call_soon_threadsafe(self._thread_failed)
 
     def _serve(self) -> None:
         while self._take_orders():
@@ -195,6 +122,7 @@ class Executor:
         open. False: the end.
         """
         while True:
+            self.waiting_tokens = self._scheduler.waiting_tokens
             self._deliver_answers()
             seconds = self._wait_seconds()
             if seconds is None and self._check_when_idle is not None and self._inbox.empty():
@@ -217,16 +145,10 @@ class Executor:
             self._scheduler.num_urgent_alone, self._scheduler.fixed_seconds, time.perf_counter()
         )
 
-    def _deliver_answers(self) -> None:
-        self.waiting_tokens = self._scheduler.waiting_tokens
-        if self._answers:
-            answers, self._answers = self._answers, []
-            self._loop.call_soon_threadsafe(_deliver, answers)
-
     def _accept(self, queued: _QueuedJob) -> None:
         key, job = queued.key, queued.job
         self._jobs[key] = queued
-        error = _attempt(lambda: job.prepare(self._device_or_fail()))[1]
+        error = attempt(lambda: job.prepare(self._device_or_fail()))[1]
         if error is not None:
             self._fail(queued, error)
             return
@@ -243,7 +165,7 @@ class Executor:
     def _run_batch(self, batch: Sequence[Portion]) -> None:
         jobs = [self._jobs[portion.key] for portion in batch]
         began = time.perf_counter()
-        costs, error = _attempt(
+        costs, error = attempt(
             lambda: _run([(queued.job, p.num_tokens) for queued, p in zip(jobs, batch)])
         )
         now = time.perf_counter()
@@ -270,7 +192,7 @@ class Executor:
         sessions = [q.job.session for q in jobs if isinstance(q.job, BatchableJob)]
         self._window.batch_done(sessions, now)
         for queued in jobs:
-            value, error = _attempt(queued.job.result)
+            value, error = attempt(queued.job.result)
             if error is not None:
                 self._fail(queued, error)
                 continue
@@ -295,7 +217,7 @@ class Executor:
         self._scheduler.discard([key])
         if isinstance(queued.job, BatchableJob):
             self._window.forget(queued.job.session)
-        _log_failure(_attempt(queued.job.abort)[1])
+        log_failure(attempt(queued.job.abort)[1])
 
     def _device_or_fail(self) -> DeviceContext:
         if self._device is None:
@@ -322,39 +244,5 @@ def _as_petals_error(error: Exception) -> PetalsError:
     )
 
 
-def _stopping() -> PetalsError:
-    return SessionClosed("The server is stopping.", hint="Ask another server.")
-
-
-def _thread_has_failed() -> PetalsError:
-    return PeerFailed(
-        "The server's compute thread has failed; it can compute no more.",
-        hint="Use another server. Its operator finds the reason in the server's log.",
-    )
-
-
 def _no_blocks() -> PetalsError:
     return PeerFailed("The server has no blocks yet.", hint="Ask again in a minute.")
-
-
-def _attempt(function: Callable[[], T]) -> tuple[Any, Exception | None]:
-    """(result, None) or (None, error): an error belongs to its caller, the thread lives on."""
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
-
-
-def _log_failure(error: Exception | None) -> None:
-    if error is not None:
-        logger.error("Housekeeping on the compute thread failed.", exc_info=error)
-
-
-def _deliver(answers: Sequence[tuple["asyncio.Future[Any]", Any, Exception | None]]) -> None:
-    for future, value, error in answers:
-        if future.done():
-            continue
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
