@@ -11,7 +11,7 @@ from petals.errors import PeerBusy
 from petals.types import PeerId
 
 
-class ByteAllowance:
+class PeerByteBudget:
     """Bytes of states in use by each peer, at most ``max_bytes_per_peer``."""
 
     def __init__(self, max_bytes_per_peer: int) -> None:

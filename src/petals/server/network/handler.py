@@ -24,7 +24,7 @@ from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
 from petals.server.admission.kv_queue import CacheRequest, KVQueue
 from petals.server.admission.offer import ServedModel
-from petals.server.admission.peer_budget import ByteAllowance
+from petals.server.admission.peer_budget import PeerByteBudget
 from petals.server.compute.executor import Executor
 from petals.server.compute.kv_pool import KVPool, SessionKV
 from petals.server.compute.step_plan import StepLimits
@@ -86,7 +86,7 @@ class BlocksService:
         self.clock = node.clock
         self.tasks = BackgroundTasks()
         self.reservations = KVQueue(pool, executor, self.clock)
-        self.bytes = ByteAllowance(config.max_bytes_per_peer)
+        self.bytes = PeerByteBudget(config.max_bytes_per_peer)
         self.adapters = AdapterStore(config, self.clock)
         self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
         self.ring = StepForwarder(
