@@ -4,7 +4,7 @@ import math
 from types import MappingProxyType
 
 from petals.server.lifecycle import placement
-from petals.server.lifecycle.placement import Picture
+from petals.server.lifecycle.placement import Coverage
 from petals.swarm.directory import records
 from petals.swarm.directory.records import ServerRecord, View
 from petals.swarm.identity import Identity
@@ -19,7 +19,7 @@ class Directory:
         self.scenario = scenario
         self.records: dict[PeerId, ServerRecord] = {}
         self._view: View | None = None
-        self._picture: Picture | None = None
+        self._coverage: Coverage | None = None
 
     def put(
         self,
@@ -46,15 +46,15 @@ class Directory:
         if self._view is None or now - self._view.taken_at > lag:
             known = MappingProxyType(dict(self.records))
             self._view = View(ModelId(MODEL), self.scenario.num_blocks, known, now)
-            self._picture = None
+            self._coverage = None
         return self._view
 
-    def picture(self, now: float, lag: float | None = None) -> tuple[View, Picture]:
+    def coverage(self, now: float, lag: float | None = None) -> tuple[View, Coverage]:
         """All readers of one moment see the same, so it is worked out once."""
         view = self.view(now, lag)
-        if self._picture is None:
-            self._picture = placement.picture_of(view)
-        return view, self._picture
+        if self._coverage is None:
+            self._coverage = placement.coverage_of(view)
+        return view, self._coverage
 
 
 def _record_bytes() -> int:

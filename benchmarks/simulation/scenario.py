@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from petals.server.lifecycle.rebalancing import Standing
+from petals.server.lifecycle.rebalancing import MoverState
 from petals.server.policies import MovePolicy
 from petals.swarm.directory.records import BLOCKS_PER_BUCKET, KEPT_SECONDS, shard_bits_for
 from petals.types import BlockSpan, PeerId
@@ -70,4 +70,4 @@ class Server:
     blocks: BlockSpan = BlockSpan(0, 0)
     is_serving: bool = False
     is_alive: bool = True
-    standing: Standing | None = None
+    state: MoverState | None = None

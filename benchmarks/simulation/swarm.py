@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from petals.server.lifecycle import placement, rebalancing
-from petals.server.lifecycle.placement import Picture
+from petals.server.lifecycle.placement import Coverage
 from petals.swarm.directory.records import View
 from petals.types import BlockSpan, PeerId, ServerState
 from simulation.directory import Directory
@@ -106,8 +106,8 @@ class Simulation:
         served, strongest = np.zeros((2, self.scenario.num_blocks))
         for _ in range(self.scenario.num_servers):
             server = self._new_server()
-            picture = Picture(served, strongest, strongest, self.holders, (), 1.0)
-            server.blocks = placement.choose_blocks(picture, server.capacity, server.throughput)
+            coverage = Coverage(served, strongest, strongest, self.holders, (), 1.0)
+            server.blocks = placement.choose_blocks(coverage, server.capacity, server.throughput)
             window = slice(server.blocks.start, server.blocks.end)
             share = server.throughput / server.capacity
             served[window] += share
@@ -122,8 +122,8 @@ class Simulation:
         self._arrive_later()
         server = self._new_server()
         began = time.perf_counter()
-        _, picture = self.directory.picture(self.now)
-        server.blocks = placement.choose_blocks(picture, server.capacity)
+        _, coverage = self.directory.coverage(self.now)
+        server.blocks = placement.choose_blocks(coverage, server.capacity)
         self.directory.put(server, ServerState.JOINING, 0.0)
         if self.is_measuring:
             self.tally.joins += 1
@@ -132,10 +132,10 @@ class Simulation:
         lag = 2.0 if self.scenario.num_servers <= 1000 else None
         view = self.directory.view(self.now, lag)
         if placement.must_yield(view, server.blocks, server.peer_id):
-            picture = self.directory.picture(self.now)[1]
+            coverage = self.directory.coverage(self.now)[1]
             if server.peer_id in view.records:
-                picture = placement.picture_of(view, (server.peer_id,))
-            server.blocks = placement.choose_blocks(picture, server.capacity)
+                coverage = placement.coverage_of(view, (server.peer_id,))
+            server.blocks = placement.choose_blocks(coverage, server.capacity)
             self.directory.put(server, ServerState.JOINING, 0.0)
         self._load(server)
 
@@ -149,10 +149,10 @@ class Simulation:
         self._serve(server, True)
         self.directory.put(server, ServerState.ONLINE, server.throughput)
         if self.scenario.policy is not None:
-            server.standing = rebalancing.begin(
+            server.state = rebalancing.begin(
                 server.peer_id, self.now, len(self.servers), self.scenario.policy
             )
-            self._at(server.standing.next_look, lambda: self._look(server))
+            self._at(server.state.next_look, lambda: self._look(server))
 
     def _serve(self, server: Server, is_serving: bool) -> None:
         sign = 1 if is_serving else -1
@@ -194,21 +194,21 @@ class Simulation:
     # -- servers move --------------------------------------------------------------------------
 
     def _look(self, server: Server) -> None:
-        standing, policy = server.standing, self.scenario.policy
-        if not server.is_alive or not server.is_serving or standing is None or policy is None:
+        state, policy = server.state, self.scenario.policy
+        if not server.is_alive or not server.is_serving or state is None or policy is None:
             return
-        view, picture = self.directory.picture(self.now)
+        view, coverage = self.directory.coverage(self.now)
         record = view.records.get(server.peer_id)
         if record is None or record.spans != ((server.blocks.start, server.blocks.end),):
             self._at(self.now + self.scenario.lag_seconds, lambda: self._look(server))
             return
         began = time.perf_counter()
-        standing, blocks = rebalancing.look(picture, record, self.now, standing, policy)
+        state, blocks = rebalancing.look(coverage, record, self.now, state, policy)
         if self.is_measuring:
             self.tally.look_seconds.append(time.perf_counter() - began)
-        server.standing = standing
+        server.state = state
         if blocks is None:
-            self._at(standing.next_look, lambda: self._look(server))
+            self._at(state.next_look, lambda: self._look(server))
             return
         self.directory.put(server, ServerState.DRAINING, server.throughput, blocks)
         self._at(self.now + self.scenario.settle_seconds, lambda: self._leave_for(server, blocks))
@@ -219,8 +219,8 @@ class Simulation:
         if not rebalancing.may_leave(self._answering(), server.peer_id):
             self.tally.refused_moves += self.is_measuring
             self.directory.put(server, ServerState.ONLINE, server.throughput)
-            assert server.standing is not None
-            self._at(max(self.now, server.standing.next_look), lambda: self._look(server))
+            assert server.state is not None
+            self._at(max(self.now, server.state.next_look), lambda: self._look(server))
             return
         was_covered = self.holders > 0
         self._serve(server, False)

@@ -226,7 +226,8 @@ async def ring_of_servers(
             executor = await stack.enter_async_context(
                 Executor(Scheduler(scheduling or SchedulerConfig()))
             )
-            executor.attach(DeviceContext(runner, span.device, span.dtype, ActivationBudget(MIB)))
+            device = DeviceContext(runner, span.device, span.dtype, ActivationBudget(MIB))
+            executor.attach(device, pool.check_integrity)
             door = ClientLimits(replay_chunk_tokens=5)
             service = BlocksService(offer, executor, pool, outboxes, node, door)
             service.state = ServerState.ONLINE

@@ -81,7 +81,7 @@ class Served:
     server: SwarmNode
     client: SwarmNode
     clock: Clock
-    place: DeviceContext
+    device: DeviceContext
     _talks: list["Talk"] = field(default_factory=list)
 
     async def talk(self, client: SwarmNode | None = None) -> "Talk":
@@ -99,7 +99,7 @@ class Served:
         assert len(self.service.sessions) == 0
         assert self.pool.reserved_bytes == 0
         assert self.pool.used_bytes == 0
-        assert self.place.allowance.used_bytes == len(self.service.passes.kept) == 0
+        assert self.device.activation_budget.used_bytes == len(self.service.passes.saved) == 0
 
 
 @dataclass
@@ -201,8 +201,8 @@ async def served(
     scheduler = Scheduler(scheduling or SchedulerConfig())
     server = SwarmNode(NodeConfig(), engine=net.engine, clock=clock)
     async with server, Executor(scheduler) as executor:
-        place = DeviceContext(runner, span.device, span.dtype, ActivationBudget(training_bytes))
-        executor.attach(place)
+        device = DeviceContext(runner, span.device, span.dtype, ActivationBudget(training_bytes))
+        executor.attach(device, pool.check_integrity)
         outboxes = OutputLogBudget(MIB)
         service = BlocksService(offer, executor, pool, outboxes, server, door or ClientLimits())
         service.state = ServerState.ONLINE
@@ -210,5 +210,5 @@ async def served(
         joined = NodeConfig(initial_peers=await server.addresses())
         async with service, SwarmNode(joined, engine=net.engine, clock=clock) as client:
             yield Served(
-                net, span, reference, runner, pool, service, server, client, server.clock, place
+                net, span, reference, runner, pool, service, server, client, server.clock, device
             )

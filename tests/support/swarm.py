@@ -95,7 +95,9 @@ async def real_swarm(
         base = ServerConfig(
             source=Source(model=str(folder), adapters=adapters),
             compute=ComputeConfig(device="cpu", num_threads=1),
-            memory=MemoryConfig(cache_tokens=cache_tokens, outbox_bytes=outbox_bytes),
+            memory=MemoryConfig(
+                cache_tokens=cache_tokens, outbox_bytes=outbox_bytes, check_integrity=True
+            ),
             limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
             clients=ClientLimits(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),

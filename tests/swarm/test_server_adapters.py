@@ -8,7 +8,8 @@ import torch
 
 from petals.models.adapters.low_rank import Adapter, LowRank
 from petals.models.runtime.batch import Segment
-from petals.server.compute.executor import Outcome, Work
+from petals.server.compute.jobs import Outcome
+from petals.server.compute.step_job import StepJob
 from petals.server.config import ClientLimits
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
@@ -68,8 +69,8 @@ def wait_for_company(swarm: Served, num_steps: int) -> None:
     executor, came = swarm.service.executor, threading.Semaphore(0)
     run = executor.run
 
-    async def counted(work: Work) -> Outcome:
-        running = asyncio.ensure_future(run(work))
+    async def counted(job: StepJob) -> Outcome[torch.Tensor]:
+        running = asyncio.ensure_future(run(job))
         await asyncio.sleep(0)
         came.release()
         return await running

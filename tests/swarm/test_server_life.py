@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.errors import BlocksNotServed, ConfigError, ModelNotFound, PeerUnreachable
+from petals.errors import (
+    BlocksNotServed,
+    ConfigError,
+    ModelNotFound,
+    PeerFailed,
+    PeerUnreachable,
+)
 from petals.models.loading.split import load_blocks
 from petals.models.runtime.span import Span
+from petals.server.compute.scheduler import Scheduler
 from petals.server.config import (
     AnnounceConfig,
     ComputeConfig,
@@ -26,7 +33,7 @@ from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, ServerState
-from petals.wire.messages import Draining, SessionEnded
+from petals.wire.messages import Draining, SessionEnded, Step
 from petals.wire.services import BLOCKS_SERVICE
 from support.service import Talk, assert_close
 
@@ -208,6 +215,25 @@ async def test_stopping_a_start_leaves_nothing(folder: Path, seed: SwarmNode) ->
     server.stop()
     await task
     assert await states_seen(seed, model) == []
+
+
+async def test_a_server_whose_compute_thread_fails_leaves(
+    folder: Path, seed: SwarmNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await server_in(seed, config_of(folder, blocks=BlockSpan(0, 2)))
+    with pytest.raises(PeerFailed, match="compute thread has failed"):
+        async with server:
+            assert server.info is not None
+            channel = await seed.open_channel(server.info.peer_id, BLOCKS_SERVICE)
+            talk = Talk(channel, server.info.blocks)
+            await talk.open(model=server.info.model)
+            monkeypatch.setattr(Scheduler, "ran", lambda *portions: 1 // 0)
+            step = Step(talk.session_id, 0, 0, (0,), (3,))
+            assert (await talk.refused(step, torch.zeros(3, 32))).code == "peer_failed"
+            with pytest.raises(PeerUnreachable):
+                while True:
+                    await channel.receive(10.0)
+    assert await states_seen(seed, server.info.model) == []
 
 
 @pytest.mark.parametrize(

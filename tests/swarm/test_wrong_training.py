@@ -1,4 +1,4 @@
-"""What a trainer gets wrong is a typed refusal; what it leaves behind does not stay."""
+"""Wrong requests for passes are refused with a type; abandoned passes hold no memory."""
 
 import asyncio
 
@@ -110,22 +110,22 @@ async def test_a_repeated_forward_keeps_one_pass() -> None:
     async with served() as swarm:
         talk, task = await swarm.talk(), lesson()
         await task.forward(talk)
-        once = swarm.place.allowance.used_bytes
+        once = swarm.device.activation_budget.used_bytes
         await task.forward(talk)
-        assert swarm.place.allowance.used_bytes == once > 0
+        assert swarm.device.activation_budget.used_bytes == once > 0
         result, _ = await task.backward(talk, kept=False)
         assert result.recomputed
         await swarm.at_rest()
 
 
-async def test_what_nobody_comes_back_for_is_dropped() -> None:
+async def test_saved_activations_are_dropped_after_the_lease() -> None:
     clock = ManualClock()
     async with served(clock=clock, door=ClientLimits(lease_seconds=60.0)) as swarm:
         talk, task = await swarm.talk(), lesson(prompts=(1, 4))
         answer, _ = await task.forward(talk)
         assert answer.kept and answer.lease_seconds == 60.0
         talk.channel.abort(PeerUnreachable("gone"))
-        assert swarm.place.allowance.used_bytes > 0
+        assert swarm.device.activation_budget.used_bytes > 0
         for _ in range(6):
             await clock.advance(15.0)
             await settle()
@@ -167,7 +167,7 @@ async def test_a_full_cache_keeps_no_more_and_says_so() -> None:
     async with served() as swarm:
         talk, first = await swarm.talk(), lesson()
         await first.forward(talk)
-        swarm.place.allowance.cap_bytes = swarm.place.allowance.used_bytes
+        swarm.device.activation_budget.cap_bytes = swarm.device.activation_budget.used_bytes
         second = lesson(seed=1, pass_id=b"2" * 16)
         answer, _ = await second.forward(talk)
         assert (answer.kept, answer.lease_seconds) == (False, 0.0)

@@ -1,6 +1,7 @@
-"""The worker's side: hold a span of blocks and run it for whoever asks, many sessions in one batch.
+"""The server: holds a span of blocks and runs it for clients, many sessions in one batch.
 
-``server`` starts and stops everything; ``handler`` is the door to the network; ``session`` knows
-where each sequence stands; ``scheduler`` decides what runs next and ``executor`` runs it on the one
-thread that owns the device. Must not know tokens, sampling or the client's side.
+``server`` starts and stops everything, ``lifecycle`` chooses, loads and announces the blocks,
+``network`` answers peers, ``admission`` checks and limits what they ask for, ``session`` keeps the
+state of each session, ``training`` runs passes, and ``compute`` schedules all of it on the device.
+Must not know tokens, sampling or clients' code.
 """

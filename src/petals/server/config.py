@@ -125,6 +125,14 @@ class MemoryConfig(Settings):
         ),
     ] = None
 
+    check_integrity: Annotated[
+        bool,
+        Setting(
+            "Compare the accounts of the KV memory with its rows whenever the compute thread is "
+            "idle (for tests)."
+        ),
+    ] = False
+
     def check(self) -> None:
         """Raises ConfigError if the KV memory is given twice."""
         if self.cache_tokens is not None and self.cache_bytes is not None:

@@ -1,7 +1,7 @@
-"""One server, from a config to a clean end, as a list one can read.
+"""One server, from its config to its end, as a list of steps.
 
 Everything long (loading, the self-test, timing) runs on the compute thread, so that the event loop
-answers meanwhile. Knows the order of things and leaves the things to others.
+answers peers meanwhile. Knows the order of the steps; each step is in a module of its own.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ from petals.server.lifecycle import memory, placement, throughput
 from petals.server.lifecycle.announcer import Announcer
 from petals.server.lifecycle.mover import Mover
 from petals.server.lifecycle.served_span import ModelPlan, ServedSpan, ServerContext, release_memory
+from petals.swarm.background import run_until
 from petals.swarm.config import Engine
 from petals.swarm.directory.records import ServerRecord
 from petals.swarm.node import SwarmNode
@@ -39,12 +40,14 @@ from petals.wire.frames import PROTOCOL_VERSION
 logger = get_logger(__name__)
 
 SWITCH_INTERVAL_SECONDS = 0.0005
-"""A step is handed between loop and compute thread at least twice; 5 ms each would show."""
+"""Python's switch interval. A step passes between event loop and compute thread at least twice;
+with the default of 5 ms each time would delay a token visibly.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class OnlineInfo:
-    """What is told once, when the server has come online."""
+    """Facts about a server that has come online."""
 
     peer_id: PeerId
     model: ModelId
@@ -58,10 +61,10 @@ class OnlineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watchers:
-    """Who wants to know how a start goes on.
+    """Callbacks that follow the life of a server.
 
-    ``on_stage`` gets a sentence at each stage, ``on_loading`` (bytes read, bytes to read), from
-    another thread; ``on_online`` is called in the event loop, again after every move.
+    ``on_stage``: a sentence at each stage. ``on_loading``: (bytes read, bytes to read), called on
+    the compute thread. ``on_online``: called on the event loop, again after every move.
     """
 
     on_stage: Callable[[str], None] = lambda text: None
@@ -71,9 +74,9 @@ class Watchers:
 
 class Server:
     """Serves some blocks of a model, once: ``run`` it until ``stop`` is called, or use it as an
-    async context manager, inside of which it is online. ``info`` then says who and what it is.
+    async context manager, inside of which it is online (``info``).
 
-    A server that has chosen its blocks itself may go to others meanwhile.
+    A server that has chosen its blocks itself may move to others while it runs.
     """
 
     def __init__(
@@ -96,16 +99,12 @@ class Server:
 
     async def __aenter__(self) -> "Server":
         self._task = asyncio.create_task(self.run(), name="server")
-        online = asyncio.create_task(self._online.wait())
         try:
-            await asyncio.wait({self._task, online}, return_when=asyncio.FIRST_COMPLETED)
+            # A start that fails ends the task before the server is online, and raises here.
+            await run_until(self._online, asyncio.shield(self._task))
         except asyncio.CancelledError:
             self.stop()
             raise
-        finally:
-            online.cancel()
-        if self._task.done():
-            self._task.result()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -117,8 +116,8 @@ class Server:
         """Start, serve, leave; returns after ``stop``.
 
         Raises ConfigError (the model, the options, too little memory), SwarmError (bootstrap,
-        admission) and ModelNotSupported (the self-test fails). The directory says OFFLINE and
-        nothing is left running in any case.
+        admission), ModelNotSupported (the self-test fails) and PeerFailed (the compute thread has
+        failed). In any case the directory says OFFLINE afterwards and nothing is left running.
         """
         self._task = asyncio.current_task()
         assert self._task is not None
@@ -126,15 +125,15 @@ class Server:
             async with AsyncExitStack() as stack:
                 await self._serve(stack)
         except asyncio.CancelledError:
-            # ``stop`` cancels a start that is under way; any other cancellation is not ours.
+            # ``stop`` cancels a start that is under way; any other cancellation is the caller's.
             if not self._stop.is_set():
                 raise
             self._task.uncancel()
 
     def stop(self) -> None:
-        """Leave: let clients hand their sessions over, for ``drain_seconds``, and tell everybody.
+        """Leave: announce it, and let clients migrate their sessions for ``drain_seconds``.
 
-        Called once more: leave at once, as soon as the steps under way are done.
+        Called once more: leave as soon as the running steps are done.
         """
         if self._stop.is_set():
             self._at_once.set()
@@ -143,77 +142,78 @@ class Server:
             self._task.cancel()
 
     async def _serve(self, stack: AsyncExitStack) -> None:
-        config, say = self.config, self._watchers.on_stage
+        config, report = self.config, self._watchers.on_stage
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         scheduler = Scheduler(config.scheduling)
-        executor = await stack.enter_async_context(Executor(scheduler))
-        say(f"Looking at {config.source.model}")
-        model = await executor.call(self._look_at_model)
-        say("Joining the swarm")
+        executor = Executor(scheduler, self._compute_failed)
+        await stack.enter_async_context(executor)
+        report(f"Looking at {config.source.model}")
+        model = await executor.call(self._plan_model)
+        report("Joining the swarm")
         node = SwarmNode(config.network, engine=self._engine, clock=self._clock)
         await stack.enter_async_context(node)
         await self._become_reachable(node, model)
         announcer = await self._join(stack, node, model)
-        site = ServerContext(
+        context = ServerContext(
             config=config,
             model=model,
             scheduler=scheduler,
             executor=executor,
             node=node,
             announcer=announcer,
-            go_on=self._go_on,
+            raise_if_stopped=self._raise_if_stopped,
             on_loading=self._watchers.on_loading,
         )
         blocks: BlockSpan | None = announcer.record.block_spans[0]
         while blocks is not None:
-            blocks = await self._stay(site, blocks)
+            blocks = await self._serve_span(context, blocks)
 
-    async def _stay(self, site: ServerContext, blocks: BlockSpan) -> BlockSpan | None:
-        """Serve ``blocks`` until it is time to leave; returns where to, None for away."""
-        say = self._watchers.on_stage
-        say(f"Loading blocks {blocks} of {len(site.model.costs)}")
-        async with ServedSpan(site, blocks) as stay:
-            self.info = await self._online_info(site, stay)
+    async def _serve_span(self, context: ServerContext, blocks: BlockSpan) -> BlockSpan | None:
+        """Serve ``blocks`` until the server leaves them; returns the blocks it moves to, if any."""
+        report = self._watchers.on_stage
+        report(f"Loading blocks {blocks} of {len(context.model.costs)}")
+        async with ServedSpan(context, blocks) as served:
+            self.info = await self._online_info(context, served)
             self._online.set()
-            say(f"Online: blocks {blocks} ({stay.mode})")
+            report(f"Online: blocks {blocks} ({served.mode})")
             self._watchers.on_online(self.info)
-            moves_to = await self._until_it_is_time(site, stay)
-            num_sessions = len(stay.service.sessions)
-            say("Draining" if moves_to is None else f"Moving to blocks {moves_to}")
+            moves_to = await self._wait_to_leave(context, served)
+            num_sessions, seconds = len(served.service.sessions), self.config.drain_seconds
+            report("Draining" if moves_to is None else f"Moving to blocks {moves_to}")
             if num_sessions:
-                say(f"{num_sessions} sessions may stay for up to {self.config.drain_seconds:g} s")
-            await stay.leave(self._at_once, moves_to)
+                report(f"{num_sessions} sessions may stay for up to {seconds:g} s")
+            await served.drain(self._at_once, moves_to)
             if self._stop.is_set() or moves_to is None:
                 return None
             self._online.clear()
-        await site.executor.call(release_memory)
+        await context.executor.call(release_memory)
         spans = ((moves_to.start, moves_to.end),)
-        await site.announcer.announce(state=ServerState.JOINING, spans=spans, next_spans=())
+        await context.announcer.announce(state=ServerState.JOINING, spans=spans, next_spans=())
         return moves_to
 
-    async def _until_it_is_time(self, site: ServerContext, stay: ServedSpan) -> BlockSpan | None:
-        """Returns at ``stop``, or with the blocks to move to."""
-        stopped = asyncio.create_task(self._stop.wait())
+    async def _wait_to_leave(self, context: ServerContext, served: ServedSpan) -> BlockSpan | None:
+        """Return at ``stop``, or with the blocks to move to."""
         if self.config.blocks is not None or not self.config.moving.enabled:
-            await stopped
+            await self._stop.wait()
             return None
-        moving = self.config.moving
-        mover = Mover(site.node, site.model.id, len(site.model.costs), moving, self._clock)
-        moved = asyncio.create_task(mover.next_blocks(stay), name="looking for better blocks")
-        try:
-            await asyncio.wait({stopped, moved}, return_when=asyncio.FIRST_COMPLETED)
-            return moved.result() if moved.done() and not stopped.done() else None
-        finally:
-            for task in (stopped, moved):
-                task.cancel()
-            await asyncio.wait({stopped, moved})
+        model, moving = context.model, self.config.moving
+        mover = Mover(context.node, model.id, len(model.costs), moving, self._clock)
+        moves_to = await run_until(self._stop, mover.next_blocks(served))
+        return None if self._stop.is_set() else moves_to
 
-    def _look_at_model(self) -> ModelPlan:
+    def _compute_failed(self) -> None:
+        # Nothing can be computed any more, so sessions cannot be migrated either: leave at once. A
+        # start that is under way fails by itself at its next call of the executor.
+        if self._online.is_set():
+            self._at_once.set()
+            self.stop()
+
+    def _plan_model(self) -> ModelPlan:
         source, compute = self.config.source, self.config.compute
         torch.set_num_threads(throughput.choose_threads(compute.num_threads))
         access = HubAccess(revision=source.revision, token=source.token, cache_dir=source.cache_dir)
         checkpoint = open_checkpoint(source.model, access)
-        _ = checkpoint.weight_map  # weights that cannot be read are refused before we join
+        _ = checkpoint.weight_map  # raises for weights that cannot be read, before the server joins
         device = throughput.find_device(compute.device)
         stored = cost.compute_dtype(checkpoint.config, None)
         precision = throughput.choose_precision(compute, stored, device, constants.cache_dir())
@@ -234,7 +234,7 @@ class Server:
             self._watchers.on_stage("Others cannot dial this server: it is reached through relays")
 
     async def _join(self, stack: AsyncExitStack, node: SwarmNode, model: ModelPlan) -> Announcer:
-        """Choose blocks and announce that they are coming."""
+        """Choose blocks and announce that this server is going to serve them."""
         blocks = self.config.blocks or await self._choose_blocks(node, model, ())
         announcer = Announcer(
             node.directory,
@@ -245,7 +245,7 @@ class Server:
         )
         await stack.enter_async_context(announcer)
         if self.config.blocks is None:
-            # Several servers that start together see the same gap; they must not all fill it.
+            # Servers that start at the same time see the same gap and would all fill it.
             view = await node.directory.view(model.id, len(model.costs), whole=True)
             if placement.must_yield(view, blocks, node.peer_id):
                 again = await self._choose_blocks(node, model, (node.peer_id,))
@@ -263,8 +263,8 @@ class Server:
             cache_tokens=budget.cache_tokens,
         )
         view = await node.directory.view(model.id, len(model.costs), whole=True)
-        picture = placement.picture_of(view, without)
-        return placement.choose_blocks(picture, capacity.num_blocks)
+        coverage = placement.coverage_of(view, without)
+        return placement.choose_blocks(coverage, capacity.num_blocks)
 
     def _first_record(self, node: SwarmNode, model: ModelPlan, blocks: BlockSpan) -> ServerRecord:
         precision = model.precision
@@ -282,28 +282,28 @@ class Server:
             public_name=self.config.announce.public_name,
         )
 
-    def _go_on(self) -> None:
-        """Called now and then on the compute thread, so that a start can be broken off."""
+    def _raise_if_stopped(self) -> None:
+        """Called repeatedly on the compute thread while blocks load: ends a start at ``stop``."""
         if self._stop.is_set():
-            raise SessionClosed("The start was broken off.", hint="Start the server again.")
+            raise SessionClosed("The start was interrupted.", hint="Start the server again.")
 
-    async def _online_info(self, site: ServerContext, stay: ServedSpan) -> OnlineInfo:
-        offer = stay.offer
+    async def _online_info(self, context: ServerContext, served: ServedSpan) -> OnlineInfo:
+        offer = served.offer
         return OnlineInfo(
-            peer_id=site.node.peer_id,
+            peer_id=context.node.peer_id,
             model=offer.model,
             blocks=offer.blocks,
-            addresses=await site.node.addresses(),
+            addresses=await context.node.addresses(),
             dtype=offer.dtype,
-            quant=str(site.model.precision.quant),
+            quant=str(context.model.precision.quant),
             max_length=offer.max_length,
-            cache_tokens=stay.pool.tokens_total,
+            cache_tokens=served.pool.tokens_total,
         )
 
 
 def run_until_signalled(server_of: Callable[[], Server]) -> None:
-    """Run a server in an event loop of its own until SIGTERM or SIGINT ends it cleanly, at the
-    second of them at once.
+    """Run a server in an event loop of its own until SIGTERM or SIGINT; a second signal ends it
+    without waiting for its sessions.
 
     ``server_of`` makes the server inside the loop. Raises what ``Server.run`` raises.
     """

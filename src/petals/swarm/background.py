@@ -51,6 +51,21 @@ class BackgroundTasks:
             await asyncio.wait(tasks)
 
 
+async def run_until(event: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """Run ``work`` until it ends or ``event`` is set, which cancels it.
+
+    Returns its result, or None if it was cancelled; raises its error.
+    """
+    working, waiting = asyncio.ensure_future(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        waiting.cancel()
+        await asyncio.wait({working, waiting})
+
+
 async def _guard(work: Coroutine[Any, Any, object], name: str) -> None:
     try:
         await work

@@ -1,4 +1,4 @@
-"""What a server accepts: checks of requests, client limits, adapters, the queue for cache space.
+"""What a server accepts: checks of requests, budgets of clients, adapters, the queue for KV memory.
 
-Runs no computation.
+Computes nothing.
 """

@@ -1,7 +1,7 @@
-"""The adapters a server can add to its blocks: its operator's, for everybody, and clients' own.
+"""The adapters that a server can apply: its operator's, for every client, and clients' own.
 
-What a client has put here is for that client alone, counts against its budget, and goes when it
-was not used for longer than the lease. Knows no streams and no blocks' insides.
+An adapter that a client has put here is for that client alone, counts against its budget, and is
+dropped when it was not used for longer than the lease. Knows no streams and no blocks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,14 +15,14 @@ from petals.server.config import ClientLimits
 from petals.types import PeerId
 
 _PART_COST_BYTES = 2048
-"""What a part costs beside its numbers, so that many tiny ones are bounded, too."""
+"""Counted for each matrix besides its values, so that the number of tiny ones is limited, too."""
 
 AdapterKey = tuple[PeerId, str]
 
 
 @dataclass(slots=True, eq=False)
 class _StoredAdapter:
-    """An adapter, and how many sessions and passes use it now."""
+    """An adapter and the number of sessions and passes that use it."""
 
     adapter: Adapter
     num_bytes: int = 0
@@ -31,7 +31,7 @@ class _StoredAdapter:
 
 
 class AdapterStore:
-    """``preload`` is for everybody; ``put`` keeps those of clients."""
+    """``preload`` adds adapters of the operator, ``put`` those of clients."""
 
     def __init__(self, config: ClientLimits, clock: Clock) -> None:
         self._config = config
@@ -40,16 +40,16 @@ class AdapterStore:
         self._kept: dict[AdapterKey, _StoredAdapter] = {}
 
     def preload(self, name: str, adapter: Adapter) -> None:
-        """Offer an adapter to everybody for as long as the server runs."""
+        """Let every client use ``adapter`` for as long as the server runs."""
         self._preloaded[name] = _StoredAdapter(adapter)
 
     @property
     def num_bytes(self) -> int:
-        """What clients' adapters take."""
+        """Bytes of all clients' adapters."""
         return sum(kept.num_bytes for kept in self._kept.values())
 
     def has(self, peer: PeerId, name: str) -> bool:
-        """Whether this client has put ``name`` here; if so, it counts as used now."""
+        """Whether ``peer`` has put ``name`` here; if so, this counts as a use."""
         kept = self._kept.get((peer, name))
         if kept is not None:
             kept.used_at = self._clock.monotonic()
@@ -57,9 +57,8 @@ class AdapterStore:
 
     @contextmanager
     def using(self, peer: PeerId, name: str | None) -> Iterator[Adapter | None]:
-        """The adapter that ``name`` means to this client; it stays here while the block runs.
-
-        None for no name. Raises UnknownAdapter.
+        """The adapter of that name, the client's own before the operator's; it is kept at least
+        until the context ends. None for no name. Raises UnknownAdapter.
         """
         if name is None:
             yield None
@@ -75,7 +74,7 @@ class AdapterStore:
             kept.used_at = self._clock.monotonic()
 
     def check_size(self, adapter: Adapter) -> None:
-        """Raises AdapterRefused for what no client may keep here."""
+        """Raise AdapterRefused for an adapter larger than the budget of a client."""
         cost, limit = _cost(adapter), self._config.max_adapter_bytes_per_peer
         if cost > limit:
             raise AdapterRefused(
@@ -84,19 +83,19 @@ class AdapterStore:
             )
 
     def put(self, peer: PeerId, name: str, adapter: Adapter) -> None:
-        """Keep a checked adapter for ``peer``; what is unused longest makes room.
+        """Keep a checked adapter for ``peer``; the adapters unused for longest are dropped for it.
 
-        Raises AdapterRefused (too large) and PeerBusy (adapters in use fill the room).
+        Raises AdapterRefused (too large) and PeerBusy (adapters in use fill the budget).
         """
         self.check_size(adapter)
         if self.has(peer, name):
             return
         cost = _cost(adapter)
         mine = {key: kept for key, kept in self._kept.items() if key[0] == peer}
-        leaving = _leaving(mine, cost, self._config.max_adapter_bytes_per_peer)
-        others = {key: kept for key, kept in self._kept.items() if key not in leaving}
-        leaving |= _leaving(others, cost, self._config.max_adapter_bytes)
-        for key in leaving:
+        dropped = _to_drop(mine, cost, self._config.max_adapter_bytes_per_peer)
+        others = {key: kept for key, kept in self._kept.items() if key not in dropped}
+        dropped |= _to_drop(others, cost, self._config.max_adapter_bytes)
+        for key in dropped:
             del self._kept[key]
         self._kept[peer, name] = _StoredAdapter(adapter, cost, self._clock.monotonic())
 
@@ -108,29 +107,32 @@ class AdapterStore:
         )
 
     def drop_unused(self) -> None:
-        """Forget what nobody has used for longer than the lease."""
+        """Drop adapters that were not used for longer than the lease."""
         oldest = self._clock.monotonic() - self._config.lease_seconds
         for key, kept in list(self._kept.items()):
             if not kept.num_users and kept.used_at < oldest:
                 del self._kept[key]
 
 
-def _leaving(among: Mapping[AdapterKey, _StoredAdapter], cost: int, limit: int) -> set[AdapterKey]:
-    """Who must go so that ``cost`` more bytes fit: the longest unused. Raises PeerBusy."""
+def _to_drop(among: Mapping[AdapterKey, _StoredAdapter], cost: int, limit: int) -> set[AdapterKey]:
+    """Keys of adapters to drop, longest unused first, so that ``cost`` more bytes fit the limit.
+
+    Raises PeerBusy if adapters in use leave too little.
+    """
     excess = sum(kept.num_bytes for kept in among.values()) + cost - limit
     idle = sorted((kept.used_at, key) for key, kept in among.items() if not kept.num_users)
-    leaving: set[AdapterKey] = set()
+    dropped: set[AdapterKey] = set()
     for _, key in idle:
         if excess <= 0:
             break
-        leaving.add(key)
+        dropped.add(key)
         excess -= among[key].num_bytes
     if excess > 0:
         raise PeerBusy(
-            "The room for adapters is full of such as are in use.",
+            "The memory for adapters is full, and all of them are in use.",
             hint="Close sessions that use other adapters, or use another server.",
         )
-    return leaving
+    return dropped
 
 
 def _cost(adapter: Adapter) -> int:

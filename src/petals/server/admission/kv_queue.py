@@ -1,8 +1,8 @@
-"""Waiting for KV memory, in order of arrival.
+"""The queue for KV memory: first come, first served.
 
-A request that can never fit is refused at once; one that fits later waits as long as it said it
-would. Nobody overtakes, so that a large request is not starved by small ones. Knows no sessions and
-no network.
+A request that can never fit is refused at once; another waits as long as its client allows. No
+request overtakes one that waits, even if it would fit: small requests would starve a large one.
+Knows no sessions and no network.
 """
 
 import asyncio
@@ -18,92 +18,86 @@ from petals.types import BlockSpan
 
 @dataclass(frozen=True, slots=True)
 class CacheRequest:
-    """What is asked for: rows of up to ``max_length`` tokens in ``blocks``."""
+    """Rows of up to ``max_length`` tokens in ``blocks``."""
 
     num_rows: int
     max_length: int
     blocks: BlockSpan
 
 
-class Reservations:
-    """The line in front of a pool. The pool itself is touched on the compute thread only."""
+class KVQueue:
+    """Reserves memory of a pool. Runs on the event loop: booking needs no compute thread."""
 
     def __init__(self, pool: KVPool, executor: Executor, clock: Clock) -> None:
         self._pool = pool
         self._executor = executor
         self._clock = clock
-        self._line: deque[asyncio.Event] = deque()
+        self._waiting: deque[tuple[CacheRequest, asyncio.Future[SessionKV]]] = deque()
 
     def __len__(self) -> int:
-        """How many wait."""
-        return len(self._line)
+        """Number of requests that wait."""
+        return len(self._waiting)
 
-    async def reserve(self, room: CacheRequest, timeout_seconds: float) -> SessionKV:
-        """Room in the pool, as soon as there is some and it is our turn.
+    async def reserve(self, request: CacheRequest, timeout_seconds: float) -> SessionKV:
+        """Reserve memory; wait for it for at most ``timeout_seconds``.
 
-        Raises RequestTooLarge at once, CacheFull after ``timeout_seconds``.
+        Raises RequestTooLarge at once, CacheFull after the timeout.
         """
-        try:
-            return await self._take(room, may_keep=not self._line)
-        except CacheFull:
-            if timeout_seconds <= 0:
-                raise
-        return await self._wait(room, timeout_seconds)
+        self._pool.check_fits(request.num_rows, request.max_length, request.blocks)
+        if not self._waiting:
+            try:
+                return self._take(request)
+            except CacheFull:
+                if timeout_seconds <= 0:
+                    raise
+        if timeout_seconds <= 0:
+            raise _still_full("Other requests wait for cache already.")
+        return await self._wait(request, timeout_seconds)
 
     def release(self, kv: SessionKV) -> None:
-        """Free memory between two batches, then wake who waits first."""
-        loop = asyncio.get_running_loop()
+        """Return memory and grant it to the requests that wait; free it between two batches."""
+        self._pool.release(kv)
+        self._executor.post(kv.free)
+        self._grant()
 
-        def free() -> None:
-            kv.free()
-            loop.call_soon_threadsafe(self._wake_first)
+    async def _wait(self, request: CacheRequest, timeout_seconds: float) -> SessionKV:
+        granted: asyncio.Future[SessionKV] = asyncio.get_running_loop().create_future()
 
-        self._executor.post(free)
+        def give_up() -> None:
+            if not granted.done():
+                message = f"No cache became free within {timeout_seconds:g} s."
+                granted.set_exception(_still_full(message))
 
-    async def _wait(self, room: CacheRequest, timeout_seconds: float) -> SessionKV:
-        deadline = self._clock.monotonic() + timeout_seconds
-        turn = asyncio.Event()
-        # Memory may have come free while we were not in line yet: begin with a try.
-        turn.set()
-        self._line.append(turn)
-        timer = self._clock.call_later(timeout_seconds, turn.set)
+        place = (request, granted)
+        self._waiting.append(place)
+        timer = self._clock.call_later(timeout_seconds, give_up)
         try:
-            while True:
-                await turn.wait()
-                turn.clear()
-                try:
-                    return await self._take(room, may_keep=self._line[0] is turn)
-                except CacheFull:
-                    if self._clock.monotonic() >= deadline:
-                        raise
+            return await granted
+        except asyncio.CancelledError:
+            # Cancelled between the grant and the task's next run: no session will own the memory.
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
+                self.release(granted.result())
+            raise
         finally:
             timer.cancel()
-            self._line.remove(turn)
-            self._wake_first()
+            if place in self._waiting:
+                self._waiting.remove(place)
+                self._grant()
 
-    async def _take(self, room: CacheRequest, may_keep: bool) -> SessionKV:
-        taking = asyncio.ensure_future(self._executor.call(lambda: self._try(room, may_keep)))
-        try:
-            return await asyncio.shield(taking)
-        except asyncio.CancelledError:
-            # Whoever asked is gone, the memory may be granted all the same.
-            taking.add_done_callback(self._return)
-            raise
+    def _grant(self) -> None:
+        """Give the requests at the head of the queue what they ask for, as far as it is free."""
+        while self._waiting:
+            request, granted = self._waiting[0]
+            if not granted.done():
+                try:
+                    granted.set_result(self._take(request))
+                except CacheFull:
+                    return
+            self._waiting.popleft()
 
-    def _try(self, room: CacheRequest, may_keep: bool) -> SessionKV:
-        kv = self._pool.reserve(room.num_rows, room.max_length, room.blocks)
-        if not may_keep:
-            kv.free()
-            raise CacheFull(
-                "Others are waiting for cache already.",
-                hint="Wait in line (alloc_timeout), or use another server.",
-            )
-        return kv
+    def _take(self, request: CacheRequest) -> SessionKV:
+        return self._pool.reserve(request.num_rows, request.max_length, request.blocks)
 
-    def _return(self, taking: "asyncio.Future[SessionKV]") -> None:
-        if not taking.cancelled() and taking.exception() is None:
-            self.release(taking.result())
 
-    def _wake_first(self) -> None:
-        if self._line:
-            self._line[0].set()
+def _still_full(message: str) -> CacheFull:
+    return CacheFull(message, hint="Wait longer (alloc_timeout), or use another server.")

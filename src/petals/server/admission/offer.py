@@ -1,4 +1,4 @@
-"""What a server serves and the most it takes at once.
+"""What a server serves, and its limits of one request.
 
 Plain values.
 """
@@ -11,12 +11,12 @@ from petals.types import BlockSpan, ModelId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What this server serves, and the most it takes at once.
+    """What this server serves, and its limits of one request.
 
-    max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: sequences of
-    one session. no_training: why it gives no gradients; empty if it does. slots: the matrices that
-    adapters may be for. page_form: how the blocks compute and what they keep, if that can be handed
-    over.
+    max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: rows of one
+    session. no_training: why it gives no gradients; empty if it does. slots: the matrices to which
+    adapters can be applied. kv_format: servers with equal formats can transfer the KV of a session
+    to each other; empty: not at all.
     """
 
     model: ModelId

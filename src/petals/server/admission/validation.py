@@ -1,7 +1,7 @@
-"""Checks of what peers ask for, before anything of theirs is kept or computed.
+"""Checks of requests, before anything is stored or computed for a peer.
 
-Each check raises the typed error that its peer will read. Knows no streams, no sessions and no
-waiting.
+Each check raises the typed error that is sent to the peer. Values of tensors are checked later, on
+the compute thread. Knows no streams and no sessions.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,7 @@ from petals.wire.tensors import DTYPES
 
 
 def check_request(offer: ServedModel, request: OpenSession | Forward) -> BlockSpan:
-    """Do we serve these blocks of this model? Returns them as a span.
-
-    Raises UnknownModel, BlocksNotServed, ProtocolError.
-    """
+    """The blocks of a request, as a span. Raises UnknownModel, BlocksNotServed, ProtocolError."""
     check_model(offer, request.model)
     blocks = messages.span(request.blocks)
     if not offer.blocks.covers(blocks):
@@ -42,7 +39,7 @@ def check_request(offer: ServedModel, request: OpenSession | Forward) -> BlockSp
 
 
 def check_model(offer: ServedModel, model: str) -> None:
-    """Raises UnknownModel."""
+    """Raise UnknownModel unless ``model`` is served."""
     if model != offer.model:
         raise UnknownModel(
             f"This server runs {offer.model}, not {model}.",
@@ -51,9 +48,9 @@ def check_model(offer: ServedModel, model: str) -> None:
 
 
 def adapter_of(offer: ServedModel, message: PutAdapter, tensors: Sequence[torch.Tensor]) -> Adapter:
-    """The adapter that came with a message, its names and shapes checked against our blocks.
+    """The adapter of a message; its names and shapes fit the served blocks.
 
-    Its values are looked at on the compute thread. Raises UnknownModel, AdapterRefused.
+    Raises UnknownModel, AdapterRefused.
     """
     check_model(offer, message.model)
     parts = message.parts
@@ -77,7 +74,7 @@ def adapter_of(offer: ServedModel, message: PutAdapter, tensors: Sequence[torch.
 
 
 def check_size(offer: ServedModel, num_rows: int, max_length: int) -> None:
-    """Raises BatchTooLarge or LengthExceeded."""
+    """Raise BatchTooLarge or LengthExceeded beyond the limits."""
     if num_rows > offer.max_rows:
         raise BatchTooLarge(
             f"This server takes {offer.max_rows} rows at once, not {num_rows}.",
@@ -91,9 +88,8 @@ def check_size(offer: ServedModel, num_rows: int, max_length: int) -> None:
 
 
 def check_pass(offer: ServedModel, request: Forward) -> BlockSpan:
-    """Can this pass be? Returns its blocks.
-
-    Raises what ``check_request`` raises, BatchTooLarge, LengthExceeded, BadInput.
+    """The blocks of a pass. Raises what ``check_request`` raises, BatchTooLarge, LengthExceeded,
+    BadInput.
     """
     blocks = check_request(offer, request)
     counts = request.counts
@@ -114,7 +110,7 @@ def check_pass(offer: ServedModel, request: Forward) -> BlockSpan:
 
 
 def check_num_prompt_tokens(offer: ServedModel, num_tokens: int) -> None:
-    """Raises LengthExceeded for deep prompts longer than any row may be."""
+    """Raise LengthExceeded for deep prompts longer than any row may be."""
     if num_tokens > offer.max_length:
         raise LengthExceeded(
             f"Prompts of {num_tokens} tokens; this server takes {offer.max_length} in a row.",
@@ -141,7 +137,7 @@ def pass_tensors(
 def session_prompts(
     offer: ServedModel, request: OpenSession, tensors: Sequence[torch.Tensor]
 ) -> torch.Tensor | None:
-    """Deep prompts [len(blocks), P, H] of a session, if it has any. Raises BadInput."""
+    """Deep prompts [len(blocks), P, H] of a session, or None. Raises BadInput, LengthExceeded."""
     if not request.num_prompt_tokens:
         check_nothing_more(tensors)
         return None
@@ -167,7 +163,7 @@ def _prompts(prompts: torch.Tensor, shapes: set[tuple[int, ...]]) -> torch.Tenso
 def check_gradients(
     offer: ServedModel, request: Forward, gradients: Sequence[torch.Tensor]
 ) -> None:
-    """Raises BadInput unless there is one [sum(counts), H] for the output and for each tap."""
+    """Raise BadInput unless there is a tensor [sum(counts), H] for the output and for each tap."""
     expected = 1 + len(request.taps)
     if len(gradients) != expected:
         raise BadInput(
@@ -179,16 +175,16 @@ def check_gradients(
 
 
 def check_nothing_more(tensors: Sequence[torch.Tensor]) -> None:
-    """Raises BadInput if tensors came that nobody asked for."""
+    """Raise BadInput if there are tensors."""
     if tensors:
         raise BadInput(
-            f"{len(tensors)} tensors came that are not wanted.",
+            f"{len(tensors)} tensors came that were not announced.",
             hint="num_prompt_tokens announces prompts; a kept pass needs no inputs.",
         )
 
 
 def state_dtype(name: str) -> torch.dtype:
-    """The dtype states travel in. Raises BadInput for anything that is not floating point."""
+    """The dtype that states are sent in. Raises BadInput if it is not a floating-point dtype."""
     dtype = DTYPES.get(name)
     if dtype is None or not dtype.is_floating_point:
         raise BadInput(
@@ -201,10 +197,7 @@ def state_dtype(name: str) -> torch.dtype:
 def only_states(
     offer: ServedModel, tensors: Sequence[torch.Tensor], num_tokens: int
 ) -> torch.Tensor:
-    """The hidden states that came with a message: [num_tokens, H], floating. Raises BadInput.
-
-    Their values are looked at on the compute thread.
-    """
+    """The hidden states [num_tokens, H], floating, of a message. Raises BadInput."""
     if len(tensors) != 1:
         raise BadInput(
             f"{len(tensors)} tensors came where one is expected.",
@@ -232,10 +225,8 @@ def pages_and_outputs(
     step: Step,
     tensors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What another server's blocks keep of a step's tokens, [sum(counts), page width], and what
-    they have put out for them, [sum(counts), H], if it came, too. Raises BadInput.
-
-    The values of pages are looked at on the compute thread.
+    """KV of a step's tokens from another server, [sum(counts), KV width], and the outputs of its
+    blocks for them, [sum(counts), H], or None if they were not sent. Raises BadInput.
     """
     num_tokens, dtype = sum(step.counts), kv.layout.kv_dtype
     wanted = [

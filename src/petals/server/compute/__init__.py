@@ -1,4 +1,4 @@
-"""The compute thread: jobs, scheduling, batches and the key-value pool.
+"""Runs jobs on the device: scheduler, batch window, KV memory, and the one thread that owns them.
 
-Knows no network.
+Knows no peers and no streams.
 """

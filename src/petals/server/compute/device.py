@@ -1,6 +1,7 @@
-"""Where work runs: the loaded blocks, their device and dtype, and how inputs get there.
+"""The device that jobs run on: its loaded blocks, its dtype, and how inputs get there.
 
-Knows no network, no peers and no scheduling.
+A job receives a ``DeviceContext`` once, in ``Job.prepare``, and reaches the blocks and device
+memory through it alone. Knows no network, no sessions and no scheduling.
 """
 
 import math
@@ -20,7 +21,7 @@ from petals.types import BlockSpan
 
 
 class Runner(Protocol):
-    """What a pass needs of a span."""
+    """The part of ``models.runtime.span.Span`` that jobs use."""
 
     @property
     def blocks(self) -> BlockSpan: ...
@@ -35,22 +36,34 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeviceContext:
-    """Where passes run. ``allowance``: the memory that graphs may take there."""
+    """Loaded blocks (``runner``) on one device, and the activation memory that passes may use.
+
+    Only the compute thread uses it.
+    """
 
     runner: Runner
-    device: torch.device
+    torch_device: torch.device
     dtype: torch.dtype
-    allowance: ActivationBudget
+    activation_budget: ActivationBudget
 
+    def put(self, states: Tensor) -> Tensor:
+        """``states`` in the blocks' dtype on the device. Raises BadInput for NaN or infinity."""
+        check_values(states)
+        return states.to(self.torch_device, self.dtype)
 
-def place_states(place: DeviceContext, states: Tensor) -> Tensor:
-    """States as the blocks want them. Raises BadInput if one is not finite."""
-    check_values(states)
-    return states.to(place.device, place.dtype)
+    def put_adapter(self, adapter: Adapter) -> Adapter:
+        """The same for an adapter. Raises AdapterRefused for NaN or infinity."""
+        check_finite(adapter)
+        return adapter.mapped(lambda tensor: tensor.to(self.torch_device, self.dtype))
+
+    def synchronize(self) -> None:
+        """Return when the device has finished all work queued so far."""
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
 
 
 def check_values(states: Tensor) -> None:
-    """Raises BadInput if one of them is not finite."""
+    """Raise BadInput if ``states`` hold NaN or infinity."""
     if states.numel():
         low, high = torch.aminmax(states)
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
@@ -58,9 +71,3 @@ def check_values(states: Tensor) -> None:
                 "The states, prompts or gradients hold NaN or infinity.",
                 hint="Look at the inputs, at the loss, or at the blocks that ran before these.",
             )
-
-
-def place_adapter(place: DeviceContext, adapter: Adapter) -> Adapter:
-    """An adapter as the blocks want it. Raises AdapterRefused if a value is not finite."""
-    check_finite(adapter)
-    return adapter.mapped(lambda tensor: tensor.to(place.device, place.dtype))

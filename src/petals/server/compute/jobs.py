@@ -1,203 +1,115 @@
-"""Work for the compute thread: what the event loop asks for, and where each piece of it stands.
+"""What the compute thread runs: jobs, and packed batches of those jobs that can share a forward.
 
-Knows no network, no peers and no order of things.
+There are two kinds of jobs: a step of a session (``step_job``) and a pass of training
+(``training.chunked_pass``). The executor drives both by the methods below and knows neither.
+Knows no network, no peers and no order of execution.
 """
 
-import asyncio
-import time
-from collections.abc import Callable, Generator
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import torch
+from torch import Tensor
 
-from petals.models.adapters.low_rank import Adapter
 from petals.models.runtime.batch import Segment
 from petals.server.compute.device import DeviceContext
-from petals.server.compute.kv_pool import SessionKV
-from petals.server.compute.step_plan import StepPlan, WorkKind
-from petals.types import BlockSpan
 
-GROWTH_TOKENS = 256
-"""A session opened without a length grows by so many tokens at a time."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """hidden: [tokens, H] in the dtype the work asked for, on the CPU. Seconds as measured here."""
+class Outcome(Generic[T]):
+    """The result of a job and its times.
 
-    hidden: torch.Tensor
+    queue_seconds: from submission to its first batch. compute_seconds: sum over its batches.
+    batch_tokens: tokens of its last batch, those of other jobs included.
+    """
+
+    value: T
     queue_seconds: float
     compute_seconds: float
     batch_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class PassTimes:
-    """Seconds that a pass has waited for its first unit, and run."""
+class Job(ABC, Generic[T]):
+    """Work that the event loop has asked for. All methods run on the compute thread, in this order:
+    ``prepare`` once, ``run`` until ``is_done``, ``result`` once. ``abort`` may come at any point.
 
-    queue_seconds: float
-    compute_seconds: float
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """A checked step. hidden: [plan.num_tokens, H], floating, on the CPU. prompts: for each block
-    [P, H], on the device; adapter: on the device, too.
-
-    ``owner`` shares the device fairly with other owners. The rows of ``kv`` belong to this work
-    until it is done; ``begun`` tells whether they have been touched (reordered, cut to where the
-    work begins).
+    ``owner``: owners share the device equally, however many jobs each of them has.
     """
 
-    kv: SessionKV
-    blocks: BlockSpan
-    plan: StepPlan
-    hidden: torch.Tensor
-    out_dtype: torch.dtype
     owner: str
-    kind: WorkKind
-    prompts: torch.Tensor | None = None
-    adapter: Adapter | None = None
-    begun: bool = False
+
+    @property
+    @abstractmethod
+    def cost_tokens(self) -> int:
+        """Estimated cost of the whole job: the number of tokens whose forward through all blocks of
+        the span takes as long. Valid after ``prepare``.
+        """
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a client waits for the next token of a text. An urgent job is never cut; the
+        others get what its latency budget leaves.
+        """
+        return False
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether ``run`` has nothing left to do."""
+
+    @abstractmethod
+    def prepare(self, device: DeviceContext) -> None:
+        """Check the inputs and move them to the device. Raises BadInput and other PetalsErrors."""
+
+    @abstractmethod
+    def run(self, budget_tokens: int) -> int:
+        """Run the next part, of a cost of about ``budget_tokens``; return what it has cost."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Release everything the job holds; undo what it has changed. May be called repeatedly."""
+
+    @abstractmethod
+    def result(self) -> T:
+        """What the caller of ``Executor.run`` receives."""
 
 
-class ChunkedWork(Protocol):
-    """A pass that runs unit by unit; ``cost_tokens`` counts tokens through the whole span."""
+class BatchableJob(Job[T]):
+    """A job whose parts may share one packed forward with parts of other batchable jobs."""
 
-    place: DeviceContext
-    cost_tokens: int
-    units: Generator[None, int, None]
+    device: DeviceContext
 
-    def give_up(self) -> None: ...
+    @property
+    @abstractmethod
+    def session(self) -> Hashable:
+        """The session of the job; the batch window predicts when its next job comes."""
+
+    @abstractmethod
+    def segments(self, num_tokens: int) -> list[Segment]:
+        """The next ``num_tokens`` tokens, as segments of a packed forward. Changes nothing."""
+
+    @abstractmethod
+    def accept(self, num_tokens: int, outputs: Sequence[Tensor]) -> None:
+        """Take the outputs [n, H] of those segments; these tokens are now done."""
+
+    def run(self, budget_tokens: int) -> int:
+        """See Job."""
+        return run_packed([(self, budget_tokens)])[0]
 
 
-W = TypeVar("W", bound=ChunkedWork)
+def run_packed(parts: Sequence[tuple[BatchableJob[Any], int]]) -> list[int]:
+    """Run the next tokens of several jobs, all on one device, as one forward. Returns the costs.
 
-
-class PassRun(Generic[W]):
-    """A pass as the executor drives it, on behalf of ``owner``.
-
-    ``start`` makes its walk, ``finish`` takes what the walk has found; both run on the compute
-    thread. ``cost_tokens``: what all of it is worth, in tokens through the whole span.
+    If the forward fails, no job has changed and each of them may be run again alone. Steps enter
+    the blocks by this one call of ``Runner.run``: a runner may capture a batch of some shape and
+    replay it, or spread it over devices, and no job notices.
     """
-
-    def __init__(
-        self,
-        owner: str,
-        cost_tokens: int,
-        start: Callable[[DeviceContext], W],
-        finish: Callable[[W], None],
-    ) -> None:
-        self.owner = owner
-        self.cost_tokens = cost_tokens
-        self.is_done = False
-        self._start, self._finish = start, finish
-        self._walk: W | None = None
-
-    def begin(self, place: DeviceContext) -> None:
-        """Look at the inputs. Raises BadInput and what ``start`` raises."""
-        self._walk = self._start(place)
-        next(self._walk.units, None)  # to before its first unit, if it has any
-
-    def unit(self, room: int) -> int:
-        """Run the next unit, of about ``room``; returns what it was worth."""
-        walk = self._walk
-        assert walk is not None
-        before = walk.cost_tokens
-        try:
-            walk.units.send(room)
-        except StopIteration:
-            self.is_done = True
-            self._finish(walk)
-            self._walk = None
-        if walk.place.device.type == "cuda":
-            # The next batch waits for it in any case, and who plans must know how long it takes.
-            torch.cuda.synchronize(walk.place.device)
-        return walk.cost_tokens - before
-
-    def give_up(self) -> None:
-        """Let everything go."""
-        if self._walk is not None:
-            self._walk.units.close()
-            self._walk.give_up()
-
-
-class RunningPass:
-    """A pass as the compute thread sees it."""
-
-    __slots__ = ("began", "compute", "future", "key", "queued", "work")
-
-    def __init__(self, key: int, work: PassRun[Any], future: "asyncio.Future[PassTimes]") -> None:
-        self.key = key
-        self.work = work
-        self.future = future
-        self.queued = time.perf_counter()
-        self.began = 0.0
-        self.compute = 0.0
-
-
-class Running:
-    """A piece of work as the compute thread sees it."""
-
-    __slots__ = (
-        "batch",
-        "began",
-        "compute",
-        "done",
-        "future",
-        "hidden",
-        "key",
-        "outputs",
-        "queued",
-        "work",
-    )
-
-    def __init__(self, key: int, work: Work, future: "asyncio.Future[Outcome]") -> None:
-        self.key = key
-        self.work = work
-        self.future = future
-        self.hidden = work.hidden
-        self.outputs: list[torch.Tensor] = []
-        self.done = 0
-        self.queued = time.perf_counter()
-        self.began = 0.0
-        self.compute = 0.0
-        self.batch = 0
-
-
-def arrange_rows(kv: SessionKV, plan: StepPlan) -> None:
-    """Room for a step, and its rows in its order. Raises CacheFull or RequestTooLarge."""
-    longest = max(plan.lengths_after, default=0)
-    if longest > kv.max_length:
-        kv.extend(-(-longest // GROWTH_TOKENS) * GROWTH_TOKENS)
-    if plan.reorder is not None:
-        kv.reorder(plan.reorder)
-
-
-def cut_rows(kv: SessionKV, plan: StepPlan) -> None:
-    """Let every row end where the step begins."""
-    for row, start in enumerate(plan.starts):
-        kv.truncate(row, start)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchShare:
-    """The share that one piece of work has in a batch."""
-
-    running: Running
-    num_tokens: int
-    segments: list[Segment]
-
-
-def outcome_of(running: Running) -> Outcome:
-    work = running.work
-    # A copy even of one piece: a view would keep the whole batch in memory for as long as the
-    # answer is kept.
-    joined = torch.cat(running.outputs) if running.outputs else work.hidden
-    return Outcome(
-        hidden=joined.to("cpu", work.out_dtype),
-        queue_seconds=running.began - running.queued,
-        compute_seconds=running.compute,
-        batch_tokens=running.batch,
-    )
+    segments = [job.segments(num_tokens) for job, num_tokens in parts]
+    packed = [segment for own in segments for segment in own]
+    outputs = iter(parts[0][0].device.runner.run(packed) if packed else ())
+    for (job, num_tokens), own in zip(parts, segments):
+        job.accept(num_tokens, [next(outputs) for _ in own])
+    return [num_tokens for _, num_tokens in parts]

@@ -1,11 +1,12 @@
-"""The KV memory of one server: a budget in pages, reserved by sessions, held in slabs.
+"""The KV memory of one server: a budget of pages that sessions reserve, and the rows that hold KV.
 
-A page is ``PAGE_TOKENS`` tokens of one row in one block. A session reserves all pages it may ever
-need when it opens, so a generation never runs out in the middle; memory itself is taken from the
-machine only as rows grow. Knows no clients, no waiting and no network: who is refused decides what
-to do next.
+A page is ``PAGE_TOKENS`` tokens of one row in one block. A session reserves every page it may ever
+need when it opens, so that a generation never runs out of memory half-way; memory itself is
+allocated only as rows grow. Knows no clients, no waiting and no network: a refused caller decides
+what to do next (``admission.kv_queue`` lets it wait).
 """
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -14,20 +15,26 @@ from petals.models.runtime.kv_layout import KVLayout, SlabRow
 from petals.types import BlockSpan
 
 PAGE_TOKENS = 16
+"""Tokens per page: reservations are rounded up to whole pages."""
 
 
 class KVPool:
-    """All KV memory a span may use. Not thread-safe: it belongs to the compute thread's owner."""
+    """All KV memory that a span may use.
+
+    The rows of its sessions belong to the compute thread. Reservations are also made and returned
+    on the event loop, so the accounts (and nothing else) are guarded by a lock.
+    """
 
     def __init__(self, layout: KVLayout, budget_bytes: int) -> None:
         self.layout = layout
         self.budget_bytes = budget_bytes
         self._reserved_bytes = 0
         self._sessions: set[SessionKV] = set()
+        self._lock = threading.Lock()
 
     @classmethod
     def for_tokens(cls, layout: KVLayout, num_tokens: int) -> "KVPool":
-        """A pool with room for ``num_tokens`` tokens of one row in every block of the span."""
+        """A pool for ``num_tokens`` tokens of one row in every block of the span."""
         return cls(layout, _row_bytes(layout, layout.span, num_tokens))
 
     @property
@@ -36,8 +43,9 @@ class KVPool:
 
     @property
     def used_bytes(self) -> int:
-        """Memory really held by rows now."""
-        return sum(row.num_bytes for session in self._sessions for row in session.rows)
+        """Bytes allocated by rows now; call it on the compute thread."""
+        with self._lock:
+            return sum(row.num_bytes for session in self._sessions for row in session.rows)
 
     @property
     def num_sessions(self) -> int:
@@ -45,27 +53,58 @@ class KVPool:
 
     @property
     def tokens_total(self) -> int:
-        """Tokens of one row, in all blocks of the span, that an empty pool has room for."""
+        """Tokens of one row, in all blocks of the span, that the whole budget is enough for."""
         return self._tokens_in(self.budget_bytes)
 
     @property
     def tokens_free(self) -> int:
-        """The same for what is not reserved now."""
+        """The same for the part of the budget that is not reserved."""
         return self._tokens_in(self.budget_bytes - self._reserved_bytes)
 
     def reserve(self, num_rows: int, max_length: int, blocks: BlockSpan) -> "SessionKV":
-        """Room for ``num_rows`` rows of up to ``max_length`` tokens in ``blocks``.
+        """Reserve ``num_rows`` rows of up to ``max_length`` tokens in ``blocks``.
 
-        Raises CacheFull (later it may fit) or RequestTooLarge (it never will).
+        Raises CacheFull (not enough is free now) or RequestTooLarge (the budget is too small). May
+        be called on any thread.
         """
         session = SessionKV(self, blocks, max_length)
-        session._resize(num_rows, max_length)
         session.rows = [SlabRow(blocks, max_length) for _ in range(num_rows)]
-        self._sessions.add(session)
+        self._book(session, num_rows, max_length)
         return session
 
+    def release(self, session: "SessionKV") -> None:
+        """Return a reservation; ``SessionKV.free`` on the compute thread must follow.
+
+        May be called on any thread. Another session can be opened at once: the compute thread frees
+        the old rows before it runs the first step of the new session, since orders keep their
+        order.
+        """
+        with self._lock:
+            self._sessions.discard(session)
+            self._reserved_bytes -= session.reserved_bytes
+            session.reserved_bytes = 0
+            session.is_released = True
+
+    def check_fits(self, num_rows: int, max_length: int, blocks: BlockSpan) -> None:
+        """Raise RequestTooLarge for a request larger than the whole budget."""
+        num_bytes = num_rows * _row_bytes(self.layout, blocks, max_length)
+        if num_bytes > self.budget_bytes:
+            raise RequestTooLarge(
+                f"The request needs {_mib(num_bytes)} of cache, the server has "
+                f"{_mib(self.budget_bytes)} in all.",
+                hint="Ask for a smaller max_length or batch.",
+            )
+
     def check_integrity(self) -> None:
-        """Raise AssertionError if accounts and memory disagree. For tests and self-checks."""
+        """Raise AssertionError if accounts and memory disagree.
+
+        Call it on the compute thread between jobs; ``MemoryConfig.check_integrity`` lets the
+        executor do so whenever it is idle.
+        """
+        with self._lock:
+            self._check_accounts()
+
+    def _check_accounts(self) -> None:
         booked = sum(session.reserved_bytes for session in self._sessions)
         _claim(booked == self._reserved_bytes, "reservations do not add up")
         _claim(0 <= self._reserved_bytes <= self.budget_bytes, "the budget is overdrawn")
@@ -90,49 +129,54 @@ class KVPool:
             return num_bytes // fixed if fixed else num_bytes
         return max(0, num_bytes - fixed) // page_bytes * PAGE_TOKENS
 
-    def _book(self, change_bytes: int, total_bytes: int) -> None:
-        """Change the reservations, or raise and change nothing. ``total_bytes``: all it needs."""
-        if total_bytes > self.budget_bytes:
-            raise RequestTooLarge(
-                f"The request needs {_mib(total_bytes)} of cache, the server has "
-                f"{_mib(self.budget_bytes)} in all.",
-                hint="Ask for a smaller max_length or batch.",
-            )
-        free = self.budget_bytes - self._reserved_bytes
-        if change_bytes > free:
-            raise CacheFull(
-                f"The request needs {_mib(change_bytes)} of cache, {_mib(free)} are free.",
-                hint="Wait for other sessions to end, or ask for a smaller max_length or batch.",
-            )
-        self._reserved_bytes += change_bytes
-
-    def _forget(self, session: "SessionKV") -> None:
-        self._sessions.discard(session)
-        self._reserved_bytes -= session.reserved_bytes
+    def _book(self, session: "SessionKV", num_rows: int, max_length: int) -> None:
+        """Change the reservation of ``session`` to that size, or raise and change nothing."""
+        self.check_fits(num_rows, max_length, session.blocks)
+        wanted = num_rows * _row_bytes(self.layout, session.blocks, max_length)
+        with self._lock:
+            if session.is_released:
+                raise SessionClosed("The session's cache was released.")
+            free = self.budget_bytes - self._reserved_bytes
+            if wanted - session.reserved_bytes > free:
+                raise CacheFull(
+                    f"The request needs {_mib(wanted - session.reserved_bytes)} of cache, "
+                    f"{_mib(free)} are free.",
+                    hint="Wait for other sessions to end, or ask for a smaller max_length or "
+                    "batch.",
+                )
+            self._reserved_bytes += wanted - session.reserved_bytes
+            session.reserved_bytes = wanted
+            self._sessions.add(session)
 
 
 class SessionKV:
-    """The rows of one session. Closing it (also as a context manager) returns its memory."""
+    """The KV rows of one session. ``free`` (or leaving it as a context manager) returns the memory.
+
+    Belongs to the compute thread; the pool writes ``reserved_bytes`` and ``is_released``.
+    """
 
     def __init__(self, pool: KVPool, blocks: BlockSpan, max_length: int) -> None:
         self.blocks = blocks
         self.max_length = max_length
         self.rows: list[SlabRow] = []
         self.reserved_bytes = 0
+        self.is_released = False
         self._pool = pool
         self._closed = False
 
     @property
     def layout(self) -> KVLayout:
-        """What one token of a row is in memory."""
+        """The memory layout of one token of a row."""
         return self._pool.layout
 
     def extend(self, max_length: int) -> None:
-        """Allow longer rows. Raises CacheFull or RequestTooLarge and changes nothing."""
+        """Allow rows of ``max_length`` tokens. Raises CacheFull or RequestTooLarge and changes
+        nothing.
+        """
         self._check_open()
         if max_length <= self.max_length:
             return
-        self._resize(len(self.rows), max_length)
+        self._pool._book(self, len(self.rows), max_length)
         self.max_length = max_length
         for row in self.rows:
             row.set_limit(max_length)
@@ -143,39 +187,45 @@ class SessionKV:
         self.rows[row].truncate(length)
 
     def reorder(self, sources: Sequence[int]) -> None:
-        """Row r of the new rows continues old row ``sources[r]``.
+        """New row r continues old row ``sources[r]``; old rows not named are dropped.
 
-        Old rows named once are moved, further mentions are copied, the rest are dropped. The
-        number of rows may change: raises CacheFull or RequestTooLarge and changes nothing.
+        The number of rows may change: raises CacheFull or RequestTooLarge and changes nothing.
         """
         self._check_open()
         if any(not 0 <= source < len(self.rows) for source in sources):
             raise LengthExceeded(f"Rows {list(sources)} are not all among {len(self.rows)}.")
-        self._resize(len(sources), self.max_length)
-        old, moved = self.rows, set[int]()
-        self.rows = []
+        # Booked before any row is touched: a refused reorder leaves the session as it was.
+        self._pool._book(self, len(sources), self.max_length)
+        try:
+            self.rows, dropped = self._continued(sources)
+        except BaseException:
+            self._pool._book(self, len(self.rows), self.max_length)
+            raise
+        for row in dropped:
+            row.release()
+
+    def _continued(self, sources: Sequence[int]) -> tuple[list[SlabRow], list[SlabRow]]:
+        """The new rows of a reorder, and the old rows that none of them continues."""
+        rows: list[SlabRow] = []
+        moved: set[int] = set()
         for source in sources:
-            self.rows.append(old[source].fork() if source in moved else old[source])
+            # The first mention takes the old row over as it is, so that a beam with one successor
+            # costs nothing. Each further mention gets a copy: both rows write the same positions
+            # next, and a row writes its slabs in place.
+            old = self.rows[source]
+            rows.append(old.fork() if source in moved else old)
             moved.add(source)
-        for index, row in enumerate(old):
-            if index not in moved:
-                row.release()
+        return rows, [row for index, row in enumerate(self.rows) if index not in moved]
 
     def free(self) -> None:
-        """Return all memory. May be called twice."""
+        """Return all memory. May be called repeatedly."""
         if self._closed:
             return
         self._closed = True
-        self._pool._forget(self)
+        self._pool.release(self)
         for row in self.rows:
             row.release()
         self.rows = []
-        self.reserved_bytes = 0
-
-    def _resize(self, num_rows: int, max_length: int) -> None:
-        wanted = num_rows * _row_bytes(self._pool.layout, self.blocks, max_length)
-        self._pool._book(wanted - self.reserved_bytes, wanted)
-        self.reserved_bytes = wanted
 
     def _check_open(self) -> None:
         if self._closed:

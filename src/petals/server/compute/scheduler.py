@@ -1,52 +1,56 @@
-"""What runs next: every reader between two words, then a bounded piece of somebody's prompt, then
-a unit of a pass.
+"""Which jobs run next, and how much of each.
 
-Values in, values out: no clock, no thread, no torch. The executor reports how long each batch took
-(``observe``); from that the scheduler knows how many prompt tokens fit beside running decodes
-without making them wait, and how large a unit of a pass may be. A pass counts in the tokens that
-would take as long to run through the whole span.
+Three rules:
+
+- Every urgent job (a decode step) runs whole in the next batch: its client waits for a token.
+- Other batchable jobs (prefills) fill the batch up to a time budget, so that the next decode step
+  waits at most that long. The budget is converted to tokens by a linear model of the duration of a
+  batch, learned from the batches that have run.
+- A job that is not batchable (a pass of training) runs alone, cut by the same time budget: when no
+  batchable job waits, else after every ``forward_every`` batches, so that it never starves.
+
+Among jobs of one rule the owner that was given the fewest tokens comes first. Values in, values
+out: no clock, no thread, no torch.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from petals.server.compute.step_plan import WorkKind
 from petals.server.policies import SchedulerConfig
 
 _LEARNING_RATE = 0.3
 _TYPICAL_TOKENS = 64.0
-_DECODE_REMEMBERED_BATCHES = 16
-"""So many batches after its last token a session still counts as decoding:
+"""Unit of the slope in BatchCost: it brings both unknowns to the same order of magnitude."""
 
-its next one is under way around the route.
+_DECODE_MEMORY_BATCHES = 16
+"""Batches after the last urgent job for which the latency budget still applies.
+
+Between two tokens of a session its step travels along the rest of the route. It would find a long
+batch running if the idle budget applied as soon as the step had left.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class WaitingWork:
-    """One piece of work that asks for the device.
-
-    ``owner`` is whoever must not get more than their share.
-    """
+class WaitingJob:
+    """The properties of a job that the scheduler decides by; see ``jobs.Job``."""
 
     key: int
     owner: str
-    kind: WorkKind
-    num_tokens: int
+    cost_tokens: int
+    is_urgent: bool = False
+    is_batchable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """The next ``num_tokens`` tokens of work ``key`` belong to the batch; of a pass: about so many,
-    as a unit that runs alone.
-    """
+    """``num_tokens`` of job ``key``: of a batchable job exactly, of another one about as many."""
 
     key: int
     num_tokens: int
 
 
 class BatchCost:
-    """Seconds of a batch as ``fixed + per_token * tokens``, learned from batches that have run."""
+    """Duration of a batch in seconds: ``fixed + per_token * tokens``, learned from batches."""
 
     def __init__(self, fixed_seconds: float = 0.0, seconds_per_token: float = 0.003) -> None:
         self._fixed = fixed_seconds
@@ -54,7 +58,7 @@ class BatchCost:
 
     @property
     def fixed_seconds(self) -> float:
-        """What a batch costs before its first token."""
+        """Duration of a batch without tokens."""
         return self._fixed
 
     def seconds(self, num_tokens: int) -> float:
@@ -62,11 +66,11 @@ class BatchCost:
         return self._fixed + self._slope * num_tokens / _TYPICAL_TOKENS
 
     def tokens_within(self, seconds: float) -> int:
-        """The largest batch expected to take at most ``seconds``; 0 if none does."""
+        """Size of the largest batch expected to take at most ``seconds``; at least 0."""
         return max(0, int((seconds - self._fixed) * _TYPICAL_TOKENS / self._slope))
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Correct the estimate by a batch that has run (normalised least mean squares)."""
+        """Correct the estimate by one measured batch (normalised least mean squares)."""
         size = num_tokens / _TYPICAL_TOKENS
         correction = _LEARNING_RATE * (seconds - self.seconds(num_tokens)) / (1 + size * size)
         self._fixed = max(0.0, self._fixed + correction)
@@ -74,20 +78,23 @@ class BatchCost:
 
 
 class _Entry:
-    __slots__ = ("waiting", "done", "order")
+    __slots__ = ("done", "job", "order")
 
-    def __init__(self, waiting: WaitingWork, order: int) -> None:
-        self.waiting = waiting
+    def __init__(self, job: WaitingJob, order: int) -> None:
+        self.job = job
         self.done = 0
         self.order = order
 
     @property
     def remaining(self) -> int:
-        return max(0, self.waiting.num_tokens - self.done)
+        return max(0, self.job.cost_tokens - self.done)
 
 
 class Scheduler:
-    """Waiting work, and the rule by which batches are made of it."""
+    """Waiting jobs, and the rules above. A job waits from ``add`` to ``discard``.
+
+    ``next_batch`` decides, ``ran`` reports what the batch has really cost.
+    """
 
     def __init__(self, config: SchedulerConfig, cost: BatchCost | None = None) -> None:
         self._config = config
@@ -95,8 +102,8 @@ class Scheduler:
         self._entries: dict[int, _Entry] = {}
         self._served: dict[str, int] = {}
         self._num_added = 0
-        self._batches_since_decode = _DECODE_REMEMBERED_BATCHES
-        self._batches_since_forward = 0
+        self._batches_since_urgent = _DECODE_MEMORY_BATCHES
+        self._batches_since_alone = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -107,118 +114,123 @@ class Scheduler:
         return sum(entry.remaining for entry in self._entries.values())
 
     @property
-    def num_decodes_alone(self) -> int:
-        """Decodes that wait, if nothing else does; else 0."""
-        kinds = [entry.waiting.kind for entry in self._entries.values()]
-        return len(kinds) if all(kind is WorkKind.DECODE for kind in kinds) else 0
+    def num_urgent_alone(self) -> int:
+        """Number of urgent jobs that wait, if no other job waits; else 0."""
+        entries = self._entries.values()
+        return len(entries) if all(entry.job.is_urgent for entry in entries) else 0
 
     @property
     def fixed_seconds(self) -> float:
-        """What one more batch costs, however small it is."""
-        return self._cost.fixed_seconds
+        """Seconds that one more batch costs, however small it is."""
+        return self._batch_cost.fixed_seconds
 
-    def add(self, waiting: WaitingWork) -> None:
-        """Put new work in line.
+    def add(self, job: WaitingJob) -> None:
+        """Let ``job`` wait.
 
-        An owner who comes (back) starts level with those who have had least.
+        An owner without waiting jobs starts level with the owner that was given least: it neither
+        pays for tokens of long ago nor may it claim tokens that it did not ask for then.
         """
         floor = min(self._served.values(), default=0)
-        self._served[waiting.owner] = max(self._served.get(waiting.owner, 0), floor)
-        self._entries[waiting.key] = _Entry(waiting, self._num_added)
+        self._served[job.owner] = max(self._served.get(job.owner, 0), floor)
+        self._entries[job.key] = _Entry(job, self._num_added)
         self._num_added += 1
 
-    def discard(self, key: int) -> None:
-        """Take work out of line, finished or not; unknown keys are nothing."""
-        if self._entries.pop(key, None) is not None:
-            self._forget_idle_owners()
+    def discard(self, keys: Iterable[int]) -> None:
+        """Forget jobs, finished or not. Unknown keys are ignored."""
+        for key in keys:
+            self._entries.pop(key, None)
+        owners = {entry.job.owner for entry in self._entries.values()}
+        self._served = {o: served for o, served in self._served.items() if o in owners}
 
     def expect(self, cost: BatchCost) -> None:
-        """What batches will take, before any has run."""
-        self._cost = cost
-        self._unit_cost = BatchCost(cost.seconds(0), cost.seconds(1) - cost.seconds(0))
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A batch of ``num_tokens`` took ``seconds``."""
-        self._cost.observe(num_tokens, seconds)
-
-    def advance(self, key: int, num_tokens: int, seconds: float) -> None:
-        """A unit of pass ``key``, cost_tokens ``num_tokens``, took ``seconds``."""
-        self._unit_cost.observe(num_tokens, seconds)
-        entry = self._entries.get(key)
-        if entry is not None:
-            entry.done += num_tokens
-            self._served[entry.waiting.owner] += num_tokens
+        """Begin with this estimate of the duration of batches."""
+        self._batch_cost = cost
+        # Chunks of a pass are measured apart: a token of theirs attends to no cache.
+        self._alone_cost = BatchCost(cost.seconds(0), cost.seconds(1) - cost.seconds(0))
 
     def next_batch(self) -> tuple[Portion, ...]:
-        """The portions that run together now; empty if nothing waits.
-
-        Steps leave with their last portion, passes when they are discarded.
-        """
+        """The portions to run together now; empty if no job waits."""
         if not self._entries:
             return ()
-        passes = self._in_turn(WorkKind.FORWARD)
-        due = self._batches_since_forward >= self._config.forward_every
-        if passes and (due or len(passes) == len(self._entries)):
-            self._batches_since_forward = 0
-            self._batches_since_decode += 1
-            room = self._room_beside(0, self._unit_cost)
-            return (Portion(passes[0].waiting.key, room),)
-        decodes = self._take(
-            self._in_turn(WorkKind.DECODE), self._config.max_batch_tokens, whole=True
+        alone = self._in_turn(is_batchable=False)
+        is_due = self._batches_since_alone >= self._config.forward_every
+        if alone and (is_due or len(alone) == len(self._entries)):
+            self._batches_since_alone = 0
+            self._batches_since_urgent += 1
+            return (Portion(alone[0].job.key, self._budget_tokens(0, self._alone_cost)),)
+        self._batches_since_alone = self._batches_since_alone + 1 if alone else 0
+        batchable = self._in_turn(is_batchable=True)
+        urgent = _take_whole(
+            [entry for entry in batchable if entry.job.is_urgent], self._config.max_batch_tokens
         )
-        self._batches_since_decode = 0 if decodes else self._batches_since_decode + 1
-        num_decoding = sum(portion.num_tokens for portion in decodes)
-        room = self._room_beside(num_decoding, self._cost)
-        batch = decodes + self._take(self._in_turn(WorkKind.PREFILL), room)
-        self._batches_since_forward = self._batches_since_forward + 1 if passes else 0
-        self._account(batch)
-        return batch
+        self._batches_since_urgent = 0 if urgent else self._batches_since_urgent + 1
+        num_urgent = sum(portion.num_tokens for portion in urgent)
+        budget_tokens = self._budget_tokens(num_urgent, self._batch_cost)
+        rest = [entry for entry in batchable if not entry.job.is_urgent]
+        return (*urgent, *_take_cut(rest, budget_tokens))
 
-    def _room_beside(self, num_decoding: int, cost: BatchCost) -> int:
-        """Tokens that still fit beside ``num_decoding`` tokens of decodes."""
+    def ran(self, batch: Iterable[Portion], seconds: float) -> None:
+        """``batch`` has run: each job did ``num_tokens``, and all together took ``seconds``."""
+        num_tokens, is_batchable = 0, True
+        for portion in batch:
+            entry = self._entries[portion.key]
+            entry.done += portion.num_tokens
+            self._served[entry.job.owner] += portion.num_tokens
+            num_tokens += portion.num_tokens
+            is_batchable = entry.job.is_batchable
+        cost = self._batch_cost if is_batchable else self._alone_cost
+        cost.observe(num_tokens, seconds)
+
+    def _budget_tokens(self, num_urgent: int, cost: BatchCost) -> int:
+        """Tokens that fit into a batch beside ``num_urgent`` tokens of urgent jobs."""
         config = self._config
-        busy = self._batches_since_decode < _DECODE_REMEMBERED_BATCHES
-        budget = config.latency_budget_seconds if busy else config.idle_budget_seconds
-        budget = max(budget, 2 * cost.seconds(num_decoding)) if num_decoding else budget
-        fitting = cost.tokens_within(budget) - num_decoding
-        return min(max(fitting, config.min_chunk_tokens), config.max_batch_tokens - num_decoding)
+        is_busy = self._batches_since_urgent < _DECODE_MEMORY_BATCHES
+        seconds = config.latency_budget_seconds if is_busy else config.idle_budget_seconds
+        if num_urgent:
+            # Where urgent jobs alone use up the budget, prefills still get as much time again.
+            seconds = max(seconds, 2 * cost.seconds(num_urgent))
+        fitting = cost.tokens_within(seconds) - num_urgent
+        return min(max(fitting, config.min_chunk_tokens), config.max_batch_tokens - num_urgent)
 
-    def _in_turn(self, kind: WorkKind) -> list[_Entry]:
-        """Who has had least comes first. Prompts of one owner take turns, passes do not: a pass
-        holds memory until it is done.
+    def _in_turn(self, *, is_batchable: bool) -> list[_Entry]:
+        """Jobs by what their owner was given, then by what they were given themselves.
+
+        The second key lets the prefills of one owner take turns. A job that is not batchable keeps
+        its turn until it is done: it holds memory for activations, which turns would multiply.
         """
-        turns = kind is not WorkKind.FORWARD
-        entries = [entry for entry in self._entries.values() if entry.waiting.kind is kind]
+        entries = [e for e in self._entries.values() if e.job.is_batchable is is_batchable]
         entries.sort(
             key=lambda entry: (
-                self._served[entry.waiting.owner],
-                entry.done if turns else 0,
+                self._served[entry.job.owner],
+                entry.done if is_batchable else 0,
                 entry.order,
             )
         )
         return entries
 
-    def _take(
-        self, entries: Sequence[_Entry], room: int, whole: bool = False
-    ) -> tuple[Portion, ...]:
-        taken = []
-        for entry in entries:
-            num_tokens = min(entry.remaining, room)
-            if (num_tokens == 0 and entry.remaining) or (whole and num_tokens < entry.remaining):
-                break
-            taken.append(Portion(entry.waiting.key, num_tokens))
-            room -= num_tokens
-        return tuple(taken)
 
-    def _account(self, batch: Iterable[Portion]) -> None:
-        for portion in batch:
-            entry = self._entries[portion.key]
-            entry.done += portion.num_tokens
-            self._served[entry.waiting.owner] += portion.num_tokens
-            if entry.remaining == 0:
-                del self._entries[portion.key]
-        self._forget_idle_owners()
+def _take_whole(entries: Sequence[_Entry], budget_tokens: int) -> list[Portion]:
+    """The first jobs as a whole, as long as the budget lasts.
 
-    def _forget_idle_owners(self) -> None:
-        owners = {entry.waiting.owner for entry in self._entries.values()}
-        self._served = {owner: served for owner, served in self._served.items() if owner in owners}
+    The very first is cut if no batch could hold it; else it would wait for ever.
+    """
+    taken: list[Portion] = []
+    for entry in entries:
+        num_tokens = min(entry.remaining, budget_tokens)
+        if taken and num_tokens < entry.remaining:
+            break
+        taken.append(Portion(entry.job.key, num_tokens))
+        budget_tokens -= num_tokens
+    return taken
+
+
+def _take_cut(entries: Sequence[_Entry], budget_tokens: int) -> list[Portion]:
+    """The first jobs, the last of them cut to what is left of the budget."""
+    taken: list[Portion] = []
+    for entry in entries:
+        num_tokens = min(entry.remaining, budget_tokens)
+        if num_tokens == 0 and entry.remaining:
+            break
+        taken.append(Portion(entry.job.key, num_tokens))
+        budget_tokens -= num_tokens
+    return taken

@@ -1,36 +1,27 @@
-"""What a step asks for, checked against where its session stands, and cut into pieces that fit a
-batch.
+"""The plan of a session's step: checked against the lengths of the session's rows, and cut into
+runs of tokens that fit a batch.
 
-Plain values and arithmetic: no torch, no network, no clock. Row = one sequence of a session's
-batch.
+Plain values and arithmetic: no torch, no network, no clock.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 
 from petals.errors import BadInput, BatchTooLarge, LengthExceeded, SessionGap
 
 MAX_DECODE_TOKENS_PER_ROW = 16
-"""Up to so many new tokens per row, a step is decoding (one token, or a guess being verified)."""
+"""Most new tokens in a row of a decode step: one token, or a speculation to be verified."""
 
 MAX_DECODE_TOKENS = 128
-"""A step of more tokens is a prefill, however they are spread over rows."""
-
-
-class WorkKind(IntEnum):
-    """Who waits for it: a reader between two words, a reader before the first word, a trainer."""
-
-    DECODE = 0
-    PREFILL = 1
-    FORWARD = 2
+"""Most new tokens of a decode step, all rows together. A larger step is a prefill."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step whose numbers have been checked: row r runs ``counts[r]`` tokens from ``starts[r]``.
+    """One checked step: row r runs ``counts[r]`` tokens from position ``starts[r]``.
 
     ``reorder[r]`` is the old row that new row r continues; None leaves the rows as they are.
+    Packed, the tokens of the step are those of row 0, then those of row 1, and so on.
     """
 
     starts: tuple[int, ...]
@@ -42,15 +33,14 @@ class StepPlan:
         return sum(self.counts)
 
     @property
-    def kind(self) -> WorkKind:
-        short = max(self.counts, default=0) <= MAX_DECODE_TOKENS_PER_ROW
-        return (
-            WorkKind.DECODE if short and self.num_tokens <= MAX_DECODE_TOKENS else WorkKind.PREFILL
-        )
+    def is_decode(self) -> bool:
+        """Whether the step is short enough to run whole, before prefills."""
+        is_short = max(self.counts, default=0) <= MAX_DECODE_TOKENS_PER_ROW
+        return is_short and self.num_tokens <= MAX_DECODE_TOKENS
 
     @property
     def lengths_after(self) -> tuple[int, ...]:
-        """Tokens in every row once the step is done."""
+        """Tokens in every row after the step."""
         return tuple(start + count for start, count in zip(self.starts, self.counts))
 
     def pieces(self, done: int, num_tokens: int) -> Iterator["TokenRun"]:
@@ -65,9 +55,9 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenRun:
-    """``count`` consecutive tokens of ``row`` from position ``start``;
+    """``count`` consecutive tokens of ``row`` from position ``start``.
 
-    packed, they begin at ``offset``.
+    ``offset``: index of the first of them among the packed tokens of the step.
     """
 
     row: int
@@ -78,7 +68,7 @@ class TokenRun:
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What a session was granted: rows, tokens per row, tokens per step."""
+    """The limits a session was opened with: rows, tokens per row, tokens per step."""
 
     max_rows: int
     max_length: int
@@ -92,10 +82,10 @@ def plan_step(
     lengths: tuple[int, ...],
     limits: StepLimits,
 ) -> StepPlan:
-    """Check a step against the ``lengths`` its session's rows have now.
+    """Check a step against the present ``lengths`` of its session's rows.
 
-    Raises BadInput (numbers that do not belong together), BatchTooLarge (rows, tokens), SessionGap
-    (a row would start behind its end) or LengthExceeded.
+    Raises BadInput (starts, counts and reorder that contradict each other), BatchTooLarge (rows or
+    tokens), SessionGap (a row would start behind its end) or LengthExceeded.
     """
     if reorder is not None:
         if any(row >= len(lengths) for row in reorder) or not reorder:

@@ -1,4 +1,4 @@
 """One server's life: placement, loading, announcing, moving, draining.
 
-Knows no single session's steps.
+Knows nothing of single sessions.
 """

@@ -1,7 +1,7 @@
-"""Keeps our entry in the directory alive and true.
+"""Keeps this server's record in the directory alive and up to date.
 
-Every change is announced at once, everything else is repeated before it expires. Knows the
-directory; knows neither sessions nor models beyond their names.
+Every change is announced at once; without changes the record is repeated before it expires. Knows
+the directory; knows neither sessions nor models beyond their names.
 """
 
 import asyncio
@@ -19,14 +19,17 @@ from petals.types import BlockSpan, ServerState
 
 logger = get_logger(__name__)
 _RETRY_SECONDS = 3.0
-_GOODBYE_SECONDS = 2.0
-"""Peers that left before us must not hold us up; without it the record simply expires."""
+"""Time between two attempts to store a record that no peer has taken."""
+
+_LEAVE_SECONDS = 2.0
+"""Longest time for announcing that the server leaves: the peers that store its record may be gone.
+Without the announcement the record expires.
+"""
 
 
 class Announcer:
-    """Speaks for one server from JOINING until it is closed, which says OFFLINE.
-
-    An async context manager. A record that could not be stored is tried again soon.
+    """Announces one server from JOINING (on entering it, an async context manager) to OFFLINE (on
+    leaving it). A record that could not be stored is tried again after 3 s.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Announcer:
         self._config = config
         self._clock = clock
         self._tasks = BackgroundTasks()
-        self._speaking = asyncio.Lock()
+        self._announcing = asyncio.Lock()
 
     async def __aenter__(self) -> "Announcer":
         await self.announce()
@@ -53,28 +56,29 @@ class Announcer:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._tasks.close()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GOODBYE_SECONDS):
+            async with asyncio.timeout(_LEAVE_SECONDS):
                 await self.announce(state=ServerState.OFFLINE)
 
     async def announce(self, **changes: object) -> bool:
-        """Change fields of the record and store it now. True if somebody took it."""
+        """Change fields of the record and store it now. True if at least one peer took it."""
         self.record = msgspec.structs.replace(self.record, **changes)
-        async with self._speaking:
+        async with self._announcing:
             expires_at = self._clock.now() + self._config.expiry_seconds
             fresh = msgspec.structs.replace(self.record, expires_at=expires_at)
             return await self._directory.announce(fresh, self._repository)
 
-    async def say(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
-        """Announce a state without waiting long for anybody: peers may be leaving, too.
+    async def announce_state(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
+        """Announce a state, for at most 2 s.
 
-        A server that moves tells where to, so that nobody else goes there for the same reason.
+        ``moves_to``: the next blocks of a server that moves; other servers count it there already,
+        and do not move for the same reason.
         """
         spans = () if moves_to is None else ((moves_to.start, moves_to.end),)
         try:
-            async with asyncio.timeout(_GOODBYE_SECONDS):
+            async with asyncio.timeout(_LEAVE_SECONDS):
                 await self.announce(state=state, next_spans=spans)
         except TimeoutError:
-            logger.info("Not every peer has heard that this server is %s.", state)
+            logger.info("Not every peer could be informed that this server is %s.", state)
 
     async def _repeat(self) -> None:
         period = self._config.period_seconds

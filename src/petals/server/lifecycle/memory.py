@@ -1,7 +1,7 @@
-"""How much memory is really free here, and what of a model fits into it.
+"""How much memory is free on this machine, and how many blocks of a model fit into it.
 
-Free means now, for this process: other programs and the limits of containers count. Knows prices
-(``models.cost``) and budgets, no sessions.
+"Free" is what this process can allocate now: other programs and the limits of containers count.
+Knows the costs of blocks (``models.loading.cost``) and budgets; knows no sessions.
 """
 
 from collections.abc import Sequence
@@ -14,31 +14,37 @@ from petals.errors import ConfigError
 from petals.models.loading.cost import BlockCost
 
 DEFAULT_CACHE_TOKENS = 16384
+"""KV budget in tokens of each block, where memory allows it."""
+
 LEAST_CACHE_TOKENS = 2048
+"""Smallest KV budget (tokens of each block) beside which one more block is served."""
+
 DEFAULT_TRAINING_BYTES = 2**30
-"""At most so much for what passes keep for their way back."""
+"""Upper limit of the activation budget if the operator sets none."""
 
 RESERVE_BYTES = 700 * 2**20
-"""Kept for the runtime itself, activations and what the machine does beside us."""
+"""Left for the runtime, the activations of a batch, and other programs."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Limit, usage and the part of it that can be dropped, in versions 2 and 1 of cgroups."""
+"""Files of the limit and the usage, and the field of memory.stat that counts reclaimable bytes of
+the usage: in version 2 and in version 1 of cgroups.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What fits: so many blocks, and a cache of so many tokens for each of them."""
+    """What fits: ``num_blocks`` blocks and a KV cache of ``cache_tokens`` tokens in each."""
 
     num_blocks: int
     cache_tokens: int
 
 
 def free_memory_bytes(device: str, cgroup: Path = _CGROUP) -> int:
-    """Bytes that can still be taken on ``device`` ("cpu", "cuda:0", "mps")."""
+    """Bytes that can be allocated on ``device`` ("cpu", "cuda:0", "mps")."""
     if device.startswith("cuda"):
         import torch
 
@@ -55,20 +61,20 @@ def plan_capacity(
     num_blocks: int | None = None,
     cache_tokens: int | None = None,
 ) -> Capacity:
-    """How many blocks fit into ``free_bytes``, and how much cache beside them.
+    """How many blocks fit into ``free_bytes``, and how much KV cache beside them.
 
-    Given numbers are kept. Blocks are counted at the price of the dearest. Raises ConfigError if
-    not even one block fits, or not those asked for.
+    ``num_blocks`` and ``cache_tokens`` are kept if given. Every block is assumed to be as large as
+    the largest. Raises ConfigError if not even one block fits, or not ``num_blocks``.
     """
-    room = free_bytes - RESERVE_BYTES
+    usable = free_bytes - RESERVE_BYTES
     weight = max(cost.weight_bytes for cost in costs)
     per_token = max(cost.kv_bytes_per_token for cost in costs)
     tokens = cache_tokens or DEFAULT_CACHE_TOKENS
     if num_blocks is None:
-        # One block may do with less cache than several would be given.
-        num_blocks = max(1, room // max(1, weight + tokens * per_token))
+        # At least one: a single block may have less cache than DEFAULT_CACHE_TOKENS.
+        num_blocks = max(1, usable // max(1, weight + tokens * per_token))
     num_blocks = min(num_blocks, len(costs))
-    left = room - num_blocks * weight
+    left = usable - num_blocks * weight
     if cache_tokens is None and per_token:
         tokens = min(tokens, max(0, left) // (num_blocks * per_token))
     if left <= 0 or (cache_tokens is None and tokens < LEAST_CACHE_TOKENS):
@@ -81,12 +87,12 @@ def plan_capacity(
 
 
 def _cgroup_left(root: Path, limit: str, usage: str, droppable: str) -> int | None:
-    """Bytes left under a container's limit, None where there is no limit."""
+    """Bytes left under a container's limit; None if there is no limit."""
     try:
         most = int((root / limit).read_text())
         used = int((root / usage).read_text())
         stat = (root / limit).with_name("memory.stat").read_text()
     except (OSError, ValueError):
         return None
-    words = dict(line.split(maxsplit=1) for line in stat.splitlines() if " " in line)
-    return max(0, most - used + int(words.get(droppable, 0)))
+    fields = dict(line.split(maxsplit=1) for line in stat.splitlines() if " " in line)
+    return max(0, most - used + int(fields.get(droppable, 0)))

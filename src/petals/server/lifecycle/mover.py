@@ -1,7 +1,8 @@
-"""When a running server goes to other blocks: asks `rebalancing` now and then, and makes sure.
+"""When a running server moves to other blocks.
 
-The thin loop around a pure decision: it reads views, waits, pings, and says DRAINING before the
-last look. Knows no sessions and no models beyond their names.
+The loop around the pure decision of ``rebalancing``: it reads views, waits, announces DRAINING, and
+pings the other holders of the blocks before the server leaves them. Knows no sessions and no models
+beyond their names.
 """
 
 import asyncio
@@ -21,11 +22,14 @@ from petals.types import BlockSpan, PeerId, ServerState
 logger = get_logger(__name__)
 
 _PING_SECONDS = 3.0
+"""Timeout of a ping; a server that does not answer counts as dead."""
+
 _MAX_PINGED = 64
+"""Most servers that are pinged before a move; others count as dead."""
 
 
 class Mover:
-    """Decides for one server, whose directory entry is that of ``node``."""
+    """Decides for the server whose node is ``node``."""
 
     def __init__(
         self, node: SwarmNode, model: str, num_blocks: int, config: MovingConfig, clock: Clock
@@ -36,36 +40,41 @@ class Mover:
         self._config = config
         self._clock = clock
 
-    async def next_blocks(self, stay: ServedSpan) -> BlockSpan:
-        """Returns when it is time to leave ``stay`` for the blocks returned.
+    async def next_blocks(self, served: ServedSpan) -> BlockSpan:
+        """Return when the server should leave ``served``, with the blocks to move to.
 
-        DRAINING has been said then, and heard; whatever speaks against it has been asked for.
+        By then DRAINING was announced for ``propagation_seconds``, and every block of the server
+        is held by another server that has answered a ping.
         """
         me, policy = self._node.peer_id, self._config.policy
         view = await self._view()
         now = self._clock.monotonic()
-        standing = rebalancing.begin(me, now, len(view.records), policy)
+        state = rebalancing.begin(me, now, len(view.records), policy)
         while True:
-            await self._clock.sleep(standing.next_look - self._clock.monotonic())
+            await self._clock.sleep(state.next_look - self._clock.monotonic())
             view, now = await self._view(), self._clock.monotonic()
             if me not in view.records:
-                # Nobody has our record just now; without it there is nothing to decide.
-                standing = replace(standing, next_look=now + policy.look_seconds)
+                # The directory has lost our record for the moment; the decision is based on it.
+                state = replace(state, next_look=now + policy.look_seconds)
                 continue
-            standing, blocks = rebalancing.should_move(view, me, now, standing, policy)
-            if blocks is not None and await self._confirm_move(stay, blocks):
+            state, blocks = rebalancing.should_move(view, me, now, state, policy)
+            if blocks is not None and await self._confirm_move(served, blocks):
                 return blocks
 
-    async def _confirm_move(self, stay: ServedSpan, blocks: BlockSpan) -> bool:
-        """Say DRAINING and leave time to be heard; ONLINE again if blocks would be left alone."""
-        logger.info("blocks %s need this server more than %s", blocks, stay.blocks)
-        await stay.say(ServerState.DRAINING, blocks)
+    async def _confirm_move(self, served: ServedSpan, blocks: BlockSpan) -> bool:
+        """Announce DRAINING and look again; ONLINE again if a block would have no other server.
+
+        Two holders of a block may decide to leave it at the same time, each relying on the other.
+        After ``propagation_seconds`` both see that the other is DRAINING, and both stay.
+        """
+        logger.info("blocks %s need this server more than %s", blocks, served.blocks)
+        await served.announce_state(ServerState.DRAINING, blocks)
         await self._clock.sleep(self._config.propagation_seconds)
         view = await self._view()
-        if rebalancing.may_leave(await self._without_the_dead(view, stay.blocks), self._me):
+        if rebalancing.may_leave(await self._without_the_dead(view, served.blocks), self._me):
             return True
-        logger.info("staying at blocks %s: nobody else holds them now", stay.blocks)
-        await stay.say(ServerState.ONLINE)
+        logger.info("staying at blocks %s: no other server holds all of them", served.blocks)
+        await served.announce_state(ServerState.ONLINE)
         return False
 
     @property
@@ -76,15 +85,15 @@ class Mover:
         return await self._node.directory.view(self._model, self._num_blocks, whole=True)
 
     async def _without_the_dead(self, view: View, blocks: BlockSpan) -> View:
-        """The view without those of our blocks' holders that do not answer, or were not asked."""
+        """``view`` without the other holders of ``blocks`` that did not answer a ping."""
         holders = [
             peer
             for peer, record in view.records.items()
             if peer != self._me and any(span.overlaps(blocks) for span in record.block_spans)
         ]
-        asked = holders[:_MAX_PINGED]
-        answers = await asyncio.gather(*map(self._answers, asked))
-        alive = {peer for peer, answer in zip(asked, answers) if answer}
+        pinged = holders[:_MAX_PINGED]
+        answers = await asyncio.gather(*map(self._answers, pinged))
+        alive = {peer for peer, answer in zip(pinged, answers) if answer}
         kept = {p: r for p, r in view.records.items() if p not in holders or p in alive}
         return replace(view, records=MappingProxyType(kept))
 

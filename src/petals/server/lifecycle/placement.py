@@ -1,8 +1,8 @@
-"""Which blocks a server should hold: those by which the swarm as a whole gains most.
+"""Which blocks a server should hold: those by which the weakest blocks of the swarm gain most.
 
-One picture of the swarm serves two questions: what should a new server take, and who would help
-most by moving? Values in, values out: no clock, no chance, no network; ``rebalancing`` adds when to
-look and whose turn it is.
+One summary of the swarm (``Coverage``) answers two questions: which blocks should a new server
+take, and which server would help most by moving? Values in, values out: no clock, no random
+numbers, no network; ``rebalancing`` adds when each server decides.
 """
 
 from collections import defaultdict
@@ -19,43 +19,47 @@ from petals.swarm.directory.records import BlockRange, ServerRecord, View
 from petals.types import BlockSpan, PeerId, ServerState
 
 UNMEASURED_THROUGHPUT = 1.0
-"""Assumed of a server that is still joining where no other has been measured either."""
+"""Block passes per second assumed of a server while no server has announced a measurement."""
 
 STRONGEST_DISCOUNT = 0.9
-"""How much of a block's strongest server is left out of the block's worth: it may be the next to
-die. So a block with one fast server is worse off than one with two that are half as fast.
+"""Share of a block's strongest server that does not count as dependable: that server may be the
+next to fail. So a block with one fast server ranks below one with two servers of half its speed.
 """
 
 STEEPNESS = 8
-"""How much more a weak block weighs than a strong one: half the worth is 2**8 times the need."""
+"""need = (dependable / level) ** -STEEPNESS: half the dependable throughput is 2**8 times the need.
+"""
 
 SHIFTING_ROUNDS = 16
-"""After which a swarm of 30 or 100 is within some per cent of the best division of its passes."""
+"""Rounds of ``carried_by``; swarms of 30 and 100 servers are then within a few per cent of the best
+division of passes.
+"""
 
-LEAST_WORTH = 1 / 1024
-"""Of the even level. Blocks that have less are all as bad, and nobody's blocks worse by GAP_FACTOR:
-in a large swarm a first holder is worth little, and a great gain all the same.
+LEAST_DEPENDABLE = 1 / 1024
+"""Dependable throughput, as a share of the level, below which blocks count as equally weak. In a
+large swarm a first server adds less than this, so blocks without any get GAP_FACTOR besides.
 """
 
 GAP_FACTOR = 16.0
+"""Factor of the need of blocks without a server."""
 
 OTHERS_LEFT = 2
-"""Who must be online at a block that a server leaves: the only one left may be the next to die."""
+"""Servers that must be online at a block that a server leaves: a single one may fail next."""
 
 MOST_COMPARED = 256
-"""Servers whose best moves are worked out; in larger swarms they are a sample of all."""
+"""Most servers whose best moves are computed; a larger swarm is sampled."""
 
 Rates = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What every block of a model has, in tokens per second; arrays of one entry per block.
+class Coverage:
+    """The throughput (tokens/s) of every block of a model; arrays of one entry per block.
 
-    ``served`` sums the shares of the servers that are online, joining or moving there;
-    ``strongest`` and ``second`` are the largest two of those shares. ``num_online`` counts servers
-    that could take over at once. ``servers`` is everybody who counts.
+    served: sum of the shares of the servers that are online, joining or moving there; the share of
+    a server is its throughput / number of its blocks. strongest, second: the largest two shares.
+    num_online: servers that are online. servers: all servers that were counted.
     """
 
     served: Rates
@@ -66,24 +70,24 @@ class Picture:
     typical_throughput: float
 
     @cached_property
-    def worth(self) -> Rates:
-        """What the blocks are worth to the swarm: what is served, less a part of the strongest."""
+    def dependable(self) -> Rates:
+        """Dependable throughput: served - STRONGEST_DISCOUNT * strongest."""
         return self.served - STRONGEST_DISCOUNT * self.strongest
 
     @property
     def num_blocks(self) -> int:
-        """Of the model."""
+        """Number of blocks of the model."""
         return len(self.served)
 
     @property
     def level(self) -> float:
-        """What every block would have, were all shares spread evenly."""
+        """Throughput of every block if all shares were distributed evenly: the mean of served."""
         return float(self.served.mean()) if len(self.served) else 0.0
 
     @cached_property
     def mean_need(self) -> float:
-        """Of all blocks; what a join or a move should lower."""
-        return float(need(self.worth, self.level).mean()) if self.level else np.inf
+        """Mean need of all blocks, which a join or a move should lower."""
+        return float(need(self.dependable, self.level).mean()) if self.level else np.inf
 
     @cached_property
     def carried(self) -> float:
@@ -92,7 +96,7 @@ class Picture:
         return carried_by(servers, self.num_blocks)
 
     def carried_if(self, moved: ServerRecord, blocks: BlockSpan) -> float:
-        """The same if one of the servers held ``blocks`` instead."""
+        """``carried`` if the server ``moved`` held ``blocks`` instead of its own."""
         there = ((blocks.start, blocks.end),)
         servers = [
             (there if r is moved else blocks_held(r), self.throughput_of(r)) for r in self.servers
@@ -100,40 +104,40 @@ class Picture:
         return carried_by(servers, self.num_blocks)
 
     @cached_property
-    def offers(self) -> "Offers":
-        """The best single moves of all servers; in large swarms of every so many-th."""
-        return offers_of(self, self.servers[:: 1 + len(self.servers) // MOST_COMPARED])
+    def best_moves(self) -> "BestMoves":
+        """The best move of each server, or of every n-th in swarms larger than MOST_COMPARED."""
+        return best_moves_of(self, self.servers[:: 1 + len(self.servers) // MOST_COMPARED])
 
     def throughput_of(self, record: ServerRecord) -> float:
-        """Block passes per second of a server; those that do not say count as typical."""
+        """Block passes per second of a server; the median of the others if it announces none."""
         return record.throughput or self.typical_throughput
 
 
-def need(worth: Rates, level: float) -> Rates:
-    """How badly blocks of this worth want another server: 1 at the even level, far more below."""
-    needs = (np.maximum(worth, LEAST_WORTH * level) / level) ** -STEEPNESS
-    return np.asarray(np.where(worth > 1e-9 * level, needs, needs * GAP_FACTOR))
+def need(dependable: Rates, level: float) -> Rates:
+    """How much each block needs another server: 1 at the level, rising steeply below it."""
+    needs = (np.maximum(dependable, LEAST_DEPENDABLE * level) / level) ** -STEEPNESS
+    return np.asarray(np.where(dependable > 1e-9 * level, needs, needs * GAP_FACTOR))
 
 
 def bottleneck_of(needs: Rates) -> float:
-    """The share of the even level that blocks of these needs can give: a soft minimum."""
+    """The need of all blocks as a share of the level: a soft minimum of dependable / level."""
     return float(needs.mean() ** (-1 / STEEPNESS))
 
 
 def blocks_held(record: ServerRecord) -> tuple[BlockRange, ...]:
-    """Where a server gives its passes, now or soon: empty for one that goes or is gone."""
+    """The spans that a server serves, or will serve soon; empty if it leaves or has left."""
     if record.state in (ServerState.ONLINE, ServerState.JOINING):
         return record.spans
     return record.next_spans if record.state is ServerState.DRAINING else ()
 
 
 def length_of(spans: Iterable[BlockRange]) -> int:
-    """How many blocks these are."""
+    """Number of blocks of all spans."""
     return sum(end - start for start, end in spans)
 
 
-def picture_of(view: View, without: Iterable[PeerId] = ()) -> Picture:
-    """The swarm of ``view`` without some servers. 10,000 records take about 50 ms."""
+def coverage_of(view: View, without: Iterable[PeerId] = ()) -> Coverage:
+    """The coverage of a view, without some servers. 10,000 records take about 50 ms."""
     ignored = frozenset(without)
     counted = tuple(
         record
@@ -159,15 +163,16 @@ def picture_of(view: View, without: Iterable[PeerId] = ()) -> Picture:
         columns[1 : 1 + len(largest), block] = largest
         columns[3, block] = online[holding].sum()
     served, strongest, second, num_online = columns
-    return Picture(served, strongest, second, num_online.astype(np.int64), counted, float(typical))
+    return Coverage(served, strongest, second, num_online.astype(np.int64), counted, float(typical))
 
 
 def carried_by(servers: Iterable[tuple[tuple[BlockRange, ...], float]], num_blocks: int) -> float:
-    """Which part of its even level a swarm can carry where it is weakest, 0 to 1.
+    """Share of the level, 0 to 1, that the weakest blocks get from clients that avoid queues.
 
-    ``servers``: spans and block passes per second of each. Clients go where queues are short, so
-    each server gives most to those of its blocks that have least: from even shares on it shifts
-    towards them for a few rounds. A soft minimum: many weak blocks count for more than one.
+    servers: spans, and block passes per second, of each. Clients choose the servers with the
+    shortest queues, so a server works most for those of its blocks that have the least throughput.
+    This is computed by rounds that shift passes, from even shares, towards these blocks. The result
+    is a soft minimum: many weak blocks count for more than one.
     """
     alike: dict[tuple[BlockRange, ...], float] = defaultdict(float)
     for spans, throughput in servers:
@@ -183,7 +188,7 @@ def carried_by(servers: Iterable[tuple[tuple[BlockRange, ...], float]], num_bloc
 
 
 def _held(spans: Sequence[tuple[BlockRange, ...]], num_blocks: int) -> npt.NDArray[np.bool_]:
-    """A row for each, a column per block."""
+    """Whether server (row) holds block (column)."""
     held = np.zeros((len(spans), num_blocks), dtype=bool)
     for row, blocks in zip(held, spans):
         for start, end in blocks:
@@ -191,29 +196,30 @@ def _held(spans: Sequence[tuple[BlockRange, ...]], num_blocks: int) -> npt.NDArr
     return held
 
 
-def choose_blocks(picture: Picture, num_blocks: int, throughput: float = 0.0) -> BlockSpan:
-    """The ``num_blocks`` consecutive blocks where one more server helps the swarm most.
+def choose_blocks(coverage: Coverage, num_blocks: int, throughput: float = 0.0) -> BlockSpan:
+    """The ``num_blocks`` consecutive blocks whose service lowers the mean need most.
 
-    ``throughput``: of that server, in block passes per second; 0 counts as typical. The first of
-    equals is taken. More blocks than the model has means all of them. Raises ConfigError for a
+    throughput: of the new server, in block passes per second; 0: the median of the others. Of equal
+    spans the first is taken. If the model has fewer blocks, all of them. Raises ConfigError for a
     model without blocks.
     """
-    if not picture.num_blocks or num_blocks < 1:
+    if not coverage.num_blocks or num_blocks < 1:
         raise ConfigError("There are no blocks to choose from.", hint="Check the model's config.")
-    length = min(num_blocks, picture.num_blocks)
-    share = (throughput or picture.typical_throughput) / length
-    level = picture.level + share * length / picture.num_blocks
-    rest = _Rest(picture.served[None], picture.strongest[None])
+    length = min(num_blocks, coverage.num_blocks)
+    share = (throughput or coverage.typical_throughput) / length
+    level = coverage.level + share * length / coverage.num_blocks
+    rest = _Rest(coverage.served[None], coverage.strongest[None])
     start, _ = rest.best_starts(np.array([share]), np.array([length]), level)
     return BlockSpan(int(start[0]), int(start[0]) + length)
 
 
 @dataclass(frozen=True)
-class Offers:
-    """What each of some servers would do best; arrays of one entry per server.
+class BestMoves:
+    """The best move of each of some servers; arrays of one entry per server.
 
-    ``gains``: by which part the weakest worth (a soft minimum) would grow; negative infinity for
-    those who must stay. ``parts``: how much of the swarm's throughput each of them is.
+    starts: first block after the move. gains: relative growth of the soft minimum of the dependable
+    throughput; negative infinity for servers that must stay. parts: the server's share of the
+    throughput of the swarm.
     """
 
     starts: Counts
@@ -222,60 +228,61 @@ class Offers:
     peers: tuple[PeerId, ...]
 
     def of(self, record: ServerRecord) -> tuple[int, float, float] | None:
-        """Start, gain and part of one of them; None if it is not among them."""
+        """Start, gain and part of one server; None if it is not among them."""
         if record.peer_id not in self.peers:
             return None
         number = self.peers.index(PeerId(record.peer_id))
         return int(self.starts[number]), float(self.gains[number]), float(self.parts[number])
 
 
-def offers_of(picture: Picture, servers: tuple[ServerRecord, ...]) -> Offers:
-    """The best single move of each of ``servers``, which are in the picture.
+def best_moves_of(coverage: Coverage, servers: tuple[ServerRecord, ...]) -> BestMoves:
+    """The best move of each of ``servers``, all of which are counted in the coverage.
 
-    A server keeps the number of its blocks. It must stay while it is not ONLINE and where a block
-    that it would leave has fewer than two others who are (one is enough while there is a gap). 100
+    A server keeps the number of its blocks. It must stay unless it is ONLINE and every block that
+    it would leave has two other servers ONLINE (one is enough while some block has no server). 100
     servers of 80 blocks take about 3 ms.
     """
     lengths = np.array([length_of(record.spans) for record in servers], dtype=np.int64)
-    throughputs = np.array([picture.throughput_of(record) for record in servers])
-    held = _held([record.spans for record in servers], picture.num_blocks)
+    throughputs = np.array([coverage.throughput_of(record) for record in servers])
+    held = _held([record.spans for record in servers], coverage.num_blocks)
     shares = (throughputs / lengths)[:, None]
-    was_first = held & (picture.strongest <= shares)
+    was_first = held & (coverage.strongest <= shares)
     rest = _Rest(
-        np.maximum(picture.served - held * shares, 0.0),
-        np.where(was_first, picture.second, picture.strongest),
+        np.maximum(coverage.served - held * shares, 0.0),
+        np.where(was_first, coverage.second, coverage.strongest),
     )
-    starts, means = rest.best_starts(throughputs / lengths, lengths, picture.level)
-    gains = (picture.mean_need / means) ** (1 / STEEPNESS) - 1.0
-    blocks = np.arange(picture.num_blocks)
+    starts, means = rest.best_starts(throughputs / lengths, lengths, coverage.level)
+    gains = (coverage.mean_need / means) ** (1 / STEEPNESS) - 1.0
+    blocks = np.arange(coverage.num_blocks)
     taken = (blocks >= starts[:, None]) & (blocks < (starts + lengths)[:, None])
     left = held & ~taken
-    num_others = OTHERS_LEFT if picture.served.all() else 1
+    num_others = OTHERS_LEFT if coverage.served.all() else 1
     may_go = np.array([record.state is ServerState.ONLINE for record in servers], dtype=bool)
-    may_go &= left.any(axis=1) & ~(left & (picture.num_online <= num_others)).any(axis=1)
-    return Offers(
+    may_go &= left.any(axis=1) & ~(left & (coverage.num_online <= num_others)).any(axis=1)
+    return BestMoves(
         starts,
         np.where(may_go, gains, -np.inf),
-        throughputs / max(1e-9, picture.served.sum()),
+        throughputs / max(1e-9, coverage.served.sum()),
         tuple(PeerId(record.peer_id) for record in servers),
     )
 
 
 @dataclass(frozen=True)
 class _Rest:
-    """Swarms that each lack one server: a row per swarm, a column per block."""
+    """Coverages that each leave out one server: a row per coverage, a column per block."""
 
     served: Rates
     strongest: Rates
 
     def best_starts(self, shares: Rates, lengths: Counts, level: float) -> tuple[Counts, Rates]:
-        """For one more server in each row: where it should start, and the mean need then."""
+        """For one more server in each row: its best first block, and the mean need with it."""
         rows, num_blocks = self.served.shape
         now = need(self.served - STRONGEST_DISCOUNT * self.strongest, level)
         share = shares[:, None]
         strongest = np.maximum(self.strongest, share)
         then = need(self.served + share - STRONGEST_DISCOUNT * strongest, level)
-        # Sums of what stays and of what comes, not differences: needs differ by many digits.
+        # Cumulative sums from both ends are added. Their differences would lose all digits, since
+        # needs differ by many orders of magnitude.
         before, after, inside = np.zeros((3, rows, num_blocks + 1))
         np.cumsum(now, axis=1, out=before[:, 1:])
         after[:, :-1] = np.cumsum(now[:, ::-1], axis=1)[:, ::-1]
@@ -290,9 +297,9 @@ class _Rest:
 
 
 def must_yield(view: View, ours: BlockSpan, me: PeerId) -> bool:
-    """Did somebody announce the same choice at the same time, and is it theirs to keep?
+    """Whether another server is joining with an overlapping span and has the smaller peer id.
 
-    Of servers that join with overlapping spans the one with the smallest peer id stays.
+    Of servers that join at the same time with overlapping spans only that one keeps its choice.
     """
     return any(
         record.state is ServerState.JOINING

@@ -1,4 +1,4 @@
-"""The operator's own adapters: read from folders or the hub, checked against the blocks, placed.
+"""The operator's adapters: read from folders or the hub, checked, and moved to the blocks' device.
 
 Knows no clients and no streams.
 """
@@ -14,16 +14,17 @@ from petals.models.runtime.span import Span
 
 MAX_ADAPTERS = 32
 _MAX_NAME_LENGTH = 64
-"""32 names of this length still fit a record of the directory."""
+"""Characters; 32 names of this length fit a record of the directory."""
 
 
 def read_preloaded(
     sources: Sequence[str], checkpoint: Checkpoint, span: Span
 ) -> dict[str, Adapter]:
-    """Name -> what the adapter adds to ``span``, in its dtype and on its device.
+    """Name -> the adapter's matrices for ``span``, in its dtype and on its device.
 
-    A name is the repository's, or a folder's own. Raises ModelNotFound, AdapterRefused (another
-    kind, another model, more than blocks), ConfigError (too many, or of one name).
+    The name is that of the repository or of the folder. Raises ModelNotFound, AdapterRefused (not
+    LoRA, for another model, or with weights outside of blocks) and ConfigError (too many adapters,
+    a name twice or too long).
     """
     if len(sources) > MAX_ADAPTERS:
         raise ConfigError(

@@ -1,11 +1,11 @@
-"""When a server should leave its blocks for others, and whose turn it is.
+"""When a server should leave its blocks for others, and in which order servers move.
 
-Servers decide alone, from pictures that are a little old, so the danger is not that nobody moves
-but that everybody does. What keeps them calm: everybody works out the best move of everybody, and
-whoever's is not the best waits its turn behind those that are better; by then their records say
-where they go, and most reasons are gone. A move must gain much for the size of the server, a reason
-must hold twice, and whoever has just come stays. Chance comes from the peer id, time from the
-caller: values in, values out.
+Servers decide alone, from views that are some seconds old, so the danger is that all of them see
+the same gap and move there at once. Four rules prevent it. Every server computes the best moves of
+all servers from the same view; a server whose move is not the best waits one turn for each better
+move, and sees by then in the others' records where they go. A move must gain much for the size of
+the server. A reason to move must hold at two looks in a row. A server that has just come stays. The
+random numbers are hashes of the peer id, the time is an argument: values in, values out.
 """
 
 import hashlib
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from petals.server.lifecycle.placement import Picture, length_of, offers_of, picture_of
+from petals.server.lifecycle.placement import Coverage, best_moves_of, coverage_of, length_of
 from petals.server.policies import MovePolicy
 from petals.swarm.directory.records import ServerRecord, View
 from petals.types import BlockSpan, PeerId, ServerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where a server stands between looks; times in seconds of the caller's clock.
+class MoverState:
+    """What a server remembers between two looks; times in seconds of the caller's clock.
 
-    ``since``: online at its present blocks. ``next_look``: when to ask again. ``num_looks``
-    counts; it feeds the draws. ``is_confirming``: the last look found a reason to move.
+    since: when it came online at its present blocks. next_look: when to look again. num_looks:
+    number of looks, an input of ``draw``. is_confirming: the last look has found a reason to move.
     """
 
     since: float
@@ -35,102 +35,104 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A better span, and how many other servers have a better move than this one.
+    """A better span, and the number of other servers that have a better move than this one.
 
-    Of equals the one with the smallest peer id comes first.
+    Of equal moves that of the smallest peer id counts as better.
     """
 
     blocks: BlockSpan
     num_better: float
 
 
-def begin(me: PeerId, now: float, num_servers: int, policy: MovePolicy | None = None) -> Standing:
-    """The standing of a server that has just come online among ``num_servers``."""
+def begin(me: PeerId, now: float, num_servers: int, policy: MovePolicy | None = None) -> MoverState:
+    """The state of a server that has just come online in a swarm of ``num_servers``."""
     policy = policy or MovePolicy()
     pause = _period(num_servers, policy) * draw(me, 0, "pause")
-    return Standing(since=now, next_look=now + pause)
+    return MoverState(since=now, next_look=now + pause)
 
 
 def should_move(
-    view: View, me: PeerId, now: float, standing: Standing, policy: MovePolicy | None = None
-) -> tuple[Standing, BlockSpan | None]:
-    """Whether to leave for other blocks now, and the standing to come back with.
+    view: View, me: PeerId, now: float, state: MoverState, policy: MovePolicy | None = None
+) -> tuple[MoverState, BlockSpan | None]:
+    """The state after a look, and the blocks to move to now, if any.
 
-    ``view`` must be whole, not a sample. A span means: announce DRAINING with the span as
-    ``next_spans``, wait until others have heard it, ask ``may_leave`` with a new view, hand over,
-    then join with the span and without ``next_spans``; after a refusal say ONLINE, without them,
-    too. Nothing is decided before ``standing.next_look``, nor for a server that is not ONLINE.
+    ``view`` must be whole, not a sample. To move: announce DRAINING with the blocks as
+    ``next_spans``, wait until other servers have read it, ask ``may_leave`` with a new view, drain,
+    then join at the blocks without ``next_spans``. If ``may_leave`` is false, announce ONLINE
+    without ``next_spans``. Nothing is decided before ``state.next_look``, nor for a server that is
+    not ONLINE.
     """
     record = view.records.get(me)
-    if record is None or now < standing.next_look:
-        return standing, None
-    return look(picture_of(view), record, now, standing, policy or MovePolicy())
+    if record is None or now < state.next_look:
+        return state, None
+    return look(coverage_of(view), record, now, state, policy or MovePolicy())
 
 
 def look(
-    picture: Picture, record: ServerRecord, now: float, standing: Standing, policy: MovePolicy
-) -> tuple[Standing, BlockSpan | None]:
-    """``should_move`` for somebody who has the picture already."""
-    me, count = PeerId(record.peer_id), standing.num_looks + 1
-    period = _period(len(picture.servers), policy)
-    later = Standing(
-        since=standing.since,
+    coverage: Coverage, record: ServerRecord, now: float, state: MoverState, policy: MovePolicy
+) -> tuple[MoverState, BlockSpan | None]:
+    """``should_move`` for a caller that has the coverage and the record of the server already."""
+    me, count = PeerId(record.peer_id), state.num_looks + 1
+    period = _period(len(coverage.servers), policy)
+    later = MoverState(
+        since=state.since,
         next_look=now + period * (0.5 + draw(me, count, "pause")),
         num_looks=count,
     )
-    if now - standing.since < policy.min_stay_seconds and picture.served.all():
+    if now - state.since < policy.min_stay_seconds and coverage.served.all():
         return later, None
-    move = find_move(picture, record, policy)
+    move = find_move(coverage, record, policy)
     if move is None:
         return later, None
-    if standing.is_confirming:
+    if state.is_confirming:
         return later, move.blocks
-    # Of those that are better, how many look before our move shows?
+    # Servers with a better move that look before this server would move.
     num_before = move.num_better * min(1.0, policy.confirm_seconds / period)
     pause = policy.confirm_seconds + policy.turn_seconds * num_before
     if pause > policy.patience_seconds:
         return later, None
     pause *= 0.9 + 0.2 * draw(me, count, "pause")
-    confirming = Standing(
-        since=standing.since, next_look=now + pause, num_looks=count, is_confirming=True
+    confirming = MoverState(
+        since=state.since, next_look=now + pause, num_looks=count, is_confirming=True
     )
     return confirming, None
 
 
-def find_move(picture: Picture, record: ServerRecord, policy: MovePolicy) -> Move | None:
-    """The move of this server that would help, if there is one; no chance and no time in it.
+def find_move(coverage: Coverage, record: ServerRecord, policy: MovePolicy) -> Move | None:
+    """The best move of this server if it helps, whatever the time.
 
-    It helps while the swarm carries less than enough, if the weakest worth and what is carried both
-    gain the margin for the part of the swarm that moves; see ``offers_of`` for who must stay.
+    It helps while the swarm carries less than ``policy.enough``, if both the soft minimum of the
+    dependable throughput and the carried share grow by more than ``policy.margin`` times the
+    server's part of the throughput. See ``best_moves_of`` for servers that must stay.
     """
-    if record.state is not ServerState.ONLINE or not picture.level:
+    if record.state is not ServerState.ONLINE or not coverage.level:
         return None
-    if picture.carried >= policy.enough:
+    if coverage.carried >= policy.enough:
         return None
-    others = picture.offers
-    mine = others.of(record) or offers_of(picture, (record,)).of(record)
+    others = coverage.best_moves
+    mine = others.of(record) or best_moves_of(coverage, (record,)).of(record)
     if mine is None:
         return None
     start, gain, part = mine
     blocks = BlockSpan(start, start + length_of(record.spans))
     if gain <= policy.margin * part:
         return None
-    if picture.carried_if(record, blocks) <= picture.carried * (1.0 + policy.margin * part):
+    if coverage.carried_if(record, blocks) <= coverage.carried * (1.0 + policy.margin * part):
         return None
     is_equal = np.abs(others.gains - gain) <= 1e-6 * gain
     is_first = np.array([peer < record.peer_id for peer in others.peers], dtype=bool)
     is_better = np.where(is_equal, is_first, others.gains > gain)
     is_better &= others.gains > policy.margin * others.parts
-    num_better = float(is_better.mean()) * len(picture.servers)
+    num_better = float(is_better.mean()) * len(coverage.servers)
     return Move(blocks, num_better)
 
 
 def may_leave(view: View, me: PeerId) -> bool:
-    """Asked when DRAINING has been heard: is each of our blocks held by somebody who stays?
+    """Whether each block of ``me`` is held by another server that is ONLINE.
 
-    ``view`` is read anew, later than our DRAINING could be read by others, and without servers that
-    did not answer a ping: a dead one's record lives on for a while.
-    Of several that drain at once none counts for the others, so no block is left uncovered.
+    Ask with a view read after the other servers have read our DRAINING, and without servers that
+    did not answer a ping, since the record of a dead server lives on until it expires. Of several
+    servers that drain at the same time none counts for the others, so no block loses all of them.
     """
     record = view.records.get(me)
     spans = () if record is None else record.block_spans
@@ -143,7 +145,7 @@ def may_leave(view: View, me: PeerId) -> bool:
 
 
 def draw(me: PeerId, count: int, purpose: str) -> float:
-    """A number in [0, 1) that differs from server to server and from look to look."""
+    """A pseudo-random number in [0, 1), different for each server and look."""
     digest = hashlib.blake2b(f"{me}/{count}/{purpose}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 

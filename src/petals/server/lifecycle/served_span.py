@@ -1,7 +1,7 @@
-"""One stay at a span: load its blocks, serve them, leave them.
+"""The life of one span on a server: load its blocks, serve them, drain, unload.
 
-A server that moves has several stays, one after the other, on the same device and under the same
-peer id. Knows the order of things in a stay; knows nothing of why a span was chosen.
+A server that moves serves several spans one after the other, on the same device and under the same
+peer id. Knows the order of the steps; does not know why a span was chosen.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from petals.server.lifecycle.preloaded_adapters import read_preloaded
 from petals.server.lifecycle.throughput import Precision, Speed
 from petals.server.network.handler import BlocksService
 from petals.server.session.output_log import OutputLogBudget
+from petals.swarm.background import run_until
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, ModelId, ServerState
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
@@ -42,15 +43,15 @@ from petals.wire.tensors import DTYPES
 logger = get_logger(__name__)
 
 MAX_LENGTH = 8192
-"""Longest session of a model that does not say how many positions it knows."""
+"""Longest session (tokens per row) of a model whose config does not limit positions."""
 
 _FINISH_SECONDS = 5.0
-"""So long steps under way may take when the time to leave has come."""
+"""Longest wait for running steps after draining has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """What is known of the model before its weights are read."""
+    """Facts about the model that are known before its weights are read."""
 
     checkpoint: Checkpoint
     id: ModelId
@@ -61,10 +62,10 @@ class ModelPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerContext:
-    """What all stays of a server share.
+    """What all served spans of a server share.
 
-    ``go_on`` is called now and then on the compute thread while blocks are loaded; it raises to
-    break that off. ``on_loading`` gets (bytes read, bytes to read) there.
+    ``raise_if_stopped`` is called repeatedly on the compute thread while blocks load; it raises to
+    interrupt that. ``on_loading`` gets (bytes read, bytes to read) there.
     """
 
     config: ServerConfig
@@ -73,15 +74,15 @@ class ServerContext:
     executor: Executor
     node: SwarmNode
     announcer: Announcer
-    go_on: Callable[[], None]
+    raise_if_stopped: Callable[[], None]
     on_loading: Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """Blocks that have passed their test, how fast they are, and what may be added to them.
+    """Blocks that have passed the self-test, their speed, and the preloaded adapters.
 
-    why_no_gradients: empty if they have passed that test, too.
+    why_no_gradients: why the test of gradients failed or was not made; empty if it passed.
     """
 
     span: Span
@@ -92,9 +93,10 @@ class _Loaded:
 
 
 class ServedSpan:
-    """Blocks that are served: an async context manager; inside, the directory says ONLINE.
+    """Serves ``blocks`` while it is entered (an async context manager); the directory says ONLINE.
 
-    Entering raises what loading and the self-test raise. ``mode`` is the self-test's finding.
+    Entering raises what loading and the self-test raise. ``mode``: how the blocks run several rows,
+    as the self-test has found.
     """
 
     service: BlocksService
@@ -102,14 +104,14 @@ class ServedSpan:
     pool: KVPool
     mode: str
 
-    def __init__(self, site: ServerContext, blocks: BlockSpan) -> None:
+    def __init__(self, context: ServerContext, blocks: BlockSpan) -> None:
         self.blocks = blocks
-        self._site = site
+        self._context = context
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "ServedSpan":
         try:
-            await self._come()
+            await self._start()
         except BaseException:
             await self._stack.aclose()
             raise
@@ -118,50 +120,47 @@ class ServedSpan:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
-    async def leave(self, at_once: asyncio.Event, moves_to: BlockSpan | None = None) -> None:
-        """Say DRAINING, let clients hand their sessions over, finish what is under way.
+    async def drain(self, at_once: asyncio.Event, moves_to: BlockSpan | None = None) -> None:
+        """Announce DRAINING, let clients migrate their sessions, finish running steps.
 
-        Takes ``drain_seconds`` and a little more at most; ``at_once`` cuts it short.
+        Takes at most ``drain_seconds`` + 5 s (running steps) + 2 s (announcement); ``at_once`` ends
+        the wait for sessions.
         """
-        await self.say(ServerState.DRAINING, moves_to)
-        draining = asyncio.create_task(self.service.drain(self._site.config.drain_seconds))
-        hurry = asyncio.create_task(at_once.wait())
-        try:
-            await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (draining, hurry):
-                task.cancel()
-            await asyncio.wait({draining, hurry})
+        await self.announce_state(ServerState.DRAINING, moves_to)
+        await run_until(at_once, self.service.drain(self._context.config.drain_seconds))
         await self.service.finish_steps(_FINISH_SECONDS)
 
-    async def say(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
-        """Be ONLINE or DRAINING, for whoever asks and for the directory."""
+    async def announce_state(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
+        """Be ONLINE or DRAINING, for clients that ask and in the directory."""
         self.service.state = state
-        await self._site.announcer.say(state, moves_to)
+        await self._context.announcer.announce_state(state, moves_to)
 
-    async def _come(self) -> None:
-        site = self._site
-        node, executor = site.node, site.executor
+    async def _start(self) -> None:
+        context = self._context
+        config, node, executor = context.config, context.node, context.executor
         loaded = await executor.call(self._load)
         self._stack.push_async_callback(executor.call, executor.detach)
-        site.scheduler.expect(loaded.speed.batch_cost())
-        executor.attach(self._make_place(loaded.span))
+        context.scheduler.expect(loaded.speed.batch_cost())
         self.mode = str(loaded.test.mode)
         self.pool = self._make_pool(loaded.span.layout)
+        check = self.pool.check_integrity if config.memory.check_integrity else None
+        executor.attach(self._device_context(loaded.span), check)
         self.offer = self._make_offer(loaded)
         outboxes = self._make_outboxes()
-        door = site.config.clients
-        self.service = BlocksService(self.offer, executor, self.pool, outboxes, node, door)
+        self.service = BlocksService(
+            self.offer, executor, self.pool, outboxes, node, config.clients
+        )
         for name, adapter in loaded.adapters.items():
             self.service.adapters.preload(name, adapter)
         await self._stack.enter_async_context(self.service)
         node.serve(BLOCKS_SERVICE, self.service.serve)
         node.serve(RING_SERVICE, self.service.ring.serve)
         self.service.state = ServerState.ONLINE
-        await site.announcer.announce(**self._measured(loaded))
+        await context.announcer.announce(**self._measured(loaded))
 
     def _load(self) -> _Loaded:
-        model = self._site.model
+        context = self._context
+        model, config = context.model, context.config
         options = LoadOptions(
             dtype=model.precision.dtype,
             device=model.device,
@@ -170,39 +169,40 @@ class ServedSpan:
         )
         loaded = load_blocks(model.checkpoint, self.blocks, options)
         choose_weight_layouts(loaded.layers)
-        self._site.go_on()
+        context.raise_if_stopped()
         span = Span(loaded)
         test = run_self_test(span)
-        self._site.go_on()
-        training = self._site.config.limits.allow_training
-        why_no_gradients = gradient_test(span) if training else ""
-        self._site.go_on()
-        adapters = read_preloaded(self._site.config.source.adapters, model.checkpoint, span)
+        context.raise_if_stopped()
+        why_no_gradients = "its operator does not allow training"
+        if config.limits.allow_training:
+            why_no_gradients = gradient_test(span)
+        context.raise_if_stopped()
+        adapters = read_preloaded(config.source.adapters, model.checkpoint, span)
         return _Loaded(span, test, throughput.measure(span), why_no_gradients, adapters)
 
     def _on_loading(self, done: int, total: int) -> None:
-        self._site.go_on()
-        self._site.on_loading(done, total)
+        self._context.raise_if_stopped()
+        self._context.on_loading(done, total)
 
-    def _make_place(self, span: Span) -> DeviceContext:
-        wanted = self._site.config.memory.training_bytes
+    def _device_context(self, span: Span) -> DeviceContext:
+        wanted = self._context.config.memory.training_bytes
         if wanted is None:
             free = memory.free_memory_bytes(str(span.device))
             wanted = min(free // 4, memory.DEFAULT_TRAINING_BYTES)
         return DeviceContext(span, span.device, span.dtype, ActivationBudget(wanted))
 
     def _make_pool(self, layout: KVLayout) -> KVPool:
-        budget = self._site.config.memory
+        budget = self._context.config.memory
         if budget.cache_bytes is not None:
             return KVPool(layout, budget.cache_bytes)
         if budget.cache_tokens is not None:
             return KVPool.for_tokens(layout, budget.cache_tokens)
         wanted = KVPool.for_tokens(layout, memory.DEFAULT_CACHE_TOKENS)
-        free = memory.free_memory_bytes(self._site.model.device) - memory.RESERVE_BYTES
+        free = memory.free_memory_bytes(self._context.model.device) - memory.RESERVE_BYTES
         return wanted if wanted.budget_bytes <= free else KVPool(layout, max(free, 1))
 
     def _make_offer(self, loaded: _Loaded) -> ServedModel:
-        model, limits = self._site.model, self._site.config.limits
+        model, limits = self._context.model, self._context.config.limits
         known = _positions(model.checkpoint) or MAX_LENGTH
         if loaded.span.max_positions is not None:
             known = min(known, loaded.span.max_positions)
@@ -215,17 +215,12 @@ class ServedSpan:
             max_step_tokens=limits.max_step_tokens,
             max_rows=limits.max_rows,
             slots=loaded.span.slots,
-            no_training=self._why_no_training(loaded),
+            no_training=loaded.why_no_gradients,
             kv_format=kv_format(model.precision, loaded.span.layout),
         )
 
-    def _why_no_training(self, loaded: _Loaded) -> str:
-        if not self._site.config.limits.allow_training:
-            return "its operator does not allow training"
-        return loaded.why_no_gradients
-
     def _make_outboxes(self) -> OutputLogBudget:
-        wanted = self._site.config.memory.outbox_bytes
+        wanted = self._context.config.memory.outbox_bytes
         if wanted is None:
             itemsize = DTYPES[self.offer.dtype].itemsize
             wanted = self.pool.tokens_total * self.offer.hidden_size * itemsize
@@ -236,11 +231,11 @@ class ServedSpan:
         num_blocks = len(self.blocks)
         single = loaded.speed.blocks_per_second(num_blocks)
         bulk = loaded.speed.bulk_blocks_per_second(num_blocks)
-        told = self._site.config.announce.throughput
+        given = self._context.config.announce.throughput
         return {
             "state": ServerState.ONLINE,
-            "throughput": bulk if told is None else told,
-            "inference_rps": single if told is None else told,
+            "throughput": bulk if given is None else given,
+            "inference_rps": single if given is None else given,
             "max_length": self.offer.max_length,
             "cache_tokens": self.pool.tokens_total,
             "adapters": tuple(loaded.adapters),
@@ -249,21 +244,24 @@ class ServedSpan:
 
 
 def kv_format(precision: Precision, layout: KVLayout) -> str:
-    """What two servers of a block have in common if one can go on with the other's pages."""
+    """A name of what the blocks compute in and keep; empty if their KV cannot be transferred.
+
+    Servers of one block with equal names can continue from each other's KV.
+    """
     if layout.kv_dtype is None:
         return ""
     return f"{precision.dtype} {precision.quant}, keeps {layout.kv_dtype}".replace("torch.", "")
 
 
 def release_memory() -> None:
-    """Give back what a stay that is over has used, so that the next finds room."""
+    """Return the memory of a span that was unloaded to the device, for the next span."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _positions(checkpoint: Checkpoint) -> int | None:
-    """Positions the model was made for, if its config says so."""
+    """Number of positions that the model was made for, if its config says so."""
     text = checkpoint.config.get_text_config(decoder=True)
     known = getattr(text, "max_position_embeddings", None)
     return int(known) if isinstance(known, int) and known > 0 else None

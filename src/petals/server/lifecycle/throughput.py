@@ -1,7 +1,7 @@
-"""How fast this machine is, and what that says about how to compute.
+"""How fast this machine computes, in which dtype it should, and with how many threads.
 
-Probing costs about a second, so its result is kept on disk. The span itself is timed once it is
-loaded, which also warms it up. Knows no network and no sessions.
+Probing dtypes takes about a second, so the result is kept on disk. A span is timed after loading,
+which also warms it up. Knows no network and no sessions.
 """
 
 import json
@@ -28,6 +28,8 @@ from petals.server.config import ComputeConfig
 logger = get_logger(__name__)
 PROBE_FILE = "fastest.json"
 PROMPT_TOKENS = 32
+"""Length of the prompt that a span is timed with."""
+
 _DECODE_STEPS = 3
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -42,28 +44,31 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One session's token and a prompt's token through the whole span, in seconds."""
+    """Time through the whole span: of a step of one token, and of a prompt per token."""
 
     decode_seconds: float
     prefill_seconds_per_token: float
 
     def blocks_per_second(self, num_blocks: int) -> float:
-        """Blocks that one session's tokens pass per second."""
+        """num_blocks / decode_seconds: throughput of one session that decodes."""
         return num_blocks / max(self.decode_seconds, 1e-9)
 
     def bulk_blocks_per_second(self, num_blocks: int) -> float:
-        """The same for tokens that come many at a time."""
+        """num_blocks / prefill_seconds_per_token: throughput of prompts and passes."""
         return num_blocks / max(self.prefill_seconds_per_token, 1e-9)
 
     def batch_cost(self) -> BatchCost:
-        """The two measurements as a line: what any batch should take."""
+        """The line through both measurements: the expected duration of a batch of any size."""
         prompt = PROMPT_TOKENS * self.prefill_seconds_per_token
         slope = max(0.0, (prompt - self.decode_seconds) / (PROMPT_TOKENS - 1))
         return BatchCost(max(0.0, self.decode_seconds - slope), max(slope, 1e-7))
 
 
 def find_device(name: str) -> str:
-    """ "auto" -> the best device here. Raises ConfigError for one that is not."""
+    """The device for a name; "auto" is the first of cuda, mps and cpu that is available.
+
+    Raises ConfigError if torch cannot use the device.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return "cuda" if cuda else "mps" if mps else "cpu"
@@ -79,9 +84,10 @@ def find_device(name: str) -> str:
 def choose_precision(
     config: ComputeConfig, stored: torch.dtype, device: str, cache: Path
 ) -> Precision:
-    """What ``config`` says, or what is fastest here without losing what is ``stored``.
+    """The dtype and quantization of ``config``.
 
-    ``cache`` is the folder where a probe's result is kept.
+    dtype "auto" is the fastest that holds all of the dtype in which the weights are ``stored``;
+    quant "auto" is int8 where that is faster. ``cache``: the folder for the result of probing.
     """
     quant = QuantKind.NONE if config.quant in ("none", "auto") else QuantKind(config.quant)
     if config.dtype == "int8":
@@ -103,7 +109,9 @@ def choose_precision(
 def choose_threads(
     asked: int | None, *, load: Callable[[], float] = lambda: os.getloadavg()[0]
 ) -> int:
-    """``asked``, or the cores that are not busy with others' work, at most torch's own choice."""
+    """``asked``, or the number of idle cores (physical cores - load average), at least 1 and at
+    most torch's default.
+    """
     if asked is not None:
         return asked
     cores = psutil.cpu_count(logical=False) or 1
@@ -113,14 +121,14 @@ def choose_threads(
 
 
 def measure(span: Span) -> Speed:
-    """Time a short prompt and a few tokens of one session. Takes a handful of steps."""
+    """Time 2 prompts of 32 tokens and 3 steps of one token; the fastest of each counts."""
     row = SlabRow(span.blocks, PROMPT_TOKENS + _DECODE_STEPS)
     hidden = torch.zeros(PROMPT_TOKENS, span.hidden_size, device=span.device, dtype=span.dtype)
 
     def step(start: int, count: int) -> float:
         began = time.perf_counter()
         segment = Segment(hidden=hidden[:count], blocks=span.blocks, row=row, start=start)
-        # Reading one value back waits for a device that works on its own time.
+        # Reading a value back waits for the device, which computes asynchronously.
         span.run([segment])[0][0, 0].item()
         return time.perf_counter() - began
 
@@ -148,10 +156,10 @@ def _read(path: Path) -> dict[str, list[str]]:
         return {}
     if not isinstance(known, dict):
         return {}
-    return {key: value for key, value in known.items() if _is_note(value)}
+    return {key: value for key, value in known.items() if _is_precision(value)}
 
 
-def _is_note(value: object) -> bool:
+def _is_precision(value: object) -> bool:
     match value:
         case [str(dtype), str(quant)]:
             return dtype in DTYPE_NAMES and quant in set(QuantKind)
@@ -166,4 +174,4 @@ def _write(path: Path, known: dict[str, list[str]]) -> None:
         draft.write_text(json.dumps(known, indent=1), "utf-8")
         draft.replace(path)
     except OSError as error:
-        logger.warning("The probe's result could not be kept: %s", error)
+        logger.warning("The result of probing could not be saved: %s", error)

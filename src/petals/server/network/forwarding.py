@@ -20,7 +20,7 @@ from petals.errors import PeerBusy, PeerError, PetalsError, ProtocolError, Sessi
 from petals.logs import get_logger
 from petals.server.admission import validation
 from petals.server.admission.offer import ServedModel
-from petals.server.admission.peer_budget import ByteAllowance
+from petals.server.admission.peer_budget import PeerByteBudget
 from petals.server.compute.executor import Executor
 from petals.server.compute.step_plan import StepPlan, TokenRun
 from petals.server.network.peer_links import PeerLinks
@@ -86,7 +86,7 @@ class ForwarderParts:
     offer: ServedModel
     sessions: SessionTable
     executor: Executor
-    bytes: ByteAllowance
+    bytes: PeerByteBudget
     node: SwarmNode
     chunk_tokens: int
 

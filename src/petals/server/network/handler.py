@@ -8,7 +8,6 @@ other hops and no blocks' insides.
 import asyncio
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +22,9 @@ from petals.errors import (
 from petals.logs import get_logger
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
-from petals.server.admission.kv_queue import CacheRequest, Reservations
+from petals.server.admission.kv_queue import CacheRequest, KVQueue
 from petals.server.admission.offer import ServedModel
-from petals.server.admission.peer_budget import ByteAllowance
-from petals.server.compute.device import place_adapter, place_states
+from petals.server.admission.peer_budget import PeerByteBudget
 from petals.server.compute.executor import Executor
 from petals.server.compute.kv_pool import KVPool, SessionKV
 from petals.server.compute.step_plan import StepLimits
@@ -87,8 +85,8 @@ class BlocksService:
         self.executor = executor
         self.clock = node.clock
         self.tasks = BackgroundTasks()
-        self.reservations = Reservations(pool, executor, self.clock)
-        self.bytes = ByteAllowance(config.max_bytes_per_peer)
+        self.reservations = KVQueue(pool, executor, self.clock)
+        self.bytes = PeerByteBudget(config.max_bytes_per_peer)
         self.adapters = AdapterStore(config, self.clock)
         self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
         self.ring = StepForwarder(
@@ -200,7 +198,7 @@ class BlocksService:
         """Reserve a session, or find the one that this very request has opened before.
 
         Raises PeerBusy (too many, or we are leaving) and what the checks and
-        ``Reservations.reserve`` raise.
+        ``KVQueue.reserve`` raise.
         """
         blocks = validation.check_request(self.offer, message)
         validation.check_size(self.offer, message.num_rows, message.max_length)
@@ -217,15 +215,14 @@ class BlocksService:
                 hint="Use another server.",
             )
         timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        room = CacheRequest(message.num_rows, message.max_length, blocks)
+        request = CacheRequest(message.num_rows, message.max_length, blocks)
         with self.sessions.reserve_slot(peer), ExitStack() as held:
             adapter = held.enter_context(self.adapters.using(peer, message.adapter))
             prompts = None
             if given is not None:
                 held.enter_context(self.bytes.hold(peer, given.nbytes))
-                place = partial(place_states, states=given)
-                prompts = await self.executor.at_place(place)
-            kv = await self.reservations.reserve(room, timeout)
+                prompts = await self.executor.call_on_device(lambda device: device.put(given))
+            kv = await self.reservations.reserve(request, timeout)
             held.callback(self.reservations.release, kv)
             # The same request may have come twice, and both have waited.
             if self.sessions.get(key) is None:
@@ -254,7 +251,7 @@ class BlocksService:
         if not self.adapters.has(peer, message.adapter):
             adapter = validation.adapter_of(self.offer, message, tensors)
             self.adapters.check_size(adapter)
-            placed = await self.executor.at_place(partial(place_adapter, adapter=adapter))
+            placed = await self.executor.call_on_device(lambda d: d.put_adapter(adapter))
             self.adapters.put(peer, message.adapter, placed)
         return AdapterKept(message.adapter, self.config.lease_seconds)
 

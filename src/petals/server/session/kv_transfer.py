@@ -12,8 +12,8 @@ from torch import Tensor
 
 from petals.errors import SessionGap
 from petals.server.compute.device import DeviceContext, check_values
-from petals.server.compute.jobs import arrange_rows, cut_rows
 from petals.server.compute.kv_pool import SessionKV
+from petals.server.compute.step_job import arrange_rows, cut_rows
 from petals.server.compute.step_plan import StepPlan, TokenRun
 
 
@@ -50,7 +50,7 @@ def read_pages(kv: SessionKV, pieces: Iterable[TokenRun]) -> Tensor:
 
 @torch.inference_mode()
 def write_pages(
-    place: DeviceContext, kv: SessionKV, plan: StepPlan, pages: Tensor, outputs: Tensor | None
+    device: DeviceContext, kv: SessionKV, plan: StepPlan, pages: Tensor, outputs: Tensor | None
 ) -> None:
     """Bring the rows to where ``plan`` begins, and let them go on with ``pages``, read elsewhere.
 
@@ -62,7 +62,7 @@ def write_pages(
             check_values(given)
     arrange_rows(kv, plan)
     cut_rows(kv, plan)
-    placed = pages.to(place.device)
+    placed = pages.to(device.torch_device)
     for piece in plan.pieces(0, plan.num_tokens):
         part = placed[piece.offset : piece.offset + piece.count]
         kv.rows[piece.row].write(piece.start, part, kv.layout)

@@ -22,8 +22,8 @@ from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, Sessio
 from petals.logs import get_logger
 from petals.models.adapters.low_rank import Adapter
 from petals.server.compute.executor import Executor
-from petals.server.compute.jobs import Work
 from petals.server.compute.kv_pool import SessionKV
+from petals.server.compute.step_job import StepJob
 from petals.server.compute.step_plan import StepLimits, StepPlan, TokenRun, plan_step
 from petals.server.session.client_channel import ClientChannel
 from petals.server.session.kv_transfer import PageCopy, read_pages, write_pages
@@ -220,7 +220,7 @@ class Session:
             self._begin_replay(message)
             plan = self._plan(message)
             write = partial(write_pages, kv=self.kv, plan=plan, pages=pages, outputs=outputs)
-            await executor.at_place(write)
+            await executor.call_on_device(write)
             self._cut(plan, message.step_id)
             self.lengths = plan.lengths_after
             if outputs is None:
@@ -299,26 +299,25 @@ class Session:
 
     async def _run(self, message: Step, hidden: Tensor, executor: Executor) -> StepOutput:
         plan, key = self._plan(message), self.key
-        work = Work(
+        job = StepJob(
             kv=self.kv,
             blocks=key.blocks,
             plan=plan,
             hidden=hidden,
             out_dtype=self.out_dtype,
             owner=key.peer_id,
-            kind=plan.kind,
             prompts=self.prompts,
             adapter=self.adapter,
         )
         try:
-            outcome = await executor.run(work)
+            outcome = await executor.run(job)
         except PetalsError:
-            if work.begun:
+            if job.has_begun:
                 self._cut(plan, message.step_id)
             raise
         self._cut(plan, message.step_id)
         self.lengths = plan.lengths_after
-        self.outbox.append(plan.counts, outcome.hidden)
+        self.outbox.append(plan.counts, outcome.value)
         result = StepResult(
             session_id=key.session_id,
             epoch=self.epoch,
@@ -328,7 +327,7 @@ class Session:
             batch_tokens=outcome.batch_tokens,
         )
         self._done.append(_Done(plan, result))
-        return result, outcome.hidden
+        return result, outcome.value
 
     def _plan(self, message: Step) -> StepPlan:
         """A step begins. Raises what ``plan_step`` raises."""

@@ -1,4 +1,4 @@
-"""Forward and backward passes on a server, in chunks between decode batches.
+"""Forward and backward passes of whole sequences, for training and for reading without a session.
 
 Knows no sessions.
 """

@@ -1,180 +1,204 @@
-"""The way back: gradients of inputs, prompts and adapters, along a kept trail or after going there
-once more.
+"""The backward of a pass: gradients of its inputs, prompts and adapter.
 
-Knows no peers, no messages and no clock.
+It uses the activations that the forward has saved, or computes them anew from the inputs. Knows no
+peers, no messages and no clock.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from petals.models.adapters.low_rank import LowRank, Slot
-from petals.server.compute.device import DeviceContext, place_states
+from petals.server.compute.device import DeviceContext
 from petals.server.training import chunks
-from petals.server.training.chunked_pass import (
-    ChunkActivations,
-    ChunkedPass,
-    PassInputs,
-    SavedActivations,
-    Units,
-)
-from petals.server.training.chunks import BACKWARD_WORTH, FORWARD_WORTH, RowChunk
+from petals.server.training.chunked_pass import ChunkedPass, Parts
+from petals.server.training.chunks import BACKWARD_COST, FORWARD_COST, RowChunk
+from petals.server.training.saved_activations import ChunkActivations, PassInputs, SavedActivations
+from petals.server.training.saved_passes import PassSlot
 from petals.types import BlockSpan
 
 
-class BackwardWalk(ChunkedPass):
-    """Back through the blocks, along a trail or, without one, after going there once more.
+class BackwardPass(ChunkedPass[list[Tensor]]):
+    """Gradients, on the CPU, each in the dtype of its input: of hidden [sum(counts), H], of prompts
+    if there are any, and with ``wants_adapter`` of a and b of each slot of the adapter.
 
-    gradients: of the output and of each tap, [sum(counts), H]. hidden_gradient, prompts_gradient
-    and adapter_gradients (of a and b of each slot) are what comes out.
+    given: the inputs of the forward; None: what ``slot`` has saved is used. gradients: those of the
+    output and of each tap, [sum(counts), H].
     """
 
     def __init__(
         self,
-        place: DeviceContext,
-        inputs: PassInputs,
+        owner: str,
+        given: PassInputs | None,
         gradients: Sequence[Tensor],
-        trail: SavedActivations | None,
+        slot: PassSlot,
+        wants_adapter: bool,
     ) -> None:
-        super().__init__(place, inputs)
-        self.is_recomputed = trail is None
-        if trail is None:
-            self.place_inputs()
-        output, *taps = (place_states(place, gradient) for gradient in gradients)
-        self.gradient, self.tap_gradients = output, dict(zip(inputs.taps, taps))
-        self.trail = trail or SavedActivations(inputs, place.allowance)
-        self.hidden_gradient = torch.zeros_like(output)
-        self.prompts_gradient: Tensor | None = None
-        if inputs.prompts is not None:
-            self.prompts_gradient = output.new_zeros(inputs.prompts.shape)
-        self.adapter_gradients: dict[Slot, list[Tensor]] = {}
+        super().__init__(owner)
+        self._given = given
+        self._gradients = gradients
+        self._slot = slot
+        self._wants_adapter = wants_adapter
+        self._adapter_gradients: dict[Slot, list[Tensor]] = {}
 
-    def results(self, with_adapter: bool) -> Iterator[Tensor]:
-        """The gradients of hidden, prompts and, if asked for, the adapter, on the CPU, in the
-        dtypes of what they belong to.
+    @property
+    def cost_tokens(self) -> int:
+        """See Job."""
+        cost = BACKWARD_COST if self._given is None else FORWARD_COST + BACKWARD_COST
+        return self._cost(self.inputs.num_tokens, len(self.inputs.blocks), cost)
+
+    def prepare(self, device: DeviceContext) -> None:
+        """See Job. Raises PassExpired, too. Saved activations stay in the slot after an error, for
+        a backward whose gradients are right.
         """
-        self.trail.drop()
+        saved = self._slot.find() if self._given is None else None
+        inputs = self._given if saved is None else saved.inputs
+        assert inputs is not None
+        self._begin(device, inputs)
+        if saved is None:
+            self._put_inputs()
+        output, *taps = map(device.put, self._gradients)
+        self._gradient, self._tap_gradients = output, dict(zip(inputs.taps, taps))
+        self._hidden_gradient = torch.zeros_like(output)
+        prompts = inputs.prompts
+        self._prompts_gradient = None if prompts is None else output.new_zeros(prompts.shape)
+        if saved is None:
+            self._slot.drop()
+            saved = SavedActivations(inputs, device.activation_budget)
+        else:
+            self._slot.release()
+        self.saved = saved
+
+    def result(self) -> list[Tensor]:
+        """See the class."""
+        self._drop_saved()
+        return list(self._results())
+
+    def _results(self) -> Iterator[Tensor]:
         inputs = self.inputs
-        yield self.hidden_gradient.to("cpu", inputs.hidden.dtype)
-        if inputs.prompts is not None and self.prompts_gradient is not None:
-            yield self.prompts_gradient.to("cpu", inputs.prompts.dtype)
-        if with_adapter and inputs.adapter is not None:
-            for slot, part in inputs.adapter.parts.items():
-                found = self.adapter_gradients.get(slot)
-                of_part = found or [torch.zeros_like(tensor) for tensor in (part.a, part.b)]
-                yield from (gradient.cpu() for gradient in of_part)
+        yield self._hidden_gradient.to("cpu", inputs.hidden.dtype)
+        if inputs.prompts is not None and self._prompts_gradient is not None:
+            yield self._prompts_gradient.to("cpu", inputs.prompts.dtype)
+        if self._wants_adapter and inputs.adapter is not None:
+            for slot, matrices in inputs.adapter.parts.items():
+                found = self._adapter_gradients.get(slot)
+                zeros = [torch.zeros_like(tensor) for tensor in (matrices.a, matrices.b)]
+                yield from (gradient.cpu() for gradient in found or zeros)
 
-    def give_up(self) -> None:
-        """Let the trail go."""
-        self.trail.drop()
-
-    def _units(self) -> Units:
-        if not self.is_recomputed:
-            for kept, stages in self.trail.strips:
-                self.room = yield
-                yield from self._back(kept, stages)
+    def _run_parts(self) -> Parts:
+        assert self.saved is not None
+        if self._given is None:
+            for index, (chunk, parts) in enumerate(self.saved.chunks):
+                if index:
+                    yield
+                yield from self._backward(chunk, parts)
             return
-        strip: RowChunk | None = None
-        while strip is None or strip.last < self.num_tokens:
-            self.room = yield
-            strip = self.next_strip(strip)
-            if strip is None:
+        next_chunk = self._next_chunk(None)
+        while next_chunk is not None:
+            parts = []
+            self.saved.chunks.append((next_chunk, parts))
+            yield from self._forward(next_chunk, parts)
+            yield
+            yield from self._backward(next_chunk, parts)
+            if next_chunk.last == self.inputs.num_tokens:
                 return
-            stages = yield from self._there(strip)
-            yield from self._back(strip, stages)
+            yield
+            next_chunk = self._next_chunk(next_chunk)
 
-    def _there(self, strip: RowChunk) -> Generator[None, int, list[ChunkActivations]]:
-        """Through all blocks once more. The graph is kept where there is room for it, else only the
-        states between units.
+    def _forward(self, chunk: RowChunk, parts: list[ChunkActivations]) -> Parts:
+        """Through all blocks once more; fills ``parts``. Graphs are kept as far as the activation
+        budget allows, otherwise only the states between parts: the backward makes the graph of
+        such a part right before it uses it, so that one graph exists at a time.
         """
-        states, end = self.hidden[strip.first : strip.last], self.inputs.blocks.end
-        stages: list[ChunkActivations] = []
-        self.trail.strips.append((strip, stages))
-        block = self.inputs.blocks.start
-        while block < end:
-            keep = self.place.allowance.has_room(strip.num_tokens, end - block)
-            blocks = self.fitting(strip, block)
+        states = self.hidden[chunk.first : chunk.last]
+        block, end = self.inputs.blocks.start, self.inputs.blocks.end
+        while True:
+            keep = self.device.activation_budget.fits(chunk.num_tokens, end - block)
+            blocks = self._next_blocks(chunk, block)
             if not keep:
-                blocks = self._traceable(strip, blocks)
-            stage, block = self.stage(strip, blocks, states), blocks.end
-            stages.append(stage)
-            self.count(strip, len(blocks), FORWARD_WORTH)
-            # The last graph is wanted at once.
+                blocks = self._traceable(chunk, blocks)
+            part, block = self._part(chunk, blocks, states), blocks.end
+            parts.append(part)
+            self._spend(chunk, len(blocks), FORWARD_COST)
+            # The graph of the last part is needed next, whether there is memory or not.
             if keep or block == end:
-                states = self.trace(strip, stage)
+                states = self._trace(chunk, part)
             else:
-                states = self.run(strip, stage, {})
-            self.room = yield
-        return stages
+                states = self._infer(chunk, part, {})
+            if block == end:
+                return
+            yield
 
-    def _traceable(self, strip: RowChunk, blocks: BlockSpan) -> BlockSpan:
-        """So many of these blocks that their graph fits; at least one."""
-        most = max(1, self.place.allowance.tokens_within() // strip.num_tokens)
+    def _traceable(self, chunk: RowChunk, blocks: BlockSpan) -> BlockSpan:
+        """As many of ``blocks`` as have a graph that fits the activation budget, at least one."""
+        most = max(1, self.device.activation_budget.tokens_within() // chunk.num_tokens)
         return BlockSpan(blocks.start, min(blocks.end, blocks.start + most))
 
-    def _back(self, strip: RowChunk, stages: list[ChunkActivations]) -> Units:
-        """Back through all stages; the room for the first unit is at hand."""
-        gradient = self.gradient[strip.first : strip.last]
-        for stage in reversed(stages):
-            if stage.outputs is None:
-                self.count(strip, len(stage.blocks), FORWARD_WORTH)
-                self.trace(strip, stage)
-                self.room = yield
-            last = stage.blocks.end
-            while last > stage.blocks.start:
-                if last < stage.blocks.end:
-                    self.room = yield
+    def _backward(self, chunk: RowChunk, parts: list[ChunkActivations]) -> Parts:
+        """Back through all parts, last to first."""
+        assert self.saved is not None
+        gradient = self._gradient[chunk.first : chunk.last]
+        for part in reversed(parts):
+            if part.outputs is None:
+                self._spend(chunk, len(part.blocks), FORWARD_COST)
+                self._trace(chunk, part)
+                yield
+            last = part.blocks.end
+            while last > part.blocks.start:
+                if last < part.blocks.end:
+                    yield
                 most = chunks.blocks_within(
-                    self.room, strip.num_tokens, BACKWARD_WORTH, self.num_blocks
+                    self.budget_tokens, chunk.num_tokens, BACKWARD_COST, self.num_blocks
                 )
-                blocks = BlockSpan(max(stage.blocks.start, last - most), last)
-                self.count(strip, len(blocks), BACKWARD_WORTH)
-                gradient = self._through(strip, stage, blocks, gradient)
+                blocks = BlockSpan(max(part.blocks.start, last - most), last)
+                self._spend(chunk, len(blocks), BACKWARD_COST)
+                gradient = self._through(chunk, part, blocks, gradient)
                 last = blocks.start
-            self.trail.forget(stage)
-            if stage is not stages[0]:
-                self.room = yield
-        self.hidden_gradient[strip.first : strip.last] = gradient
+            self.saved.forget(part)
+            if part is not parts[0]:
+                yield
+        self._hidden_gradient[chunk.first : chunk.last] = gradient
 
     def _through(
-        self, strip: RowChunk, stage: ChunkActivations, blocks: BlockSpan, gradient: Tensor
+        self, chunk: RowChunk, part: ChunkActivations, blocks: BlockSpan, gradient: Tensor
     ) -> Tensor:
-        """The gradient before ``blocks``, [n, H], from that behind them."""
-        assert stage.outputs is not None
-        first, last = blocks.start - stage.blocks.start, blocks.end - stage.blocks.start
-        ends, gradients = [stage.outputs[last - 1]], [gradient[None]]
-        for block, of_tap in self.tap_gradients.items():
+        """The gradient [n, H] before ``blocks``, from that behind them. Adds those of prompts and
+        adapter to their sums, and releases the graph of ``blocks``.
+        """
+        assert part.outputs is not None
+        first, last = blocks.start - part.blocks.start, blocks.end - part.blocks.start
+        ends, gradients = [part.outputs[last - 1]], [gradient[None]]
+        for block, of_tap in self._tap_gradients.items():
             if block in blocks:
-                ends.append(stage.outputs[block - stage.blocks.start])
-                gradients.append(of_tap[None, strip.first : strip.last])
-        begin = stage.outputs[first - 1] if first else stage.entry
-        prompts = [] if stage.prompts is None else stage.prompts[first:last]
-        adapted = {} if stage.adapter is None else stage.adapter.parts
-        adapted = {slot: part for slot, part in adapted.items() if slot[0] in blocks}
+                ends.append(part.outputs[block - part.blocks.start])
+                gradients.append(of_tap[None, chunk.first : chunk.last])
+        begin = part.outputs[first - 1] if first else part.entry
+        prompts = [] if part.prompts is None else part.prompts[first:last]
+        adapted = {} if part.adapter is None else part.adapter.parts
+        adapted = {slot: matrices for slot, matrices in adapted.items() if slot[0] in blocks}
         leaves = [begin, *prompts]
-        leaves += (tensor for part in adapted.values() for tensor in (part.a, part.b))
+        leaves += (tensor for matrices in adapted.values() for tensor in (matrices.a, matrices.b))
         found = torch.autograd.grad(ends, leaves, gradients, allow_unused=True)
-        del stage.outputs[first:]
-        for index, part in enumerate(found[1 : 1 + len(prompts)], blocks.start):
-            self._add_prompts(strip, index, part)
+        del part.outputs[first:]
+        for index, of_prompt in enumerate(found[1 : 1 + len(prompts)], blocks.start):
+            self._add_prompts(chunk, index, of_prompt)
         self._add_adapter(adapted, iter(found[1 + len(prompts) :]))
         result = found[0]
         return result[0] if result.dim() == 3 else result
 
-    def _add_prompts(self, strip: RowChunk, block: int, gradient: Tensor | None) -> None:
-        assert self.prompts_gradient is not None
+    def _add_prompts(self, chunk: RowChunk, block: int, gradient: Tensor | None) -> None:
+        assert self._prompts_gradient is not None
         if gradient is not None:
-            total = self.prompts_gradient[block - self.inputs.blocks.start]
+            total = self._prompts_gradient[block - self.inputs.blocks.start]
             if len(total) > 1:
-                total = total[strip.rows.start : strip.rows.stop]
+                total = total[chunk.rows.start : chunk.rows.stop]
             total += gradient
 
     def _add_adapter(self, adapted: Mapping[Slot, LowRank], found: Iterator[Tensor | None]) -> None:
-        """Add what one strip has found to the sums over all of them."""
-        for slot, part in adapted.items():
-            totals = self.adapter_gradients.setdefault(
-                slot, [torch.zeros_like(tensor) for tensor in (part.a, part.b)]
+        for slot, matrices in adapted.items():
+            totals = self._adapter_gradients.setdefault(
+                slot, [torch.zeros_like(tensor) for tensor in (matrices.a, matrices.b)]
             )
             for total in totals:
                 gradient = next(found)

@@ -1,7 +1,7 @@
-"""Passes at the door: what they may ask for, what is kept of them, what is answered.
+"""Requests for passes: what is checked before a pass runs, and what is answered.
 
-Whole sequences through some blocks and, for training, back. Knows messages and peers; how a pass
-runs is the walks' affair, when it runs the scheduler's.
+Knows messages and peers; how a pass runs is decided in ``forward`` and ``backward``, when it runs
+by the scheduler.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,15 +14,12 @@ from petals.models.adapters.low_rank import Adapter
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
 from petals.server.admission.offer import ServedModel
-from petals.server.admission.peer_budget import ByteAllowance
-from petals.server.compute.device import DeviceContext
+from petals.server.admission.peer_budget import PeerByteBudget
 from petals.server.compute.executor import Executor
-from petals.server.compute.jobs import PassRun
-from petals.server.training.backward import BackwardWalk
-from petals.server.training.chunked_pass import PassInputs
-from petals.server.training.chunks import BACKWARD_WORTH, FORWARD_WORTH, worth_of
-from petals.server.training.forward import ForwardWalk
-from petals.server.training.saved_activations import KeptPasses
+from petals.server.training.backward import BackwardPass
+from petals.server.training.forward import ForwardPass
+from petals.server.training.saved_activations import PassInputs
+from petals.server.training.saved_passes import SavedPasses
 from petals.types import PeerId
 from petals.wire import messages
 from petals.wire.fields import Message
@@ -38,7 +35,7 @@ class Passes:
         self,
         offer: ServedModel,
         executor: Executor,
-        bytes_: ByteAllowance,
+        bytes_: PeerByteBudget,
         adapters: AdapterStore,
         lease_seconds: float,
         clock: Clock,
@@ -47,12 +44,11 @@ class Passes:
         self._executor = executor
         self._bytes = bytes_
         self._adapters = adapters
-        self._lease_seconds = lease_seconds
-        self.kept = KeptPasses(lease_seconds, clock)
+        self.saved = SavedPasses(lease_seconds, clock)
 
     def expire(self) -> None:
-        """Drop, soon, what is kept beyond its lease."""
-        self._executor.post(self.kept.expire)
+        """Let the compute thread drop what has outlived its lease."""
+        self._executor.post(self.saved.expire)
 
     async def serve(
         self,
@@ -61,11 +57,12 @@ class Passes:
         tensors: Sequence[Tensor],
         answer: SendResult,
     ) -> None:
-        """Run a pass and ``answer`` it; its bytes count until the answer is on its way.
+        """Run a pass and ``answer`` it. Its bytes count against the peer's budget until the answer
+        is sent, so that a peer that does not read its answers cannot ask for more.
 
-        Raises TrainingRefused (a way back is asked for, or to be expected), PassExpired (``kept``,
-        but it is not), UnknownAdapter, PeerBusy, and what the checks and ``Executor.run_pass``
-        raise.
+        Raises TrainingRefused (this server gives no gradients), PassExpired (saved activations are
+        asked for, none are there), UnknownAdapter, PeerBusy, and what the checks of ``validation``
+        and ``Executor.run`` raise.
         """
         request = message if isinstance(message, Forward) else message.forward
         validation.check_pass(self._offer, request)
@@ -84,33 +81,17 @@ class Passes:
     async def _forward(
         self, peer: PeerId, message: Forward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[ForwardResult, list[Tensor]]:
-        """Hidden [sum(counts), H] in the dtype it came in, then the same of each tap."""
         inputs = self._inputs(message, tensors, adapter)
-        keep = message.pass_id is not None
-        outputs: list[Tensor] = []
-        was_kept = False
-
-        def start(place: DeviceContext) -> ForwardWalk:
-            return ForwardWalk(place, inputs, keep)
-
-        def finish(walk: ForwardWalk) -> None:
-            nonlocal was_kept
-            dtype = inputs.hidden.dtype
-            outputs.extend(out.to("cpu", dtype) for out in (walk.output, *walk.tapped.values()))
-            if walk.trail is not None:
-                was_kept = True
-                self.kept.keep(peer, message, walk.trail)
-
-        times = await self._executor.run_pass(
-            PassRun(peer, self._worth(message, FORWARD_WORTH), start, finish)
-        )
-        lease = self._lease_seconds if was_kept else 0.0
-        return ForwardResult(times.queue_seconds, times.compute_seconds, was_kept, lease), outputs
+        slot = self.saved.slot(peer, message) if message.pass_id is not None else None
+        outcome = await self._executor.run(ForwardPass(peer, inputs, slot))
+        outputs, is_saved = outcome.value
+        lease = self.saved.lease_seconds if is_saved else 0.0
+        result = ForwardResult(outcome.queue_seconds, outcome.compute_seconds, is_saved, lease)
+        return result, outputs
 
     async def _backward(
         self, peer: PeerId, message: Backward, tensors: Sequence[Tensor], adapter: Adapter | None
     ) -> tuple[BackwardResult, list[Tensor]]:
-        """The gradients of hidden, prompts and adapter, each in the dtype of what it belongs to."""
         request = message.forward
         num_gradients = 1 + len(request.taps)
         gradients, rest = tensors[:num_gradients], tensors[num_gradients:]
@@ -120,30 +101,18 @@ class Passes:
         else:
             given = self._inputs(request, rest, adapter)
         validation.check_gradients(self._offer, request, gradients)
-        found: list[Tensor] = []
-
-        def start(place: DeviceContext) -> BackwardWalk:
-            if given is not None:
-                walk = BackwardWalk(place, given, gradients, None)
-                self.kept.drop(peer, request)
-                return walk
-            trail = self.kept.find(peer, request)
-            walk = BackwardWalk(place, trail.inputs, gradients, trail)
-            self.kept.release(peer, request)
-            return walk
-
-        def finish(walk: BackwardWalk) -> None:
-            found.extend(walk.results(message.wants_adapter))
-
-        cost_tokens = BACKWARD_WORTH if message.kept else FORWARD_WORTH + BACKWARD_WORTH
-        times = await self._executor.run_pass(
-            PassRun(peer, self._worth(request, cost_tokens), start, finish)
+        slot = self.saved.slot(peer, request)
+        outcome = await self._executor.run(
+            BackwardPass(peer, given, gradients, slot, message.wants_adapter)
         )
-        result = BackwardResult(times.queue_seconds, times.compute_seconds, given is not None)
-        return result, found
+        result = BackwardResult(outcome.queue_seconds, outcome.compute_seconds, given is not None)
+        return result, outcome.value
 
     def _bytes_of(self, request: Forward, tensors: Sequence[Tensor]) -> int:
-        """Bytes a pass needs here while it lasts: what came and what will be answered."""
+        """Bytes of host memory for a pass: its inputs and, in the widest dtype of these, outputs.
+
+        outputs: sum(counts) * hidden_size * itemsize for the last block and each tap.
+        """
         item = max((tensor.itemsize for tensor in tensors), default=1)
         outputs = sum(request.counts) * self._offer.hidden_size * item * (1 + len(request.taps))
         return sum(tensor.nbytes for tensor in tensors) + outputs
@@ -161,7 +130,3 @@ class Passes:
             adapter=None if adapter is None else adapter.within(blocks),
             taps=request.taps,
         )
-
-    def _worth(self, request: Forward, cost_tokens: int) -> int:
-        start, end = request.blocks
-        return worth_of(sum(request.counts), end - start, cost_tokens, len(self._offer.blocks))

@@ -1,75 +1,84 @@
-"""Passes whose way back is expected: found by who made them, dropped when it does not come.
+"""The inputs of a pass, and what its forward saves for its backward.
 
-Belongs to the compute thread. Knows no streams and no blocks' insides.
+Only the compute thread uses saved activations. Knows no peers, no messages and no clock.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from petals.clock import Clock
-from petals.errors import BadInput, PassExpired
-from petals.server.training.chunked_pass import SavedActivations
-from petals.types import PeerId
-from petals.wire.fields import WireBlocks
-from petals.wire.passes import Forward
+from torch import Tensor
 
-PassKey = tuple[PeerId, bytes | None, WireBlocks]
+from petals.models.adapters.low_rank import Adapter
+from petals.server.compute.activation_budget import ActivationBudget
+from petals.server.training.chunks import RowChunk
+from petals.types import BlockSpan
 
 
-@dataclass(frozen=True, slots=True)
-class _SavedPass:
-    request: Forward
-    trail: SavedActivations
-    expires_at: float
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassInputs:
+    """The inputs as they were received: hidden [sum(counts), H]; prompts [len(blocks), 1 or rows,
+    P, H], added on entering each block; taps: the blocks whose outputs are wanted, too.
+    """
+
+    blocks: BlockSpan
+    counts: tuple[int, ...]
+    hidden: Tensor
+    prompts: Tensor | None = None
+    adapter: Adapter | None = None
+    taps: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.hidden.nbytes + (0 if self.prompts is None else self.prompts.nbytes)
 
 
-class KeptPasses:
-    """Trails by peer, pass and blocks; each serves once, within its lease."""
+@dataclass(slots=True, eq=False)
+class ChunkActivations:
+    """One chunk on its way through some blocks.
 
-    def __init__(self, lease_seconds: float, clock: Clock) -> None:
-        self._lease_seconds = lease_seconds
-        self._clock = clock
-        self._kept: dict[PassKey, _SavedPass] = {}
+    entry: [n, H], before ``blocks``. outputs: [1, n, H] of each block, with their autograd graph;
+    None if that is not kept. prompts: for each block [1 or rows, P, H]. num_bytes: the graph's.
+    """
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def keep(self, peer: PeerId, request: Forward, trail: SavedActivations) -> None:
-        """Until ``take``, or until the lease is over. The same request may come again."""
-        self.drop(peer, request)
-        expires_at = self._clock.monotonic() + self._lease_seconds
-        self._kept[_key(peer, request)] = _SavedPass(request, trail, expires_at)
-
-    def find(self, peer: PeerId, request: Forward) -> SavedActivations:
-        """What was kept of ``request``. Raises PassExpired; BadInput for another request."""
-        self.expire()
-        kept = self._kept.get(_key(peer, request))
-        if kept is None:
-            raise PassExpired("What this pass needs on its way back is not kept here (any more).")
-        if kept.request != request:
-            raise BadInput(
-                "The way back of another pass was asked for under this id.",
-                hint="Repeat the request of the Forward as it was.",
-            )
-        return kept.trail
-
-    def release(self, peer: PeerId, request: Forward) -> None:
-        """A trail is used now and belongs to its user."""
-        self._kept.pop(_key(peer, request), None)
-
-    def drop(self, peer: PeerId, request: Forward) -> None:
-        """Let a trail go, if there is one."""
-        kept = self._kept.pop(_key(peer, request), None)
-        if kept is not None:
-            kept.trail.drop()
-
-    def expire(self) -> None:
-        """Drop what nobody came back for."""
-        now = self._clock.monotonic()
-        for key, kept in list(self._kept.items()):
-            if kept.expires_at <= now:
-                del self._kept[key]
-                kept.trail.drop()
+    blocks: BlockSpan
+    entry: Tensor
+    prompts: list[Tensor] | None = None
+    adapter: Adapter | None = None
+    outputs: list[Tensor] | None = None
+    num_bytes: int = 0
 
 
-def _key(peer: PeerId, request: Forward) -> PassKey:
-    return peer, request.pass_id, request.blocks
+@dataclass(slots=True, eq=False)
+class SavedActivations:
+    """Each chunk of a pass with its activations from first block to last.
+
+    Counts in ``budget`` from creation until ``drop``.
+    """
+
+    inputs: PassInputs
+    budget: ActivationBudget
+    chunks: list[tuple[RowChunk, list[ChunkActivations]]] = field(default_factory=list)
+    is_dropped: bool = False
+
+    def __post_init__(self) -> None:
+        self.budget.take(self.inputs.num_bytes)
+
+    def drop(self) -> None:
+        """Release everything. May be called repeatedly."""
+        if self.is_dropped:
+            return
+        self.is_dropped = True
+        self.budget.give_back(self.inputs.num_bytes)
+        for _, parts in self.chunks:
+            for part in parts:
+                self.forget(part)
+        self.chunks = []
+
+    def forget(self, part: ChunkActivations) -> None:
+        """Release the graph of one part."""
+        part.outputs = None
+        self.budget.give_back(part.num_bytes)
+        part.num_bytes = 0

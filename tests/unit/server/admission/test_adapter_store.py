@@ -37,7 +37,7 @@ def test_what_a_client_has_put_is_for_that_client_alone() -> None:
         pass
 
 
-def test_what_the_operator_preloads_is_for_everybody() -> None:
+def test_what_the_operator_preloads_is_for_every_client() -> None:
     adapters = store()
     poems = adapter(10_000)
     adapters.preload("poems", poems)

@@ -1,4 +1,4 @@
-"""Counting what autograd keeps."""
+"""Measuring what autograd saves, and predicting what it will save."""
 
 import torch
 
@@ -17,15 +17,15 @@ def test_saved_storages_count_once_and_weights_not_at_all() -> None:
     assert gradient.abs().sum() > 0
 
 
-def test_an_allowance_learns_what_a_token_costs() -> None:
-    allowance = ActivationBudget(1000)
-    assert allowance.has_room(10, 10)
-    allowance.take_graph(400, num_tokens=10, num_blocks=2)
-    assert allowance.tokens_within() == 30
-    assert allowance.has_room(15, 2) and not allowance.has_room(16, 2)
-    allowance.give_back(400)
-    assert allowance.used_bytes == 0 and allowance.has_room(25, 2)
+def test_a_budget_learns_what_a_token_costs() -> None:
+    budget = ActivationBudget(1000)
+    assert budget.fits(10, 10)
+    budget.take_graph(400, num_tokens=10, num_blocks=2)
+    assert budget.tokens_within() == 30
+    assert budget.fits(15, 2) and not budget.fits(16, 2)
+    budget.give_back(400)
+    assert budget.used_bytes == 0 and budget.fits(25, 2)
 
 
-def test_without_memory_nothing_has_room() -> None:
-    assert not ActivationBudget(0).has_room(1, 1)
+def test_without_memory_nothing_fits() -> None:
+    assert not ActivationBudget(0).fits(1, 1)

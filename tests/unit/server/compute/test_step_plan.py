@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals.errors import BadInput, BatchTooLarge, LengthExceeded, SessionGap
-from petals.server.compute.step_plan import StepLimits, StepPlan, TokenRun, WorkKind, plan_step
+from petals.server.compute.step_plan import StepLimits, StepPlan, TokenRun, plan_step
 
 LIMITS = StepLimits(max_rows=4, max_length=100, max_step_tokens=150)
 
@@ -46,19 +46,19 @@ def test_numbers_that_cannot_be(
 
 
 @pytest.mark.parametrize(
-    ("counts", "kind"),
+    ("counts", "is_decode"),
     [
-        ((1,), WorkKind.DECODE),
-        ((0, 0), WorkKind.DECODE),
-        ((), WorkKind.DECODE),
-        ((16, 3), WorkKind.DECODE),
-        ((17, 0), WorkKind.PREFILL),
-        ((1,) * 128, WorkKind.DECODE),
-        ((1,) * 129, WorkKind.PREFILL),
+        ((1,), True),
+        ((0, 0), True),
+        ((), True),
+        ((16, 3), True),
+        ((17, 0), False),
+        ((1,) * 128, True),
+        ((1,) * 129, False),
     ],
 )
-def test_short_steps_are_decoding(counts: tuple[int, ...], kind: WorkKind) -> None:
-    assert StepPlan((0,) * len(counts), counts).kind is kind
+def test_short_steps_are_decoding(counts: tuple[int, ...], is_decode: bool) -> None:
+    assert StepPlan((0,) * len(counts), counts).is_decode is is_decode
 
 
 def test_a_piece_ends_with_its_row() -> None:

@@ -1,4 +1,4 @@
-"""What the directory is told, and when, by a clock that a test turns."""
+"""What is announced to the directory, and when."""
 
 import asyncio
 
@@ -20,18 +20,18 @@ RECORD = ServerRecord(
 )
 
 
-class Notebook:
-    """A directory that writes down what it hears; it may refuse to take it, or hang."""
+class RecordingDirectory:
+    """A directory that notes time, state and remaining life of records; it may refuse or hang."""
 
     def __init__(self, clock: ManualClock) -> None:
-        self.told: list[tuple[float, ServerState, float]] = []
+        self.announced: list[tuple[float, ServerState, float]] = []
         self.takes = True
         self.hangs = False
         self._clock = clock
 
     async def announce(self, record: ServerRecord, repository: str = "") -> bool:
         now = self._clock.monotonic()
-        self.told.append((now, record.state, record.expires_at - self._clock.now()))
+        self.announced.append((now, record.state, record.expires_at - self._clock.now()))
         if self.hangs:
             await asyncio.get_running_loop().create_future()
         return self.takes
@@ -43,57 +43,57 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def notebook(clock: ManualClock) -> Notebook:
-    return Notebook(clock)
+def directory(clock: ManualClock) -> RecordingDirectory:
+    return RecordingDirectory(clock)
 
 
-def announcer(notebook: Notebook, clock: ManualClock) -> Announcer:
+def announcer(directory: RecordingDirectory, clock: ManualClock) -> Announcer:
     config = AnnounceConfig(period_seconds=20.0, expiry_seconds=60.0)
-    return Announcer(notebook, RECORD, "repository", config, clock)
+    return Announcer(directory, RECORD, "repository", config, clock)
 
 
-async def test_a_life_is_told_from_joining_to_offline(
-    notebook: Notebook, clock: ManualClock
+async def test_a_life_is_announced_from_joining_to_offline(
+    directory: RecordingDirectory, clock: ManualClock
 ) -> None:
-    async with announcer(notebook, clock) as speaker:
+    async with announcer(directory, clock) as speaker:
         await clock.advance(5)
         await speaker.announce(state=ServerState.ONLINE, throughput=3.0)
         assert speaker.record.throughput == 3.0
         await clock.advance(40)
-        await speaker.say(ServerState.DRAINING)
-    states = [state for _, state, _ in notebook.told]
+        await speaker.announce_state(ServerState.DRAINING)
+    states = [state for _, state, _ in directory.announced]
     assert states == ["joining", "online", "online", "online", "draining", "offline"]
-    assert [when for when, _, _ in notebook.told] == [0, 5, 20, 40, 45, 45]
-    assert all(left == pytest.approx(60.0) for _, _, left in notebook.told)
+    assert [when for when, _, _ in directory.announced] == [0, 5, 20, 40, 45, 45]
+    assert all(left == pytest.approx(60.0) for _, _, left in directory.announced)
 
 
-async def test_who_moves_tells_where_to_until_it_is_there(
-    notebook: Notebook, clock: ManualClock
+async def test_a_server_that_moves_announces_its_next_blocks(
+    directory: RecordingDirectory, clock: ManualClock
 ) -> None:
-    async with announcer(notebook, clock) as speaker:
-        await speaker.say(ServerState.DRAINING, BlockSpan(3, 5))
+    async with announcer(directory, clock) as speaker:
+        await speaker.announce_state(ServerState.DRAINING, BlockSpan(3, 5))
         assert speaker.record.next_spans == ((3, 5),)
-        await speaker.say(ServerState.ONLINE)
+        await speaker.announce_state(ServerState.ONLINE)
         assert speaker.record.next_spans == ()
 
 
-async def test_a_record_nobody_took_is_tried_again_soon(
-    notebook: Notebook, clock: ManualClock
+async def test_a_record_that_no_peer_took_is_tried_again_soon(
+    directory: RecordingDirectory, clock: ManualClock
 ) -> None:
-    async with announcer(notebook, clock):
-        notebook.takes = False
+    async with announcer(directory, clock):
+        directory.takes = False
         await clock.advance(26.5)
-        assert [when for when, _, _ in notebook.told] == [0, 20, 23, 26]
-        notebook.takes = True
+        assert [when for when, _, _ in directory.announced] == [0, 20, 23, 26]
+        directory.takes = True
         await clock.advance(30)
-        assert [when for when, _, _ in notebook.told][4:] == [29, 49]
+        assert [when for when, _, _ in directory.announced][4:] == [29, 49]
 
 
-async def test_nobody_listening_does_not_hold_up_a_leaver(
-    notebook: Notebook, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+async def test_a_directory_that_hangs_does_not_hold_up_the_end(
+    directory: RecordingDirectory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("petals.server.lifecycle.announcer._GOODBYE_SECONDS", 0.01)
-    async with asyncio.timeout(5), announcer(notebook, clock):
+    monkeypatch.setattr("petals.server.lifecycle.announcer._LEAVE_SECONDS", 0.01)
+    async with asyncio.timeout(5), announcer(directory, clock):
         await clock.advance(0)
-        notebook.hangs = True
-    assert notebook.told[-1][1] is ServerState.OFFLINE
+        directory.hangs = True
+    assert directory.announced[-1][1] is ServerState.OFFLINE

@@ -2,10 +2,10 @@ from types import MappingProxyType
 
 import pytest
 
-from petals.server.lifecycle.placement import picture_of
+from petals.server.lifecycle.placement import coverage_of
 from petals.server.lifecycle.rebalancing import (
     Move,
-    Standing,
+    MoverState,
     begin,
     draw,
     find_move,
@@ -18,7 +18,7 @@ from petals.types import BlockSpan, ModelId, PeerId, ServerState
 
 ONLINE, JOINING, DRAINING = ServerState.ONLINE, ServerState.JOINING, ServerState.DRAINING
 POLICY = MovePolicy()
-LONG_AGO = Standing(since=-1e6, next_look=0.0)
+LONG_AGO = MoverState(since=-1e6, next_look=0.0)
 
 
 def view_of(*servers: tuple[str, int, int, ServerState, float]) -> View:
@@ -39,7 +39,7 @@ def view_of(*servers: tuple[str, int, int, ServerState, float]) -> View:
 
 
 def move_of(name: str, view: View) -> BlockSpan | None:
-    move = find_move(picture_of(view), view.records[PeerId(name)], POLICY)
+    move = find_move(coverage_of(view), view.records[PeerId(name)], POLICY)
     return None if move is None else move.blocks
 
 
@@ -54,7 +54,7 @@ HOLE = view_of(("a", 0, 3, ONLINE, 4.0), ("b", 0, 3, ONLINE, 4.0))
 HELD_BY_ONE = view_of(("a", 0, 3, ONLINE, 4.0))
 SPARE_IS_JOINING = view_of(("a", 0, 3, ONLINE, 4.0), ("b", 0, 3, JOINING, 4.0))
 SPARE_IS_DRAINING = view_of(("a", 0, 3, ONLINE, 4.0), ("b", 0, 3, DRAINING, 4.0))
-SOMEBODY_COMES = view_of(
+TWO_ARE_JOINING = view_of(
     ("a", 0, 3, ONLINE, 4.0),
     ("b", 0, 3, ONLINE, 4.0),
     ("c", 0, 3, ONLINE, 4.0),
@@ -77,7 +77,7 @@ SOMEBODY_COMES = view_of(
         ("b", SPARE_IS_JOINING, None),
         ("a", SPARE_IS_DRAINING, None),
         ("b", SPARE_IS_DRAINING, None),
-        ("a", SOMEBODY_COMES, None),
+        ("a", TWO_ARE_JOINING, None),
     ],
 )
 def test_who_would_help_by_moving(name: str, view: View, wanted: BlockSpan | None) -> None:
@@ -95,7 +95,7 @@ def test_many_small_servers_move_although_no_single_one_lifts_the_bottleneck_muc
     crowd = [(f"s{i:02}", 0, 3, ONLINE, 1.0) for i in range(40)]
     view = view_of(*crowd, *[(f"t{i:02}", 3, 6, ONLINE, 1.0) for i in range(20)])
     for name, num_better in (("s00", 0), ("s07", 7), ("s39", 39)):
-        move = find_move(picture_of(view), view.records[PeerId(name)], POLICY)
+        move = find_move(coverage_of(view), view.records[PeerId(name)], POLICY)
         assert move == Move(BlockSpan(3, 6), num_better)
 
 
@@ -108,8 +108,8 @@ def test_the_best_move_comes_first() -> None:
         ("d", 3, 6, ONLINE, 2.0),
         ("e", 3, 6, ONLINE, 2.0),
     )
-    picture = picture_of(view)
-    moves = {name: find_move(picture, view.records[PeerId(name)], POLICY) for name in "abcde"}
+    coverage = coverage_of(view)
+    moves = {name: find_move(coverage, view.records[PeerId(name)], POLICY) for name in "abcde"}
     first = [name for name, move in moves.items() if move is not None and not move.num_better]
     assert first == ["b"] and moves["d"] is moves["e"] is None
 
@@ -117,19 +117,19 @@ def test_the_best_move_comes_first() -> None:
 def test_a_swarm_that_can_carry_enough_is_left_alone_however_uneven_its_shares() -> None:
     """The wide server gives its passes where the others are not."""
     view = view_of(("w", 0, 6, ONLINE, 4.0), ("v", 0, 6, ONLINE, 4.0), ("a", 0, 3, ONLINE, 6.0))
-    picture = picture_of(view)
-    assert picture.served.min() / picture.level < 0.75 and picture.carried > 0.95
+    coverage = coverage_of(view)
+    assert coverage.served.min() / coverage.level < 0.75 and coverage.carried > 0.95
     assert [move_of(name, view) for name in "wva"] == [None] * 3
 
 
-def until_decided(view: View, me: str, standing: Standing) -> tuple[list[float], BlockSpan | None]:
+def until_decided(view: View, me: str, state: MoverState) -> tuple[list[float], BlockSpan | None]:
     """Look whenever it is time, at most 100 times: when it was time, and the span in the end."""
     times: list[float] = []
     for _ in range(100):
-        now = standing.next_look
+        now = state.next_look
         times.append(now)
-        standing, blocks = should_move(view, PeerId(me), now, standing)
-        assert standing.next_look > now
+        state, blocks = should_move(view, PeerId(me), now, state)
+        assert state.next_look > now
         if blocks is not None:
             return times, blocks
     return times, None
@@ -142,22 +142,22 @@ def test_a_reason_that_holds_twice_moves() -> None:
 
 
 def test_a_reason_that_is_gone_when_looked_at_again_does_not() -> None:
-    confirming = Standing(since=-1e6, next_look=0.0, num_looks=3, is_confirming=True)
+    confirming = MoverState(since=-1e6, next_look=0.0, num_looks=3, is_confirming=True)
     assert should_move(CROWDED, PeerId("a"), 0.0, confirming)[1] == BlockSpan(3, 6)
-    standing, blocks = should_move(SOMEBODY_COMES, PeerId("a"), 0.0, confirming)
-    assert blocks is None and not standing.is_confirming
+    state, blocks = should_move(TWO_ARE_JOINING, PeerId("a"), 0.0, confirming)
+    assert blocks is None and not state.is_confirming
 
 
-def test_nobody_looks_before_its_time_or_without_a_record() -> None:
-    early = Standing(since=-1e6, next_look=10.0, is_confirming=True)
+def test_nothing_is_decided_before_its_time_or_without_a_record() -> None:
+    early = MoverState(since=-1e6, next_look=10.0, is_confirming=True)
     assert should_move(CROWDED, PeerId("a"), 9.9, early) == (early, None)
     assert should_move(CROWDED, PeerId("stranger"), 11.0, early) == (early, None)
 
 
-def test_who_has_just_come_stays_unless_a_block_is_held_by_nobody() -> None:
-    new = Standing(since=0.0, next_look=10.0, is_confirming=True)
+def test_a_server_that_has_just_come_stays_unless_a_block_has_no_server() -> None:
+    new = MoverState(since=0.0, next_look=10.0, is_confirming=True)
     assert should_move(CROWDED, PeerId("a"), 10.0, new)[1] is None
-    later = Standing(since=0.0, next_look=10.0, is_confirming=True)
+    later = MoverState(since=0.0, next_look=10.0, is_confirming=True)
     assert should_move(CROWDED, PeerId("a"), POLICY.min_stay_seconds, later)[1] is not None
     assert should_move(HOLE, PeerId("a"), 10.0, new)[1] == BlockSpan(3, 6)
 
@@ -177,9 +177,9 @@ def test_in_a_large_crowd_few_start_at_once() -> None:
 
 
 def test_they_look_again_one_after_another_and_then_the_hole_is_filled() -> None:
-    """Those whose turn is later find who is on the way, and stay once that is enough."""
+    """Servers with a later turn see which others are on the way, and stay once these suffice."""
     servers = {PeerId(f"s{i:03}"): (0, 3) for i in range(40)}
-    standings = dict.fromkeys(servers, LONG_AGO)
+    states = dict.fromkeys(servers, LONG_AGO)
     draining: set[PeerId] = set()
     for now in range(0, 1200, 20):
         records = {
@@ -197,7 +197,7 @@ def test_they_look_again_one_after_another_and_then_the_hole_is_filled() -> None
         }
         view = View(ModelId("m"), 6, MappingProxyType(records), 0.0)
         for peer in servers:
-            standings[peer], blocks = should_move(view, peer, float(now), standings[peer])
+            states[peer], blocks = should_move(view, peer, float(now), states[peer])
             if blocks is not None:
                 servers[peer] = (blocks.start, blocks.end)
                 draining.add(peer)
@@ -233,7 +233,7 @@ def test_draws_are_even_and_independent_of_each_other() -> None:
         (("b", 0, 3, DRAINING, 1.0), False),
     ],
 )
-def test_nobody_leaves_a_block_uncovered(
+def test_no_server_leaves_a_block_uncovered(
     other: tuple[str, int, int, ServerState, float], may: bool
 ) -> None:
     view = view_of(("a", 0, 3, DRAINING, 1.0), other)
