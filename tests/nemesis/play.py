@@ -413,7 +413,7 @@ def performing(workload: Workload) -> Iterator[list[Performance]]:
 
 def manager_of(model: Any) -> RemoteSequenceManager:
     """The owner of the model's connection."""
-    manager: RemoteSequenceManager = model.remote_blocks.runner.manager
+    manager: RemoteSequenceManager = model.remote_blocks.sequence_manager
     return manager
 
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals.client.connection.event_loop import bridge
 from petals.client.model.auto import AutoDistributedModelForCausalLM
-from petals.client.model.swarm_runner import SwarmRunner
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.server.config import ComputeConfig, LimitsConfig, MemoryConfig, ServerConfig
 from petals.server.config import SourceConfig as Source
@@ -46,7 +45,7 @@ class ModelSwarm:
         options = {"dht_prefix": blocks.sequence_manager.model} | options
         manager = RemoteSequenceManager(config(**options), blocks.blocks, node=self.node)
         self.clients.enter_context(manager)
-        blocks.runner = SwarmRunner(manager)
+        blocks.sequence_manager = manager
         return remote
 
     def add(self, span: BlockSpan, **changes: Any) -> PeerId:

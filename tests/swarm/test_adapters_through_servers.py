@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals import AutoDistributedModelForCausalLM, LoraConfig
 from petals.client.connection.event_loop import bridge
-from petals.client.model.swarm_runner import SwarmRunner
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import UnknownAdapter
 from petals.swarm.config import NodeConfig
@@ -62,7 +61,7 @@ class Users:
         settings = config(**({"dht_prefix": self.swarm.model} | SETTINGS | options))
         manager = self.stack.enter_context(RemoteSequenceManager(settings, ALL, node=node))
         model = AutoDistributedModelForCausalLM.from_pretrained(str(self.folder))
-        model.remote_blocks.runner = SwarmRunner(manager)
+        model.remote_blocks.sequence_manager = manager
         return model
 
     def kill(self, peer: PeerId) -> None:

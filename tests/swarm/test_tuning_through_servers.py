@@ -15,7 +15,6 @@ from petals.client.model.auto import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
 )
-from petals.client.model.swarm_runner import SwarmRunner
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
@@ -43,7 +42,7 @@ class World:
         if mode == "deep_ptune":
             with torch.no_grad():
                 remote.intermediate_prompt_embeddings.weight.normal_(std=0.3)
-        remote.remote_blocks.runner = SwarmRunner(self.manager)
+        remote.remote_blocks.sequence_manager = self.manager
         return remote
 
     def reference(self, remote: PreTrainedModel) -> TunedReference:

@@ -30,7 +30,7 @@ _OF_THE_HEAD = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class SavedTuning:
     """A folder of ``save_pretrained``. base, options: what ``from_pretrained`` is to be told."""
 
     folder: Path
@@ -68,7 +68,7 @@ class Tuned:
             parameter.requires_grad_()
 
 
-def find_tuned(source: str) -> Tuned | None:
+def find_tuned(source: str) -> SavedTuning | None:
     """What ``save_pretrained`` left in the folder ``source``; None if that is something else.
 
     Raises ModelFilesBroken if its config makes no sense.
@@ -86,7 +86,8 @@ def find_tuned(source: str) -> Tuned | None:
         if "id2label" in options:  # JSON has no keys that are numbers
             options["id2label"] = {int(key): label for key, label in options["id2label"].items()}
         options |= {entry.name: config[entry.name] for entry in fields(TuningConfig)}
-        return Tuned(folder, str(note["base"]), str(note["class"]), bool(note["lora"]), options)
+        base, model_class, has_lora = str(note["base"]), str(note["class"]), bool(note["lora"])
+        return SavedTuning(folder, base, model_class, has_lora, options)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelFilesBroken(
             f"{folder / CONFIG_FILE} was not written by save_pretrained: {_NOTE} or what belongs "

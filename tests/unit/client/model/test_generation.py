@@ -80,7 +80,7 @@ class TestSessionOfOneCall:
         same(local, remote, PROMPT, max_new_tokens=5)
         (session,) = sessions(remote)
         assert session.max_length == PROMPT.shape[1] + 5 - 1  # the last token is never run
-        assert session.lengths == [session.max_length]
+        assert session.lengths == (session.max_length,)
 
     def test_max_length_counts_the_prompt(self, models):
         local, remote = models
@@ -280,9 +280,6 @@ class TestRefusals:
 
     def test_longer_than_the_session(self, models):
         _, remote = models
-        with (
-            remote.inference_session(max_length=9) as session,
-            pytest.raises(LengthExceeded),
-        ):
+        with remote.inference_session(max_length=9), pytest.raises(LengthExceeded):
             remote.generate(PROMPT, max_new_tokens=9)
-        assert session.is_closed
+        assert [session.is_closed for session in sessions(remote)] == [True]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from petals.errors import BadInput, LengthExceeded, NotSupported
+from petals.errors import BadInput, LengthExceeded, NotSupported, SessionClosed
 from support.local_blocks import tiny_pair
 
 HIDDEN = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,8 @@ def test_a_session_of_a_slice(blocks):
             part(HIDDEN[:, :1])
     assert part.active_session is None
     assert part.position == 0
-    assert session.is_closed
+    with pytest.raises(SessionClosed):
+        session.step(HIDDEN)
     torch.testing.assert_close(torch.cat(pieces, dim=1), part(HIDDEN), rtol=1e-5, atol=1e-6)
 
 
@@ -79,7 +80,8 @@ def test_sessions_nest(blocks):
 def test_a_session_is_closed_when_its_block_raises(blocks):
     with pytest.raises(KeyError), blocks.inference_session(max_length=4) as session:
         raise KeyError
-    assert session.is_closed
+    with pytest.raises(SessionClosed):
+        session.step(HIDDEN)
 
 
 def test_keeps_dtype(blocks):

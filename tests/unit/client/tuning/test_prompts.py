@@ -119,7 +119,7 @@ class TestGeneration:
         remote.generate(IDS[:1], max_new_tokens=5)
         (session,) = remote.remote_blocks.runner.sessions
         assert session.max_length == NUM_PROMPTS + IDS.shape[1] + 5 - 1
-        assert session.lengths == [session.max_length]
+        assert session.lengths == (session.max_length,)
         assert session.steps[0][1] == (NUM_PROMPTS + IDS.shape[1],)
 
     def test_a_prompt_in_chunks(self, pair):
