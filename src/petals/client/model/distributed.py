@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,12 +36,12 @@ from petals.models.loading.head import EndsKind
 
 logger = get_logger(__name__)
 
+# The classes below are put before a class of transformers (`load.distributed_class`). At run time
+# they do not derive from PreTrainedModel, because that would give every subclass its config class.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Extended
 else:
     _Extended = object
-"""The classes here are put before a class of transformers, not derived from one: transformers
-changes what derives from PreTrainedModel. A type checker sees what they become."""
 
 _NEEDS_WHOLE_MODEL = {
     "output_attentions": "attention maps do not leave the servers; load the model locally",
@@ -109,11 +109,11 @@ class DistributedModel(_Extended):
         """Tokens in the longest row of the active session, trained prompts included."""
         return self.remote_blocks.position
 
-    @contextmanager
-    def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
+    def use_session(
+        self, session: InferenceSession | None
+    ) -> AbstractContextManager[InferenceSession | None]:
         """Continue ``session`` in all calls inside the ``with`` block; None changes nothing."""
-        with self.remote_blocks.use_session(session):
-            yield session
+        return self.remote_blocks.use_session(session)
 
     @contextmanager
     def inference_session(
@@ -199,7 +199,7 @@ class DistributedBaseModel(DistributedModel):
             call |= {"output_hidden_states": False, "return_dict": True}
         current = self._pass(rows, session, states)
         shown = contextlib.nullcontext() if cache is None else cache.shown_whole()
-        with self.remote_blocks.running(current), shown:
+        with self.remote_blocks.entered(current), shown:
             output = original(**call)
         if states is not None:
             output = states.joined_to(output, current.tapped)

@@ -33,7 +33,7 @@ _HUB_MODES = {
 }
 """Options for which transformers 5 downloads code from the hub -> the mode they select."""
 
-_NEUTRAL: dict[str, Any] = {"penalty_alpha": 0, "num_beam_groups": 1}
+_NEUTRAL = {"penalty_alpha": 0, "num_beam_groups": 1}
 """Values of those options that select nothing."""
 
 

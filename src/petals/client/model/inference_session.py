@@ -50,7 +50,12 @@ class InferenceSession:
         """The session as transformers sees it. Written by the model."""
         self.num_prompt_tokens = 0
         """Columns before the first of ``output_ids``: trained prompts. Written by the model."""
-        self._columns = Rows.empty(num_rows or 0)
+        self.columns = Rows.empty(num_rows or 0)
+        """What the rows hold, column by column; no rows before the first step.
+
+        Columns that were cut, or whose rows were selected, can be assigned: the next step continues
+        those. ``output_ids`` stay.
+        """
         self._rows = open_rows(
             manager.access, manager.blocks, max_length=max_length, num_rows=num_rows, tuning=tuning
         )
@@ -79,17 +84,12 @@ class InferenceSession:
     @property
     def num_rows(self) -> int | None:
         """Rows of the session; None if the first step is to set it."""
-        return self._columns.num_rows or None
+        return self.columns.num_rows or None
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens in every row; empty before the first step."""
-        return self._columns.lengths
-
-    @property
-    def columns(self) -> Rows:
-        """What the rows hold, column by column; no rows before the first step."""
-        return self._columns
+        return self.columns.lengths
 
     @property
     def position(self) -> int:
@@ -98,7 +98,7 @@ class InferenceSession:
         ``output_ids`` are cut at the same column. Setting raises SessionGap for a position that
         was never reached.
         """
-        return max(self._columns.lengths, default=0)
+        return max(self.columns.lengths, default=0)
 
     @position.setter
     def position(self, position: int) -> None:
@@ -109,9 +109,9 @@ class InferenceSession:
             )
         if position == self.position:
             return
-        self._columns = self._columns.cut_to_position(position)
+        self.columns = self.columns.cut_to_position(position)
         if self.output_ids is not None:
-            num_kept = max(0, self._columns.num_columns - self.num_prompt_tokens)
+            num_kept = max(0, self.columns.num_columns - self.num_prompt_tokens)
             self.output_ids = self.output_ids[:, :num_kept]
 
     @property
@@ -129,14 +129,6 @@ class InferenceSession:
     def trace(self) -> SessionTrace:
         """Route, timings and repairs of the latest steps."""
         return self._rows.trace
-
-    def cut(self, num_columns: int) -> None:
-        """Keep the first ``num_columns`` columns, without a request; ``output_ids`` stay."""
-        self._columns = self._columns.cut(num_columns)
-
-    def select(self, rows: list[int]) -> None:
-        """Row r continues what is row ``rows[r]`` now, from the next step on. Raises BadInput."""
-        self._columns = self._columns.select(rows)
 
     def step(
         self,
@@ -163,7 +155,7 @@ class InferenceSession:
                 hint="A single sequence has batch 1: inputs[None].",
             )
         batch, tokens, _ = inputs.shape
-        past = self._columns if self._columns.num_rows else Rows.empty(batch)
+        past = self.columns if self.columns.num_rows else Rows.empty(batch)
         if hypo_ids is not None:
             past = past.select(hypo_ids.flatten().tolist())
         real = torch.ones(batch, tokens, dtype=torch.bool)
@@ -175,7 +167,7 @@ class InferenceSession:
         Returns the same shape, with zeros on padding. A step that fails changes nothing. Raises
         like ``step``.
         """
-        past = self._columns if self._columns.num_rows else Rows.empty(new.num_rows)
+        past = self.columns if self.columns.num_rows else Rows.empty(new.num_rows)
         return self._run(hidden, past, new)
 
     def _run(self, hidden: Tensor, past: Rows, new: Rows) -> Tensor:
@@ -185,7 +177,7 @@ class InferenceSession:
         packed = pack(hidden.detach(), new.real)
         # Starts before a row's end on the servers roll that row back; the order comes first.
         output = bridge.run(self._rows.step(packed, past.lengths, new.lengths, order))
-        self._columns = past.joined(new)
+        self.columns = past.joined(new)
         return unpack(output.to(hidden.device), new.real)
 
     def close(self) -> None:

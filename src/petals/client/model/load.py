@@ -105,7 +105,7 @@ def load_distributed(source: str, kind: EndsKind, request: LoadRequest) -> PreTr
         blocks.returns_tuple = layers_return_tuple(arch, checkpoint.config)
         return blocks
 
-    model: Any = distribute(load_ends(checkpoint, kind, make_remote, request.ends), archs[0])
+    model = distribute(load_ends(checkpoint, kind, make_remote, request.ends), archs[0])
     add_prompts(model.blocks_host, request.tuning, archs[0].num_blocks)
     return model
 

@@ -142,7 +142,7 @@ class RemoteSequential(nn.Module):
         if session is None:
             yield None
             return
-        with self._scope(session):
+        with self.entered(session):
             yield session
 
     @contextmanager
@@ -217,10 +217,16 @@ class RemoteSequential(nn.Module):
         return ModelPass(self, Rows.full(*inputs.shape[:2]), prompts=prompts).run_whole(inputs)
 
     @contextmanager
-    def running(self, current: "ModelPass") -> Iterator[None]:
-        """Inside the block ``current`` is the only entry of this list, in this thread or task."""
-        with self._scope(current):
+    def entered(self, scope: "InferenceSession | ModelPass") -> Iterator[None]:
+        """Calls inside the block, in this thread or task, continue a session or are one pass.
+
+        In a pass, this list has the pass as its only entry.
+        """
+        token = _scopes.set((*_scopes.get(), (self, scope)))
+        try:
             yield
+        finally:
+            _scopes.reset(token)
 
     @property
     def is_in_pass(self) -> bool:
@@ -232,14 +238,6 @@ class RemoteSequential(nn.Module):
             if owner is self and isinstance(scope, kind):
                 return scope
         return None
-
-    @contextmanager
-    def _scope(self, scope: object) -> Iterator[None]:
-        token = _scopes.set((*_scopes.get(), (self, scope)))
-        try:
-            yield
-        finally:
-            _scopes.reset(token)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -146,7 +146,8 @@ class SessionCache(Cache):
                 hint="crop(-3) removes the last three tokens.",
             )
         if self._session is not None:
-            self._session.cut(max(0, self.columns.num_columns + tokens_to_remove))
+            num_kept = max(0, self.columns.num_columns + tokens_to_remove)
+            self._session.columns = self.columns.cut(num_kept)
 
     def reset(self) -> None:
         """Remove all columns; the session stays open."""
@@ -164,7 +165,7 @@ class SessionCache(Cache):
 
     def _select(self, rows: list[int]) -> None:
         if self._session is not None and self.is_initialized:
-            self._session.select(rows)
+            self._session.columns = self.columns.select(rows)
 
 
 class _SessionLayer(CacheLayerMixin):

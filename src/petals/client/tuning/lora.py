@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import AdapterRefused
 from petals.models.adapters.config import LoraConfig
@@ -93,10 +93,11 @@ class AdaptedBlocks(Protocol):
     lora: RemoteLora | None
 
 
-class AdaptableModel(Protocol):
-    """What the functions below need of a model; they are its methods.
+class RemoteModel(Protocol):
+    """What tuning needs of a model with remote blocks.
 
-    A model has at most one adapter. Calls and sessions that begin after it was added use it.
+    The four functions below are methods of such a model. It has at most one adapter; calls and
+    sessions that begin after the adapter was added use it.
     """
 
     config: PretrainedConfig
@@ -105,13 +106,18 @@ class AdaptableModel(Protocol):
     @property
     def remote_blocks(self) -> AdaptedBlocks: ...
 
+    @property
+    def blocks_host(self) -> PreTrainedModel: ...
+
+    def can_generate(self) -> bool: ...
+
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
 
 
 def add_adapter(
-    model: AdaptableModel, adapter_config: object, adapter_name: str | None = None
+    model: RemoteModel, adapter_config: object, adapter_name: str | None = None
 ) -> None:
     """Add a new trainable adapter. adapter_config: a LoraConfig, of petals or of peft.
 
@@ -128,7 +134,7 @@ def add_adapter(
 
 
 def load_adapter(
-    model: AdaptableModel,
+    model: RemoteModel,
     peft_model_id: str | Path,
     adapter_name: str | None = None,
     *,
@@ -154,12 +160,12 @@ def load_adapter(
             parameter.requires_grad_(is_trainable)
 
 
-def delete_adapter(model: AdaptableModel, adapter_names: object = None) -> None:
+def delete_adapter(model: RemoteModel, adapter_names: object = None) -> None:
     """Go on without the adapter."""
     model.remote_blocks.lora = None
 
 
-def save_adapter(model: AdaptableModel, save_directory: str | Path) -> None:
+def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
     """Write the adapter as peft does, whole modules that were trained with it included.
 
     Raises AdapterRefused if there is none.
@@ -188,7 +194,7 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(last, module)
 
 
-def _whole_modules(model: AdaptableModel, config: LoraConfig) -> dict[str, Tensor]:
+def _whole_modules(model: RemoteModel, config: LoraConfig) -> dict[str, Tensor]:
     """Parameters of the modules in ``modules_to_save``. Raises AdapterRefused for unknown ones."""
     found: dict[str, Tensor] = {}
     for wanted in config.modules_to_save:
@@ -207,7 +213,7 @@ def _whole_modules(model: AdaptableModel, config: LoraConfig) -> dict[str, Tenso
     return found
 
 
-def _matching(model: AdaptableModel, rest: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def _matching(model: RemoteModel, rest: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """The model's parameters that ``rest`` has values for. Raises AdapterRefused."""
     own = dict(model.named_parameters())
     for name, tensor in rest.items():
