@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals import AutoDistributedModelForCausalLM, LoraConfig
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import UnknownAdapter
 from petals.swarm.config import NodeConfig
@@ -56,8 +56,8 @@ class Users:
         """The model of a new user: a peer of its own."""
         network = NodeConfig(initial_peers=self.swarm.base.network.initial_peers, client_mode=True)
         node = SwarmNode(network, engine=self.swarm.net.engine)
-        bridge.run(node.__aenter__())
-        self.stack.callback(lambda: bridge.run(node.__aexit__(None, None, None)))
+        client_loop.run(node.__aenter__())
+        self.stack.callback(lambda: client_loop.run(node.__aexit__(None, None, None)))
         settings = config(**({"dht_prefix": self.swarm.model} | SETTINGS | options))
         manager = self.stack.enter_context(RemoteSequenceManager(settings, ALL, node=node))
         model = AutoDistributedModelForCausalLM.from_pretrained(str(self.folder))
@@ -65,7 +65,7 @@ class Users:
         return model
 
     def kill(self, peer: PeerId) -> None:
-        bridge.run(_soon(partial(self.swarm.net.kill, peer)))
+        client_loop.run(_soon(partial(self.swarm.net.kill, peer)))
 
     def local(self, adapter: Path | None = None, **options: object) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
@@ -81,14 +81,14 @@ async def _soon(work) -> None:
 def users_of(folder: Path, *spans: BlockSpan, **options: object) -> Iterator[Users]:
     stack = AsyncExitStack()
     try:
-        swarm = bridge.run(
+        swarm = client_loop.run(
             stack.enter_async_context(real_swarm(folder, *spans, max_step_tokens=256, **options))
         )
         users = Users(folder, swarm)
         with users.stack:
             yield users
     finally:
-        bridge.run(stack.aclose())
+        client_loop.run(stack.aclose())
 
 
 @pytest.fixture

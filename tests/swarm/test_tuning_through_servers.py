@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.model.auto import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
@@ -54,12 +54,14 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     folder = write_tiny_model(tmp_path / request.param, request.param)
     stack = AsyncExitStack()
     try:
-        swarm = bridge.run(stack.enter_async_context(real_swarm(folder, *CUTS, max_step_tokens=64)))
+        swarm = client_loop.run(
+            stack.enter_async_context(real_swarm(folder, *CUTS, max_step_tokens=64))
+        )
         settings = config(dht_prefix=swarm.model, prefill_chunk_tokens=3, repair_timeout=30.0)
         with RemoteSequenceManager(settings, ALL, node=swarm.client) as manager:
             yield World(swarm, folder, manager)
     finally:
-        bridge.run(stack.aclose())
+        client_loop.run(stack.aclose())
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -110,7 +112,7 @@ class KillAt(StoppingCriteria):
             async def kill() -> None:
                 self.world.swarm.net.kill(victim)
 
-            bridge.run(kill())
+            client_loop.run(kill())
             self.num_killed = 1
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
@@ -141,7 +143,7 @@ def test_a_server_dies_while_a_model_is_tuned(world: World) -> None:
             async def kill() -> None:
                 world.swarm.net.kill(world.swarm.peers[1])
 
-            bridge.run(kill())
+            client_loop.run(kill())
         expected = reference.logits(IDS)
         wanted = cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
         assert loss.item() == pytest.approx(wanted.item(), abs=1e-4)

@@ -171,7 +171,7 @@ def test_a_padded_batch_goes_on(local, remote):
 
 
 def test_an_error_leaves_the_session_usable(local, remote):
-    with remote.inference_session(max_length=40) as session:
+    with remote.inference_session(max_length=40):
         first = remote.generate(PROMPT, max_new_tokens=3)
         with pytest.raises(BadInput, match="vocabulary"):
             remote.generate(torch.tensor([[1000]]), max_new_tokens=3)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.model.padding import Rows, pack, unpack
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.session.rows import SessionRows
@@ -176,17 +176,17 @@ class InferenceSession:
             order = None
         packed = pack(hidden.detach(), new.real)
         # Starts before a row's end on the servers roll that row back; the order comes first.
-        output = bridge.run(self._rows.step(packed, past.lengths, new.lengths, order))
+        output = client_loop.run(self._rows.step(packed, past.lengths, new.lengths, order))
         self.columns = past.joined(new)
         return unpack(output.to(hidden.device), new.real)
 
     def close(self) -> None:
         """Free what the servers hold. Idempotent; a step afterwards raises SessionClosed."""
         self._dropped.detach()
-        bridge.run(self._rows.close())
+        client_loop.run(self._rows.close())
 
 
 def _close_soon(rows: SessionRows) -> None:
     """Close a session that was garbage-collected, in whichever thread that happened."""
     if rows.is_open:
-        bridge.start(rows.close)
+        client_loop.start(rows.close)
