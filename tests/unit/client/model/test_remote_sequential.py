@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from petals.client.config import ClientConfig
+from petals.client.model.remote_sequential import RemoteSequential
+from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import BadInput, LengthExceeded, NotSupported, SessionClosed
+from petals.types import BlockSpan
 from support.local_blocks import tiny_pair
 
 HIDDEN = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
@@ -99,8 +103,6 @@ def test_wrong_inputs(blocks, wrong):
 
 
 def test_the_old_way_to_make_one():
-    from petals.client.model.remote_sequential import RemoteSequential
-
     config = tiny_pair("llama")[0].config
     config.initial_peers, config.dht_prefix = ["/ip4/127.0.0.1/tcp/1"], "some-model"
     with pytest.warns(FutureWarning, match="dht"):
@@ -108,3 +110,11 @@ def test_the_old_way_to_make_one():
     assert len(blocks) == 3
     assert blocks.sequence_manager.block_uids == tuple(f"some-model.{i}" for i in (1, 2, 3))
     assert blocks[1:].sequence_manager.block_uids == ("some-model.2", "some-model.3")
+
+
+def test_the_blocks_of_a_manager():
+    config = tiny_pair("llama")[0].config
+    with RemoteSequenceManager(ClientConfig(dht_prefix="m"), BlockSpan(0, 5)) as manager:
+        blocks = RemoteSequential(config, sequence_manager=manager[1:4])
+        assert [str(part.blocks) for part in blocks] == ["1:2", "2:3", "3:4"]
+        assert str(RemoteSequential(config, sequence_manager=manager, end_block=2).blocks) == "0:2"
