@@ -28,7 +28,7 @@ class Captured(Exception):
 
 
 class LocalBlocks:
-    """Runs any consecutive blocks of ``base``, one row at a time, exactly as the model would."""
+    """Runs consecutive blocks of ``base``, one row at a time, as the model itself does."""
 
     def __init__(self, base, arch):
         self.host = base.get_submodule(arch.host_path)
@@ -37,8 +37,8 @@ class LocalBlocks:
         is_hybrid = "linear_attention" in (getattr(self.host.config, "layer_types", None) or ())
         self.cache_config = {"config": self.host.config} if is_hybrid else {}
         self.width = self.host.get_input_embeddings().embedding_dim
-        self.sessions = []  # those that have been sent a step
-        self.errors = {}  # number of a session's step -> what it raises, once
+        self.sessions = []  # the sessions that have run a step
+        self.errors = {}  # number of a session's step -> the error that it raises, once
         self.num_whole = 0
 
     def open_rows(self, access, blocks, *, max_length=None, num_rows=None, tuning=None):
@@ -60,11 +60,11 @@ class LocalBlocks:
         )
 
     def new_cache(self):
-        # Without a config no layer forgets what left its window, so that all can roll back.
+        # Without a config no layer drops what left its window, so that every layer can roll back.
         return DynamicCache(**self.cache_config)
 
     def run(self, hidden, blocks, cache, extras=None):
-        """[n, H] -> [n, H] behind the tokens in ``cache``."""
+        """[n, H] -> [n, H], after the tokens in ``cache``."""
         hidden = hidden.float()
         if not len(hidden) or not len(blocks):
             return hidden
@@ -86,13 +86,13 @@ class LocalBlocks:
 
 @dataclass
 class Extras:
-    """What is done around the blocks of one row: prompts [blocks, P, H] from ``start``, adapter."""
+    """Hooks for the blocks of one row: prompts [blocks, P, H] from ``start``, an adapter."""
 
     prompts: torch.Tensor | None = None
     adapter: object | None = None
     start: int = 0
     outputs: dict = field(default_factory=dict)
-    """What each block put out, [n, H]."""
+    """Output of each block, [n, H]."""
 
     def attach(self, layers, blocks, hidden):
         def enter(block, layer, args, kwargs):
@@ -179,7 +179,7 @@ class LocalRows:
 
 
 def tiny_pair(model_type, kind=EndsKind.CAUSAL_LM, **overrides):
-    """(the model as it is, the same with its blocks behind LocalBlocks)."""
+    """(the model of transformers, the same with remote blocks, which LocalBlocks runs)."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **overrides)
     arch = describe(config)

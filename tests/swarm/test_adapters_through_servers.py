@@ -27,7 +27,7 @@ from support.swarm import ALL, RealSwarm, real_swarm
 IDS = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(1))
 PROMPT = IDS[:1, :7]
 SETTINGS = {"min_backoff": 0.01, "repair_timeout": 60.0, "silence_timeout": 30.0}
-"""A killed server is noticed at once; one that is only slow, on a busy machine, is not given up."""
+"""A killed server is noticed at once; one that is slow because the machine is busy is kept."""
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -46,7 +46,7 @@ def poems(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Users:
-    """A swarm of the model in ``folder``, and as many clients as the test asks for."""
+    """A swarm of the model in ``folder``, and the clients that a test makes."""
 
     folder: Path
     swarm: RealSwarm
@@ -98,7 +98,7 @@ def users(folder: Path, poems: Path) -> Iterator[Users]:
 
 @pytest.fixture
 def spares(folder: Path) -> Iterator[Users]:
-    """Every block twice, so that one may die."""
+    """Every block is served twice, so that one server can be killed."""
     spans = (BlockSpan(0, 3), BlockSpan(3, 5))
     yield from users_of(folder, *spans, *spans)
 

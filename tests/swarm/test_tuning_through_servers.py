@@ -1,4 +1,4 @@
-"""A tuned model over real servers: gradients, words and classes as by hand, also as they die."""
+"""A tuned model over real servers: gradients, tokens and classes as by hand, also after a death."""
 
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -25,7 +25,7 @@ from support.tuned_reference import TunedReference
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 NUM_PROMPTS = 4
 CUTS = (BlockSpan(0, 2), BlockSpan(1, 4), BlockSpan(3, 5), BlockSpan(0, 3), BlockSpan(2, 5))
-"""Every block is served twice, so that one server can go."""
+"""Every block is served twice, so that one server can be killed."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ def test_training_and_generation(world: World, mode: str) -> None:
 
 
 class KillAt(StoppingCriteria):
-    """Ends a server of the running session when a sequence has so many tokens."""
+    """Kills a server of the running session when a sequence has a given number of tokens."""
 
     def __init__(self, world: World, remote: PreTrainedModel, length: int) -> None:
         self.world, self.remote, self.length = world, remote, length

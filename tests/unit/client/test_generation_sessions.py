@@ -1,4 +1,4 @@
-"""Continuing a session: in turns, without input, rolled back, after beams, after own steps."""
+"""Continuing a session: in turns, without input, rolled back, after beams, after plain steps."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_turns_are_one_long_conversation(local, remote):
         third = remote.generate(None, max_new_tokens=3)
     assert torch.equal(first, greedy(local, PROMPT, 4))
     whole = greedy(local, torch.cat([first, REPLY], dim=1), 7)
-    assert torch.equal(second, whole[:, first.shape[1] : -3])  # the reply and what follows it
+    assert torch.equal(second, whole[:, first.shape[1] : -3])  # the reply and its continuation
     assert torch.equal(third, whole[:, -3:])  # only what is new
     assert torch.equal(session.output_ids, whole)
     assert session.position == whole.shape[1] - 1

@@ -142,7 +142,7 @@ class EventLoopThread:
             self._closers.remove(closer)
 
     def close(self) -> None:
-        """Run the closers, cancel the remaining tasks, end the thread; a later call starts anew."""
+        """Run the closers, cancel the other tasks, end the thread; a later call restarts it."""
         with self._lock:
             loop, thread = self._loop, self._thread
             closers, self._closers = self._closers, []

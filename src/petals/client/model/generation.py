@@ -314,7 +314,7 @@ def _with_past(
     if past is None:
         if prompt is None and cache.get_seq_length() > 0:
             raise BadInput(
-                "The session was fed without generate, so its last token is unknown here.",
+                "The session was run without generate, so its last token is unknown.",
                 hint="Pass the next token ids.",
             )
         return (None if prompt is None else prompt.ids), 0

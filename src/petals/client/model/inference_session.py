@@ -1,8 +1,8 @@
 """A session for synchronous callers: run tokens through remote blocks, roll back, reorder, close.
 
-The session alone knows which columns its rows hold; a rollback or a new order of rows is recorded
-here and sent with the next step. One step is one call into the event loop. Knows hidden states;
-knows no model, no text and no sampling (what belongs to them is only stored here).
+The session alone knows which columns its rows hold. It records a rollback or a new order of rows
+and sends it with the next step. One step is one call into the event loop. Knows hidden states;
+knows no model, no text and no sampling (it only stores what belongs to them).
 """
 
 import weakref

@@ -1,4 +1,4 @@
-"""Rectangles to ragged rows and back, and what cannot be told as padding."""
+"""Padded batches to ragged rows and back, and masks that are not padding."""
 
 import pytest
 import torch

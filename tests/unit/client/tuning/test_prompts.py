@@ -1,4 +1,4 @@
-"""A tuned model equals prompt tuning done by hand on the whole model: losses, gradients, words."""
+"""A tuned model equals prompt tuning by hand on the whole model: losses, gradients, tokens."""
 
 import pytest
 import torch
@@ -237,7 +237,7 @@ def test_classifiers(family, mode):
     reference, remote = classifier_pair(family, mode, kind)
     labels = torch.tensor([1, 0, 1])
     mask = LEFT.flip(1)
-    ids = IDS * mask  # 0 is the token of padding
+    ids = IDS * mask  # 0 is the padding token
     output = remote(ids, attention_mask=mask, labels=labels)
     output.loss.backward()
     rows = [reference.states(IDS[row : row + 1, real]) for row, real in enumerate(mask.bool())]
