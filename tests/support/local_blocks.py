@@ -42,7 +42,9 @@ class LocalBlocks:
         self.num_whole = 0
 
     def open_rows(self, access, blocks, *, max_length=None, num_rows=None, tuning=None):
-        return LocalRows(self, blocks, max_length, tuning or Tuning())
+        rows = LocalRows(self, blocks, max_length, tuning or Tuning())
+        rows.lengths = (0,) * (num_rows or 0)
+        return rows
 
     def run_whole(self, access, blocks, hidden, call):
         self.num_whole += 1
@@ -159,6 +161,7 @@ class LocalRows:
             self.runner.sessions.append(self)
             self.caches = [self.runner.new_cache() for _ in counts]
         lengths = self.lengths or (0,) * len(counts)
+        assert reorder is not None or len(lengths) == len(counts)
         if reorder is not None:
             self.caches = [copy.deepcopy(self.caches[row]) for row in reorder]
             lengths = tuple(lengths[row] for row in reorder)

@@ -127,6 +127,15 @@ def test_after_beams(local, remote, num_answers):
     assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, first, 4))
 
 
+def test_beams_in_rows_that_were_reserved(local, remote):
+    with remote.inference_session(max_length=40, num_rows=3) as session:
+        assert (session.num_rows, session.lengths) == (3, ())
+        first = remote.generate(PROMPT, max_new_tokens=4, num_beams=3)
+        rest = remote.generate(None, max_new_tokens=4)
+    assert torch.equal(first, greedy(local, PROMPT, 4, num_beams=3))
+    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, first, 4))
+
+
 def test_beams_in_a_later_turn(local, remote):
     with remote.inference_session(max_length=40):
         first = remote.generate(PROMPT, max_new_tokens=4)

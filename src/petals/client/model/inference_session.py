@@ -50,7 +50,7 @@ class InferenceSession:
         """The session as transformers sees it. Written by the model."""
         self.num_prompt_tokens = 0
         """Columns before the first of ``output_ids``: trained prompts. Written by the model."""
-        self.columns = Rows.empty(num_rows or 0)
+        self.columns = Rows.empty(0)
         """What the rows hold, column by column; no rows before the first step.
 
         Columns that were cut, or whose rows were selected, can be assigned: the next step continues
@@ -84,7 +84,7 @@ class InferenceSession:
     @property
     def num_rows(self) -> int | None:
         """Rows of the session; None if the first step is to set it."""
-        return self.columns.num_rows or None
+        return self.columns.num_rows or len(self._rows.lengths) or None
 
     @property
     def lengths(self) -> tuple[int, ...]:
