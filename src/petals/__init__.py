@@ -1,8 +1,7 @@
-"""Petals: one large language model on many people's machines.
+"""Petals: one large language model on the machines of many people.
 
-The public names, imported when first touched, so that `import petals` costs milliseconds and loads
-no torch. Must not contain anything else: code lives in `types`, `errors`, `wire`, `swarm`,
-`models`, `client`, `server`, `testing` and `cli`.
+The public names; each is imported at its first use, so that `import petals` takes milliseconds and
+does not import torch. Contains nothing else.
 """
 
 from importlib import import_module

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from petals.client import ClientConfig, InferenceSession, RemoteSequenceManager
 from petals.client.model import legacy
 from petals.errors import ConfigError, ModelNotSupported
 from petals.models.checkpoint.arch import describe
@@ -39,6 +40,14 @@ def served_here(remote, folder):
 def test_import_paths(module, names):
     for name in names:
         assert getattr(importlib.import_module(module), name).__name__ == name
+
+
+def test_a_session_of_a_manager():
+    with RemoteSequenceManager(ClientConfig(dht_prefix="m"), ["m.0", "m.1"]) as manager:
+        session = InferenceSession(manager, 10)
+        assert (session.num_blocks, session.max_length, session.position) == (2, 10, 0)
+        for name in ("output_ids", "past_key_values", "last_token_id"):
+            assert getattr(session, name) is None
 
 
 def test_a_name_that_never_was():

@@ -91,4 +91,4 @@ def test_a_long_sentence_outlives_a_drained_server(
         more = model.generate(None, session=session, max_new_tokens=NUM_MORE, do_sample=False)
         assert_same_tokens(smollm2_local, expected, torch.cat([first[0], more[0]]))
     swarm.servers.remove(drain.victim)
-    model.remote_blocks.runner.manager.shutdown()
+    model.remote_blocks.sequence_manager.shutdown()

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from petals import AutoDistributedModelForCausalLM
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.errors import (
     AdmissionDenied,
     BadInput,
@@ -133,11 +133,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     )
     with LocalSwarm(config) as swarm:
         network = NodeConfig(initial_peers=swarm.initial_peers, swarm_key=key, client_mode=True)
-        node = bridge.run(_entered(network))
+        node = client_loop.run(_entered(network))
         try:
             yield World(swarm, key_file, served, lonely, node)
         finally:
-            bridge.run(node.close())
+            client_loop.run(node.close())
             assert swarm.exited() == set()
 
 
@@ -150,7 +150,7 @@ def servers_live_on(world: World) -> Iterator[None]:
     """After each test the same two processes serve a right request and have all their pages."""
     yield
     assert world.swarm.exited() == set()
-    bridge.run(world.until_at_rest())
+    client_loop.run(world.until_at_rest())
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_a_full_cache_is_waited_for_and_then_told(world: World, model: PreTraine
             model.generate(PROMPT, max_new_tokens=2)
         assert time.monotonic() - began >= 0.5
         # Both servers still have nothing but the holder.
-        assert [info.num_sessions for info in bridge.run(world.infos())] == [1, 1]
+        assert [info.num_sessions for info in client_loop.run(world.infos())] == [1, 1]
         holder.step(torch.zeros(1, 1, HIDDEN))
     assert model.generate(PROMPT, max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
 
@@ -283,7 +283,7 @@ class TestBytes:
     def test_without_a_greeting_only_a_refusal_comes_back(
         self, world: World, garbage: bytes
     ) -> None:
-        answers = bridge.run(self._talk(world, garbage))
+        answers = client_loop.run(self._talk(world, garbage))
         assert [type(answer) for answer in answers] in ([Refusal], [])
         for answer in answers:
             assert answer.code in ("protocol", "admission_denied", "version_mismatch")
@@ -321,7 +321,7 @@ class TestBytes:
             await asyncio.gather(*(self._go_mad(world, way, i) for i, way in enumerate(ways)))
             await world.until_at_rest(LEASE_SECONDS + SOON_SECONDS)
 
-        bridge.run(go_mad())
+        client_loop.run(go_mad())
 
     async def _go_mad(self, world: World, garbage: bytes, number: int) -> None:
         async with await world.node.open_channel(_first(world), "blocks") as channel:
@@ -343,7 +343,7 @@ class TestBytes:
             await channel.close()
             await world.until_at_rest(LEASE_SECONDS + SOON_SECONDS)
 
-        bridge.run(break_off())
+        client_loop.run(break_off())
 
     def test_servers_check_what_clients_should_have_checked(self, world: World) -> None:
         async def send_nonsense() -> None:
@@ -365,7 +365,7 @@ class TestBytes:
                 assert output.shape == (3, HIDDEN)
                 await channel.request(CloseSession(SESSION), expect=SessionEnded)
 
-        bridge.run(send_nonsense())
+        client_loop.run(send_nonsense())
 
 
 SESSION = b"s" * 16
@@ -430,12 +430,12 @@ def test_a_client_that_is_killed_is_forgotten_when_its_lease_ends(world: World) 
         assert client.stdout is not None and client.stdout.readline() == "holding\n"
         # Signs of life keep an idle session beyond its lease.
         time.sleep(1.5 * LEASE_SECONDS)
-        held = bridge.run(world.infos())
+        held = client_loop.run(world.infos())
         assert [(info.num_sessions, info.tokens_free) for info in held] == [(1, 0), (1, 0)]
     finally:
         client.kill()
         client.wait()
-    bridge.run(world.until_at_rest(LEASE_SECONDS + SOON_SECONDS))
+    client_loop.run(world.until_at_rest(LEASE_SECONDS + SOON_SECONDS))
     world.model().generate(PROMPT, max_new_tokens=CACHE_TOKENS - 3)
 
 

@@ -28,7 +28,7 @@ from nemesis.workload import (
     make_workload,
 )
 from petals import AutoDistributedModelForCausalLM
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.testing.equality import assert_same_tokens
@@ -413,7 +413,7 @@ def performing(workload: Workload) -> Iterator[list[Performance]]:
 
 def manager_of(model: Any) -> RemoteSequenceManager:
     """The owner of the model's connection."""
-    manager: RemoteSequenceManager = model.remote_blocks.runner.manager
+    manager: RemoteSequenceManager = model.remote_blocks.sequence_manager
     return manager
 
 
@@ -443,7 +443,7 @@ def _in_short(error: BaseException) -> str:
 def _stacks() -> str:
     """Where the threads of this process and the tasks of its client stand."""
     threads = ["".join(traceback.format_stack(f)[-6:]) for f in sys._current_frames().values()]
-    return "\n".join([*threads, *bridge.run(_tasks(), 5.0)])
+    return "\n".join([*threads, *client_loop.run(_tasks(), 5.0)])
 
 
 async def _tasks() -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from nemesis.arena import Arena, daemons, wait_until
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.testing.local_swarm import LocalServer
@@ -154,7 +154,7 @@ class OwnHoldings:
         gc.collect()
         me = psutil.Process()
         return cls(
-            bridge.run(count_tasks()),
+            client_loop.run(count_tasks()),
             threading.active_count(),
             me.num_fds(),
             len(daemons(me.pid)),

@@ -1,6 +1,6 @@
-"""A test double: the blocks of a whole tiny model in this process, behind the client's seam.
+"""A test double: the blocks of a whole tiny model in this process, as a client's BlockRunner.
 
-Each row has an exact cache of its own; sessions record what they were sent.
+Each row has an exact cache of its own; sessions record the steps that they are sent.
 """
 
 import copy
@@ -11,12 +11,16 @@ import torch
 from transformers import DynamicCache
 
 from petals.client.block_runner import PassOutput
+from petals.client.config import ClientConfig
 from petals.client.model.load import distribute, layers_return_tuple
 from petals.client.model.remote_sequential import RemoteSequential
+from petals.client.routing.sequence_manager import RemoteSequenceManager
+from petals.client.session.types import Tuning
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
 from petals.models.checkpoint.arch import describe, parent_of
 from petals.models.loading.head import HeadKind, class_for
 from petals.models.verify.tiny import tiny_config
+from petals.types import BlockSpan
 
 
 class Captured(Exception):
@@ -24,7 +28,7 @@ class Captured(Exception):
 
 
 class LocalBlocks:
-    """Runs any consecutive blocks of ``base``, one row at a time, exactly as the model would."""
+    """Runs consecutive blocks of ``base``, one row at a time, as the model itself does."""
 
     def __init__(self, base, arch):
         self.host = base.get_submodule(arch.host_path)
@@ -33,14 +37,16 @@ class LocalBlocks:
         is_hybrid = "linear_attention" in (getattr(self.host.config, "layer_types", None) or ())
         self.cache_config = {"config": self.host.config} if is_hybrid else {}
         self.width = self.host.get_input_embeddings().embedding_dim
-        self.sessions = []
+        self.sessions = []  # the sessions that have run a step
+        self.errors = {}  # number of a session's step -> the error that it raises, once
         self.num_whole = 0
 
-    def open_session(self, blocks, call):
-        self.sessions.append(LocalSession(self, blocks, call))
-        return self.sessions[-1]
+    def open_rows(self, access, blocks, *, max_length=None, num_rows=None, tuning=None):
+        rows = LocalRows(self, blocks, max_length, tuning or Tuning())
+        rows.lengths = (0,) * (num_rows or 0)
+        return rows
 
-    def run_whole(self, blocks, hidden, call):
+    def run_whole(self, access, blocks, hidden, call):
         self.num_whole += 1
         prompts = call.prompts
         if prompts is not None:
@@ -56,14 +62,11 @@ class LocalBlocks:
         )
 
     def new_cache(self):
-        # Without a config no layer forgets what left its window, so that all can roll back.
+        # Without a config no layer drops what left its window, so that every layer can roll back.
         return DynamicCache(**self.cache_config)
 
-    def sequence_manager(self, blocks):
-        return None
-
     def run(self, hidden, blocks, cache, extras=None):
-        """[n, H] -> [n, H] behind the tokens in ``cache``."""
+        """[n, H] -> [n, H], after the tokens in ``cache``."""
         hidden = hidden.float()
         if not len(hidden) or not len(blocks):
             return hidden
@@ -85,13 +88,13 @@ class LocalBlocks:
 
 @dataclass
 class Extras:
-    """What is done around the blocks of one row: prompts [blocks, P, H] from ``start``, adapter."""
+    """Hooks for the blocks of one row: prompts [blocks, P, H] from ``start``, an adapter."""
 
     prompts: torch.Tensor | None = None
     adapter: object | None = None
     start: int = 0
     outputs: dict = field(default_factory=dict)
-    """What each block put out, [n, H]."""
+    """Output of each block, [n, H]."""
 
     def attach(self, layers, blocks, hidden):
         def enter(block, layer, args, kwargs):
@@ -130,73 +133,56 @@ def _adapt(scaling, a, b, module, args, output):
     return output + scaling * (args[0] @ a.T) @ b.T
 
 
-class LocalSession:
-    """Ragged rows with rollback and reorder, as a session of the swarm promises them."""
+class LocalRows:
+    """Ragged rows with rollback and reorder, as `SessionRows` has them."""
 
-    def __init__(self, runner, blocks, call):
-        self.runner, self.blocks, self.call = runner, blocks, call
-        self.max_length, self.num_rows = call.max_length, call.num_rows
-        self.caches, self.lengths = [], []
-        self.output_ids = None
-        self.past_key_values = None
+    def __init__(self, runner, blocks, max_length, tuning):
+        self.runner, self.blocks, self.tuning = runner, blocks, tuning
+        self.max_length = max_length
+        self.caches, self.lengths = [], ()
         self.is_closed = False
         self.steps = []  # (starts, counts, reorder)
 
     @property
-    def position(self):
-        return max(self.lengths, default=0)
+    def is_open(self):
+        return bool(self.caches) and not self.is_closed
 
-    @position.setter
-    def position(self, value):
-        for row, length in enumerate(self.lengths):
-            self._roll_back(row, min(value, length))
-
-    def step(self, inputs, prompts=None, hypo_ids=None):
-        if not self.lengths:
-            self.lengths = [0] * inputs.shape[0]
-        counts = [inputs.shape[1]] * inputs.shape[0]
-        reorder = None if hypo_ids is None else hypo_ids.tolist()
-        packed = inputs.reshape(-1, inputs.shape[-1])
-        outputs = self.step_rows(packed, starts=tuple(self.lengths), counts=counts, reorder=reorder)
-        return outputs.view(inputs.shape)
-
-    @torch.no_grad()
-    def step_rows(self, hidden, *, starts, counts, reorder=None):
+    async def step(self, hidden, starts, counts, reorder=None):
         if self.is_closed:
             raise SessionClosed("The session is closed.")
+        if len(self.steps) in self.runner.errors:
+            raise self.runner.errors.pop(len(self.steps))
         longest = max(start + count for start, count in zip(starts, counts))
         if self.max_length is not None and longest > self.max_length:
             raise LengthExceeded(f"{longest} tokens in a session for {self.max_length}.")
         assert hidden.shape[0] == sum(counts)
         self.steps.append((tuple(starts), tuple(counts), reorder))
         if not self.caches:
+            self.runner.sessions.append(self)
             self.caches = [self.runner.new_cache() for _ in counts]
-            self.lengths = [0] * len(counts)
+        lengths = self.lengths or (0,) * len(counts)
+        assert reorder is not None or len(lengths) == len(counts)
         if reorder is not None:
             self.caches = [copy.deepcopy(self.caches[row]) for row in reorder]
-            self.lengths = [self.lengths[row] for row in reorder]
-        self.num_rows = len(counts)
+            lengths = tuple(lengths[row] for row in reorder)
         outputs = []
         for row, part in enumerate(hidden.split(list(counts))):
-            self._roll_back(row, starts[row])
-            extras = Extras(self.call.prompts, self.call.adapter, self.lengths[row])
-            outputs.append(self.runner.run(part, self.blocks, self.caches[row], extras))
-            self.lengths[row] += counts[row]
+            if starts[row] > lengths[row]:
+                raise SessionGap(f"{starts[row]} > {lengths[row]}")
+            if starts[row] < lengths[row]:
+                self.caches[row].crop(starts[row] - lengths[row])
+            extras = Extras(self.tuning.prompts, self.tuning.adapter, starts[row])
+            with torch.no_grad():
+                outputs.append(self.runner.run(part, self.blocks, self.caches[row], extras))
+        self.lengths = tuple(start + count for start, count in zip(starts, counts))
         return torch.cat(outputs)
 
-    def _roll_back(self, row, length):
-        if length > self.lengths[row]:
-            raise SessionGap(f"{length} > {self.lengths[row]}")
-        if length < self.lengths[row]:
-            self.caches[row].crop(length - self.lengths[row])
-            self.lengths[row] = length
-
-    def close(self):
+    async def close(self):
         self.is_closed = True
 
 
 def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
-    """(the model as it is, the same with its blocks behind LocalBlocks)."""
+    """(the model of transformers, the same with remote blocks, which LocalBlocks runs)."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **overrides)
     arch = describe(config)
@@ -207,7 +193,8 @@ def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
     remote = copy.deepcopy(local).requires_grad_(False)
     base = remote.base_model
     runner = LocalBlocks(copy.deepcopy(base), arch)
-    blocks = RemoteSequential(remote.config, runner=runner)
+    manager = RemoteSequenceManager(ClientConfig(dht_prefix="tiny"), BlockSpan(0, arch.num_blocks))
+    blocks = RemoteSequential(remote.config, sequence_manager=manager, runner=runner)
     blocks.returns_tuple = layers_return_tuple(arch, config)
     setattr(*parent_of(base, arch.layers_path), blocks)
     return local, distribute(remote, arch)

@@ -1,4 +1,4 @@
-"""A user who trains an adapter through a swarm, for tests that want him in a process of his own."""
+"""A user who trains an adapter through a swarm, for tests that start another process."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from petals import AutoDistributedModelForCausalLM
 
 
 def train(model: torch.nn.Module, ids: torch.Tensor, num_steps: int) -> list[float]:
-    """Losses of so many steps of whatever of the model requires gradients."""
+    """Train the parameters that require gradients; returns the loss of each step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-2)
     losses = []
@@ -24,7 +24,7 @@ def train(model: torch.nn.Module, ids: torch.Tensor, num_steps: int) -> list[flo
 def learn(
     folder: Path, peers: list[str], adapter: Path, ids: torch.Tensor, num_steps: int
 ) -> list[float]:
-    """Go on with ``adapter`` and write it back; returns the losses."""
+    """Continue the training of ``adapter`` and save it; returns the loss of each step."""
     torch.set_num_threads(1)
     model = AutoDistributedModelForCausalLM.from_pretrained(
         str(folder), initial_peers=peers, dtype=torch.float32

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.model.auto import AutoDistributedModelForCausalLM
-from petals.client.model.swarm_runner import SwarmRunner
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.server.config import ComputeConfig, LimitsConfig, MemoryConfig, ServerConfig
 from petals.server.config import SourceConfig as Source
@@ -46,12 +45,12 @@ class ModelSwarm:
         options = {"dht_prefix": blocks.sequence_manager.model} | options
         manager = RemoteSequenceManager(config(**options), blocks.blocks, node=self.node)
         self.clients.enter_context(manager)
-        blocks.runner = SwarmRunner(manager)
+        blocks.sequence_manager = manager
         return remote
 
     def add(self, span: BlockSpan, **changes: Any) -> PeerId:
         """Start one more server and return when it is online."""
-        return bridge.run(self._add(replace(self.base, blocks=span, **changes)))
+        return client_loop.run(self._add(replace(self.base, blocks=span, **changes)))
 
     async def _add(self, server_config: ServerConfig) -> PeerId:
         came: asyncio.Future[OnlineInfo] = asyncio.get_running_loop().create_future()
@@ -76,8 +75,8 @@ def model_swarm(folder: Path, *spans: BlockSpan, dtype: str = "float32") -> Iter
     stack, clients, net = AsyncExitStack(), ExitStack(), MemoryNet()
     try:
         seed = SwarmNode(NodeConfig(), engine=net.engine)
-        bridge.run(stack.enter_async_context(seed))
-        peers = bridge.run(seed.addresses())
+        client_loop.run(stack.enter_async_context(seed))
+        peers = client_loop.run(seed.addresses())
         base = ServerConfig(
             source=Source(model=str(folder)),
             compute=ComputeConfig(device="cpu", num_threads=1, dtype=dtype),
@@ -91,8 +90,8 @@ def model_swarm(folder: Path, *spans: BlockSpan, dtype: str = "float32") -> Iter
             swarm.add(span)
         network = NodeConfig(initial_peers=peers, client_mode=True)
         swarm.node = SwarmNode(network, engine=net.engine)
-        bridge.run(stack.enter_async_context(swarm.node))
+        client_loop.run(stack.enter_async_context(swarm.node))
         yield swarm
     finally:
         clients.close()
-        bridge.run(stack.aclose())
+        client_loop.run(stack.aclose())

@@ -1,4 +1,4 @@
-"""Adapters made by stock peft, with random matrices, and what peft says they do."""
+"""Adapters made by stock peft, with random matrices, and their effect on a local model."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ TARGETS = {
 
 
 def peft_model(folder: Path, seed: int = 0, **settings) -> peft.PeftModel:
-    """The model in ``folder`` under a new adapter whose B is random, too."""
+    """The model in ``folder`` with a new adapter; B is random, too."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     settings = {"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM"} | settings
     settings.setdefault("target_modules", TARGETS[model.config.model_type])

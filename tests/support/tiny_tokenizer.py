@@ -1,4 +1,4 @@
-"""A tokenizer of four words, for commands on tiny random models."""
+"""A tokenizer with a vocabulary of four, for commands on tiny random models."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Put the tokenizer's files beside a model's."""
+    """Write the tokenizer's files into a model's folder."""
     words = {word: number for number, word in enumerate(["<unk>", "</s>", "one", "two"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()

@@ -1,6 +1,6 @@
 """Prompt tuning by hand: a stock model of transformers, with prompts put in through hooks.
 
-Nothing of Petals is used, so that it can tell what Petals should give.
+Nothing of Petals is used, so that it can be the reference for Petals.
 """
 
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ class TunedReference:
 
     @classmethod
     def of(cls, local, remote):
-        """The prompts of a tuned model, in the whole model it belongs to."""
+        """The prompts of a tuned model, put into the whole model."""
         host = remote.blocks_host
         num_blocks = len(remote.remote_blocks)
         deep = host._modules.get("intermediate_prompt_embeddings")
@@ -37,7 +37,7 @@ class TunedReference:
         return [self.prompts] if self.deep is None else [self.prompts, self.deep]
 
     def gradients(self):
-        """In the shapes of the tuned model's own parameters."""
+        """Gradients of the prompts, in the shapes of the tuned model's parameters."""
         found = [self.prompts.grad]
         if self.deep is not None:
             found.append(self.deep.grad.transpose(0, 1).reshape(len(self.prompts), -1))
@@ -48,7 +48,7 @@ class TunedReference:
         return torch.cat([self.prompts.expand(len(ids), -1, -1), embeds], dim=1)
 
     def states(self, ids):
-        """What the base model says of ids [rows, T] without padding: [rows, T, H]."""
+        """The base model's output for ids [rows, T] without padding: [rows, T, H]."""
         with self.deep_prompts():
             output = self.model.base_model(inputs_embeds=self.embed(ids), use_cache=False)
         return output.last_hidden_state[:, len(self.prompts) :]
@@ -70,7 +70,7 @@ class TunedReference:
 
     @contextmanager
     def deep_prompts(self):
-        """Add them wherever a sequence begins: whole sequences and first steps, no later ones."""
+        """Add deep prompts to whole sequences and to the first step of a generation."""
 
         def add(number):
             def hook(layer, args, kwargs):

@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals import AutoDistributedModelForCausalLM, LoraConfig
-from petals.client.connection.event_loop import bridge
-from petals.client.model.swarm_runner import SwarmRunner
+from petals.client.connection.event_loop import client_loop
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import UnknownAdapter
 from petals.swarm.config import NodeConfig
@@ -28,7 +27,7 @@ from support.swarm import ALL, RealSwarm, real_swarm
 IDS = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(1))
 PROMPT = IDS[:1, :7]
 SETTINGS = {"min_backoff": 0.01, "repair_timeout": 60.0, "silence_timeout": 30.0}
-"""A killed server is noticed at once; one that is only slow, on a busy machine, is not given up."""
+"""A killed server is noticed at once; one that is slow because the machine is busy is kept."""
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -47,7 +46,7 @@ def poems(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Users:
-    """A swarm of the model in ``folder``, and as many clients as the test asks for."""
+    """A swarm of the model in ``folder``, and the clients that a test makes."""
 
     folder: Path
     swarm: RealSwarm
@@ -57,16 +56,16 @@ class Users:
         """The model of a new user: a peer of its own."""
         network = NodeConfig(initial_peers=self.swarm.base.network.initial_peers, client_mode=True)
         node = SwarmNode(network, engine=self.swarm.net.engine)
-        bridge.run(node.__aenter__())
-        self.stack.callback(lambda: bridge.run(node.__aexit__(None, None, None)))
+        client_loop.run(node.__aenter__())
+        self.stack.callback(lambda: client_loop.run(node.__aexit__(None, None, None)))
         settings = config(**({"dht_prefix": self.swarm.model} | SETTINGS | options))
         manager = self.stack.enter_context(RemoteSequenceManager(settings, ALL, node=node))
         model = AutoDistributedModelForCausalLM.from_pretrained(str(self.folder))
-        model.remote_blocks.runner = SwarmRunner(manager)
+        model.remote_blocks.sequence_manager = manager
         return model
 
     def kill(self, peer: PeerId) -> None:
-        bridge.run(_soon(partial(self.swarm.net.kill, peer)))
+        client_loop.run(_soon(partial(self.swarm.net.kill, peer)))
 
     def local(self, adapter: Path | None = None, **options: object) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
@@ -82,14 +81,14 @@ async def _soon(work) -> None:
 def users_of(folder: Path, *spans: BlockSpan, **options: object) -> Iterator[Users]:
     stack = AsyncExitStack()
     try:
-        swarm = bridge.run(
+        swarm = client_loop.run(
             stack.enter_async_context(real_swarm(folder, *spans, max_step_tokens=256, **options))
         )
         users = Users(folder, swarm)
         with users.stack:
             yield users
     finally:
-        bridge.run(stack.aclose())
+        client_loop.run(stack.aclose())
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def users(folder: Path, poems: Path) -> Iterator[Users]:
 
 @pytest.fixture
 def spares(folder: Path) -> Iterator[Users]:
-    """Every block twice, so that one may die."""
+    """Every block is served twice, so that one server can be killed."""
     spans = (BlockSpan(0, 3), BlockSpan(3, 5))
     yield from users_of(folder, *spans, *spans)
 

@@ -1,4 +1,4 @@
-"""Clients of one swarm share a node of the real engine; wrong addresses and keys are told."""
+"""Clients of one swarm share a node of the real engine; wrong addresses and keys are refused."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petals.client.block_runner import PassCall
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.model.inference_session import InferenceSession
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.training.autograd import run_whole
@@ -43,9 +43,9 @@ ALL = BlockSpan(0, 4)
 def swarm() -> Iterator[ToySwarm]:
     stack = AsyncExitStack()
     try:
-        yield bridge.run(stack.enter_async_context(toy_swarm((0, 2), (2, 4))))
+        yield client_loop.run(stack.enter_async_context(toy_swarm((0, 2), (2, 4))))
     finally:
-        bridge.run(stack.aclose())
+        client_loop.run(stack.aclose())
 
 
 @pytest.fixture
@@ -139,11 +139,11 @@ def test_gradients_do_not_follow_into_a_session(manager: RemoteSequenceManager) 
 def test_a_forgotten_session_is_closed(swarm: ToySwarm, manager: RemoteSequenceManager) -> None:
     session = InferenceSession(manager, max_length=10)
     session.step(batch(1))
-    assert not bridge.run(swarm.at_rest())
+    assert not client_loop.run(swarm.at_rest())
     server = swarm.servers[0]
     del session
     gc.collect()
-    bridge.run(server.until(lambda: not server.sessions))
+    client_loop.run(server.until(lambda: not server.sessions))
 
 
 def test_slices_are_paths_of_their_own(manager: RemoteSequenceManager) -> None:
@@ -153,7 +153,7 @@ def test_slices_are_paths_of_their_own(manager: RemoteSequenceManager) -> None:
     assert manager[-1].blocks == BlockSpan(3, 4)
     with InferenceSession(part, max_length=10) as session:
         torch.testing.assert_close(session.step(batch(1)), whole(batch(1), BlockSpan(1, 3)))
-    with InferenceSession(manager, BlockSpan(0, 1), max_length=10) as session:
+    with InferenceSession(manager[:1], max_length=10) as session:
         torch.testing.assert_close(session.step(batch(1)), whole(batch(1), BlockSpan(0, 1)))
     with pytest.raises(ConfigError):
         manager[::2]
@@ -241,7 +241,7 @@ def test_shutdown_ends_sessions(swarm: ToySwarm, manager: RemoteSequenceManager)
     assert manager.is_alive
     manager.shutdown()
     assert not manager.is_alive
-    assert bridge.run(swarm.at_rest())
+    assert client_loop.run(swarm.at_rest())
     with pytest.raises(SwarmError):
         InferenceSession(manager, max_length=10).step(batch(1))
 
@@ -259,7 +259,7 @@ def test_forgotten_managers_let_go_of_the_swarm(swarm: ToySwarm) -> None:
     del part, session
     gc.collect()
     server = swarm.servers[0]
-    bridge.run(server.until(lambda: not server.sessions))
+    client_loop.run(server.until(lambda: not server.sessions))
     assert not access.is_alive
 
 

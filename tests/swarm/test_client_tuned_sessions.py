@@ -1,4 +1,4 @@
-"""Sessions that bring deep prompts and adapters: each hop gets its share, at every opening."""
+"""Sessions with deep prompts and adapters: each hop gets its blocks' part, also a replacement."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Deep prompts of a session: added at the first positions of every row, in any company."""
+"""Deep prompts of a session: added at the first positions of every row, in batches with others."""
 
 import asyncio
 

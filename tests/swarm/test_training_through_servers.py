@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.errors import TrainingRefused
 from petals.server.config import LimitsConfig
 from petals.testing.tiny_models import write_tiny_model
@@ -114,7 +114,7 @@ def test_a_death_changes_no_gradient(llama: Path, when: str) -> None:
         swarm.add(BlockSpan(2, 5))
 
         def kill() -> None:
-            bridge.loop.call_soon_threadsafe(swarm.net.kill, swarm.peers[1])
+            client_loop.loop.call_soon_threadsafe(swarm.net.kill, swarm.peers[1])
 
         if when == "there":
             kill()

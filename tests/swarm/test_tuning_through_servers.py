@@ -1,4 +1,4 @@
-"""A tuned model over real servers: gradients, words and classes as by hand, also as they die."""
+"""A tuned model over real servers: gradients, tokens and classes as by hand, also after a death."""
 
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -10,12 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.model.auto import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
 )
-from petals.client.model.swarm_runner import SwarmRunner
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
@@ -26,7 +25,7 @@ from support.tuned_reference import TunedReference
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 NUM_PROMPTS = 4
 CUTS = (BlockSpan(0, 2), BlockSpan(1, 4), BlockSpan(3, 5), BlockSpan(0, 3), BlockSpan(2, 5))
-"""Every block is served twice, so that one server can go."""
+"""Every block is served twice, so that one server can be killed."""
 
 
 @dataclass
@@ -43,7 +42,7 @@ class World:
         if mode == "deep_ptune":
             with torch.no_grad():
                 remote.intermediate_prompt_embeddings.weight.normal_(std=0.3)
-        remote.remote_blocks.runner = SwarmRunner(self.manager)
+        remote.remote_blocks.sequence_manager = self.manager
         return remote
 
     def reference(self, remote: PreTrainedModel) -> TunedReference:
@@ -55,12 +54,14 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     folder = write_tiny_model(tmp_path / request.param, request.param)
     stack = AsyncExitStack()
     try:
-        swarm = bridge.run(stack.enter_async_context(real_swarm(folder, *CUTS, max_step_tokens=64)))
+        swarm = client_loop.run(
+            stack.enter_async_context(real_swarm(folder, *CUTS, max_step_tokens=64))
+        )
         settings = config(dht_prefix=swarm.model, prefill_chunk_tokens=3, repair_timeout=30.0)
         with RemoteSequenceManager(settings, ALL, node=swarm.client) as manager:
             yield World(swarm, folder, manager)
     finally:
-        bridge.run(stack.aclose())
+        client_loop.run(stack.aclose())
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -98,7 +99,7 @@ def test_training_and_generation(world: World, mode: str) -> None:
 
 
 class KillAt(StoppingCriteria):
-    """Ends a server of the running session when a sequence has so many tokens."""
+    """Kills a server of the running session when a sequence has a given number of tokens."""
 
     def __init__(self, world: World, remote: PreTrainedModel, length: int) -> None:
         self.world, self.remote, self.length = world, remote, length
@@ -111,7 +112,7 @@ class KillAt(StoppingCriteria):
             async def kill() -> None:
                 self.world.swarm.net.kill(victim)
 
-            bridge.run(kill())
+            client_loop.run(kill())
             self.num_killed = 1
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
@@ -142,7 +143,7 @@ def test_a_server_dies_while_a_model_is_tuned(world: World) -> None:
             async def kill() -> None:
                 world.swarm.net.kill(world.swarm.peers[1])
 
-            bridge.run(kill())
+            client_loop.run(kill())
         expected = reference.logits(IDS)
         wanted = cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
         assert loss.item() == pytest.approx(wanted.item(), abs=1e-4)

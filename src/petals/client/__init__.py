@@ -1,6 +1,6 @@
-"""The reader's side: a model's two ends here, its blocks on servers.
+"""The client: embeddings and head of a model in this process, its blocks on servers.
 
-Names that old scripts import from here are found at first use. Must not import anything itself.
+The names that old scripts import from this package are imported at their first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Continuing a session: in turns, without input, rolled back, after beams, after own steps."""
+"""Continuing a session: in turns, without input, rolled back, after beams, after plain steps."""
 
 import pytest
 import torch
@@ -26,6 +26,11 @@ def remote(pair):
     return pair[1]
 
 
+def steps_of(remote):
+    (session,) = remote.remote_blocks.runner.sessions
+    return session.steps
+
+
 def greedy(model, ids, num_tokens, **options):
     return model.generate(ids, max_new_tokens=num_tokens, use_cache=True, **options)
 
@@ -37,7 +42,7 @@ def test_turns_are_one_long_conversation(local, remote):
         third = remote.generate(None, max_new_tokens=3)
     assert torch.equal(first, greedy(local, PROMPT, 4))
     whole = greedy(local, torch.cat([first, REPLY], dim=1), 7)
-    assert torch.equal(second, whole[:, first.shape[1] : -3])  # the reply and what follows it
+    assert torch.equal(second, whole[:, first.shape[1] : -3])  # the reply and its continuation
     assert torch.equal(third, whole[:, -3:])  # only what is new
     assert torch.equal(session.output_ids, whole)
     assert session.position == whole.shape[1] - 1
@@ -48,7 +53,7 @@ def test_no_token_runs_twice(remote):
     with remote.inference_session(max_length=40) as session:
         remote.generate(PROMPT, max_new_tokens=4)
         remote.generate(REPLY, max_new_tokens=4)
-    assert sum(counts[0] for _, counts, _ in session.steps) == session.position
+    assert sum(counts[0] for _, counts, _ in steps_of(remote)) == session.position
 
 
 def test_session_as_an_argument(local, remote):
@@ -66,7 +71,6 @@ def test_use_session_from_outside(local, remote):
     with remote.use_session(session):
         first = remote.generate(PROMPT, max_new_tokens=2)
     assert remote.active_session is None
-    assert not session.is_closed
     with remote.use_session(session):
         rest = remote.generate(None, max_new_tokens=2)
     assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 4))
@@ -106,9 +110,9 @@ def test_lookup_leaves_the_session_where_its_tokens_end(local, remote):
     with remote.inference_session(max_length=60) as session:
         first = remote.generate(PROMPT, max_new_tokens=8, prompt_lookup_num_tokens=4)
         assert session.position <= first.shape[1] - 1
-        num_before = len(session.steps)
+        num_before = len(steps_of(remote))
         rest = remote.generate(None, max_new_tokens=8, prompt_lookup_num_tokens=4)
-        starts, counts, _ = session.steps[num_before]
+        starts, counts, _ = steps_of(remote)[num_before]
         assert starts[0] + counts[0] <= first.shape[1] + 4
     assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 16))
 
@@ -120,6 +124,15 @@ def test_after_beams(local, remote, num_answers):
         first = remote.generate(PROMPT, max_new_tokens=4, **beams)
         rest = remote.generate(None, max_new_tokens=4)
     assert torch.equal(first, greedy(local, PROMPT, 4, **beams))
+    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, first, 4))
+
+
+def test_beams_in_rows_that_were_reserved(local, remote):
+    with remote.inference_session(max_length=40, num_rows=3) as session:
+        assert (session.num_rows, session.lengths) == (3, ())
+        first = remote.generate(PROMPT, max_new_tokens=4, num_beams=3)
+        rest = remote.generate(None, max_new_tokens=4)
+    assert torch.equal(first, greedy(local, PROMPT, 4, num_beams=3))
     assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, first, 4))
 
 
@@ -167,13 +180,12 @@ def test_a_padded_batch_goes_on(local, remote):
 
 
 def test_an_error_leaves_the_session_usable(local, remote):
-    with remote.inference_session(max_length=40) as session:
+    with remote.inference_session(max_length=40):
         first = remote.generate(PROMPT, max_new_tokens=3)
         with pytest.raises(BadInput, match="vocabulary"):
             remote.generate(torch.tensor([[1000]]), max_new_tokens=3)
         with pytest.raises(BadInput, match="rows"):
             remote.generate(REPLY.repeat(2, 1), max_new_tokens=3)
-        assert not session.is_closed
         rest = remote.generate(None, max_new_tokens=3)
     assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 6))
 
@@ -187,23 +199,10 @@ def test_what_a_session_cannot_continue(local, remote):
             remote.generate(None, max_new_tokens=2)
 
 
-def fail_once(monkeypatch, owner, after_steps):
-    """The blocks are gone for one step, after so many."""
-    step_rows, steps = owner.step_rows, []
-
-    def failing(*args, **kwargs):
-        steps.append(args)
-        if len(steps) == after_steps + 1:
-            raise MissingBlocksError("Nobody serves blocks 2:4.")
-        return step_rows(*args, **kwargs)
-
-    monkeypatch.setattr(owner, "step_rows", failing)
-
-
-def test_what_was_generated_survives_the_loss_of_blocks(local, remote, monkeypatch):
+def test_what_was_generated_survives_the_loss_of_blocks(local, remote):
     whole = greedy(local, PROMPT, 8)
     with remote.inference_session(max_length=40) as session:
-        fail_once(monkeypatch, session, after_steps=4)
+        remote.remote_blocks.runner.errors[4] = MissingBlocksError("Blocks 2:4 are not served.")
         with pytest.raises(MissingBlocksError) as caught:
             remote.generate(PROMPT, max_new_tokens=8)
         assert torch.equal(caught.value.generated, whole[:, : PROMPT.shape[1] + 4])
@@ -212,9 +211,9 @@ def test_what_was_generated_survives_the_loss_of_blocks(local, remote, monkeypat
         assert torch.equal(rest, whole[:, -4:])
 
 
-def test_beams_begin_again_after_the_loss_of_blocks(local, remote, monkeypatch):
-    with remote.inference_session(max_length=40) as session:
-        fail_once(monkeypatch, session, after_steps=3)
+def test_beams_begin_again_after_the_loss_of_blocks(local, remote):
+    with remote.inference_session(max_length=40):
+        remote.remote_blocks.runner.errors[3] = MissingBlocksError("Blocks 2:4 are not served.")
         with pytest.raises(MissingBlocksError) as caught:
             remote.generate(PROMPT, max_new_tokens=6, num_beams=2)
         assert caught.value.generated is None

@@ -65,7 +65,7 @@ def arguments(folder, **more):
 
 
 class InOrder(Trainer):
-    """Batches as they lie, so that losses can be compared."""
+    """Batches without shuffling, so that losses can be compared."""
 
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(DATA)

@@ -60,7 +60,7 @@ def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
     """
     with stage(f"Loading the client's share of {Path(model).name}"):
         with collector_at_rest():
-            from petals.client.connection.event_loop import bridge
+            from petals.client.connection.event_loop import client_loop
             from petals.client.model.auto import AutoDistributedModelForCausalLM
             from petals.models.checkpoint.sources import open_checkpoint
 
@@ -71,7 +71,7 @@ def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
     try:
         yield ClientModel(model=client, tokenizer=tokenizer)
     finally:
-        bridge.close()
+        client_loop.close()
 
 
 def _load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":

@@ -1,7 +1,7 @@
-"""Which servers have been given which of this client's adapters.
+"""Sends this client's adapters to servers, and remembers which server has which.
 
-An adapter is sent to a server once, however many passes want it there at the same time. Knows no
-blocks and no routes. Lives in one event loop.
+An adapter is sent to a server once, also if several sessions and passes need it there at the same
+time. Knows no blocks and no routes. Belongs to one event loop.
 """
 
 import asyncio
@@ -17,10 +17,14 @@ from petals.wire.passes import AdapterKept, AdapterPart, PutAdapter
 
 _SERVICE = "blocks"
 _REMEMBERED = 4096
+"""Most (server, adapter) pairs that are remembered; older ones are sent again."""
 
 
 class AdapterDelivery:
-    """Sends adapters for the blocks of ``model``, and remembers where they are."""
+    """Delivery of adapters for the blocks of ``model``.
+
+    ``connect_seconds(peer)`` limits the opening of a channel, ``request_seconds`` one delivery.
+    """
 
     def __init__(
         self,
@@ -33,16 +37,16 @@ class AdapterDelivery:
         self._channels = channels
         self._connect_seconds = connect_seconds
         self._request_seconds = request_seconds
-        self._turns: defaultdict[PeerId, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: defaultdict[PeerId, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._there: LRUCache[tuple[PeerId, str], bool] = LRUCache(_REMEMBERED)
 
     async def deliver(self, peer: PeerId, adapter: Adapter, *, again: bool = False) -> None:
-        """See that ``peer`` has the adapter; ``again``: it says that it has not.
+        """Send the adapter unless ``peer`` has it; ``again``: send it in any case.
 
         Raises AdapterRefused, PeerError.
         """
         key = (peer, adapter.digest)
-        async with self._turns[peer]:
+        async with self._locks[peer]:
             if self._there.get(key) and not again:
                 return
             await self._send(peer, adapter)

@@ -1,4 +1,4 @@
-"""Open channels that wait for their next request, so that a request need not begin with a greeting.
+"""Idle channels to peers, kept open so that most requests need no handshake.
 
 Knows peers and services; knows no messages.
 """
@@ -13,12 +13,14 @@ from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId
 
 _KEPT_PER_PEER = 4
+"""Most idle channels per peer and service; more are closed when they are given back."""
 
 
 class ChannelPool:
-    """Idle channels by peer and service. Lives in one event loop; ``close`` ends them.
+    """Idle channels by peer and service. Belongs to one event loop; ``close`` ends them.
 
-    ``silence_seconds``: how long a peer may give no sign of life while an answer is due.
+    ``silence_seconds``: time without any frame from a peer, while a reply is due, after which its
+    channel counts as dead.
     """
 
     def __init__(self, node: SwarmNode, silence_seconds: float) -> None:
@@ -27,9 +29,10 @@ class ChannelPool:
         self._idle: dict[tuple[PeerId, str], list[Channel]] = {}
 
     async def take(self, peer: PeerId, service: str, timeout: float) -> Channel:
-        """A channel for the caller alone: ``give`` it back clean, or close it.
+        """A channel for the caller alone: ``give`` it back without pending replies, or close it.
 
-        Raises what ``SwarmNode.open_channel`` raises.
+        ``timeout`` (s) limits the opening of a new one. Raises what ``SwarmNode.open_channel``
+        raises.
         """
         idle = self._idle.get((peer, service), [])
         while idle:
@@ -42,7 +45,10 @@ class ChannelPool:
 
     @asynccontextmanager
     async def lent(self, peer: PeerId, service: str, timeout: float) -> AsyncIterator[Channel]:
-        """A channel for whole exchanges; a refusal is an answer, too. Raises like ``take``."""
+        """A channel for whole exchanges, given back after the block. Raises like ``take``.
+
+        After RequestError and SessionError, which are replies, the channel is kept.
+        """
         channel = await self.take(peer, service, timeout)
         try:
             yield channel
@@ -50,12 +56,12 @@ class ChannelPool:
             await self.give(channel)
             raise
         except BaseException:
-            await channel.close()  # its answer may still come, and would be taken for another's
+            await channel.close()  # a late reply would be taken for the next request's
             raise
         await self.give(channel)
 
     async def give(self, channel: Channel) -> None:
-        """Take back a channel on which nothing is under way."""
+        """Take back a channel without pending replies."""
         idle = self._idle.setdefault((channel.peer_id, channel.service), [])
         if len(idle) < _KEPT_PER_PEER:
             idle.append(channel)
@@ -63,7 +69,7 @@ class ChannelPool:
             await channel.close()
 
     async def close(self) -> None:
-        """End all idle channels."""
+        """Close all idle channels."""
         channels = [channel for idle in self._idle.values() for channel in idle]
         self._idle.clear()
         await asyncio.gather(*(channel.close() for channel in channels))

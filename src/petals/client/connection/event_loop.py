@@ -1,7 +1,7 @@
-"""The one event loop of all synchronous callers in this process, in a thread of its own.
+"""The event loop of all synchronous callers of this process, in a thread of its own.
 
-A call crosses once: the whole of a session's step is one coroutine. Any number of user threads may
-call at the same time. Knows nothing of what it runs.
+One step of a session is one coroutine, so that a caller changes threads once per step. Any number
+of threads may call at the same time. Knows nothing of what it runs.
 """
 
 import asyncio
@@ -20,13 +20,18 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 
 _CANCEL_SECONDS = 5.0
-"""How long an interrupted call may take to put things in order."""
+"""Most time (s) that a caller waits for its cancelled work to end."""
 
 _CLOSE_SECONDS = 10.0
+"""Most time (s) that ``close`` waits for the closers, and then for the thread."""
 
 
 class _LoopCall(Generic[T]):
-    """One crossing: made by the caller, started in the loop, awaited by the caller on a lock."""
+    """One call: made in the caller's thread, run as a task of the loop.
+
+    The caller waits on a lock, which costs less than a concurrent future and its condition
+    variable.
+    """
 
     __slots__ = ("_ended", "_task", "_work")
 
@@ -45,10 +50,10 @@ class _LoopCall(Generic[T]):
         return self._ended.acquire(timeout=-1 if timeout is None else timeout)
 
     def cancel(self) -> None:
-        """In the loop."""
+        """Cancel the work; called in the loop."""
         if self._task is not None:
             self._task.cancel()
-        else:  # interrupted before it was even handed over
+        else:  # the caller was interrupted before ``start`` was scheduled
             self._work.close()
             self._ended.release()
 
@@ -62,8 +67,8 @@ class _LoopCall(Generic[T]):
         self._ended.release()
 
 
-class Bridge:
-    """A thread with an event loop, and the way into it. Starts at the first call."""
+class EventLoopThread:
+    """A thread that runs an event loop; it starts at the first call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,9 +81,9 @@ class Bridge:
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run ``work`` in the loop and return its result, or raise what it raises.
 
-        After ``timeout`` seconds it is cancelled and PeerTimeout raised. An interrupt (Ctrl-C)
-        cancels it too, and is raised once it has ended. Raises RuntimeError inside the loop itself,
-        and SwarmError when the bridge is closed meanwhile.
+        After ``timeout`` (s) the work is cancelled and PeerTimeout raised. An interrupt (Ctrl-C)
+        cancels it, too, and is raised after the work has ended. Raises RuntimeError in the loop's
+        own thread, SwarmError if the thread is closed meanwhile.
         """
         loop = self.loop
         if threading.current_thread() is self._thread:
@@ -102,7 +107,10 @@ class Bridge:
         return self._loop is not None and self._process == os.getpid()
 
     def start(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Run ``work()`` in the loop and wait for nothing; for cleaning up, from any thread."""
+        """Run ``work()`` in the loop without waiting for it; for clean-up, from any thread.
+
+        Does nothing if the loop does not run.
+        """
         loop = self._loop
         if loop is not None and self.is_running:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
@@ -115,7 +123,7 @@ class Bridge:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop; a forked child gets one of its own."""
+        """The running loop, started if needed; a forked child process starts its own."""
         loop = self._loop
         if loop is not None and self._process == os.getpid():
             return loop
@@ -125,16 +133,16 @@ class Bridge:
             return self._loop
 
     def at_exit(self, closer: Callable[[], Awaitable[None]]) -> None:
-        """Await ``closer`` in the loop before the interpreter ends, the last registered first."""
+        """Await ``closer`` in the loop before the interpreter exits, in reverse order."""
         self._closers.append(closer)
 
     def forget(self, closer: Callable[[], Awaitable[None]]) -> None:
-        """Take back an ``at_exit``; nothing happens if it was none."""
+        """Undo ``at_exit``; no error if the closer is not registered."""
         with contextlib.suppress(ValueError):
             self._closers.remove(closer)
 
     def close(self) -> None:
-        """Run the closers, cancel what still runs and end the thread. A later call starts anew."""
+        """Run the closers, cancel the other tasks, end the thread; a later call restarts it."""
         with self._lock:
             loop, thread = self._loop, self._thread
             closers, self._closers = self._closers, []
@@ -150,7 +158,7 @@ class Bridge:
     def _start(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
         if self._process != os.getpid() and self._process:
-            self._closers = []  # they belong to the parent's loop
+            self._closers = []  # they belong to the parent process's loop
         self._process = os.getpid()
         self._thread = threading.Thread(
             target=_serve, args=(loop,), name="petals-client", daemon=True
@@ -162,7 +170,7 @@ class Bridge:
 
     @staticmethod
     def _cancel(loop: asyncio.AbstractEventLoop, call: _LoopCall[Any]) -> None:
-        """Let the work end before its caller goes on and uses the same objects."""
+        """Cancel and wait, so that the work has ended before its caller uses the same objects."""
         loop.call_soon_threadsafe(call.cancel)
         call.wait(_CANCEL_SECONDS)
 
@@ -187,5 +195,5 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-bridge = Bridge()
-"""The process's only one; it starts at its first call."""
+client_loop = EventLoopThread()
+"""The only one of the process."""

@@ -1,6 +1,6 @@
-"""The process's nodes: managers that mean the same swarm share one, closed with its last user.
+"""The swarm nodes of this process: managers of the same swarm share one, closed with its last user.
 
-Lives in an event loop. Knows addresses and keys; knows no models and no routes.
+Runs in an event loop. Knows addresses and keys; knows no models and no routes.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ class _Shared:
 
 
 class NodePool:
-    """Nodes by swarm address and key."""
+    """Nodes by event loop, bootstrap addresses and swarm key."""
 
     def __init__(self) -> None:
         self._nodes: dict[_Key, _Shared] = {}
 
     async def acquire(self, config: ClientConfig) -> SwarmNode:
-        """A running node; give it back with ``release``.
+        """A running node; call ``release`` after use.
 
-        Raises ConfigError without any address, BootstrapFailed within seconds if nobody answers.
+        Raises ConfigError without any address, BootstrapFailed if no address answers in time.
         """
         if not config.initial_peers:
             raise ConfigError(
@@ -49,13 +49,14 @@ class NodePool:
             shared = self._nodes[key] = _Shared(asyncio.create_task(_start(config)))
         shared.num_users += 1
         try:
+            # Shielded: a caller that is cancelled must not end the start for the other users.
             return await asyncio.shield(shared.starting)
         except BaseException:
             await self._leave(key, shared)
             raise
 
     async def release(self, node: SwarmNode) -> None:
-        """Close the node if this was its last user."""
+        """Close the node if the caller was its last user."""
         for key, shared in list(self._nodes.items()):
             if shared.starting.done() and _result(shared.starting) is node:
                 await self._leave(key, shared)
@@ -92,4 +93,4 @@ async def _start(config: ClientConfig) -> SwarmNode:
 
 
 nodes = NodePool()
-"""The process's only one."""
+"""The only one of the process."""

@@ -1,4 +1,4 @@
-"""Whether hidden states can be what they are said to be.
+"""Checks of hidden states and gradients before they are sent and after they are received.
 
 Knows tensors only.
 """
@@ -12,14 +12,16 @@ from petals.errors import BadInput
 
 
 def is_finite(values: Tensor) -> bool:
-    """True if there is no NaN and no infinity. One pass in the common case."""
+    """True if there is no NaN and no infinity."""
+    # A finite sum proves it in one pass without a temporary; a sum may overflow, so it disproves
+    # nothing.
     if not values.numel() or math.isfinite(values.sum().item()):
         return True
     return bool(torch.isfinite(values).all())
 
 
 def check_states(hidden: Tensor) -> None:
-    """Refuse states that no server would take. Raises BadInput."""
+    """Raises BadInput for states that are not floating point or not finite."""
     if not hidden.dtype.is_floating_point:
         raise BadInput(
             f"Hidden states are floating point, not {hidden.dtype}.",
@@ -28,7 +30,7 @@ def check_states(hidden: Tensor) -> None:
     if not is_finite(hidden):
         raise BadInput(
             "Hidden states hold NaN or infinity.",
-            hint="Look at what made them: a prompt that is not trained well, a scale too large.",
+            hint="Check their source, for example prompts that diverged in training.",
         )
 
 
@@ -37,5 +39,5 @@ def check_width(hidden: Tensor, hidden_size: int) -> None:
     if hidden.shape[-1] != hidden_size:
         raise BadInput(
             f"Hidden states have {hidden.shape[-1]} values, this model has {hidden_size}.",
-            hint="Check that client and servers mean the same model.",
+            hint="Check that client and servers use the same model.",
         )

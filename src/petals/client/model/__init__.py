@@ -1,4 +1,4 @@
-"""The Hugging Face class around remote blocks: loading, generation, caches, whole passes.
+"""The transformers model around remote blocks: loading, generation, sessions, whole passes.
 
-Knows sessions and passes through their public methods; knows no channels.
+Uses sessions and passes through their public methods; knows no channels.
 """

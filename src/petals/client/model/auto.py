@@ -1,6 +1,6 @@
-"""The classes users load models with; they find the architecture by themselves.
+"""The classes that users load models with; they find the architecture from the config.
 
-Must not contain behaviour: loading is in `model`, everything else in the classes found there.
+Contain no behaviour: loading is in `load`, everything else in the classes that it makes.
 """
 
 from typing import Any, ClassVar
@@ -41,13 +41,13 @@ class AutoDistributedModel:
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str, **options: Any) -> PreTrainedModel:
-        """Load embeddings and head of a hub repository or local folder; the blocks stay away.
+        """Load embeddings and head of a hub repository or local folder; its blocks are not read.
 
         ``options``: any field of ClientConfig (``initial_peers``, ``swarm_key``, ...) and of
         TuningConfig (``tuning_mode``, ``pre_seq_len``: prompts to train), ``dtype``
         (or ``torch_dtype``; default: the checkpoint's), ``revision``, ``token``, ``cache_dir``,
         ``use_chunked_forward``, ``chunked_forward_step``, ``config`` (an AutoDistributedConfig's,
-        for its client settings), and fields of the model's config. Does not wait for servers.
+        for its client settings), and fields of the model's config. Sends nothing to the swarm.
         Raises ModelNotFound, ModelNotSupported, PickleCheckpointRefused, ModelFilesBroken,
         NotEnoughDisk, ConfigError.
         """

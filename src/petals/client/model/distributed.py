@@ -1,25 +1,27 @@
-"""What a model's classes become when its blocks are on servers: each forward caught and checked.
+"""What a model's classes become when its blocks are on servers.
 
-The original forward of transformers then runs with `RemoteSequential` as its only layer. Must not
-know routes, servers, files or decoding.
+Each forward is intercepted and checked; then the original forward of transformers runs with one
+`ModelPass` as its only layer. Knows no routes, servers, files or decoding.
 """
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
-from petals.client.block_runner import SessionView
 from petals.client.model.hidden_states import HiddenStates
+from petals.client.model.inference_session import InferenceSession
 from petals.client.model.padding import ColumnLayout, Rows, read_columns
-from petals.client.model.remote_cache import RemoteCache
 from petals.client.model.remote_sequential import ModelPass, RemoteSequential
-from petals.client.tuning.lora import AdaptedModel
+from petals.client.model.session_cache import SessionCache
+from petals.client.tuning import lora
 from petals.client.tuning.prompts import (
     DEEP_PROMPTS,
     PROMPTS,
@@ -30,17 +32,27 @@ from petals.client.tuning.prompts import (
 )
 from petals.errors import BadInput, NotSupported
 from petals.logs import get_logger
+from petals.models.loading.head import HeadKind
 
 logger = get_logger(__name__)
+
+# The classes below are put before a class of transformers (`load.distributed_class`). At run time
+# they do not derive from PreTrainedModel, because that would give every subclass its config class.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Extended
+else:
+    _Extended = object
 
 _NEEDS_WHOLE_MODEL = {
     "output_attentions": "attention maps do not leave the servers; load the model locally",
     "output_router_logits": "router logits do not leave the servers; load the model locally",
 }
 
+_OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features")
+
 _NORM_NAMES = ("ln_f", "norm", "final_layernorm", "final_layer_norm", "norm_f")
 
-_OLD_NAMES: dict[str, Callable[[Any], Any]] = {
+_OLD_NAMES: dict[str, Callable[["DistributedModel"], nn.Module]] = {
     "transformer": lambda model: model.base_model,
     "h": lambda model: model.remote_blocks,
     "word_embeddings": lambda model: model.get_input_embeddings(),
@@ -49,32 +61,34 @@ _OLD_NAMES: dict[str, Callable[[Any], Any]] = {
     PROMPTS: lambda model: _own_module(model.blocks_host, PROMPTS),
     DEEP_PROMPTS: lambda model: _own_module(model.blocks_host, DEEP_PROMPTS),
 }
-"""BLOOM's names, by which the original Petals' other families could be addressed too."""
+"""BLOOM's names; in the original Petals they worked for other families, too."""
 
 
-class DistributedModel(AdaptedModel):
+class DistributedModel(_Extended):
     """What every model with remote blocks can do, whatever its head."""
 
+    kind: ClassVar[HeadKind] = HeadKind.SEQUENCE_CLASSIFICATION
     blocks_path: str
+    """Where the blocks are, from this module."""
     host_path: str
+    """Where the innermost model around the blocks is, from this module."""
 
     def __getattr__(self, name: str) -> Any:
-        module: Any = super()
         try:
-            return module.__getattr__(name)
+            return super().__getattr__(name)
         except AttributeError:
             if name not in _OLD_NAMES:
                 raise
         return _OLD_NAMES[name](self)
 
     @property
-    def remote_blocks(self: Any) -> RemoteSequential:
+    def remote_blocks(self) -> RemoteSequential:
         """All blocks; the same object as ``model.transformer.h`` or ``model.model.layers``."""
         blocks: RemoteSequential = self.get_submodule(self.blocks_path)
         return blocks
 
     @property
-    def blocks_host(self: Any) -> Any:
+    def blocks_host(self) -> PreTrainedModel:
         """The innermost model around the blocks; a tuned model's prompts are its parameters."""
         return self.get_submodule(self.host_path)
 
@@ -83,141 +97,153 @@ class DistributedModel(AdaptedModel):
         """Trained prompts before each sequence; 0 unless loaded with a ``tuning_mode``."""
         return num_prompt_tokens(self.blocks_host)
 
+    # Sessions
+
     @property
-    def active_session(self) -> SessionView | None:
+    def active_session(self) -> InferenceSession | None:
         """The session opened by ``inference_session`` or ``use_session`` around this call."""
         return self.remote_blocks.active_session
 
     @property
     def position(self) -> int:
+        """Tokens in the longest row of the active session, trained prompts included."""
         return self.remote_blocks.position
 
     def use_session(
-        self, session: SessionView | None
-    ) -> AbstractContextManager[SessionView | None]:
-        """Continue ``session`` in all calls inside the ``with`` block."""
+        self, session: InferenceSession | None
+    ) -> AbstractContextManager[InferenceSession | None]:
+        """Continue ``session`` in all calls inside the ``with`` block; None changes nothing."""
         return self.remote_blocks.use_session(session)
 
+    @contextmanager
     def inference_session(
-        self,
-        *,
-        max_length: int | None = None,
-        num_rows: int | None = None,
-    ) -> AbstractContextManager[SessionView]:
+        self, *, max_length: int | None = None, num_rows: int | None = None
+    ) -> Iterator[InferenceSession]:
         """A session of at most ``max_length`` tokens per row; calls inside continue it.
 
         A tuned model's prompts, as they are now, come on top of that length; ``position`` counts
         them.
         """
+        with self._open_session(max_length, num_rows) as session, self.use_session(session):
+            yield session
+
+    def new_cache(self) -> SessionCache:
+        """``past_key_values`` for a new batch, with a session of its own."""
+        return SessionCache(self._open_session)
+
+    def cache_of(self, session: InferenceSession) -> SessionCache:
+        """``past_key_values`` that continue ``session``."""
+        session.num_prompt_tokens = self.num_prompt_tokens
+        return SessionCache.of(session)
+
+    def _open_session(
+        self, max_length: int | None = None, num_rows: int | None = None
+    ) -> InferenceSession:
         if max_length is not None:
             max_length += self.num_prompt_tokens
-        return self.remote_blocks.inference_session(
+        session = self.remote_blocks.open_session(
             max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
         )
-
-    def new_cache(self) -> RemoteCache:
-        """``past_key_values`` for a batch to come, with a session of its own."""
-
-        def open_session(num_rows: int, max_length: int | None) -> SessionView:
-            return self.remote_blocks.open_session(
-                max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
-            )
-
-        return RemoteCache(open_session, num_prompt_tokens=self.num_prompt_tokens)
-
-    def cache_of(self, session: SessionView) -> RemoteCache:
-        """``past_key_values`` that continue ``session``."""
-        return RemoteCache.of(session, self.num_prompt_tokens)
-
-    supports_gradient_checkpointing = True
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Accepted, and needs nothing: no activation of a block is kept in this process."""
-        logger.info("gradient checkpointing changes nothing here: the servers see to it themselves")
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The other half of ``gradient_checkpointing_enable``."""
-
-    activation_checkpointing_enable = gradient_checkpointing_enable
-    activation_checkpointing_disable = gradient_checkpointing_disable
+        session.num_prompt_tokens = self.num_prompt_tokens
+        return session
 
     def _deep_prompts(self) -> Tensor | None:
         return deep_prompts(self.blocks_host, len(self.remote_blocks))
 
+    # Training
 
-class RemoteForward(DistributedModel):
-    """A model directly around the blocks: embeddings and norm here, blocks elsewhere."""
+    add_adapter = lora.add_adapter
+    load_adapter = lora.load_adapter
+    delete_adapter = lora.delete_adapter
+    save_adapter = lora.save_adapter
 
-    config: PretrainedConfig
+    supports_gradient_checkpointing = True
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def gradient_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
+        """Accepted without effect: no activation of a block is kept in this process."""
+        logger.info("gradient checkpointing changes nothing here: the servers decide about it")
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Accepted without effect, as ``gradient_checkpointing_enable``."""
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+
+class DistributedBaseModel(DistributedModel):
+    """A model directly around the blocks: embeddings and norm here, blocks on servers."""
+
+    kind = HeadKind.BASE
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Tensor, ...]:
         """As the original, in a session, with ``past_key_values``, or for whole sequences.
 
-        Raises BadInput for ids outside the vocabulary, NotSupported for what only local blocks can
-        give, before anything is sent.
+        Raises BadInput for ids outside the vocabulary and NotSupported for what needs local blocks,
+        before anything is sent.
         """
-        original: Any = super()
-        call = kwargs
+        original, call = super().forward, kwargs
         if args:
-            call = dict(zip(inspect.signature(original.forward).parameters, args)) | kwargs
-        if self.remote_blocks.is_in_pass:
-            return original.forward(**call)
-        self._refuse(call)
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        if ids is not None:
-            check_token_ids(ids, self.get_input_embeddings())
-        if (ids is None) == (embeds is None):
-            raise BadInput("Give either input_ids or inputs_embeds.", hint="Exactly one of them.")
+            call = dict(zip(inspect.signature(original).parameters, args)) | kwargs
+        if self.remote_blocks.is_in_pass:  # called by the model around it, which has checked
+            return original(**call)
+        self._check(call)
         cache = self._cache_for(call)
-        num_past = 0 if cache is None else cache.num_columns
-        call, num_new = with_prompts(self.blocks_host, call, num_past)
-        rows = self._read(call, cache)
+        session = None if cache is None else cache.open()
+        past = Rows.empty(0) if session is None else session.columns
+        call, num_prompts = with_prompts(self.blocks_host, call, past.num_columns)
+        rows = read_columns(past, self._layout(call))
         call["past_key_values"], call["use_cache"] = cache, cache is not None
-        deep = None if cache is not None else self._deep_prompts()
-        prompts = None if deep is None else deep[:, None]
-        shown = contextlib.nullcontext() if cache is None else cache.shown_whole()
-        states = self._asked_states(call, cache)
-        current = ModelPass(rows, cache, prompts, dict.fromkeys(states.taps if states else ()))
         is_tuple = call.get("return_dict", self.config.return_dict) is False
+        states = self._hidden_states(call, session)
         if states is not None:
             call |= {"output_hidden_states": False, "return_dict": True}
-        with self.remote_blocks.model_pass(current), shown:
-            output = original.forward(**call)
+        current = self._pass(rows, session, states)
+        shown = contextlib.nullcontext() if cache is None else cache.shown_whole()
+        with self.remote_blocks.entered(current), shown:
+            output = original(**call)
         if states is not None:
             output = states.joined_to(output, current.tapped)
             output = output.to_tuple() if is_tuple else output
-        return without_prompts(output, num_new, rows.num_columns)
+        return without_prompts(output, num_prompts, rows.num_columns)
 
-    def _asked_states(
-        self: Any, call: dict[str, Any], cache: RemoteCache | None
+    def _pass(
+        self, rows: Rows, session: InferenceSession | None, states: HiddenStates | None
+    ) -> ModelPass:
+        # A session was opened with its deep prompts; whole sequences bring theirs.
+        deep = None if session is not None else self._deep_prompts()
+        prompts = None if deep is None else deep[:, None]
+        tapped = dict.fromkeys(states.taps if states is not None else ())
+        return ModelPass(self.remote_blocks, rows, session, prompts, tapped)
+
+    def _hidden_states(
+        self, call: dict[str, Any], session: InferenceSession | None
     ) -> HiddenStates | None:
-        states = HiddenStates.asked_by(call, self.config, len(self.remote_blocks))
-        if states is not None and cache is not None:
+        asked = self._option(call, "output_hidden_states")
+        if not asked:  # a bare 0 asks for nothing, as in transformers
+            return None
+        if session is not None:
             raise NotSupported(
-                "output_hidden_states: a session's servers give only what the last block puts out.",
+                "output_hidden_states: a session's servers return the last block's output only.",
                 hint="Run whole sequences, outside a session and without use_cache=True; of a text "
                 "that was generated, run model(ids, output_hidden_states=True) afterwards.",
             )
-        return states
+        return HiddenStates.of(asked, len(self.remote_blocks))
 
-    def _read(self, call: dict[str, Any], cache: RemoteCache | None) -> Rows:
-        """Where the new tokens of a checked call are."""
+    def _layout(self, call: dict[str, Any]) -> ColumnLayout:
         ids = call.get("input_ids")
-        given: Any = ids if ids is not None else call["inputs_embeds"]
-        num_rows, num_columns = given.shape[:2]
-        layout = ColumnLayout(
+        num_rows, num_columns = (ids if ids is not None else call["inputs_embeds"]).shape[:2]
+        return ColumnLayout(
+            num_rows=num_rows,
             num_columns=num_columns,
             attention_mask=call.get("attention_mask"),
             position_ids=call.get("position_ids"),
             follows_mask=self.num_prompt_tokens > 0 or _positions_follow_mask(self.config),
         )
-        if cache is None:
-            return read_columns(Rows.empty(num_rows), layout)
-        return cache.read(num_rows, layout)
 
-    def _cache_for(self, call: dict[str, Any]) -> RemoteCache | None:
+    def _cache_for(self, call: dict[str, Any]) -> SessionCache | None:
+        """The cache that the call names or its session has; None for whole sequences."""
         given = call.get("past_key_values")
-        if isinstance(given, RemoteCache):
+        if isinstance(given, SessionCache):
             return given
         if given is not None:
             raise NotSupported(
@@ -231,19 +257,38 @@ class RemoteForward(DistributedModel):
             return self.cache_of(session)
         return self.new_cache() if call.get("use_cache") else None
 
-    def _refuse(self, call: dict[str, Any]) -> None:
+    def _check(self, call: dict[str, Any]) -> None:
         for name, instead in _NEEDS_WHOLE_MODEL.items():
-            asked = call.get(name)
-            if asked if asked is not None else getattr(self.config, name, False):
+            if self._option(call, name):
                 raise NotSupported(
                     f"{name}=True needs the blocks here.", hint=f"Instead: {instead}."
                 )
-        for name in ("pixel_values", "pixel_values_videos", "input_features"):
+        for name in _OTHER_INPUTS:
             if call.get(name) is not None:
                 raise NotSupported(
                     f"{name}: a client loads only the text side of a model.",
                     hint="Pass text only.",
                 )
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        if ids is not None:
+            check_token_ids(ids, self.get_input_embeddings())
+        if (ids is None) == (embeds is None):
+            raise BadInput("Give either input_ids or inputs_embeds.", hint="Exactly one of them.")
+
+    def _option(self, call: dict[str, Any], name: str) -> Any:
+        """A flag of the call, else of the config; False if neither has it."""
+        given = call.get(name)
+        return given if given is not None else getattr(self.config, name, False)
+
+
+def with_signature_of(original: Callable[..., Any], method: Callable[..., Any]) -> Any:
+    """``method`` with the signature that transformers reads to learn what a model accepts."""
+
+    @functools.wraps(original)
+    def wrapper(self: DistributedModel, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return wrapper
 
 
 def check_token_ids(ids: Tensor, embeddings: nn.Module) -> None:

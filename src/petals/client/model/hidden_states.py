@@ -1,18 +1,17 @@
 """``output_hidden_states``: which blocks' outputs a call asks for, and the tuple it gets.
 
-As in transformers, entry 0 is what enters the first block, entry i what block i - 1 has put out,
-and the last entry has been through the model's final norm. Knows no servers and no model by name.
+As in transformers, entry 0 is the input of the first block, entry i the output of block i - 1, and
+the last entry the output of the model's final norm. Knows no servers and no model by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
+from transformers.utils import ModelOutput
 
 ENTRY = -1
-"""Stands for the block before the first one: what it would have put out enters that."""
+"""Stands for the block before the first one, whose output would be the first one's input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +22,8 @@ class HiddenStates:
     num_blocks: int
 
     @classmethod
-    def asked_by(cls, call: dict[str, Any], config: Any, num_blocks: int) -> "HiddenStates | None":
-        """Read from the arguments of a forward, else from the config: a flag, an index or several.
-
-        None if nothing is asked for. Indices out of range select nothing.
-        """
-        asked = call.get("output_hidden_states")
-        if asked is None:
-            asked = getattr(config, "output_hidden_states", None)
-        if not asked:  # a bare 0 asks for nothing, as in transformers
-            return None
+    def of(cls, asked: bool | int | Sequence[int], num_blocks: int) -> "HiddenStates":
+        """From True, an index or several; indices out of range select nothing."""
         if asked is True:
             return cls(frozenset(range(num_blocks + 1)), num_blocks)
         given = [asked] if isinstance(asked, int) else asked

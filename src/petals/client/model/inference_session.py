@@ -1,53 +1,63 @@
-"""A session for synchronous callers: step through remote blocks, roll back, fork, close.
+"""A session for synchronous callers: run tokens through remote blocks, roll back, reorder, close.
 
-The whole of a step is one crossing into the event loop. Knows hidden states; knows no model, no
-text and no sampling (``output_ids`` is only kept here for its owner).
+The session alone knows which columns its rows hold. It records a rollback or a new order of rows
+and sends it with the next step. One step is one call into the event loop. Knows hidden states;
+knows no model, no text and no sampling (it only stores what belongs to them).
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
+from petals.client.model.padding import Rows, pack, unpack
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.trace import SessionTrace
-from petals.errors import BadInput, NotSupported
+from petals.errors import BadInput, NotSupported, SessionGap
 from petals.types import BlockSpan
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 class InferenceSession:
-    """KV caches at the servers of ``blocks`` (default: all of the manager's), and where they stand.
+    """KV caches of a batch on the servers of the manager's blocks.
 
-    Room for ``max_length`` tokens in each of ``num_rows`` rows (default: as many as the first step
-    brings) is reserved at the first step; with None it is taken as the rows grow, and a step may
-    meet CacheFull. ``tuning`` is what blocks add for this client alone. Use the session as a
-    context manager, or ``close`` it.
-
-    ``output_ids`` ([rows, tokens] int64) and ``past_key_values`` belong to whoever generates.
+    ``max_length`` tokens in each of ``num_rows`` rows (default: as many as the first step has) are
+    reserved on the servers at the first step. With ``max_length=None`` memory is reserved as the
+    rows grow, and a step may raise CacheFull. ``tuning``: prompts and adapter of this client alone.
+    Use the session as a context manager, or ``close`` it. Raises BadInput for ``max_length`` < 1.
     """
 
     def __init__(
         self,
         manager: RemoteSequenceManager,
-        blocks: BlockSpan | None = None,
+        max_length: int | None = None,
         *,
-        max_length: int | None,
         num_rows: int | None = None,
         tuning: Tuning | None = None,
+        open_rows: Callable[..., SessionRows] = SessionRows,
     ) -> None:
-        self.manager = manager
-        self.blocks = blocks or manager.blocks
+        self.manager = manager  # the connection is closed with the last manager that uses it
         self.output_ids: Tensor | None = None
-        self.past_key_values: object | None = None
-        self._rows = SessionRows(
-            manager.access,
-            self.blocks,
-            max_length=max_length,
-            num_rows=num_rows,
-            tuning=tuning,
+        """[rows, tokens] int64: all token ids of the session. Written by `generate`."""
+        self.past_key_values: Cache | None = None
+        """The session as transformers sees it. Written by the model."""
+        self.num_prompt_tokens = 0
+        """Columns before the first of ``output_ids``: trained prompts. Written by the model."""
+        self.columns = Rows.empty(0)
+        """What the rows hold, column by column; no rows before the first step.
+
+        Columns that were cut, or whose rows were selected, can be assigned: the next step continues
+        those. ``output_ids`` stay.
+        """
+        self._rows = open_rows(
+            manager.access, manager.blocks, max_length=max_length, num_rows=num_rows, tuning=tuning
         )
         self._dropped = weakref.finalize(self, _close_soon, self._rows)
         self._dropped.atexit = False
@@ -59,35 +69,50 @@ class InferenceSession:
         self.close()
 
     @property
+    def blocks(self) -> BlockSpan:
+        return self._rows.blocks
+
+    @property
     def num_blocks(self) -> int:
         return len(self.blocks)
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens in a row; None until servers have said so, if none was asked for."""
+        """Most tokens per row; None until a server has set it, if no length was requested."""
         return self._rows.max_length
 
     @property
     def num_rows(self) -> int | None:
-        """Rows the session has now; None if that is left to its first step."""
-        return len(self._rows.lengths) or None
+        """Rows of the session; None if the first step is to set it."""
+        return self.columns.num_rows or len(self._rows.lengths) or None
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens in every row; empty before the first step."""
-        return self._rows.lengths
+        return self.columns.lengths
 
     @property
     def position(self) -> int:
-        """Tokens in the longest row. Set it back to roll back: that rides on the next step.
+        """Tokens in the longest row. Set it to a lower value to roll back, without a request.
 
-        Setting raises SessionGap for a position that was never reached.
+        ``output_ids`` are cut at the same column. Setting raises SessionGap for a position that
+        was never reached.
         """
-        return max(self._rows.lengths, default=0)
+        return max(self.columns.lengths, default=0)
 
     @position.setter
     def position(self, position: int) -> None:
-        self._rows.rewind(position)
+        if not 0 <= position <= self.position:
+            raise SessionGap(
+                f"Position {position} was never reached; the session is at {self.position}.",
+                hint="A session's position can only be set back.",
+            )
+        if position == self.position:
+            return
+        self.columns = self.columns.cut_to_position(position)
+        if self.output_ids is not None:
+            num_kept = max(0, self.columns.num_columns - self.num_prompt_tokens)
+            self.output_ids = self.output_ids[:, :num_kept]
 
     @property
     def last_token_id(self) -> Tensor | None:
@@ -102,7 +127,7 @@ class InferenceSession:
 
     @property
     def trace(self) -> SessionTrace:
-        """Route and timings of the latest steps."""
+        """Route, timings and repairs of the latest steps."""
         return self._rows.trace
 
     def step(
@@ -111,12 +136,13 @@ class InferenceSession:
         prompts: Tensor | None = None,
         hypo_ids: Tensor | None = None,
     ) -> Tensor:
-        """Run tokens through the blocks, after those already in the cache.
+        """Run tokens through the blocks, after those of every row.
 
         inputs: [batch, tokens, hidden] floating; tokens may be 0. hypo_ids: [batch] int64, the row
-        each row continues. Returns [batch, tokens, hidden], same dtype and device.
-        Raises BadInput, LengthExceeded, BatchTooLarge, RouteError, CacheFull, PeerError,
-        SessionClosed, and NotSupported for prompts: a session is opened with them.
+        that each row continues. Returns [batch, tokens, hidden], same dtype and device. A step that
+        fails changes nothing. Raises BadInput, LengthExceeded, BatchTooLarge, RouteError,
+        CacheFull, PeerError, SessionClosed, and NotSupported for prompts, which are given at the
+        opening.
         """
         if prompts is not None and prompts.numel():
             raise NotSupported(
@@ -128,45 +154,39 @@ class InferenceSession:
                 f"Inputs are [batch, tokens, hidden], not {list(inputs.shape)}.",
                 hint="A single sequence has batch 1: inputs[None].",
             )
-        batch, tokens, hidden_size = inputs.shape
-        reorder = None if hypo_ids is None else [int(row) for row in hypo_ids.flatten().tolist()]
-        lengths = self._rows.lengths or (0,) * batch
-        if reorder is not None and all(0 <= row < len(lengths) for row in reorder):
-            lengths = tuple(lengths[row] for row in reorder)
-        packed = inputs.reshape(batch * tokens, hidden_size)
-        output = self.step_rows(packed, starts=lengths, counts=(tokens,) * batch, reorder=reorder)
-        return output.reshape(inputs.shape)
+        batch, tokens, _ = inputs.shape
+        past = self.columns if self.columns.num_rows else Rows.empty(batch)
+        if hypo_ids is not None:
+            past = past.select(hypo_ids.flatten().tolist())
+        real = torch.ones(batch, tokens, dtype=torch.bool)
+        return self._run(inputs, past, Rows(real, past.first.clamp(min=0)))
 
-    def step_rows(
-        self,
-        hidden: Tensor,
-        *,
-        starts: Sequence[int],
-        counts: Sequence[int],
-        reorder: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Run ``counts[r]`` tokens of row r from position ``starts[r]``; rows may differ.
+    def step_columns(self, hidden: Tensor, new: Rows) -> Tensor:
+        """Run new columns [rows, columns, H] that ``read_columns`` found to follow the session's.
 
-        hidden: [sum(counts), hidden] floating, row after row; returns the same shape, dtype and
-        device. A start before the row's end rolls it back. ``reorder[r]`` is the old row that new
-        row r continues; it is applied first. All of it is checked before anything is sent. Raises
-        like ``step``, and SessionGap for a start beyond the row's end.
+        Returns the same shape, with zeros on padding. A step that fails changes nothing. Raises
+        like ``step``.
         """
-        identity = reorder is None or list(reorder) == list(range(len(self._rows.lengths)))
-        output = bridge.run(
-            self._rows.step(
-                hidden.detach(), tuple(starts), tuple(counts), None if identity else reorder
-            )
-        )
-        return output.to(hidden.device)
+        past = self.columns if self.columns.num_rows else Rows.empty(new.num_rows)
+        return self._run(hidden, past, new)
+
+    def _run(self, hidden: Tensor, past: Rows, new: Rows) -> Tensor:
+        order = past.origin
+        if order == tuple(range(len(self._rows.lengths))):
+            order = None
+        packed = pack(hidden.detach(), new.real)
+        # Starts before a row's end on the servers roll that row back; the order comes first.
+        output = client_loop.run(self._rows.step(packed, past.lengths, new.lengths, order))
+        self.columns = past.joined(new)
+        return unpack(output.to(hidden.device), new.real)
 
     def close(self) -> None:
         """Free what the servers hold. Idempotent; a step afterwards raises SessionClosed."""
         self._dropped.detach()
-        bridge.run(self._rows.close())
+        client_loop.run(self._rows.close())
 
 
 def _close_soon(rows: SessionRows) -> None:
-    """A session that was forgotten, in whatever thread that was noticed."""
+    """Close a session that was garbage-collected, in whichever thread that happened."""
     if rows.is_open:
-        bridge.start(rows.close)
+        client_loop.start(rows.close)

@@ -1,6 +1,6 @@
-"""Names of the original Petals that name a family: `DistributedBloomForCausalLM` and its kin.
+"""Class names of the original Petals for one family, like `DistributedBloomForCausalLM`.
 
-Each is the class that the auto classes load, made at first use. Must not hold behaviour of its own.
+Each is the class that the auto classes load, made at first use. Has no behaviour of its own.
 """
 
 from typing import Any
@@ -44,10 +44,10 @@ class _ConfigOfFamily(metaclass=_FamilyConfig):
 
 
 class _LlamaForSpeculativeGeneration(type):
-    """``DistributedLlamaForSpeculativeGeneration(config, small_model)``, as it was written."""
+    """``DistributedLlamaForSpeculativeGeneration(config, small_model)``, as old scripts call it."""
 
-    def __call__(cls, config: Any, small_model: PreTrainedModel) -> PreTrainedModel:
-        """The model that ``config`` was read from, drafted for by ``small_model``."""
+    def __call__(cls, config: PretrainedConfig, small_model: PreTrainedModel) -> PreTrainedModel:
+        """The model that ``config`` was read from, with ``small_model`` drafting."""
         source = getattr(config, "name_or_path", "")
         if not source:
             raise ConfigError(
@@ -60,7 +60,7 @@ class _LlamaForSpeculativeGeneration(type):
 
     def __instancecheck__(cls, instance: object) -> bool:
         is_llama = isinstance(instance, _model_class("llama", HeadKind.CAUSAL_LM))
-        return is_llama and hasattr(instance, "small_model")
+        return is_llama and getattr(instance, "small_model", None) is not None
 
 
 class DistributedLlamaForSpeculativeGeneration(metaclass=_LlamaForSpeculativeGeneration):
@@ -97,5 +97,5 @@ def _make(name: str) -> type | None:
 def _model_class(model_type: str, kind: HeadKind) -> type[PreTrainedModel]:
     config = CONFIG_MAPPING[model_type]()
     if kind is HeadKind.BASE:
-        return distributed_class(base_class_of(config), catches=True)
-    return distributed_class(class_for(kind, config, describe(config)), catches=False)
+        return distributed_class(base_class_of(config), is_base=True)
+    return distributed_class(class_for(kind, config, describe(config)), is_base=False)

@@ -1,13 +1,11 @@
-"""Loading a model whose blocks stay on servers, and the classes it wears.
+"""Loading a model whose blocks stay on servers, and the classes it gets.
 
-A loaded model is the real class of transformers under a subclass made on the spot:
-`DistributedLlamaForCausalLM` is a `LlamaForCausalLM`. Must not know routes or sessions, nor any
+A loaded model is an instance of the real class of transformers, by a subclass made while loading:
+`DistributedLlamaForCausalLM` is a `LlamaForCausalLM`. Knows no routes and no sessions, nor any
 architecture by name.
 """
 
-import contextlib
 import copy
-import functools
 import os
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -19,15 +17,18 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from petals.client.config import ClientConfig
-from petals.client.model.distributed import DistributedModel, RemoteForward, check_token_ids
-from petals.client.model.generation import RemoteGeneration
+from petals.client.model.distributed import (
+    DistributedBaseModel,
+    DistributedModel,
+    with_signature_of,
+)
+from petals.client.model.generation import DistributedCausalLM
 from petals.client.model.remote_sequential import RemoteSequential
-from petals.client.model.swarm_runner import SwarmRunner
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.client.tuning.saved import find_tuned, save_tuned
 from petals.errors import ConfigError, ModelNotSupported, NotSupported
-from petals.models.checkpoint.arch import ModelArch, build_on_meta
+from petals.models.checkpoint.arch import ModelArch, build_on_meta, parent_of
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
 from petals.models.loading.head import ClientPartOptions, HeadKind, base_within, load_client_part
@@ -37,7 +38,8 @@ from petals.types import BlockSpan
 _WITHOUT_MEANING = frozenset(
     {"low_cpu_mem_usage", "use_safetensors", "attn_implementation", "use_cache", "use_fast"}
 )
-"""Accepted and not needed: weights are always read lazily, from safetensors, the ends only."""
+"""Options without effect: weights are always read lazily, from safetensors, and only those of the
+embeddings and the head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +76,11 @@ class LoadRequest:
 
 
 def load_pretrained(source: str, kind: HeadKind, options: dict[str, Any]) -> PreTrainedModel:
-    """A hub repository, a local folder, or a folder of ``save_pretrained``: then the model it was
-    trained on, with what was trained. Raises what ``load_distributed`` and `tuned` do."""
+    """Load a hub repository, a local folder, or a folder of ``save_pretrained``.
+
+    The last is loaded as the model that was trained, with the trained tensors. Raises what
+    ``load_distributed`` and ``SavedTuning.restore`` raise.
+    """
     saved = find_tuned(source)
     if saved is None:
         return load_distributed(source, kind, LoadRequest.read(options))
@@ -85,9 +90,9 @@ def load_pretrained(source: str, kind: HeadKind, options: dict[str, Any]) -> Pre
 
 
 def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTrainedModel:
-    """The model of ``kind`` with its ends here and its blocks in the swarm.
+    """The model of ``kind`` with embeddings and head here and its blocks in the swarm.
 
-    Nothing is asked of the swarm before the first use. Raises ModelNotFound, ModelNotSupported,
+    Sends nothing before the first use. Raises ModelNotFound, ModelNotSupported,
     PickleCheckpointRefused, ModelFilesBroken, ConfigError.
     """
     checkpoint, client = open_model(source, request)
@@ -96,19 +101,19 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
     def make_remote(arch: ModelArch, config: PretrainedConfig) -> nn.Module:
         attach(config, client, request.tuning)
         archs.append(arch)
-        runner = SwarmRunner(RemoteSequenceManager(client, BlockSpan(0, arch.num_blocks)))
-        blocks = RemoteSequential(config, runner=runner)
+        manager = RemoteSequenceManager(client, BlockSpan(0, arch.num_blocks))
+        blocks = RemoteSequential(config, sequence_manager=manager)
         blocks.returns_tuple = layers_return_tuple(arch, checkpoint.config)
         return blocks
 
-    model: Any = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])
+    model = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])
     add_prompts(model.blocks_host, request.tuning, archs[0].num_blocks)
     return model
 
 
 def open_model(source: str, request: LoadRequest) -> tuple[Checkpoint, ClientConfig]:
-    """The model's files with the request's settings in its config, and the client's config, which
-    then names the model in the swarm. Raises what ``open_checkpoint`` does, and ConfigError."""
+    """The checkpoint with the request's settings in its config, and the client's config with the
+    model's name in the swarm. Raises what ``open_checkpoint`` raises, and ConfigError."""
     checkpoint = open_checkpoint(source, request.ends.load.access)
     client = replace(request.client, dht_prefix=request.client.dht_prefix or checkpoint.model_id)
     config = copy.deepcopy(checkpoint.config)
@@ -123,16 +128,16 @@ def open_model(source: str, request: LoadRequest) -> tuple[Checkpoint, ClientCon
     return replace(checkpoint, config=config), client
 
 
-def attach(config: PretrainedConfig, *settings: Any) -> None:
-    """Show the client's settings as attributes of a model's config, in values JSON can hold."""
+def attach(config: PretrainedConfig, *settings: ClientConfig | TuningConfig) -> None:
+    """Copy the client's settings into attributes of a model's config, as values of JSON."""
     for name, value in ((e.name, getattr(one, e.name)) for one in settings for e in fields(one)):
         if isinstance(value, (tuple, frozenset)):
             value = sorted(value) if isinstance(value, frozenset) else list(value)
         setattr(config, name, str(value) if isinstance(value, Path) else value)
 
 
-class Loadable:
-    """Mixin: a distributed class loads itself, and saves what was trained."""
+class Loadable(DistributedModel):
+    """A distributed class that can be loaded, and saved as far as it was trained."""
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str, **options: Any) -> Self:
@@ -140,7 +145,7 @@ class Loadable:
 
         Raises ModelNotSupported if the model is of another family than this class.
         """
-        model = load_pretrained(str(model_name_or_path), cls._kind(), options)
+        model = load_pretrained(str(model_name_or_path), cls.kind, options)
         if not isinstance(model, cls):
             raise ModelNotSupported(
                 f"{model_name_or_path} is a {type(model).__name__}, not a {cls.__name__}.",
@@ -155,10 +160,10 @@ class Loadable:
         state_dict: dict[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """Write what was trained here, and that alone; ``from_pretrained`` of the folder goes on.
+        """Write the trained parameters only; ``from_pretrained`` of the folder continues.
 
-        The other arguments of transformers are accepted and mean nothing for so small a file.
-        Raises ConfigError if nothing requires gradients, or for ``push_to_hub``.
+        The other arguments of transformers are accepted without effect. Raises ConfigError if
+        nothing requires gradients, or for ``push_to_hub``.
         """
         if options.get("push_to_hub"):
             raise ConfigError(
@@ -167,38 +172,24 @@ class Loadable:
         if is_main_process:
             save_tuned(self, Path(save_directory), state_dict)
 
-    @classmethod
-    def _kind(cls) -> HeadKind:
-        if issubclass(cls, RemoteForward):
-            return HeadKind.BASE
-        causal = issubclass(cls, RemoteCausalLM)
-        return HeadKind.CAUSAL_LM if causal else HeadKind.SEQUENCE_CLASSIFICATION
-
-
-class RemoteCausalLM(RemoteGeneration, DistributedModel):
-    """A causal language model whose `generate` runs through the swarm."""
-
-    def check_token_ids(self: Any, ids: Tensor) -> None:
-        """Raises BadInput for an empty prompt and for ids outside the vocabulary."""
-        check_token_ids(ids, self.get_input_embeddings())
-
 
 _classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
 def distribute(model: PreTrainedModel, arch: ModelArch) -> PreTrainedModel:
-    """Give a model whose layer list is a RemoteSequential the classes that drive it."""
+    """Give a model whose layer list is a RemoteSequential its distributed classes."""
     base = base_within(model, arch)
     base_path = next(path for path, module in model.named_modules() if module is base)
     blocks_path = _joined(base_path, arch.layers_path)
-    # Some heads call the innermost model and pass by the one around it (OPT's): both catch calls.
+    # Some heads (OPT's) call the innermost model and not the one around it: both intercept calls.
     for path in {"", base_path, _joined(base_path, arch.host_path)}:
-        module: Any = model.get_submodule(path)
+        module = model.get_submodule(path)
         is_head = module is model and module is not base
-        module.__class__ = distributed_class(_original(type(module)), catches=not is_head)
+        module.__class__ = distributed_class(_original(type(module)), is_base=not is_head)
         module.blocks_path = blocks_path[len(path) :].lstrip(".")
         module.host_path = _joined(base_path, arch.host_path)[len(path) :].lstrip(".")
-    # Some configs (MPT's) switch the cache off; without it every token would cost a whole prompt.
+    # Some configs (MPT's) switch the cache off; without it every token would run the whole prompt
+    # again.
     for config in (model.config, model.config.get_text_config(decoder=True)):
         config.use_cache = True
     if model.can_generate():
@@ -206,62 +197,49 @@ def distribute(model: PreTrainedModel, arch: ModelArch) -> PreTrainedModel:
     return model
 
 
-def distributed_class(original: type[PreTrainedModel], *, catches: bool) -> type[PreTrainedModel]:
+def distributed_class(original: type[PreTrainedModel], *, is_base: bool) -> type[PreTrainedModel]:
     """``DistributedXxx`` for transformers' ``Xxx``; the same class at every call.
 
-    ``catches``: it has the blocks itself, and its forward is the one to catch.
+    ``is_base``: it has the blocks itself, and its forward is the one to intercept.
     """
     if original not in _classes:
-        _classes[original] = _make_class(original, catches)
+        _classes[original] = _make_class(original, is_base)
     return _classes[original]
 
 
-def _make_class(original: type[PreTrainedModel], catches: bool) -> type[PreTrainedModel]:
+def _make_class(original: type[PreTrainedModel], is_base: bool) -> type[PreTrainedModel]:
+    role: type[DistributedModel] = DistributedModel
+    if is_base:
+        role = DistributedBaseModel
+    elif issubclass(original, GenerationMixin):
+        role = DistributedCausalLM
     names: dict[str, Any] = {"__module__": __name__, "__doc__": original.__doc__}
-    role: type = RemoteCausalLM if issubclass(original, GenerationMixin) else DistributedModel
-    if catches:
-        role = RemoteForward
-    # transformers reads these signatures to learn what a model accepts.
     for name in ("forward", "prepare_inputs_for_generation"):
-        if hasattr(role, name):
-            names[name] = _with_signature_of(getattr(original, name), getattr(role, name))
+        if name in vars(role):
+            names[name] = with_signature_of(getattr(original, name), vars(role)[name])
     return type(f"Distributed{original.__name__}", (Loadable, role, original), names)
 
 
-def _with_signature_of(original: Any, caught: Any) -> Any:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return caught(self, *args, **kwargs)
-
-    return method
-
-
 def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
-    """Whether the architecture's layers answer ``(hidden, ...)``: asked of one, without memory."""
+    """Whether the architecture's layers return ``(hidden, ...)``: one is run on the meta device."""
     base = build_on_meta(arch.base_class, config).to(torch.bfloat16).eval()
-    answers: list[bool] = []
-
-    class Answered(Exception):
-        pass
-
-    def look(layer: nn.Module, inputs: Any, output: Any) -> None:
-        answers.append(isinstance(output, tuple))
-        raise Answered
-
+    first = base.get_submodule(arch.layers_path)[:1]
+    setattr(*parent_of(base, arch.layers_path), first)
+    found: list[bool] = []
+    first[0].register_forward_hook(lambda *call: found.append(isinstance(call[-1], tuple)))
     host = base.get_submodule(arch.host_path)
-    base.get_submodule(arch.layers_path)[0].register_forward_hook(look)
     width = host.get_input_embeddings().embedding_dim
-    with torch.no_grad(), torch.device("meta"), contextlib.suppress(Answered):
+    with torch.no_grad(), torch.device("meta"):
         host(
             inputs_embeds=torch.zeros(1, 1, width, dtype=torch.bfloat16),
             attention_mask=torch.ones(1, 1, dtype=torch.int64),
             use_cache=False,
         )
-    return answers[0]
+    return found[0]
 
 
-def _own(kind: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``kind``: from ``options``, which lose them, else from a config at hand."""
+def _own(kind: type, config: object, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``kind``, moved out of ``options``, else read from a given config."""
     names = {entry.name for entry in fields(kind)}
     from_config = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return from_config | {name: options.pop(name) for name in names & options.keys()}
@@ -279,7 +257,7 @@ def _original(model_class: type) -> type[PreTrainedModel]:
     return found
 
 
-def _dtype(given: Any) -> torch.dtype | None:
+def _dtype(given: object) -> torch.dtype | None:
     if given is None or given == "auto":
         return None
     found = getattr(torch, given, None) if isinstance(given, str) else given
@@ -292,7 +270,7 @@ def _dtype(given: Any) -> torch.dtype | None:
 
 
 def _refuse(options: dict[str, Any]) -> None:
-    """Drop what needs nothing; refuse what this version cannot do."""
+    """Remove options without effect. Raises NotSupported for ``trust_remote_code``."""
     for name in _WITHOUT_MEANING & options.keys():
         del options[name]
     if options.pop("trust_remote_code", False):

@@ -1,11 +1,12 @@
-"""Padded batches as ragged rows: which places hold tokens, and whether these follow each other.
+"""Padded batches as ragged rows: which columns hold tokens, and where each row's tokens begin.
 
-A batch of transformers is a rectangle [rows, columns] with a mask; what travels is each row without
-its padding. Refuses, typed, what only a whole attention mask could express. Knows no session, no
-model and no network.
+transformers passes a batch as a rectangle [rows, columns] with a mask; servers receive the tokens
+of each row without padding. Masks and positions that cannot be expressed that way are refused.
+Knows no session, no model and no network.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,18 +17,22 @@ UNKNOWN = -1
 """First position of a row that has no token yet."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """What is known of a batch: ``real`` [rows, columns] bool, False on padding.
+    """A batch of rows, column by column.
 
-    ``first`` [rows] int64 is the position of each row's first token, as the model numbers it.
+    real: [rows, columns] bool, False on padding. first: [rows] int64, the position id of each row's
+    first token, or UNKNOWN. origin: row r continues row ``origin[r]`` of the latest step, None if
+    every row continues itself.
     """
 
     real: Tensor
     first: Tensor
+    origin: tuple[int, ...] | None = None
 
     @classmethod
     def empty(cls, num_rows: int) -> "Rows":
+        """Rows without columns."""
         real = torch.ones(num_rows, 0, dtype=torch.bool)
         return cls(real, torch.full((num_rows,), UNKNOWN))
 
@@ -47,32 +52,48 @@ class Rows:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens per row."""
+        """Number of tokens in each row."""
         return tuple(self.real.sum(1).tolist())
 
-    def select(self, rows: list[int]) -> "Rows":
-        return Rows(self.real[rows], self.first[rows])
+    def select(self, rows: Sequence[int]) -> "Rows":
+        """Row r becomes a copy of what is row ``rows[r]`` now. Raises BadInput for other rows."""
+        if list(rows) == list(range(self.num_rows)):
+            return self
+        if not all(0 <= row < self.num_rows for row in rows):
+            raise BadInput(
+                f"Rows {list(rows)} are not all among the {self.num_rows} rows of the session.",
+                hint="Rows are counted from 0.",
+            )
+        origin = rows if self.origin is None else [self.origin[row] for row in rows]
+        index = torch.tensor(rows)
+        return Rows(self.real[index], self.first[index], tuple(origin))
 
     def cut(self, num_columns: int) -> "Rows":
         """The first ``num_columns`` columns."""
-        return Rows(self.real[:, :num_columns], self.first)
+        return replace(self, real=self.real[:, :num_columns])
+
+    def cut_to_position(self, position: int) -> "Rows":
+        """The columns that leave at most ``position`` tokens in every row."""
+        longest = self.real.cumsum(1).amax(0)
+        return self.cut(int((longest <= position).sum()))
 
     def behind(self, num_columns: int) -> "Rows":
         """The columns after the first ``num_columns``."""
-        return Rows(self.real[:, num_columns:], self.first) if num_columns else self
+        return replace(self, real=self.real[:, num_columns:]) if num_columns else self
 
     def joined(self, new: "Rows") -> "Rows":
-        """These columns and, after them, those of ``new``, which was read as their continuation."""
+        """These columns, then those of ``new``, which follow them; the order is done."""
         return Rows(torch.cat([self.real, new.real], dim=1), new.first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnLayout:
-    """What a caller says of the new columns, as transformers' models take it.
+    """What the caller of a transformers model says of the new columns.
 
     ``follows_mask``: without ``position_ids`` this model numbers tokens by the mask, not by column.
     """
 
+    num_rows: int
     num_columns: int
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
@@ -80,18 +101,24 @@ class ColumnLayout:
 
 
 def read_columns(past: Rows, layout: ColumnLayout) -> Rows:
-    """The new columns of a batch whose earlier columns are ``past``.
+    """The new columns of a batch whose earlier columns are ``past`` (without rows: there are none).
 
-    Raises BadInput for a mask or positions of the wrong shape, NotSupported for masks that are not
-    plain padding and for positions that do not follow each other.
+    Raises BadInput for another number of rows and for a mask or positions of the wrong shape,
+    NotSupported for masks that are not plain padding and for positions with gaps.
     """
+    past = past if past.num_rows else Rows.empty(layout.num_rows)
+    if past.num_rows != layout.num_rows:
+        raise BadInput(
+            f"The batch has {layout.num_rows} rows, its session has {past.num_rows}.",
+            hint="Use one session per batch; batch_select_indices changes the rows of a cache.",
+        )
     real = _read_mask(past, layout)
     if layout.attention_mask is None and bool(past.real.all()):
         first = past.first if past.num_columns else torch.zeros_like(past.first)
         columns = torch.arange(past.num_columns, past.num_columns + layout.num_columns)
-        told = layout.position_ids if layout.position_ids is not None else columns.expand_as(real)
-        if torch.equal(told.cpu(), first[:, None] + columns):
-            return Rows(real, first)  # the usual case, once for every token
+        given = layout.position_ids if layout.position_ids is not None else columns.expand_as(real)
+        if torch.equal(given.cpu(), first[:, None] + columns):
+            return Rows(real, first)  # the usual case, once per generated token
     return Rows(real, _first_positions(past, real, _positions(past, real, layout)))
 
 
@@ -111,7 +138,7 @@ def unpack(packed: Tensor, real: Tensor) -> Tensor:
 
 
 def to_left_padding(mask: Tensor) -> Tensor | None:
-    """The order [rows, columns] that brings each row's padding to its left; None if it is there."""
+    """The column order [rows, columns] that moves padding to the left; None if it is there."""
     if bool((mask[:, 1:] >= mask[:, :-1]).all()):
         return None
     return mask.argsort(dim=1, stable=True)
@@ -124,7 +151,7 @@ def _read_mask(past: Rows, layout: ColumnLayout) -> Tensor:
         return torch.ones(num_rows, layout.num_columns, dtype=torch.bool)
     if mask.ndim != 2:
         raise NotSupported(
-            f"An attention mask of {mask.ndim} dimensions cannot travel to the servers.",
+            f"An attention mask of {mask.ndim} dimensions cannot be sent to the servers.",
             hint="Pass a mask of shape [batch, tokens] with ones on tokens and zeros on padding.",
         )
     expected = (num_rows, num_past + layout.num_columns)
@@ -161,7 +188,7 @@ def _positions(past: Rows, real: Tensor, layout: ColumnLayout) -> Tensor:
     if positions.ndim == 3:
         if not bool((positions == positions[:1]).all()):
             raise NotSupported(
-                "Positions in several dimensions cannot travel to the servers.",
+                "Positions in several dimensions cannot be sent to the servers.",
                 hint="Pass position_ids of shape [batch, tokens].",
             )
         positions = positions[0]
@@ -174,8 +201,9 @@ def _positions(past: Rows, real: Tensor, layout: ColumnLayout) -> Tensor:
 
 
 def _first_positions(past: Rows, real: Tensor, positions: Tensor) -> Tensor:
-    """Position of each row's first token; checks that the row's other tokens follow it."""
+    """Position of each row's first token [rows]. Raises NotSupported if a row has a gap."""
     num_before = past.real.sum(1, keepdim=True)
+    # Each token implies where its row began; without gaps all tokens of a row imply the same.
     implied = positions - num_before - real.cumsum(1) + 1
     biggest = torch.iinfo(torch.int64).max
     begun = num_before[:, 0] > 0

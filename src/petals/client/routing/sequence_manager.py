@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from petals.client.config import ClientConfig
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.connection.nodes import nodes
 from petals.client.routing.route import Needs
 from petals.client.routing.swarm_state import SwarmState
@@ -93,7 +93,7 @@ class RemoteSequenceManager:
                 hint="Pass dht_prefix=NAME, the name its servers were started with.",
             )
         self.access = SwarmConnection(self.config, model, self.blocks.end, node)
-        bridge.at_exit(self.access.close)
+        client_loop.at_exit(self.access.close)
         weakref.finalize(self, _close_soon, self.access).atexit = False
 
     def __enter__(self) -> "RemoteSequenceManager":
@@ -140,8 +140,8 @@ class RemoteSequenceManager:
         return self.access.is_alive
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Run a coroutine in the client's event loop; see ``Bridge.run``."""
-        return bridge.run(work, timeout)
+        """Run a coroutine in the client's event loop; see ``EventLoopThread.run``."""
+        return client_loop.run(work, timeout)
 
     def make_sequence(
         self,
@@ -163,7 +163,7 @@ class RemoteSequenceManager:
             view = await self.access.view()
             return list(await view.route(needs, throughput=mode == "max_throughput"))
 
-        return bridge.run(find())
+        return client_loop.run(find())
 
     def update(self, *, wait: bool = True) -> None:
         """Read the directory anew. ``wait`` is accepted and always true."""
@@ -171,7 +171,7 @@ class RemoteSequenceManager:
         async def refresh() -> None:
             await (await self.access.view()).refresh()
 
-        bridge.run(refresh())
+        client_loop.run(refresh())
 
     def on_request_failure(self, peer_id: PeerId, error: PetalsError | None = None) -> None:
         """Avoid a server for ``ban_timeout``, doubled each time."""
@@ -180,7 +180,7 @@ class RemoteSequenceManager:
             view = await self.access.view()
             view.note_failure(peer_id, error or PeerFailed("A request failed."))
 
-        bridge.run(note())
+        client_loop.run(note())
 
     def on_request_success(self, peer_id: PeerId) -> None:
         """Forget a server's failures."""
@@ -188,20 +188,20 @@ class RemoteSequenceManager:
         async def note() -> None:
             (await self.access.view()).note_success(peer_id)
 
-        bridge.run(note())
+        client_loop.run(note())
 
     def shutdown(self) -> None:
         """End the sessions and the connection; a slice's shutdown does nothing. Idempotent."""
         if self._origin is None and self.access.is_alive:
-            bridge.forget(self.access.close)
-            bridge.run(self.access.close())
+            client_loop.forget(self.access.close)
+            client_loop.run(self.access.close())
 
 
 def _close_soon(access: SwarmConnection) -> None:
     """A manager that was forgotten with all its slices, in whatever thread that was noticed."""
-    bridge.forget(access.close)
+    client_loop.forget(access.close)
     if access.is_alive:
-        bridge.start(access.close)
+        client_loop.start(access.close)
 
 
 def _named(blocks: BlockSpan | Sequence[str]) -> tuple[str, BlockSpan]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from petals.client.block_runner import PassCall, PassOutput
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 from petals.client.connection.tensor_checks import check_states, is_finite
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.training.batch import Pass
@@ -56,7 +56,7 @@ class _Here:
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """The output, then what was tapped."""
-        output = bridge.run(self._pass.forward(hidden.detach()))
+        output = client_loop.run(self._pass.forward(hidden.detach()))
         found = (output.hidden, *(output.tapped[block] for block in self._call.taps))
         return tuple(tensor.to(hidden.device) for tensor in found)
 
@@ -70,7 +70,7 @@ class _Here:
                 )
         hidden, *tapped = grads
         given = PassOutput(hidden, dict(zip(self._call.taps, tapped)))
-        found = bridge.run(self._pass.backward(given))
+        found = client_loop.run(self._pass.backward(given))
         prompts = () if found.prompts is None else (found.prompts,)
         return (found.hidden, *prompts, *found.adapter)
 

@@ -1,4 +1,4 @@
-"""What a client trains: prompts, LoRA adapters, and the files they are saved in.
+"""What a client trains: prompts, LoRA adapters, and the files in which both are saved.
 
 Knows no servers.
 """

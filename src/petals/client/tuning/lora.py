@@ -1,18 +1,19 @@
-"""LoRA inside remote blocks, seen from a model: its matrices are ordinary parameters here.
+"""LoRA inside remote blocks: its matrices are ordinary parameters of the client's model.
 
-What they hold travels to the servers with each pass and session; gradients come back, the optimizer
-stays at home. Reads and writes peft's format. Knows no servers and no routes.
+Their values are sent to the servers with each pass and session; gradients come back, and the
+optimizer runs at the client. Reads and writes peft's format. Knows no servers and no routes.
 """
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import AdapterRefused
 from petals.models.adapters.config import LoraConfig
@@ -24,6 +25,7 @@ from petals.models.runtime.lora_hooks import slots_of_model
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 _SHOWN_NAMES = 12
+"""Most names of matrices in an error message."""
 
 
 class RemoteLora(nn.Module):
@@ -42,13 +44,13 @@ class RemoteLora(nn.Module):
             self._slots[block, path] = part.scaling
         if is_trainable and config.lora_dropout:
             warnings.warn(
-                "lora_dropout has no effect inside remote blocks: servers do not drop anything.",
+                "lora_dropout has no effect inside remote blocks: servers apply no dropout.",
                 stacklevel=3,
             )
 
     @classmethod
     def new(cls, config: LoraConfig, slots: Slots, blocks_path: str) -> "RemoteLora":
-        """Fresh matrices, A random and B zero, for the ``slots`` that the config names.
+        """New matrices, A random and B zero, for the ``slots`` that the config names.
 
         blocks_path: where the model keeps its layers. Raises AdapterRefused if none is named.
         """
@@ -67,7 +69,7 @@ class RemoteLora(nn.Module):
         return cls(config, Adapter(parts))
 
     def live(self) -> Adapter:
-        """The parameters themselves, for a pass that may be differentiated."""
+        """The adapter made of the parameters themselves, for a pass that may be differentiated."""
         parts: dict[Slot, LowRank] = {}
         for (block, path), scaling in self._slots.items():
             pair = self.get_submodule(f"{block}.{path}")
@@ -76,7 +78,7 @@ class RemoteLora(nn.Module):
         return Adapter(parts)
 
     def snapshot(self) -> Adapter:
-        """A copy that stays as it is while training goes on, for sessions and files."""
+        """A copy that later training does not change, for sessions and files."""
         return self.live().mapped(lambda tensor: tensor.detach().clone())
 
     def extra_repr(self) -> str:
@@ -84,89 +86,116 @@ class RemoteLora(nn.Module):
         return f"{len(self._slots)} matrices, rank {', '.join(map(str, ranks))}"
 
 
-class AdaptedModel:
-    """Mixin: a model whose remote blocks can take a LoRA adapter of the client's own.
+class AdaptedBlocks(Protocol):
+    """Remote blocks that take one adapter."""
 
-    One at a time; it is used in every call and session that begins after it was added.
+    config: PretrainedConfig
+    lora: RemoteLora | None
+
+
+class RemoteModel(Protocol):
+    """What tuning needs of a model with remote blocks.
+
+    The four functions below are methods of such a model. It has at most one adapter; calls and
+    sessions that begin after the adapter was added use it.
     """
 
-    def add_adapter(self: Any, adapter_config: object, adapter_name: str | None = None) -> None:
-        """Begin a new trainable adapter. adapter_config: a LoraConfig, of petals or of peft.
+    config: PretrainedConfig
+    blocks_path: str
 
-        Its matrices are among ``model.parameters()`` from now on, and ``modules_to_save`` (a score
-        head) become trainable. Raises AdapterRefused for what servers cannot apply.
-        """
-        config = LoraConfig.of(adapter_config)
-        slots, transposed = slots_of_model(self.remote_blocks.config)
-        config = replace(config, fan_in_fan_out=transposed)
-        lora = RemoteLora.new(config, slots, self.blocks_path)
-        for parameter in _whole_modules(self, config).values():
-            parameter.requires_grad_(True)
-        self.remote_blocks.lora = lora
+    @property
+    def remote_blocks(self) -> AdaptedBlocks: ...
 
-    def load_adapter(
-        self: Any,
-        peft_model_id: str | Path,
-        adapter_name: str | None = None,
-        *,
-        is_trainable: bool = False,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        """Use an adapter that peft or ``save_adapter`` has written: a folder or a repository.
+    @property
+    def blocks_host(self) -> PreTrainedModel: ...
 
-        It is sent to the servers of this client's sessions and passes, and to nobody else's. Raises
-        ModelNotFound, AdapterRefused (pickle, another kind, another model).
-        """
-        access = HubAccess(revision=revision, token=token, cache_dir=cache_dir)
-        layers_path = describe(self.remote_blocks.config).layers_path
-        saved = read_adapter(str(peft_model_id), layers_path, None, access)
-        slots, _ = slots_of_model(self.remote_blocks.config)
-        check_fits(saved.adapter, slots)
-        check_finite(saved.adapter)
-        whole = _matching(self, saved.rest)
-        self.remote_blocks.lora = RemoteLora(saved.config, saved.adapter, is_trainable=is_trainable)
-        with torch.no_grad():
-            for name, parameter in whole.items():
-                parameter.copy_(saved.rest[name])
-                parameter.requires_grad_(is_trainable)
+    def can_generate(self) -> bool: ...
 
-    def delete_adapter(self: Any, adapter_names: object = None) -> None:
-        """Go on without the adapter."""
-        self.remote_blocks.lora = None
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
 
-    def save_adapter(self: Any, save_directory: str | Path) -> None:
-        """Write the adapter as peft does, whole modules that were trained with it included.
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
 
-        Raises AdapterRefused if there is none.
-        """
-        lora: RemoteLora | None = self.remote_blocks.lora
-        if lora is None:
-            raise AdapterRefused(
-                "The model has no adapter to save.", hint="Begin one: model.add_adapter(config)."
-            )
-        saved = SavedAdapter(lora.config, lora.snapshot(), _whole_modules(self, lora.config))
-        kind = type(self).__name__
-        settings = {
-            "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
-            "base_model_name_or_path": getattr(self.config, "_name_or_path", None),
-        }
-        write_adapter(Path(save_directory), saved, self.blocks_path, settings)
+
+def add_adapter(
+    model: RemoteModel, adapter_config: object, adapter_name: str | None = None
+) -> None:
+    """Add a new trainable adapter. adapter_config: a LoraConfig, of petals or of peft.
+
+    Its matrices are among ``model.parameters()`` from now on, and ``modules_to_save`` (a score
+    head) become trainable. Raises AdapterRefused for what servers cannot apply.
+    """
+    config = LoraConfig.of(adapter_config)
+    slots, transposed = slots_of_model(model.remote_blocks.config)
+    config = replace(config, fan_in_fan_out=transposed)
+    lora = RemoteLora.new(config, slots, model.blocks_path)
+    for parameter in _whole_modules(model, config).values():
+        parameter.requires_grad_(True)
+    model.remote_blocks.lora = lora
+
+
+def load_adapter(
+    model: RemoteModel,
+    peft_model_id: str | Path,
+    adapter_name: str | None = None,
+    *,
+    is_trainable: bool = False,
+    **access: Any,
+) -> None:
+    """Use an adapter that peft or ``save_adapter`` has written: a folder or a repository.
+
+    ``access``: ``revision``, ``token`` and ``cache_dir`` of the hub. The adapter is sent to the
+    servers of this client's sessions and passes only. Raises ModelNotFound, AdapterRefused (pickle,
+    another kind, another model).
+    """
+    layers_path = describe(model.remote_blocks.config).layers_path
+    saved = read_adapter(str(peft_model_id), layers_path, None, HubAccess(**access))
+    slots, _ = slots_of_model(model.remote_blocks.config)
+    check_fits(saved.adapter, slots)
+    check_finite(saved.adapter)
+    whole = _matching(model, saved.rest)
+    model.remote_blocks.lora = RemoteLora(saved.config, saved.adapter, is_trainable=is_trainable)
+    with torch.no_grad():
+        for name, parameter in whole.items():
+            parameter.copy_(saved.rest[name])
+            parameter.requires_grad_(is_trainable)
+
+
+def delete_adapter(model: RemoteModel, adapter_names: object = None) -> None:
+    """Go on without the adapter."""
+    model.remote_blocks.lora = None
+
+
+def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
+    """Write the adapter as peft does, whole modules that were trained with it included.
+
+    Raises AdapterRefused if there is none.
+    """
+    lora = model.remote_blocks.lora
+    if lora is None:
+        raise AdapterRefused(
+            "The model has no adapter to save.", hint="Add one: model.add_adapter(config)."
+        )
+    saved = SavedAdapter(lora.config, lora.snapshot(), _whole_modules(model, lora.config))
+    kind = type(model).__name__
+    settings = {
+        "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
+        "base_model_name_or_path": getattr(model.config, "_name_or_path", None),
+    }
+    write_adapter(Path(save_directory), saved, model.blocks_path, settings)
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register ``module`` at ``path``, with empty modules on the way to it."""
-    *way, last = path.split(".")
-    for name in way:
+    """Register ``module`` at ``path``, with an empty module for each part of the path before."""
+    *parents, last = path.split(".")
+    for name in parents:
         if name not in root._modules:
             root.add_module(name, nn.Module())
         root = root.get_submodule(name)
     root.add_module(last, module)
 
 
-def _whole_modules(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
-    """Parameters of the modules that are trained whole. Raises AdapterRefused for unknown ones."""
+def _whole_modules(model: RemoteModel, config: LoraConfig) -> dict[str, Tensor]:
+    """Parameters of the modules in ``modules_to_save``. Raises AdapterRefused for unknown ones."""
     found: dict[str, Tensor] = {}
     for wanted in config.modules_to_save:
         own = {
@@ -184,13 +213,13 @@ def _whole_modules(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
     return found
 
 
-def _matching(model: nn.Module, rest: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def _matching(model: RemoteModel, rest: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """The model's parameters that ``rest`` has values for. Raises AdapterRefused."""
     own = dict(model.named_parameters())
     for name, tensor in rest.items():
         if name not in own or own[name].shape != tensor.shape:
             raise AdapterRefused(
-                f"The adapter brings {name} {list(tensor.shape)}, which this model does not have.",
+                f"The adapter has {name} {list(tensor.shape)}, which this model does not have.",
                 hint="Load it with the class it was made for (a classifier's with "
                 "AutoDistributedModelForSequenceClassification).",
             )

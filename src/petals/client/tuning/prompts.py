@@ -1,8 +1,8 @@
 """Trained prompts: vectors before a model's first token, and others added inside its blocks.
 
 Mode "ptune" puts ``pre_seq_len`` trained vectors before the embeddings of every sequence;
-"deep_ptune" also adds trained vectors to the same places on entering each block. Here is what they
-are and how a call of a model looks with them. Must not know sessions, routes or files.
+"deep_ptune" also adds trained vectors to the same positions at the input of each block. Makes the
+parameters, and the arguments of a forward that includes them. Knows no sessions, routes or files.
 """
 
 import inspect
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from petals.errors import ConfigError
@@ -43,16 +44,16 @@ class TuningConfig:
             raise ConfigError(
                 f"tuning_mode={self.tuning_mode!r} with pre_seq_len={self.pre_seq_len!r} "
                 "would train no token.",
-                hint="Say how many vectors stand before each sequence: pre_seq_len=16.",
+                hint="Give the number of vectors before each sequence: pre_seq_len=16.",
             )
 
 
-def add_prompts(host: Any, tuning: TuningConfig, num_blocks: int) -> None:
+def add_prompts(host: PreTrainedModel, tuning: TuningConfig, num_blocks: int) -> None:
     """Give ``host``, the innermost model around the blocks, its trainable prompts, in f32.
 
     ``prompt_embeddings.weight`` [P, E] begins as embeddings of random tokens;
-    ``intermediate_prompt_embeddings.weight`` [P, num_blocks * H] begins as zeros, which change
-    nothing. Draws from torch's global random generator.
+    ``intermediate_prompt_embeddings.weight`` [P, num_blocks * H] begins as zeros, which have no
+    effect. Draws from torch's global random generator.
     """
     if tuning.tuning_mode is None:
         return
@@ -68,13 +69,13 @@ def add_prompts(host: Any, tuning: TuningConfig, num_blocks: int) -> None:
 
 
 def num_prompt_tokens(host: nn.Module) -> int:
-    """P; 0 for a model without prompts."""
+    """Number of trained prompts P; 0 for a model without any."""
     prompts = host._modules.get(PROMPTS)
     return 0 if prompts is None else prompts.num_embeddings
 
 
-def deep_prompts(host: Any, num_blocks: int) -> Tensor | None:
-    """[num_blocks, P, H] in the dtype of the embeddings; None where there are none."""
+def deep_prompts(host: PreTrainedModel, num_blocks: int) -> Tensor | None:
+    """[num_blocks, P, H] in the dtype of the embeddings; None for a model without deep prompts."""
     deep = host._modules.get(DEEP_PROMPTS)
     if deep is None:
         return None
@@ -82,24 +83,25 @@ def deep_prompts(host: Any, num_blocks: int) -> Tensor | None:
     return by_token.transpose(0, 1).to(host.get_input_embeddings().weight.dtype)
 
 
-def with_prompts(host: Any, call: dict[str, Any], num_past: int) -> tuple[dict[str, Any], int]:
-    """The arguments of a model's forward with its prompts, and how many of them came in front.
+def with_prompts(
+    host: PreTrainedModel, call: dict[str, Any], num_past: int
+) -> tuple[dict[str, Any], int]:
+    """The arguments of a model's forward with its prompts, and how many prompts were put first.
 
-    ``num_past`` columns have run before in the same session, prompts included; those of them that
-    are still missing precede the tokens. Positions count prompts, and go on without a gap at each
-    row's first token, wherever its padding stands.
+    ``num_past`` columns have run before in the same session, prompts included; prompts that have
+    not run yet precede the tokens. Positions count prompts and continue without a gap at each row's
+    first token, also where padding lies between the two.
     """
     num_tokens = num_prompt_tokens(host)
     if not num_tokens:
         return call, 0
     num_new = max(0, num_tokens - num_past)
     call = dict(call)
-    given: Any = call.get("input_ids")
-    embeds: Any = call.get("inputs_embeds")
-    num_rows = len(given if given is not None else embeds)
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    num_rows = (ids if ids is not None else call["inputs_embeds"]).shape[0]
     if num_new:
         if embeds is None:
-            embeds = host.get_input_embeddings()(given)
+            embeds = host.get_input_embeddings()(ids)
             call["input_ids"] = None
         prompts = host._modules[PROMPTS].weight[num_past:].to(embeds)
         call["inputs_embeds"] = torch.cat([prompts.expand(num_rows, -1, -1), embeds], dim=1)
@@ -120,14 +122,16 @@ def with_prompts(host: Any, call: dict[str, Any], num_past: int) -> tuple[dict[s
     return call, num_new
 
 
-def _takes_positions(host: Any) -> bool:
+def _takes_positions(host: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(host.forward).parameters
 
 
-def without_prompts(output: Any, num_new: int, num_columns: int) -> Any:
+def without_prompts(
+    output: ModelOutput | tuple[Tensor, ...], num_new: int, num_columns: int
+) -> ModelOutput | tuple[Tensor, ...]:
     """A model's output without the first ``num_new`` of its ``num_columns`` columns."""
 
-    def cut(value: Any) -> Any:
+    def cut(value: object) -> object:
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == num_columns:
             return value[:, num_new:]
         return tuple(cut(entry) for entry in value) if type(value) is tuple else value

@@ -1,9 +1,9 @@
-"""What was trained, in files: written alone, without the model it was trained on, and read again.
+"""Files of what was trained, without the model it was trained on.
 
 A folder holds ``model.safetensors`` (every parameter that requires gradients, under its name in
-``state_dict``), ``config.json`` (of the whole model, with a note of where it came from) and, where
-peft has a word for it, the same once more as an adapter of peft: a LoRA inside the blocks, or
-prompts before the input. Must not know the network, nor how a model is loaded.
+``state_dict``), ``config.json`` (of the whole model, with a note that names its base model) and,
+where peft has a format for it, the same as an adapter of peft: a LoRA inside the blocks, or prompts
+before the input. Knows neither the network nor how a model is loaded.
 """
 
 import copy
@@ -19,19 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from petals.client.config import ClientConfig
+from petals.client.tuning.lora import RemoteModel, load_adapter, save_adapter
 from petals.client.tuning.prompts import DEEP_PROMPTS, PROMPTS, TuningConfig
 from petals.errors import ConfigError, ModelFilesBroken
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _NOTE = "petals_tuned"
+"""Key of the note in ``config.json``."""
 _OF_THE_HEAD = ("id2label", "label2id", "problem_type", "pad_token_id")
-"""Settings of a model's config that a classifier is usually given after the base model's."""
+"""Settings of a classifier that its base model's config does not have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
-    """A folder of ``save_pretrained``. base, options: what ``from_pretrained`` is to be told."""
+class SavedTuning:
+    """A folder of ``save_pretrained``. base, options: arguments of ``from_pretrained``."""
 
     folder: Path
     base: str
@@ -40,11 +42,11 @@ class Tuned:
     options: dict[str, Any]
 
     @torch.no_grad()
-    def restore(self, model: Any) -> None:
-        """Put what was trained into the model; it is trainable again.
+    def restore(self, model: RemoteModel) -> None:
+        """Copy the trained tensors into the model; they require gradients again.
 
-        Raises ModelFilesBroken for a damaged file and for one that belongs to another model, and
-        AdapterRefused likewise.
+        Raises ModelFilesBroken for a damaged file and for the file of another model, AdapterRefused
+        for an adapter of another model.
         """
         try:
             tensors = load_file(self.folder / WEIGHTS_FILE)
@@ -53,7 +55,7 @@ class Tuned:
                 f"{self.folder / WEIGHTS_FILE} cannot be read: {error}"
             ) from error
         if self.has_lora:
-            model.load_adapter(self.folder, is_trainable=any(".lora_A" in name for name in tensors))
+            load_adapter(model, self.folder, is_trainable=any(".lora_A" in n for n in tensors))
         parameters = dict(model.named_parameters())
         for name, tensor in tensors.items():
             parameter = parameters.get(name)
@@ -68,10 +70,10 @@ class Tuned:
             parameter.requires_grad_()
 
 
-def find_tuned(source: str) -> Tuned | None:
-    """What ``save_pretrained`` left in the folder ``source``; None if that is something else.
+def find_tuned(source: str) -> SavedTuning | None:
+    """What ``save_pretrained`` wrote into the folder ``source``; None for any other source.
 
-    Raises ModelFilesBroken if its config makes no sense.
+    Raises ModelFilesBroken for a damaged note.
     """
     folder = Path(source)
     try:
@@ -83,22 +85,23 @@ def find_tuned(source: str) -> Tuned | None:
         return None
     try:
         options = {name: config[name] for name in _OF_THE_HEAD if config.get(name) is not None}
-        if "id2label" in options:  # JSON has no keys that are numbers
+        if "id2label" in options:  # keys are strings in JSON
             options["id2label"] = {int(key): label for key, label in options["id2label"].items()}
         options |= {entry.name: config[entry.name] for entry in fields(TuningConfig)}
-        return Tuned(folder, str(note["base"]), str(note["class"]), bool(note["lora"]), options)
+        base, model_class, has_lora = str(note["base"]), str(note["class"]), bool(note["lora"])
+        return SavedTuning(folder, base, model_class, has_lora, options)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelFilesBroken(
-            f"{folder / CONFIG_FILE} was not written by save_pretrained: {_NOTE} or what belongs "
-            f"to it is damaged ({error!r}).",
-            hint="Take the folder from where it was saved again.",
+            f"{folder / CONFIG_FILE} was not written by save_pretrained: {_NOTE} or a setting "
+            f"of it is damaged ({error!r}).",
+            hint="Copy the folder again from where it was saved.",
         ) from error
 
 
-def save_tuned(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write what of ``model`` requires gradients; values from ``state`` where it has them.
+def save_tuned(model: RemoteModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the parameters that require gradients, with the values of ``state`` where it has them.
 
-    Raises ConfigError if there is nothing.
+    Raises ConfigError if no parameter requires gradients.
     """
     trained = {
         name: (state or {}).get(name, parameter).detach().cpu().contiguous()
@@ -116,17 +119,17 @@ def save_tuned(model: Any, folder: Path, state: Mapping[str, Tensor] | None = No
     save_file(trained, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     _write_json(folder / CONFIG_FILE, _config_of(model))
     for name in (ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
-        (folder / name).unlink(missing_ok=True)  # of an earlier state
+        (folder / name).unlink(missing_ok=True)  # of an earlier call
     prompts = _as_peft(trained)
     if model.remote_blocks.lora is not None:
-        model.save_adapter(folder)
+        save_adapter(model, folder)
     elif prompts is not None:
         save_file(prompts, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
         _write_json(folder / ADAPTER_CONFIG_FILE, _peft_config(model))
 
 
-def _config_of(model: Any) -> dict[str, Any]:
-    """The model's config without the client's settings, which are of this machine and swarm."""
+def _config_of(model: RemoteModel) -> dict[str, Any]:
+    """The model's config without the client's settings, which belong to this machine and swarm."""
     config = copy.deepcopy(model.config)
     for entry in fields(ClientConfig):
         if hasattr(config, entry.name):
@@ -142,7 +145,7 @@ def _config_of(model: Any) -> dict[str, Any]:
 
 
 def _as_peft(trained: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors of a prompt-tuning adapter of peft; None if it could not hold all of them."""
+    """The tensors of a prompt-tuning adapter of peft; None if its format has no place for one."""
     found: dict[str, Tensor] = {}
     for name, tensor in trained.items():
         if name.endswith(f"{PROMPTS}.weight") and DEEP_PROMPTS not in name:
@@ -154,7 +157,7 @@ def _as_peft(trained: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     return found if PROMPTS in found else None
 
 
-def _peft_config(model: Any) -> dict[str, Any]:
+def _peft_config(model: RemoteModel) -> dict[str, Any]:
     text = model.config.get_text_config(decoder=True)
     prompts = model.blocks_host._modules[PROMPTS]
     return {

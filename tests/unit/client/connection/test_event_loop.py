@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from petals.client.connection.event_loop import Bridge
+from petals.client.connection.event_loop import EventLoopThread
 from petals.errors import BadInput, PeerTimeout, SwarmError
 
 
 @pytest.fixture
-def bridge() -> Iterator[Bridge]:
-    bridge = Bridge()
-    yield bridge
-    bridge.close()
+def loop_thread() -> Iterator[EventLoopThread]:
+    loop_thread = EventLoopThread()
+    yield loop_thread
+    loop_thread.close()
 
 
 async def echo(value: int) -> int:
@@ -26,26 +26,26 @@ async def echo(value: int) -> int:
     return value
 
 
-def test_results_and_errors_come_back(bridge: Bridge) -> None:
+def test_results_and_errors_come_back(loop_thread: EventLoopThread) -> None:
     async def fail() -> None:
         raise BadInput("no")
 
-    assert bridge.run(echo(3)) == 3
+    assert loop_thread.run(echo(3)) == 3
     with pytest.raises(BadInput):
-        bridge.run(fail())
+        loop_thread.run(fail())
 
 
-def test_many_threads_share_one_loop(bridge: Bridge) -> None:
+def test_many_threads_share_one_loop(loop_thread: EventLoopThread) -> None:
     async def where(value: int) -> tuple[int, int]:
         return await echo(value), threading.get_ident()
 
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda value: bridge.run(where(value)), range(200)))
+        results = list(pool.map(lambda value: loop_thread.run(where(value)), range(200)))
     assert [value for value, _ in results] == list(range(200))
     assert len({thread for _, thread in results}) == 1
 
 
-def test_timeout_cancels_the_work(bridge: Bridge) -> None:
+def test_timeout_cancels_the_work(loop_thread: EventLoopThread) -> None:
     ended: list[bool] = []
 
     async def forever() -> None:
@@ -55,7 +55,7 @@ def test_timeout_cancels_the_work(bridge: Bridge) -> None:
             ended.append(True)
 
     with pytest.raises(PeerTimeout):
-        bridge.run(forever(), timeout=0.01)
+        loop_thread.run(forever(), timeout=0.01)
     assert ended == [True]
 
 
@@ -68,7 +68,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_interrupt_cancels_the_work_and_waits_for_its_end(bridge: Bridge) -> None:
+def test_interrupt_cancels_the_work_and_waits_for_its_end(loop_thread: EventLoopThread) -> None:
     ended: list[bool] = []
 
     async def interrupted() -> None:
@@ -80,15 +80,15 @@ def test_interrupt_cancels_the_work_and_waits_for_its_end(bridge: Bridge) -> Non
             ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        bridge.run(interrupted())
+        loop_thread.run(interrupted())
     assert ended == [True]
-    assert bridge.run(echo(1)) == 1
+    assert loop_thread.run(echo(1)) == 1
 
 
 def test_interrupt_before_the_work_is_handed_over(
-    bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+    loop_thread: EventLoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hand_over = bridge.loop.call_soon_threadsafe
+    hand_over = loop_thread.loop.call_soon_threadsafe
     orders: list[object] = []
 
     def interrupted_once(*order: object) -> None:
@@ -97,22 +97,22 @@ def test_interrupt_before_the_work_is_handed_over(
             raise KeyboardInterrupt
         hand_over(*order)
 
-    monkeypatch.setattr(bridge.loop, "call_soon_threadsafe", interrupted_once)
+    monkeypatch.setattr(loop_thread.loop, "call_soon_threadsafe", interrupted_once)
     work = echo(1)
     with pytest.raises(KeyboardInterrupt):
-        bridge.run(work)
+        loop_thread.run(work)
     assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
 
 
-def test_waiting_for_oneself_is_refused(bridge: Bridge) -> None:
+def test_waiting_for_oneself_is_refused(loop_thread: EventLoopThread) -> None:
     async def inside() -> None:
-        bridge.run(echo(1))
+        loop_thread.run(echo(1))
 
     with pytest.raises(RuntimeError, match="await instead"):
-        bridge.run(inside())
+        loop_thread.run(inside())
 
 
-def test_close_runs_the_closers_and_frees_the_waiting(bridge: Bridge) -> None:
+def test_close_runs_the_closers_and_frees_the_waiting(loop_thread: EventLoopThread) -> None:
     closed: list[int] = []
     started = threading.Event()
 
@@ -123,27 +123,27 @@ def test_close_runs_the_closers_and_frees_the_waiting(bridge: Bridge) -> None:
         started.set()
         await asyncio.Event().wait()
 
-    bridge.run(echo(0))
-    bridge.at_exit(lambda: close(1))
-    bridge.at_exit(lambda: close(2))
+    loop_thread.run(echo(0))
+    loop_thread.at_exit(lambda: close(1))
+    loop_thread.at_exit(lambda: close(2))
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(lambda: bridge.run(wait()))
+        waiting = pool.submit(lambda: loop_thread.run(wait()))
         started.wait(5)
-        bridge.close()
+        loop_thread.close()
         with pytest.raises(SwarmError, match="shut down"):
             waiting.result(5)
     assert closed == [2, 1]
-    assert bridge.run(echo(5)) == 5
+    assert loop_thread.run(echo(5)) == 5
 
 
 def test_nothing_hangs_at_exit() -> None:
     program = (
         "import asyncio\n"
-        "from petals.client.connection.event_loop import bridge\n"
+        "from petals.client.connection.event_loop import client_loop\n"
         "async def start():\n"
-        "    bridge.task = asyncio.create_task(asyncio.sleep(1000))\n"
+        "    client_loop.task = asyncio.create_task(asyncio.sleep(1000))\n"
         "async def say(): print('closed')\n"
-        "bridge.run(start()); bridge.at_exit(say)\n"
+        "client_loop.run(start()); client_loop.at_exit(say)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
@@ -152,9 +152,9 @@ def test_nothing_hangs_at_exit() -> None:
     assert done.stderr == ""
 
 
-def test_a_forked_child_has_a_loop_of_its_own(bridge: Bridge) -> None:
-    assert bridge.run(echo(1)) == 1
+def test_a_forked_child_has_a_loop_of_its_own(loop_thread: EventLoopThread) -> None:
+    assert loop_thread.run(echo(1)) == 1
     child = os.fork()
     if child == 0:
-        os._exit(bridge.run(echo(7)))
+        os._exit(loop_thread.run(echo(7)))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -1,4 +1,4 @@
-"""Loading by the auto classes: the ends come, the blocks stay, settings land where they belong."""
+"""Loading by the auto classes: embeddings and head only, and settings in the right config."""
 
 import json
 
@@ -165,7 +165,9 @@ class TestSpeculative:
         actual = remote.generate(PROMPT, max_new_tokens=8)
         assert torch.equal(actual, local.generate(PROMPT, max_new_tokens=8))
         (session,) = remote.remote_blocks.runner.sessions
-        assert len(session.steps) == 1  # the very same model drafts, and all of it is accepted
+        assert (
+            len(session.steps) == 1
+        )  # the same model drafts, so that all of its tokens are accepted
         assert "small_model" not in dict(remote.named_modules())
 
     def test_sampling_and_turns(self, folder, local):

@@ -1,11 +1,13 @@
 """`generate` through remote blocks gives the local tokens, in every mode of transformers."""
 
+import sys
+
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from petals.errors import BadInput, LengthExceeded, NotSupported
+from petals.errors import BadInput, LengthExceeded, MissingBlocksError, NotSupported
 from support.local_blocks import tiny_pair
 
 FAMILIES = (
@@ -74,13 +76,48 @@ def test_the_text_side_of_a_multimodal_model():
     same(local, remote, PROMPT, max_new_tokens=8)
 
 
+FILES_OF_A_TOKEN = {
+    "connection/event_loop.py",
+    "model/distributed.py",
+    "model/generation.py",
+    "model/inference_session.py",
+    "model/padding.py",
+    "model/remote_sequential.py",
+    "model/session_cache.py",
+}
+
+
+class Watch(StoppingCriteria):
+    """Files of the client that run in this thread between the second and the third token."""
+
+    def __init__(self):
+        self.num_tokens, self.files = 0, set()
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.num_tokens += 1
+        sys.setprofile(self.note if self.num_tokens == 2 else None)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def note(self, frame, event, arg):
+        _, found, path = frame.f_code.co_filename.partition("/petals/client/")
+        if found and path.startswith(("model/", "connection/")):
+            self.files.add(path)
+
+
+def test_a_token_takes_a_short_way_through_the_client(models):
+    _, remote = models
+    watch = Watch()
+    remote.generate(PROMPT, max_new_tokens=4, stopping_criteria=[watch])
+    assert watch.files == FILES_OF_A_TOKEN
+
+
 class TestSessionOfOneCall:
     def test_has_exactly_the_length_it_needs(self, models):
         local, remote = models
         same(local, remote, PROMPT, max_new_tokens=5)
         (session,) = sessions(remote)
         assert session.max_length == PROMPT.shape[1] + 5 - 1  # the last token is never run
-        assert session.lengths == [session.max_length]
+        assert session.lengths == (session.max_length,)
 
     def test_max_length_counts_the_prompt(self, models):
         local, remote = models
@@ -101,6 +138,16 @@ class TestSessionOfOneCall:
         with pytest.raises(RuntimeError, match="broken"):
             remote.generate(PROMPT, max_new_tokens=5, stopping_criteria=[Broken()])
         assert [session.is_closed for session in sessions(remote)] == [True]
+
+    def test_a_lost_block_tells_what_was_generated(self, models):
+        local, remote = models
+        ids = torch.tensor([[5, 6, 0], [5, 6, 7]])
+        mask = (ids != 0).long()
+        whole = remote.generate(ids, attention_mask=mask, max_new_tokens=6)
+        remote.remote_blocks.runner.errors[3] = MissingBlocksError("Blocks 2:4 are not served.")
+        with pytest.raises(MissingBlocksError) as caught:
+            remote.generate(ids, attention_mask=mask, max_new_tokens=6)
+        assert torch.equal(caught.value.generated, whole[:, :6])
 
     def test_prompt_lookup_saves_trips_and_needs_no_longer_session(self, models):
         local, remote = models
@@ -280,9 +327,6 @@ class TestRefusals:
 
     def test_longer_than_the_session(self, models):
         _, remote = models
-        with (
-            remote.inference_session(max_length=9) as session,
-            pytest.raises(LengthExceeded),
-        ):
+        with remote.inference_session(max_length=9), pytest.raises(LengthExceeded):
             remote.generate(PROMPT, max_new_tokens=9)
-        assert session.is_closed
+        assert [session.is_closed for session in sessions(remote)] == [True]

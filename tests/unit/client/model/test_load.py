@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from petals.client.model.load import layers_return_tuple
-from petals.client.model.remote_cache import RemoteCache
+from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, NotSupported
 from petals.models.checkpoint.arch import describe
 from petals.models.loading.head import HeadKind
@@ -97,7 +97,7 @@ class TestCalls:
     def test_use_cache_opens_a_session_that_grows(self, local, remote):
         first = remote(IDS[:, :5], use_cache=True)
         cache = first.past_key_values
-        assert isinstance(cache, RemoteCache)
+        assert isinstance(cache, SessionCache)
         second = remote(IDS[:, 5:], past_key_values=cache)
         assert second.past_key_values is cache
         assert_close(second.logits, local(IDS).logits[:, 5:])

@@ -1,4 +1,4 @@
-"""Rectangles to ragged rows and back, and what cannot be told as padding."""
+"""Padded batches to ragged rows and back, and masks that are not padding."""
 
 import pytest
 import torch
@@ -42,11 +42,14 @@ def test_reading_in_two_parts_is_reading_at_once(mask, cut):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     whole = read_columns(
         Rows.empty(num_rows),
-        ColumnLayout(num_columns=num_columns, attention_mask=mask, position_ids=positions),
+        ColumnLayout(
+            num_rows=num_rows, num_columns=num_columns, attention_mask=mask, position_ids=positions
+        ),
     )
     past = Rows.empty(num_rows)
     for begin, end in ((0, cut), (cut, num_columns)):
         layout = ColumnLayout(
+            num_rows=num_rows,
             num_columns=end - begin,
             attention_mask=mask[:, :end],
             position_ids=positions[:, begin:end],
@@ -71,7 +74,7 @@ def test_moving_padding_to_the_left_keeps_the_order_of_tokens(mask):
 
 
 def read(past, num_columns=2, **told):
-    return read_columns(past, ColumnLayout(num_columns=num_columns, **told))
+    return read_columns(past, ColumnLayout(num_rows=past.num_rows, num_columns=num_columns, **told))
 
 
 def test_without_a_mask_all_are_tokens():

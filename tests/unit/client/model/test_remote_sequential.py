@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from petals.errors import BadInput, LengthExceeded, NotSupported
+from petals.client.config import ClientConfig
+from petals.client.model.remote_sequential import RemoteSequential
+from petals.client.routing.sequence_manager import RemoteSequenceManager
+from petals.errors import BadInput, LengthExceeded, NotSupported, SessionClosed
+from petals.types import BlockSpan
 from support.local_blocks import tiny_pair
 
 HIDDEN = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
@@ -63,7 +67,8 @@ def test_a_session_of_a_slice(blocks):
             part(HIDDEN[:, :1])
     assert part.active_session is None
     assert part.position == 0
-    assert session.is_closed
+    with pytest.raises(SessionClosed):
+        session.step(HIDDEN)
     torch.testing.assert_close(torch.cat(pieces, dim=1), part(HIDDEN), rtol=1e-5, atol=1e-6)
 
 
@@ -79,7 +84,8 @@ def test_sessions_nest(blocks):
 def test_a_session_is_closed_when_its_block_raises(blocks):
     with pytest.raises(KeyError), blocks.inference_session(max_length=4) as session:
         raise KeyError
-    assert session.is_closed
+    with pytest.raises(SessionClosed):
+        session.step(HIDDEN)
 
 
 def test_keeps_dtype(blocks):
@@ -97,8 +103,6 @@ def test_wrong_inputs(blocks, wrong):
 
 
 def test_the_old_way_to_make_one():
-    from petals.client.model.remote_sequential import RemoteSequential
-
     config = tiny_pair("llama")[0].config
     config.initial_peers, config.dht_prefix = ["/ip4/127.0.0.1/tcp/1"], "some-model"
     with pytest.warns(FutureWarning, match="dht"):
@@ -106,3 +110,11 @@ def test_the_old_way_to_make_one():
     assert len(blocks) == 3
     assert blocks.sequence_manager.block_uids == tuple(f"some-model.{i}" for i in (1, 2, 3))
     assert blocks[1:].sequence_manager.block_uids == ("some-model.2", "some-model.3")
+
+
+def test_the_blocks_of_a_manager():
+    config = tiny_pair("llama")[0].config
+    with RemoteSequenceManager(ClientConfig(dht_prefix="m"), BlockSpan(0, 5)) as manager:
+        blocks = RemoteSequential(config, sequence_manager=manager[1:4])
+        assert [str(part.blocks) for part in blocks] == ["1:2", "2:3", "3:4"]
+        assert str(RemoteSequential(config, sequence_manager=manager, end_block=2).blocks) == "0:2"

@@ -53,7 +53,7 @@ def under_peft(local, folder, **options):
 
 
 def named_gradients(model, blocks_path):
-    """(block, module, A or B) -> gradient, whoever holds the parameters."""
+    """(block, module, A or B) -> gradient, for a remote model and for one of peft."""
     found = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad:

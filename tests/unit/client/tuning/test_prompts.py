@@ -1,4 +1,4 @@
-"""A tuned model equals prompt tuning done by hand on the whole model: losses, gradients, words."""
+"""A tuned model equals prompt tuning by hand on the whole model: losses, gradients, tokens."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ class TestGeneration:
         remote.generate(IDS[:1], max_new_tokens=5)
         (session,) = remote.remote_blocks.runner.sessions
         assert session.max_length == NUM_PROMPTS + IDS.shape[1] + 5 - 1
-        assert session.lengths == [session.max_length]
+        assert session.lengths == (session.max_length,)
         assert session.steps[0][1] == (NUM_PROMPTS + IDS.shape[1],)
 
     def test_a_prompt_in_chunks(self, pair):
@@ -237,7 +237,7 @@ def test_classifiers(family, mode):
     reference, remote = classifier_pair(family, mode, kind)
     labels = torch.tensor([1, 0, 1])
     mask = LEFT.flip(1)
-    ids = IDS * mask  # 0 is the token of padding
+    ids = IDS * mask  # 0 is the padding token
     output = remote(ids, attention_mask=mask, labels=labels)
     output.loss.backward()
     rows = [reference.states(IDS[row : row + 1, real]) for row, real in enumerate(mask.bool())]

@@ -1,4 +1,4 @@
-"""What was trained is saved alone, goes on where it stood, and others can read it."""
+"""What was trained is saved without the model; loading continues it, and peft can read it."""
 
 import json
 
@@ -40,7 +40,7 @@ def llama(tmp_path_factory):
 
 
 def load(kind, source, base, **options):
-    """A model that a swarm would serve, its blocks in this process."""
+    """A model with remote blocks, which run in this process."""
     remote = kind.from_pretrained(str(source), initial_peers=PEERS, **options)
     local = AutoModelForCausalLM.from_pretrained(base)
     remote.remote_blocks.runner = LocalBlocks(local.base_model, describe(local.config))
@@ -205,7 +205,7 @@ def test_the_config_shows_what_is_tuned(llama):
 
 
 def test_files_are_written_whole(llama, tmp_path):
-    """Saving twice leaves the second state, also where the first was wider."""
+    """Saving twice leaves the second state, also if the first had more tensors."""
     model = load(CAUSAL, llama, llama, tuning_mode="ptune", pre_seq_len=2)
     model.save_pretrained(tmp_path)
     model.model.norm.requires_grad_()
