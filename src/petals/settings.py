@@ -167,12 +167,14 @@ def _read_annotations(kind: type[Settings]) -> _Annotations:
     hints = get_type_hints(kind, include_extras=True)
     found = []
     for field in dataclasses.fields(kind):
-        annotation, *extras = get_args(hints[field.name])
-        (setting,) = (extra for extra in extras if isinstance(extra, Setting))
+        annotation, *extras = get_args(hints[field.name]) or (hints[field.name],)
+        settings = [extra for extra in extras if isinstance(extra, Setting)]
+        if len(settings) != 1:
+            raise TypeError(f"{kind.__name__}.{field.name} needs Annotated[..., Setting(...)].")
         metas = [extra for extra in extras if isinstance(extra, Meta)]
         for meta in metas:
             annotation = Annotated[annotation, meta]
-        found.append((field.name, annotation, setting))
+        found.append((field.name, annotation, settings[0]))
     return tuple(found)
 
 
