@@ -93,6 +93,7 @@ class SettingField:
         if self.choices:
             reason = f"choose one of {', '.join(self.choices)}"
         reason = re.sub(r"`([^`]*)`", _type_words, reason)
+        reason = re.sub(r" matching regex .*", " of another form", reason)
         option = self.setting.flag.partition("/")[0]
         called = f"{self.name} ({option})" if option.startswith("--") else self.name
         return ConfigError(
