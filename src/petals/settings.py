@@ -93,6 +93,7 @@ class SettingField:
         if self.choices:
             reason = f"choose one of {', '.join(self.choices)}"
         reason = re.sub(r"`([^`]*)`", _type_words, reason)
+        reason = re.sub(r" matching regex .*", " of another form", reason)
         option = self.setting.flag.partition("/")[0]
         called = f"{self.name} ({option})" if option.startswith("--") else self.name
         return ConfigError(
@@ -167,12 +168,14 @@ def _read_annotations(kind: type[Settings]) -> _Annotations:
     hints = get_type_hints(kind, include_extras=True)
     found = []
     for field in dataclasses.fields(kind):
-        annotation, *extras = get_args(hints[field.name])
-        (setting,) = (extra for extra in extras if isinstance(extra, Setting))
+        annotation, *extras = get_args(hints[field.name]) or (hints[field.name],)
+        settings = [extra for extra in extras if isinstance(extra, Setting)]
+        if len(settings) != 1:
+            raise TypeError(f"{kind.__name__}.{field.name} needs Annotated[..., Setting(...)].")
         metas = [extra for extra in extras if isinstance(extra, Meta)]
         for meta in metas:
             annotation = Annotated[annotation, meta]
-        found.append((field.name, annotation, setting))
+        found.append((field.name, annotation, settings[0]))
     return tuple(found)
 
 

@@ -77,6 +77,15 @@ def test_a_changed_copy_is_checked_too() -> None:
         dataclasses.replace(Oven(), heat=0)
 
 
+def test_a_field_without_a_meaning_is_a_mistake() -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Bare(Settings):
+        heat: float = 1.0
+
+    with pytest.raises(TypeError, match=r"Bare\.heat needs"):
+        Bare()
+
+
 def test_fields_may_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="need racks"):
         Kitchen(owner="me", tables=4)

@@ -38,6 +38,18 @@ def test_nonsense_is_refused_with_a_hint(kind: type, fields: dict[str, object]) 
 
 def test_a_gpu_may_be_numbered() -> None:
     assert ComputeConfig(device="cuda:1").device == "cuda:1"
+    with pytest.raises(ConfigError, match="device='cuda:x' is not allowed") as caught:
+        ComputeConfig(device="cuda:x")
+    assert "cuda:N" in caught.value.hint
+
+
+def test_the_cache_is_given_once() -> None:
+    with pytest.raises(ConfigError, match="Both cache_tokens and cache_bytes"):
+        MemoryConfig(cache_tokens=64, cache_bytes=2**20)
+
+
+def test_blocks_may_be_written_as_text() -> None:
+    assert ServerConfig(source=SOURCE, blocks="3:7").blocks == BlockSpan(3, 7)
 
 
 def test_it_is_light_enough_for_a_command_line() -> None:

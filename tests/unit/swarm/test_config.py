@@ -2,6 +2,7 @@
 
 import pytest
 
+from petals.errors import ConfigError
 from petals.swarm.config import NodeConfig
 
 
@@ -27,3 +28,18 @@ def test_quic_is_for_links_that_cross_the_internet(
 
 def test_addresses_given_replace_everything() -> None:
     assert NodeConfig(host_maddrs=("/ip4/1.2.3.4/tcp/5",)).listen_maddrs == ("/ip4/1.2.3.4/tcp/5",)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": "localhost"},
+        {"port": 70_000},
+        {"announce_maddrs": ("/ip4/1.2.3.4/tcp/0",)},
+        {"initial_peers": "/ip4/1.2.3.4/tcp/5/p2p/x"},
+    ],
+)
+def test_nonsense_is_refused_with_a_hint(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))) as caught:
+        NodeConfig(**wrong)
+    assert next(iter(wrong)) in caught.value.hint
