@@ -23,17 +23,10 @@ from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.testing.memory_net import MemoryNet
 from petals.types import PeerId, ServerState
-from petals.wire.messages import (
-    AnyMessage,
-    BeginEpoch,
-    ForwardFailed,
-    NextHop,
-    OpenSession,
-    Replayed,
-    SessionOpened,
-    Step,
-    StepResult,
-)
+from petals.wire.header import NextHop
+from petals.wire.messages import AnyMessage
+from petals.wire.replies import ForwardFailed, ReplayDone, SessionOpened, StepResult
+from petals.wire.requests import BeginEpoch, OpenSession, Step
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
 from support.models import WIDTH, whole_model
 from support.service import MODEL, FussySpan
@@ -164,7 +157,7 @@ class StepForwarder:
 
     async def replayed(self, leg: Leg) -> None:
         answer, _ = await leg.hear()
-        assert answer == Replayed(self.session_id, self.epoch), answer
+        assert answer == ReplayDone(self.session_id, self.epoch), answer
 
 
 @dataclass

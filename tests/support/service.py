@@ -24,16 +24,10 @@ from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.testing.memory_net import MemoryNet
 from petals.types import BlockSpan, ModelId, ServerState
-from petals.wire.messages import (
-    AnyMessage,
-    CloseSession,
-    OpenSession,
-    Refusal,
-    SessionEnded,
-    SessionOpened,
-    Step,
-    StepResult,
-)
+from petals.wire.handshake import Refusal
+from petals.wire.messages import AnyMessage
+from petals.wire.replies import SessionEnded, SessionOpened, StepResult
+from petals.wire.requests import CloseSession, OpenSession, Step
 from petals.wire.services import BLOCKS_SERVICE
 from support.models import WIDTH, whole_model
 

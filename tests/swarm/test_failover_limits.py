@@ -11,7 +11,8 @@ from petals.errors import RouteError
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.tiny_models import write_tiny_model
-from petals.wire.messages import GetInfo, Info
+from petals.wire.replies import Info
+from petals.wire.requests import GetInfo
 from support.session_script import IMPATIENT, SPANS, Story, session_id
 from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm
 

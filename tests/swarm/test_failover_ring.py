@@ -16,7 +16,8 @@ from petals.server.network import forwarding, peer_links
 from petals.server.session.session import Session
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import PeerId
-from petals.wire.messages import ForwardFailed, Step
+from petals.wire.replies import ForwardFailed
+from petals.wire.requests import Step
 from support.service import assert_close
 from support.session_script import IMPATIENT, SPANS, Fault, Story, strike
 from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm, states

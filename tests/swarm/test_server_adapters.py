@@ -13,7 +13,7 @@ from petals.server.config import ClientLimits
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.manual_clock import ManualClock
-from petals.wire.messages import Refusal
+from petals.wire.handshake import Refusal
 from petals.wire.passes import (
     AdapterKept,
     AdapterPart,

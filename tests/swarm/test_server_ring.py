@@ -10,17 +10,9 @@ from petals.server.network.forwarding import HOLD_SECONDS, MAX_HELD_PER_PEER
 from petals.server.policies import SchedulerConfig
 from petals.server.session.session import MAX_WAITING_STEPS
 from petals.testing.manual_clock import ManualClock
-from petals.wire.messages import (
-    BeginEpoch,
-    CloseSession,
-    ForwardedStep,
-    ForwardFailed,
-    KeepSession,
-    Refusal,
-    SessionEnded,
-    Step,
-    StepResult,
-)
+from petals.wire.handshake import Refusal
+from petals.wire.replies import ForwardFailed, SessionEnded, StepResult
+from petals.wire.requests import BeginEpoch, CloseSession, Forwarded, KeepSession, Step
 from petals.wire.services import RING_SERVICE
 from support.linked_services import RingOfServers, StepForwarder, Worker, ring_of_servers
 from support.service import assert_close, states
@@ -243,14 +235,14 @@ class TestStrangers:
             worker = swarm.workers[1]
             before = snapshot(worker)
             channel = await swarm.stranger.open_channel(worker.peer_id, RING_SERVICE)
-            push = ForwardedStep(
+            push = Forwarded(
                 swarm.client.peer_id, (12, 14), Step(ring.session_id, epoch, 1, (2,), (3,))
             )
             answer, tensors = await request(channel, push, states(3))
             assert isinstance(answer, Refusal) and not tensors
             assert (answer.code, answer.step_id) == ("session_closed", 1)
             assert snapshot(worker) == before
-            absent = ForwardedStep(swarm.client.peer_id, (11, 14), push.step)
+            absent = Forwarded(swarm.client.peer_id, (11, 14), push.step)
             told, _ = await request(channel, absent, states(3))
             assert (told.code, told.message) == (answer.code, answer.message)
             (last,) = await ring.step(1, [5], [text[5:]])
@@ -264,8 +256,8 @@ class TestStrangers:
             channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
             step = Step(b"s" * 16, 0, 0, (0,), (3,))
             for push in (
-                ForwardedStep(swarm.stranger.peer_id, (12, 14), step),
-                ForwardedStep(swarm.client.peer_id, (12, 13), step),
+                Forwarded(swarm.stranger.peer_id, (12, 14), step),
+                Forwarded(swarm.client.peer_id, (12, 13), step),
             ):
                 answer, _ = await request(channel, push, states(3))
                 assert isinstance(answer, Refusal) and answer.code == "session_closed"
@@ -275,7 +267,7 @@ class TestStrangers:
             await swarm.ring((10, 12), (12, 14))
             head, tail = swarm.workers
             channel = await tail.node.open_channel(head.peer_id, RING_SERVICE)
-            push = ForwardedStep(swarm.client.peer_id, (10, 12), Step(b"s" * 16, 0, 0, (0,), (3,)))
+            push = Forwarded(swarm.client.peer_id, (10, 12), Step(b"s" * 16, 0, 0, (0,), (3,)))
             answer, _ = await request(channel, push, states(3))
             assert isinstance(answer, Refusal) and answer.code == "session_closed"
 
@@ -296,7 +288,7 @@ class TestEpochs:
             await ring.announce(*ring.legs)
             # The head's client has spoken; what the head says for the old epoch is dropped.
             channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
-            old = ForwardedStep(
+            old = Forwarded(
                 swarm.client.peer_id, (12, 14), Step(ring.session_id, 0, 1, (2,), (3,))
             )
             (last,) = await ring.step(1, [5], [text[5:]])
@@ -320,7 +312,7 @@ class TestEpochs:
             for step_id, at in ((1, 3), (2, 4), (3, 5)):
                 step = Step(ring.session_id, 1, step_id, (at,), (1,))
                 await channel.send(
-                    ForwardedStep(swarm.client.peer_id, (12, 14), step), (hidden[at : at + 1],)
+                    Forwarded(swarm.client.peer_id, (12, 14), step), (hidden[at : at + 1],)
                 )
             await channel.ping()
             before = snapshot(tail.worker)
@@ -339,7 +331,7 @@ class TestEpochs:
             for step_id in range(MAX_HELD_PER_PEER + 1):
                 step = Step(ring.session_id, 3, step_id, (0,), (3,))
                 await channel.send(
-                    ForwardedStep(swarm.client.peer_id, (12, 14), step), (states(3),)
+                    Forwarded(swarm.client.peer_id, (12, 14), step), (states(3),)
                 )
             answer, _ = await channel.receive()
             assert isinstance(answer, Refusal)

@@ -7,7 +7,9 @@ import torch
 
 from petals.swarm.config import MIB
 from petals.types import BlockSpan
-from petals.wire.messages import ForwardedStep, Refusal, Replay, Replayed, Step
+from petals.wire.handshake import Refusal
+from petals.wire.replies import ReplayDone
+from petals.wire.requests import Forwarded, ReplayRequest, Step
 from petals.wire.services import RING_SERVICE
 from support.linked_script import HISTORIES, PARTS, Told, plain, ring_for
 from support.linked_services import Leg, RingOfServers, Worker, ring_of_servers
@@ -23,7 +25,7 @@ async def successor(told: Told) -> Leg:
 async def ask(told: Told, new: Leg, step_id: int, **held: object) -> None:
     ring = told.ring
     hops = (new.next_hop,)
-    message = Replay(ring.session_id, 0, step_id, told.lengths, hops, **held, pages=True)
+    message = ReplayRequest(ring.session_id, 0, step_id, told.lengths, hops, **held, pages=True)
     await ring.legs[1].channel.send(message)
 
 
@@ -197,7 +199,7 @@ async def test_pages_that_cannot_be_right_are_refused(spoil) -> None:
         assert new.worker.session.lengths == (0, 0)
         # Nothing is broken by it.
         await say(swarm, new, step, (pages_for(new.worker, 5), states(5)))
-        assert (await new.hear())[0] == Replayed(told.ring.session_id, 0)
+        assert (await new.hear())[0] == ReplayDone(told.ring.session_id, 0)
         assert new.worker.session.lengths == (3, 2)
         new.worker.pool.check_integrity()
 
@@ -205,7 +207,7 @@ async def test_pages_that_cannot_be_right_are_refused(spoil) -> None:
 async def say(swarm: RingOfServers, new: Leg, step: Step, tensors) -> None:
     """As the one in the middle would."""
     channel = await swarm.workers[1].node.open_channel(new.worker.peer_id, RING_SERVICE)
-    await channel.send(ForwardedStep(swarm.client.peer_id, PARTS[1], step), tensors)
+    await channel.send(Forwarded(swarm.client.peer_id, PARTS[1], step), tensors)
 
 
 async def test_recurrent_blocks_give_no_pages() -> None:

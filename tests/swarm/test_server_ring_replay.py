@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from petals.wire.messages import Refusal, Replay, Replayed, Step, StepResult
+from petals.wire.handshake import Refusal
+from petals.wire.replies import ReplayDone, StepResult
+from petals.wire.requests import ReplayRequest, Step
 from petals.wire.services import RING_SERVICE
 from support.linked_script import HISTORIES, PARTS, ring_for
 from support.linked_services import Leg, StepForwarder, Worker, ring_of_servers
@@ -43,7 +45,7 @@ async def refill(
     """Have the predecessor of ``new`` replay what it has put out before ``step_id``."""
     before = ring.legs[ring.legs.index(new[0]) - 1]
     hops = tuple(leg.next_hop for leg in new)
-    message = Replay(ring.session_id, ring.epoch, step_id, tuple(lengths), hops, reorder)
+    message = ReplayRequest(ring.session_id, ring.epoch, step_id, tuple(lengths), hops, reorder)
     await before.channel.send(message)
     await ring.replayed(new[-1])
 
@@ -83,14 +85,14 @@ async def test_a_replay_goes_on_where_one_ended() -> None:
         await told.step([9, 12])
         ring, head = told.ring, told.ring.legs[0]
         new = await ring.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
-        copy = Replay(ring.session_id, 0, 10, told.lengths, (new.next_hop,))
+        copy = ReplayRequest(ring.session_id, 0, 10, told.lengths, (new.next_hop,))
         await head.channel.send(copy)
         await ring.replayed(new)
         told.step_id = 10
         await told.step([1, 1], [12, 9], (1, 0))
         await told.step([2, 1], [11, 10])
         held = {"onto": (1, 0), "starts": (11, 9)}
-        rest = Replay(ring.session_id, 0, 20, told.lengths, (new.next_hop,), **held)
+        rest = ReplayRequest(ring.session_id, 0, 20, told.lengths, (new.next_hop,), **held)
         await head.channel.send(rest)
         await ring.replayed(new)
         assert new.worker.session.lengths == told.lengths
@@ -107,7 +109,7 @@ async def test_rows_that_were_reordered_since_are_not_replayed() -> None:
         new = await ring.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
         told.step_id = 10
         await told.step([1, 1], [12, 9], (1, 0))
-        late = Replay(ring.session_id, 0, 10, (9, 12), (new.next_hop,))
+        late = ReplayRequest(ring.session_id, 0, 10, (9, 12), (new.next_hop,))
         await head.channel.send(late)
         answer, _ = await head.hear()
         assert isinstance(answer, Refusal)
@@ -226,7 +228,7 @@ async def test_a_replay_shows_the_rows_as_they_were_when_it_was_asked_for() -> N
         ring = told.ring
         (leg,) = await replace(ring, slice(1, 2), swarm.workers[3:])
         head = ring.legs[0]
-        replay = Replay(ring.session_id, ring.epoch, 7, told.lengths, (leg.next_hop,))
+        replay = ReplayRequest(ring.session_id, ring.epoch, 7, told.lengths, (leg.next_hop,))
         await head.channel.send(replay)
         # The head goes on at once, with other tokens from position 2.
         other = Step(ring.session_id, ring.epoch, 7, (2,), (20,))
@@ -270,7 +272,7 @@ async def test_outputs_that_made_room_for_others_are_not_replayed() -> None:
         await other.step(0, [0], [states(8)])
         ring = told.ring
         (leg,) = await replace(ring, slice(1, 2), swarm.workers[3:])
-        replay = Replay(ring.session_id, ring.epoch, 7, told.lengths, (leg.next_hop,))
+        replay = ReplayRequest(ring.session_id, ring.epoch, 7, told.lengths, (leg.next_hop,))
         await ring.legs[0].channel.send(replay)
         answer, _ = await ring.legs[0].hear()
         assert isinstance(answer, Refusal)
@@ -286,15 +288,15 @@ async def test_a_replay_that_reaches_nobody_says_so() -> None:
         new = await replace(ring, slice(1, 2), swarm.workers[3:])
         swarm.workers[4].node.stop_serving(RING_SERVICE)
         hops = tuple(leg.next_hop for leg in new)
-        replay = Replay(ring.session_id, ring.epoch, 7, told.lengths, hops)
+        replay = ReplayRequest(ring.session_id, ring.epoch, 7, told.lengths, hops)
         await ring.legs[0].channel.send(replay)
         answer, _ = await new[0].hear()
-        assert answer == Replayed(ring.session_id, ring.epoch, hops[1:])
+        assert answer == ReplayDone(ring.session_id, ring.epoch, hops[1:])
         swarm.workers[3].node.stop_serving(RING_SERVICE)
         ring.swarm.workers[0].service.ring._links._lanes.clear()
         await ring.legs[0].channel.send(replay)
         answer, _ = await ring.legs[0].hear()
-        assert answer == Replayed(ring.session_id, ring.epoch, hops)
+        assert answer == ReplayDone(ring.session_id, ring.epoch, hops)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ async def test_replays_that_cannot_be(lengths, reorder, hops, code) -> None:
         told = await ring_for(swarm, rows=1)
         await told.step([9])
         next_hops = (told.ring.legs[1].next_hop,) * hops
-        replay = Replay(told.ring.session_id, 0, 3, lengths, next_hops, reorder)
+        replay = ReplayRequest(told.ring.session_id, 0, 3, lengths, next_hops, reorder)
         await told.ring.legs[0].channel.send(replay)
         answer, _ = await told.ring.legs[0].hear()
         assert isinstance(answer, Refusal) and (answer.code, answer.step_id) == (code, 3)

@@ -7,8 +7,9 @@ import torch
 
 from petals.server.policies import SchedulerConfig
 from petals.types import BlockSpan
-from petals.wire.messages import CloseSession, GetInfo, Info, SessionEnded, Step, StepResult
 from petals.wire.passes import Forward, ForwardResult
+from petals.wire.replies import Info, SessionEnded, StepResult
+from petals.wire.requests import CloseSession, GetInfo, Step
 from support.service import assert_close, served, states
 
 

@@ -15,18 +15,11 @@ from petals.testing.manual_clock import ManualClock, settle
 from petals.types import ServerState
 from petals.wire import frames
 from petals.wire.frames import FrameKind
-from petals.wire.messages import (
-    CloseSession,
-    DialedBack,
-    KeepSession,
-    NextHop,
-    Refusal,
-    SessionEnded,
-    SessionOpened,
-    Step,
-    StepResult,
-)
+from petals.wire.handshake import DialedBack, Refusal
+from petals.wire.header import NextHop
 from petals.wire.passes import Forward, ForwardResult
+from petals.wire.replies import SessionEnded, SessionOpened, StepResult
+from petals.wire.requests import CloseSession, KeepSession, Step
 from support.models import WIDTH
 from support.service import FussySpan, Served, Talk, assert_close, served, states
 

@@ -16,16 +16,10 @@ from petals.types import BlockSpan
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
-from petals.wire.messages import (
-    CloseSession,
-    GetInfo,
-    Hello,
-    KeepSession,
-    OpenSession,
-    Step,
-    encode_message,
-)
+from petals.wire.handshake import Hello
+from petals.wire.messages import encode_message
 from petals.wire.passes import Forward
+from petals.wire.requests import CloseSession, GetInfo, KeepSession, OpenSession, Step
 from support.fake_server import config, open_one, toy_swarm
 from support.service import Served, assert_close, served, states
 

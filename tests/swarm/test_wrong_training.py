@@ -9,8 +9,9 @@ from petals.errors import PeerUnreachable
 from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
 from petals.testing.manual_clock import ManualClock, settle
-from petals.wire.messages import GetInfo, Refusal
+from petals.wire.handshake import Refusal
 from petals.wire.passes import Backward, Forward
+from petals.wire.requests import GetInfo
 from support.models import WIDTH
 from support.service import FussySpan, Served, served, states
 from support.training_case import Lesson, assert_equal, assert_right, lesson

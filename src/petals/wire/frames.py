@@ -19,7 +19,7 @@ from enum import IntEnum
 
 from petals.errors import ProtocolError
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 """Raised with every change of ``wire`` that an older peer would misread."""
 
 MAX_HEADER_BYTES = 256 * 1024

@@ -4,7 +4,7 @@ from petals.errors import PeerBusy, PeerUnreachable
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.reachability import check_reachability, choose_relays, host_of
-from petals.wire.messages import DialBack, DialedBack
+from petals.wire.handshake import DialBack, DialedBack
 
 
 async def test_peers_that_can_dial_back(server, client):

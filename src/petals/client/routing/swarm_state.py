@@ -40,7 +40,8 @@ from petals.models.runtime.token_log import LogBudget
 from petals.swarm.directory.records import ServerRecord, View
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, Hop, PeerId, Route, ServerState
-from petals.wire.messages import GetInfo, Info
+from petals.wire.replies import Info
+from petals.wire.requests import GetInfo
 
 logger = get_logger(__name__)
 

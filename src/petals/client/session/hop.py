@@ -39,24 +39,26 @@ from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.types import BlockSpan, Hop, PeerId, Route
 from petals.wire.fields import Message
-from petals.wire.messages import (
-    AnyMessage,
-    BeginEpoch,
-    CloseSession,
+from petals.wire.handshake import Refusal
+from petals.wire.header import NextHop
+from petals.wire.messages import AnyMessage
+from petals.wire.replies import (
     Draining,
     ForwardFailed,
-    GetInfo,
     Info,
-    KeepSession,
-    NextHop,
-    OpenSession,
-    Refusal,
-    Replay,
-    Replayed,
+    ReplayDone,
     SessionEnded,
     SessionOpened,
-    Step,
     StepResult,
+)
+from petals.wire.requests import (
+    BeginEpoch,
+    CloseSession,
+    GetInfo,
+    KeepSession,
+    OpenSession,
+    ReplayRequest,
+    Step,
 )
 from petals.wire.services import BLOCKS_SERVICE
 
@@ -214,7 +216,7 @@ class HopSession:
         is what the next hops have already; None: all their rows begin anew.
         """
         await self._say(
-            Replay(
+            ReplayRequest(
                 session_id=self.terms.session_id,
                 epoch=self.epoch,
                 step_id=step_id,
@@ -350,7 +352,7 @@ class HopSession:
             case StepResult():
                 if message.session_id == self.terms.session_id and message.epoch >= self.epoch:
                     self._tell(message.step_id, StepReply(message, tensors))
-            case Replayed():
+            case ReplayDone():
                 if message.session_id == self.terms.session_id and message.epoch == self.epoch:
                     self._tell_replayed(not message.undelivered)
             case ForwardFailed():

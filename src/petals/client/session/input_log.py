@@ -13,7 +13,7 @@ from torch import Tensor
 
 from petals.client.connection.tensor_checks import is_finite
 from petals.errors import RouteError
-from petals.wire.messages import Step
+from petals.wire.requests import Step
 
 _MERGED_TOKENS = 256
 """Chunks of so many tokens are long enough."""

@@ -33,7 +33,7 @@ from petals.errors import (
 )
 from petals.logs import get_logger
 from petals.types import Route
-from petals.wire.messages import Step
+from petals.wire.requests import Step
 
 logger = get_logger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from petals.models.adapters.low_rank import Adapter
 from petals.types import BlockSpan, PeerId, SessionId
-from petals.wire.messages import StepResult
+from petals.wire.replies import StepResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,8 +21,8 @@ from petals.server.admission.offer import ServedModel
 from petals.server.compute.kv_pool import SessionKV
 from petals.types import BlockSpan
 from petals.wire import messages
-from petals.wire.messages import OpenSession, Step
 from petals.wire.passes import Forward, PutAdapter
+from petals.wire.requests import OpenSession, Step
 from petals.wire.tensors import DTYPES
 
 

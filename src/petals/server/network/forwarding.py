@@ -33,16 +33,10 @@ from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, SessionId
 from petals.wire import messages
-from petals.wire.messages import (
-    ForwardedStep,
-    ForwardFailed,
-    NextHops,
-    Refusal,
-    Replay,
-    Replayed,
-    Step,
-    StepResult,
-)
+from petals.wire.handshake import Refusal
+from petals.wire.header import NextHops
+from petals.wire.replies import ForwardFailed, ReplayDone, StepResult
+from petals.wire.requests import Forwarded, ReplayRequest, Step
 
 logger = get_logger(__name__)
 
@@ -110,7 +104,7 @@ class StepForwarder:
         """Take what another server pushes (a ``swarm.rpc.Service``); only refusals go back."""
         while True:
             message, tensors = await channel.receive()
-            if not isinstance(message, ForwardedStep):
+            if not isinstance(message, Forwarded):
                 raise ProtocolError(f"{type(message).__name__} is not for the next hop of a ring.")
             arrival = InboundStep(channel.peer_id, channel, message, tensors)
             try:
@@ -134,7 +128,7 @@ class StepForwarder:
         if peer != self._parts.node.peer_id:
             self._links.meet(peer)
 
-    def replay(self, session: Session, message: Replay) -> None:
+    def replay(self, session: Session, message: ReplayRequest) -> None:
         """Push what ``session`` has put out to the hops that are to be refilled."""
         session.adopt(self._tasks.start(self._replay(session, message), "replay"))
 
@@ -217,7 +211,7 @@ class StepForwarder:
         offer, executor = self._parts.offer, self._parts.executor
         given = validation.pages_and_outputs(offer, session.kv, session.out_dtype, step, tensors)
         if await session.put_pages(step, *given, executor) and step.ends:
-            await session.tell(Replayed(step.session_id, step.epoch))
+            await session.tell(ReplayDone(step.session_id, step.epoch))
 
     async def _deliver_inbound(
         self, session: Session, step: Step, result: StepResult, hidden: Tensor
@@ -233,13 +227,13 @@ class StepForwarder:
             result = msgspec.structs.replace(result, undelivered=undelivered)
             await session.tell(result, (hidden,))
         elif step.ends or undelivered:
-            await session.tell(Replayed(step.session_id, step.epoch, undelivered))
+            await session.tell(ReplayDone(step.session_id, step.epoch, undelivered))
 
     async def _forward(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> NextHops:
         """Hand a step to the first of its next hops. Returns those that it did not reach."""
         (next_hop, *rest), own_id = step.next_hops, self._parts.node.peer_id
         onward = msgspec.structs.replace(step, next_hops=tuple(rest))
-        push = ForwardedStep(session.key.peer_id, next_hop.blocks, onward)
+        push = Forwarded(session.key.peer_id, next_hop.blocks, onward)
         if next_hop.peer_id == own_id:
             task = self._take(InboundStep(own_id, None, push, tensors))
             if step.replay and task is not None:
@@ -263,7 +257,7 @@ class StepForwarder:
                 ForwardFailed(step.session_id, step.epoch, step.step_id, step.replay)
             )
 
-    async def _replay(self, session: Session, message: Replay) -> None:
+    async def _replay(self, session: Session, message: ReplayRequest) -> None:
         steps = self._pages_of if message.pages else self._outputs_of
         try:
             async with aclosing(steps(session, message)) as given:
@@ -275,12 +269,12 @@ class StepForwarder:
                         continue
                     undelivered = await self._forward(session, step, tensors)
                     if undelivered:
-                        await session.tell(Replayed(step.session_id, step.epoch, undelivered))
+                        await session.tell(ReplayDone(step.session_id, step.epoch, undelivered))
                         return
         except PetalsError as error:
             await session.tell(Refusal.of(error, message.step_id))
 
-    async def _outputs_of(self, session: Session, message: Replay) -> _ReplayedSteps:
+    async def _outputs_of(self, session: Session, message: ReplayRequest) -> _ReplayedSteps:
         """What the session has put out, step by step."""
         found = await session.outputs(message)
         if found is None:
@@ -290,7 +284,7 @@ class StepForwarder:
             step = msgspec.structs.replace(step, reordered=is_reordered)
             yield step, (self._joined(session, rows, pieces),)
 
-    async def _pages_of(self, session: Session, message: Replay) -> _ReplayedSteps:
+    async def _pages_of(self, session: Session, message: ReplayRequest) -> _ReplayedSteps:
         """What the session's blocks keep, and what it has put out, unless that was dropped."""
         found = await session.copy(message)
         if found is None:
@@ -310,7 +304,7 @@ class StepForwarder:
 
 
 def _replay_steps(
-    message: Replay, plan: StepPlan, max_tokens: int
+    message: ReplayRequest, plan: StepPlan, max_tokens: int
 ) -> Iterator[tuple[Step, list[TokenRun]]]:
     """The steps of a replay, and what each of them carries. At least one, if only to end it."""
     starts = list(plan.starts)

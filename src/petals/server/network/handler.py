@@ -43,22 +43,19 @@ from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, ServerState, SessionId
 from petals.wire import messages
 from petals.wire.fields import WireBlocks
-from petals.wire.messages import (
-    AnyMessage,
+from petals.wire.handshake import Refusal
+from petals.wire.messages import AnyMessage
+from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
+from petals.wire.replies import Draining, Info, SessionEnded, SessionOpened
+from petals.wire.requests import (
     BeginEpoch,
     CloseSession,
-    Draining,
     GetInfo,
-    Info,
     KeepSession,
     OpenSession,
-    Refusal,
-    Replay,
-    SessionEnded,
-    SessionOpened,
+    ReplayRequest,
     Step,
 )
-from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
 
 logger = get_logger(__name__)
 
@@ -305,7 +302,7 @@ class _Conversation:
                 await self._keep(message)
             case BeginEpoch():
                 await self._on_route(message)
-            case Replay():
+            case ReplayRequest():
                 await self._on_replay(message)
             case OpenSession():
                 self._start(self._open(message, tensors))
@@ -378,7 +375,7 @@ class _Conversation:
         session.touch()
         self._service.ring.begin(session, message, tensors)
 
-    async def _on_replay(self, message: Replay) -> None:
+    async def _on_replay(self, message: ReplayRequest) -> None:
         try:
             session = self._find(message.session_id, epoch=message.epoch)
         except PetalsError as error:

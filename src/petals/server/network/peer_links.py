@@ -21,7 +21,7 @@ from petals.swarm.background import BackgroundTasks
 from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId
 from petals.wire.fields import Message
-from petals.wire.messages import Refusal
+from petals.wire.handshake import Refusal
 from petals.wire.services import RING_SERVICE
 
 logger = get_logger(__name__)

@@ -30,7 +30,8 @@ from petals.server.session.kv_transfer import PageCopy, read_pages, write_pages
 from petals.server.session.output_log import OutboxRows, OutputLog
 from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.fields import Message
-from petals.wire.messages import Replay, Step, StepResult
+from petals.wire.replies import StepResult
+from petals.wire.requests import ReplayRequest, Step
 
 logger = get_logger(__name__)
 MAX_WAITING_STEPS = 16
@@ -169,7 +170,7 @@ class Session:
             self._num_waiting -= 1
             self.touch()
 
-    async def outputs(self, message: Replay) -> tuple[OutboxRows, StepPlan, bool] | None:
+    async def outputs(self, message: ReplayRequest) -> tuple[OutboxRows, StepPlan, bool] | None:
         """What a replay is to push: the rows as they are between two steps, and which tokens.
 
         True: the rows stand as the reorder of the step to follow has left them. None: a frame of an
@@ -182,7 +183,7 @@ class Session:
             plan, is_reordered = self._asked_for(message)
             return self.outbox.rows(), plan, is_reordered
 
-    async def copy(self, message: Replay) -> tuple[PageCopy, OutboxRows | None] | None:
+    async def copy(self, message: ReplayRequest) -> tuple[PageCopy, OutboxRows | None] | None:
         """What a replay of pages is to read, and what was put out for it, if that is still kept.
 
         None: a frame of an older epoch. Raises what ``outputs`` raises, but for OutboxLost, and
@@ -231,7 +232,7 @@ class Session:
             self._reordered_by = None
             return True
 
-    def _asked_for(self, message: Replay) -> tuple[StepPlan, bool]:
+    def _asked_for(self, message: ReplayRequest) -> tuple[StepPlan, bool]:
         """See ``outputs``."""
         if self._reordered_by is not None and self._reordered_by > message.step_id:
             raise SessionGap(

@@ -13,7 +13,8 @@ from petals.errors import PeerBusy, PetalsError, ProtocolError
 from petals.swarm.config import ChannelLimits
 from petals.types import PeerId
 from petals.wire import tensors
-from petals.wire.messages import AnyMessage, Refusal, decode_message
+from petals.wire.handshake import Refusal
+from petals.wire.messages import AnyMessage, decode_message
 from petals.wire.specs import TensorSpec, check_specs
 
 WINDOW_BYTES = 8 * 1024 * 1024

@@ -11,7 +11,7 @@ from petals.server.network.peer_links import PeerLinks
 from petals.testing.manual_clock import ManualClock, settle
 from petals.types import PeerId
 from petals.wire.fields import Message
-from petals.wire.messages import GetInfo, KeepSession
+from petals.wire.requests import GetInfo, KeepSession
 
 PEER = PeerId("peer")
 
