@@ -5,13 +5,14 @@ few places that catch every exception: there is no caller who could. Knows nothi
 """
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from petals.errors import PetalsError
 from petals.logs import get_logger
 
 logger = get_logger(__name__)
+T = TypeVar("T")
 
 
 class BackgroundTasks:
@@ -55,3 +56,23 @@ async def _guard(work: Coroutine[Any, Any, object], name: str) -> None:
         logger.warning("%s ended: %s", name, error)
     except Exception:
         logger.exception("%s failed", name)
+
+
+async def gather_bounded(works: Iterable[Callable[[], Awaitable[T]]], limit: int) -> list[T]:
+    """The results of all ``works``, in their order; at most ``limit`` run at the same time.
+
+    Raises the first failure; the works that still run are then cancelled and waited for.
+    """
+    gate = asyncio.Semaphore(limit)
+
+    async def run(work: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await work()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(work)) for work in works]
+    except BaseExceptionGroup as failures:
+        # Callers handle one typed error; the others are of works that ended because of the first.
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
