@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from petals import constants
 from petals.errors import ConfigError
+from petals.swarm.failover_config import SILENCE_SECONDS, FailoverConfig
 from petals.types import PeerId
 
 DEFAULT_MAX_RETRIES = 3
@@ -65,6 +66,7 @@ class ClientConfig:
     ``repair_timeout``: how long a session waits for somebody to serve what it has lost.
     ``max_kept_bytes``: memory for what sessions have sent to their first hops, from which these are
     replaced; a session that does not fit survives the loss of other hops only.
+    ``failover``: all further limits and waiting times of failover.
     Raises ConfigError for values that make no sense.
     """
 
@@ -78,7 +80,7 @@ class ClientConfig:
     connect_timeout: float = 5.0
     request_timeout: float = 180.0
     alloc_timeout: float = 10.0
-    silence_timeout: float = 3.0
+    silence_timeout: float = SILENCE_SECONDS
     step_timeout: float = 1.0
     repair_timeout: float = 60.0
     max_kept_bytes: int = 2 * 1024**3
@@ -92,6 +94,7 @@ class ClientConfig:
     ping_timeout: float = 2.0
     prefill_chunk_tokens: int = 512
     daemon_startup_timeout: float | None = None
+    failover: FailoverConfig = FailoverConfig()
 
     def __post_init__(self) -> None:
         put = object.__setattr__

@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from petals.clock import Clock
+from petals.swarm.failover_config import SILENCE_SECONDS
 from petals.swarm.identity import Identity
 from petals.swarm.membership import Admission, SwarmKey
 from petals.swarm.transport import Transport
@@ -30,7 +31,7 @@ class ChannelLimits:
     max_inflight_bytes_per_peer: int = 512 * MIB
     max_streams: int = 4096
     max_streams_per_peer: int = 256
-    silence_seconds: float = 6.0
+    silence_seconds: float = SILENCE_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
