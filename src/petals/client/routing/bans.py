@@ -5,8 +5,6 @@ from enum import IntEnum
 
 from petals.types import PeerId
 
-_MAX_BAN_SECONDS = 3600.0
-
 
 class Cause(IntEnum):
     """Why a server is avoided, the worst last: it was left as too slow; it did not answer a call,
@@ -30,8 +28,9 @@ class Ban:
 class Bans:
     """Who failed lately. A ban doubles if the next failure follows soon, else it is forgotten."""
 
-    def __init__(self, first_seconds: float) -> None:
+    def __init__(self, first_seconds: float, max_seconds: float) -> None:
         self._first_seconds = first_seconds
+        self._max_seconds = max_seconds
         self._bans: dict[PeerId, Ban] = {}
 
     def add(
@@ -45,7 +44,7 @@ class Bans:
             cause = max(cause, known.cause)
         elif known is not None and now < known.until + known.seconds:
             seconds = max(seconds, 2 * known.seconds)
-        seconds = min(seconds, _MAX_BAN_SECONDS)
+        seconds = min(seconds, self._max_seconds)
         self._bans[peer] = Ban(now + seconds, seconds, cause)
         return self._bans[peer]
 

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 
 from petals.types import PeerId
 
-RETRY_SECONDS = 30.0
-
 
 class DirectLinks:
     """The edges that lately did not work; all others are taken to be direct."""
 
-    def __init__(self, retry_seconds: float = RETRY_SECONDS) -> None:
+    def __init__(self, retry_seconds: float) -> None:
         self._retry_seconds = retry_seconds
         self._closed_until: dict[tuple[PeerId, PeerId], float] = {}
         self._relayed: set[tuple[PeerId, PeerId]] = set()

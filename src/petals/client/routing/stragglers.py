@@ -8,20 +8,8 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from petals.client.trace import StepTiming
+from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan
-
-STEPS = 3
-"""So many steps in a row must have been slow."""
-
-FACTOR = 2.0
-LOOK_SECONDS = 1.0
-"""So often a range of blocks is looked at."""
-
-REST_SECONDS = 60.0
-"""A range of blocks that was moved is not moved again within so long."""
-
-MAX_TOKENS = 16
-"""Longer steps are not compared: they take long everywhere."""
 
 Promise = Callable[[], float | None]
 """Seconds for one token, as far as they are known."""
@@ -30,7 +18,8 @@ Promise = Callable[[], float | None]
 class StragglerDetector:
     """The judge of one session's hops."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: FailoverConfig) -> None:
+        self._config = config
         self._look_at: dict[BlockSpan, float] = {}
         """When a range may be looked at again."""
 
@@ -46,18 +35,19 @@ class StragglerDetector:
         And twice what this server itself announces: ``expected_seconds`` are (this server's, the
         alternative's). Where every server announces too much, none is a straggler.
         """
-        if len(timings) < STEPS or now < self._look_at.get(blocks, now):
+        config = self._config
+        if len(timings) < config.straggler_steps or now < self._look_at.get(blocks, now):
             return False
-        latest = list(islice(reversed(timings), STEPS))
-        if max(step.num_tokens for step in latest) > MAX_TOKENS:
+        latest = list(islice(reversed(timings), config.straggler_steps))
+        if max(step.num_tokens for step in latest) > config.straggler_max_tokens:
             return False
-        self._look_at[blocks] = now + LOOK_SECONDS
+        self._look_at[blocks] = now + config.straggler_look_seconds
         per_token = min(
             (step.queue_seconds + step.compute_seconds) / max(1, step.num_tokens) for step in latest
         )
         for promise in expected_seconds:
             seconds = promise()
-            if seconds is None or per_token < FACTOR * seconds:
+            if seconds is None or per_token < config.straggler_factor * seconds:
                 return False
-        self._look_at[blocks] = now + REST_SECONDS
+        self._look_at[blocks] = now + config.straggler_rest_seconds
         return True
