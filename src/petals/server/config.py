@@ -9,6 +9,7 @@ from petals.constants import DTYPE_NAMES
 from petals.errors import ConfigError
 from petals.server.policies import MovePolicy, SchedulerConfig
 from petals.swarm.config import MIB, NodeConfig
+from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan, ModelId
 
 QUANT_NAMES = ("auto", "none", "int8", "bnb-int8", "nf4")
@@ -168,6 +169,7 @@ class ServerConfig:
     scheduling: SchedulerConfig = SchedulerConfig()
     announce: AnnounceConfig = AnnounceConfig()
     moving: MovingConfig = field(default_factory=MovingConfig)
+    failover: FailoverConfig = FailoverConfig()
     drain_seconds: float = 60.0
 
     def __post_init__(self) -> None:

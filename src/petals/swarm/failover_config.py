@@ -108,7 +108,18 @@ class FailoverConfig:
     """Unused links are closed after this time."""
     max_unconfirmed: int = 1024
     """Messages on a link whose arrival is not confirmed, of which a loss is reported."""
+    send_seconds: float = 10.0
+    min_send_bytes_per_second: int = 128 * 1024
+    """A peer that does not take a message of n bytes within
+    ``send_seconds + n / min_send_bytes_per_second`` loses the stream.
+    """
+    kv_part_bytes: int = 4 * 1024 * 1024
+    """Most bytes that are read from KV memory at once; batches of other sessions wait for it."""
     reaps_per_lease: float = 4.0
     """Searches for sessions with an expired lease within one lease."""
     drain_look_seconds: float = 0.1
     """Pause between two looks at whether the sessions of a draining server have gone."""
+
+    def send_limit_seconds(self, num_bytes: int) -> float:
+        """Longest time (s) that a message of ``num_bytes`` may take to be sent."""
+        return self.send_seconds + num_bytes / self.min_send_bytes_per_second

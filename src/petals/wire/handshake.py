@@ -9,7 +9,7 @@ from petals.wire.fields import Message, Position, ShortText, Text, Ticket
 from petals.wire.header import RequestHeader
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First frame of every stream, from the side that opened it."""
 
     version: Position
@@ -18,7 +18,7 @@ class Hello(Message):
     agent: ShortText = ""
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The stream is admitted; the ticket proves that the answering side is a member, too."""
 
     version: Position
@@ -26,7 +26,7 @@ class Welcome(Message):
     ticket: Ticket = b""
 
 
-class Refusal(Message):
+class Refusal(Message, frozen=True):
     """A typed error. With a ``header``: the answer to that request of a session, and the stream
     goes on. Without: the answer to the only request under way, or the last message of a stream.
     """
@@ -45,13 +45,13 @@ class Refusal(Message):
         return from_wire(self.code, self.message, self.hint, peer_id)
 
 
-class DialBack(Message):
+class DialBack(Message, frozen=True):
     """Ask a peer to open a stream to us at these addresses (are we reachable?)."""
 
     addresses: Annotated[tuple[ShortText, ...], Meta(max_length=16)]
 
 
-class DialedBack(Message):
+class DialedBack(Message, frozen=True):
     """Whether the peer reached us, and the time on its clock (seconds since the epoch, for the
     skew).
     """

@@ -8,7 +8,7 @@ from petals.wire.fields import Counter, Message, Position, Seconds, ShortText, T
 from petals.wire.header import NextHops, Relayed, RequestHeader, Timings
 
 
-class SessionOpened(Message):
+class SessionOpened(Message, frozen=True):
     """The reservation stands; it ends ``lease_seconds`` after the last message of the client."""
 
     header: RequestHeader
@@ -16,7 +16,7 @@ class SessionOpened(Message):
     lease_seconds: Seconds
 
 
-class StepResult(Message):
+class StepResult(Message, frozen=True):
     """Output of a step. Tensors: hidden ``[sum(counts), hidden_size]``. Seconds are the server's
     own measurements; ``timings`` are those of the hops before it in the direct segment,
     ``relayed`` tells which links between them lead through a relay.
@@ -33,7 +33,7 @@ class StepResult(Message):
     relayed: Relayed = ()
 
 
-class ReplayDone(Message):
+class ReplayDone(Message, frozen=True):
     """The rows are filled, here and in every hop that the replay came through.
 
     ``undelivered``: they are not, because these hops could not be reached from here.
@@ -43,7 +43,7 @@ class ReplayDone(Message):
     undelivered: NextHops = ()
 
 
-class ForwardFailed(Message):
+class ForwardFailed(Message, frozen=True):
     """Unasked: the channel to the next hop broke, and the output of this request (a step or a
     replay) may not have arrived there. Without meaning once the request is answered.
     """
@@ -51,21 +51,21 @@ class ForwardFailed(Message):
     header: RequestHeader
 
 
-class Draining(Message):
+class Draining(Message, frozen=True):
     """Unasked: the server goes away, and serves the session for ``seconds`` more."""
 
     header: RequestHeader
     seconds: Seconds
 
 
-class SessionEnded(Message):
+class SessionEnded(Message, frozen=True):
     """Answer to CloseSession; also sent before a server drops a session on its own account."""
 
     header: RequestHeader
     reason: Text = ""
 
 
-class Info(Message):
+class Info(Message, frozen=True):
     """A server's present state and its limits. ``trains``: it computes gradients. ``num_tasks``:
     tasks in its event loop; a steady growth would be a leak.
 

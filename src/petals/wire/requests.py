@@ -33,7 +33,7 @@ from petals.wire.fields import (
 from petals.wire.header import NextHops, Relayed, RequestHeader, Sources, Timings
 
 
-class OpenSession(Message):
+class OpenSession(Message, frozen=True):
     """Reserve cache for ``num_rows`` sequences of up to ``max_length`` tokens (0: it grows with the
     rows) in ``blocks`` of ``model``, under the id of the header. Answered by SessionOpened, also
     when the same request is repeated.
@@ -60,7 +60,7 @@ class OpenSession(Message):
     next_peer: ShortText | None = None
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     """Run ``counts[r]`` tokens of row r from position ``starts[r]``. Tensors: hidden
     ``[sum(counts), hidden_size]``.
 
@@ -82,7 +82,7 @@ class Step(Message):
     relayed: Relayed = ()
 
 
-class BeginEpoch(Message):
+class BeginEpoch(Message, frozen=True):
     """From the client: the header's epoch begins, in which steps are accepted from ``sources`` and
     from the client. Not answered. Also attaches the session to this channel and renews its lease.
     """
@@ -91,7 +91,7 @@ class BeginEpoch(Message):
     sources: Sources
 
 
-class ReplayRequest(Message):
+class ReplayRequest(Message, frozen=True):
     """From the client: send what this hop has put out, row r as far as ``lengths[r]`` tokens, to
     ``next_hops``; without ``next_hops``, to the client. It is sent as ReplayParts under this
     request's id. The last of the next hops answers with ReplayDone; a hop that cannot do its part
@@ -121,15 +121,15 @@ class ReplayRequest(Message):
     kv: bool = False
 
 
-class ReplayPart(Message):
+class ReplayPart(Message, frozen=True):
     """Part ``index`` (0, 1, …) of the replay ``header.request_id``: run ``counts[r]`` tokens of row
     r from ``starts[r]`` to fill the rows; ``ends`` marks the last part. Part 0 has a ``reorder``:
     ``reorder[r]`` names the row that new row r continues, cut to ``starts[r]``.
 
     The output goes to ``next_hops`` only; the last hop answers the part that ``ends`` with
     ReplayDone. Without ``next_hops``, and sent by a server, the part brings the rows to the client.
-    ``before_step``: the step that is to follow; if the rows stand as the reorder of that step leaves
-    them, they are ``reordered``, and the step will not reorder them again.
+    ``before_step``: the step that is to follow; if the rows stand as the reorder of that step
+    leaves them, they are ``reordered``, and the step will not reorder them again.
 
     Tensors: hidden ``[sum(counts), hidden_size]``. With ``kv``: keys and values
     ``[sum(counts), kv width]`` (block by block, keys before values), so that nothing is computed,
@@ -148,7 +148,7 @@ class ReplayPart(Message):
     kv: bool = False
 
 
-class Forwarded(Message):
+class Forwarded(Message, frozen=True):
     """A hop forwards a step or a part of a replay to the next hop. Tensors: those of the message
     inside, whose header names the session at the receiver.
 
@@ -160,7 +160,7 @@ class Forwarded(Message):
     message: Step | ReplayPart
 
 
-class KeepSession(Message):
+class KeepSession(Message, frozen=True):
     """The client is alive: the lease begins anew, and replies come on this channel. Answered only
     by SessionEnded, if there is no such session.
     """
@@ -168,11 +168,11 @@ class KeepSession(Message):
     header: RequestHeader
 
 
-class CloseSession(Message):
-    """Free the cache of this reservation. Answered by SessionEnded. Idempotent."""
+class CloseSession(Message, frozen=True):
+    """Free the cache of this reservation, in whatever epoch. Answered by SessionEnded. Idempotent."""
 
     header: RequestHeader
 
 
-class GetInfo(Message):
+class GetInfo(Message, frozen=True):
     """Ask a server for its present state (what changes too fast for the directory)."""

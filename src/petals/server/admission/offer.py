@@ -15,8 +15,8 @@ class ServedModel:
 
     max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: sequences of
     one session. no_training: why it gives no gradients; empty if it does. slots: the matrices that
-    adapters may be for. page_form: how the blocks compute and what they keep, if that can be handed
-    over.
+    adapters may be for. kv_format: how the blocks compute and what they keep; empty if keys and
+    values cannot be moved to another server.
     """
 
     model: ModelId

@@ -20,6 +20,11 @@ class ByteAllowance:
         self._max_bytes = max_bytes_per_peer
         self._used: Counter[PeerId] = Counter()
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all peers."""
+        return self._used.total()
+
     @contextmanager
     def hold(self, peer: PeerId, num_bytes: int) -> Iterator[None]:
         """Count ``num_bytes`` while the block runs. Raises PeerBusy if it would be too much."""

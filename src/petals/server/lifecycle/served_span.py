@@ -20,6 +20,7 @@ from petals.models.loading.split import LoadOptions, load_blocks
 from petals.models.loading.weight_layout import orient_linears
 from petals.models.runtime.kv_layout import KVLayout
 from petals.models.runtime.span import Span
+from petals.models.runtime.token_log import LogBudget
 from petals.models.verify.self_test import SelfTest, gradient_test, run_self_test
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.activation_budget import ActivationBudget
@@ -33,7 +34,7 @@ from petals.server.lifecycle.announcer import Announcer
 from petals.server.lifecycle.preloaded_adapters import read_preloaded
 from petals.server.lifecycle.throughput import Precision, Speed
 from petals.server.network.handler import BlocksService
-from petals.server.session.output_log import OutputLogBudget
+from petals.server.session.memory import SessionMemory
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, ModelId, ServerState
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
@@ -124,7 +125,7 @@ class ServedSpan:
         Takes ``drain_seconds`` and a little more at most; ``at_once`` cuts it short.
         """
         await self.say(ServerState.DRAINING, moves_to)
-        draining = asyncio.create_task(self.service.drain(self._site.config.drain_seconds))
+        draining = asyncio.create_task(self.service.sessions.drain(self._site.config.drain_seconds))
         hurry = asyncio.create_task(at_once.wait())
         try:
             await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
@@ -132,7 +133,7 @@ class ServedSpan:
             for task in (draining, hurry):
                 task.cancel()
             await asyncio.wait({draining, hurry})
-        await self.service.finish_steps(_FINISH_SECONDS)
+        await self.service.sessions.finish(_FINISH_SECONDS)
 
     async def say(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
         """Be ONLINE or DRAINING, for whoever asks and for the directory."""
@@ -149,14 +150,14 @@ class ServedSpan:
         self.mode = str(loaded.test.mode)
         self.pool = self._make_pool(loaded.span.layout)
         self.offer = self._make_offer(loaded)
-        outboxes = self._make_outboxes()
-        door = site.config.door
-        self.service = BlocksService(self.offer, executor, self.pool, outboxes, node, door)
+        memory_ = SessionMemory(self.pool, self._make_logs())
+        limits, failover = site.config.door, site.config.failover
+        self.service = BlocksService(self.offer, executor, memory_, node, limits, failover)
         for name, adapter in loaded.adapters.items():
             self.service.adapters.preload(name, adapter)
         await self._stack.enter_async_context(self.service)
         node.serve(BLOCKS_SERVICE, self.service.serve)
-        node.serve(RING_SERVICE, self.service.ring.serve)
+        node.serve(RING_SERVICE, self.service.serve_forwarded)
         self.service.state = ServerState.ONLINE
         await site.announcer.announce(**self._measured(loaded))
 
@@ -224,13 +225,13 @@ class ServedSpan:
             return "its operator does not allow training"
         return loaded.why_no_gradients
 
-    def _make_outboxes(self) -> OutputLogBudget:
+    def _make_logs(self) -> LogBudget:
         wanted = self._site.config.memory.outbox_bytes
         if wanted is None:
             itemsize = DTYPES[self.offer.dtype].itemsize
             wanted = self.pool.tokens_total * self.offer.hidden_size * itemsize
             wanted = min(wanted, memory.free_memory_bytes("cpu") // 4)
-        return OutputLogBudget(wanted)
+        return LogBudget(wanted)
 
     def _measured(self, loaded: _Loaded) -> dict[str, object]:
         num_blocks = len(self.blocks)

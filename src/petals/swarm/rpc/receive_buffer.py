@@ -176,7 +176,7 @@ class Inbox:
     def parting_refusal(self) -> PetalsError | None:
         """The typed error with which the peer ended the stream, if its last message was one."""
         last = self._ready[-1].message if self._ready else None
-        if isinstance(last, Refusal) and last.step_id is None:
+        if isinstance(last, Refusal) and last.header is None:
             return last.to_error(self._peer)
         return None
 
