@@ -45,6 +45,10 @@ class FailoverConfig:
     """
     keepalives_per_lease: float = 3.0
     """Signs of life that a client sends within the lease of a server."""
+    max_repairs: int = 64
+    """Attempts to replace hops without any progress of the step, after which it fails. Waiting for
+    servers is limited by ``repair_timeout`` instead.
+    """
     close_seconds: float = 2.0
     """Time for a server to confirm that a reservation is freed."""
     jitter_seconds: float = 0.1

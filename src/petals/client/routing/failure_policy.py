@@ -23,12 +23,14 @@ from petals.errors import (
     CacheFull,
     MissingBlocksError,
     NoCapacity,
+    OutboxLost,
     PeerError,
     PeerMisbehaved,
     PeerTimeout,
     PeerUnreachable,
     PetalsError,
     SessionClosed,
+    SessionGap,
     TrainingRefused,
 )
 from petals.types import PeerId
@@ -41,6 +43,9 @@ LOOK_AGAIN_SECONDS = 0.5
 
 SELF_REPORTED = (PeerError,)
 """Errors that a server may report of itself: it is busy, it failed, it timed out."""
+
+FORGOTTEN = (SessionClosed, SessionGap, OutboxLost)
+"""Errors of a server that lacks the session, some rows of it, or outputs of it."""
 
 
 class Reaction(Enum):
@@ -79,7 +84,7 @@ class History:
     the error is raised; None: no limit, since another limit ends the attempts (a repair excludes
     every server that fails, and waits at most ``max_wait_seconds``).
     redialled: servers whose broken stream was opened anew already. forgetful: servers that have
-    reported once that they do not know the session (a lease that ran out).
+    reported once that they have forgotten the session or a part of it (``FORGOTTEN``).
     waiting_since: time (s, monotonic) of the first WAIT; None: there was none.
     """
 
@@ -97,7 +102,7 @@ class History:
         """The history once ``decision`` was taken because of ``error``."""
         peer = PeerId(error.peer_id)
         match decision.reaction:
-            case Reaction.RETRY if isinstance(error, SessionClosed):
+            case Reaction.RETRY if isinstance(error, FORGOTTEN):
                 return replace(self, forgetful=self.forgetful | {peer})
             case Reaction.RETRY:
                 return replace(self, redialled=self.redialled | {peer})
@@ -134,9 +139,9 @@ def decide(error: PetalsError, history: History) -> Decision:
 
 def _refused(error: PetalsError, history: History) -> Decision:
     """A server will not do it: another one may."""
-    if isinstance(error, SessionClosed) and PeerId(error.peer_id) not in history.forgetful:
-        # Its lease ran out while the client was silent; the server itself is well and may serve
-        # the session again.
+    if isinstance(error, FORGOTTEN) and PeerId(error.peer_id) not in history.forgetful:
+        # Its lease ran out while the client was silent, or its output log was dropped to make room;
+        # the server itself is well and may serve the session again, with rows that are new to it.
         return Decision(Reaction.RETRY)
     return Decision(Reaction.EXCLUDE, refresh=isinstance(error, BlocksNotServed))
 

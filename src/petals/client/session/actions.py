@@ -71,7 +71,8 @@ class Situation:
 
     history: of the step under way; None between steps. can_feed: the client still has the rows
     that the servers are to hold. fits: no piece of the step is longer than its hops take. failure:
-    why the last search for servers found none. num_copies: copies that the migration under way has
+    why the last search for servers found none. num_repairs: attempts to reserve other hops since the
+    step last made progress; last_error: the latest loss of a hop. num_copies: copies that the migration under way has
     made; None: no migration is under way. missing_tokens: tokens of a row that its replacements
     lack, at most. migrate_at: earliest time (s, monotonic) of the next migration.
     """
@@ -82,6 +83,8 @@ class Situation:
     can_feed: bool = True
     fits: bool = True
     failure: PetalsError | None = None
+    num_repairs: int = 0
+    last_error: PetalsError | None = None
     history: History | None = None
     num_copies: int | None = None
     missing_tokens: int = 0
@@ -174,6 +177,8 @@ def next_action(situation: Situation, config: FailoverConfig, now: float) -> Act
         return Redial(tuple(broken))
     if situation.failure is not None:
         return _wait(situation, situation.failure, situation.history)
+    if situation.num_repairs > config.max_repairs and situation.last_error is not None:
+        return Raise(situation.last_error)
     start, end = _first_run(legs, lambda leg: leg.is_lost)
     from_log = situation.has_diverged or not legs or (start == 0 and end > 0)
     if from_log and not situation.can_feed:

@@ -111,7 +111,7 @@ class PendingReply:
 
     def limit(self, seconds: float) -> None:
         """Wait no longer than ``seconds`` in all."""
-        if self.is_paced and self._limit is not None:
+        if self.is_paced and self._limit is not None and not self._limit.expired():
             self._limit.reschedule(self._began + seconds)
 
     def take(self, reply: HopReply) -> None:

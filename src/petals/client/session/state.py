@@ -47,7 +47,8 @@ class PendingStep:
     inputs: the rows as the step finds them, then with the tokens of finished pieces. rest: what
     remains. reorder: what the servers must do to their ``server_rows`` rows first. cuts_rows: the
     step reorders rows or cuts some. excluded: servers that refused this step, in the order of their
-    refusals. has_warned: the user was told that the step waits for servers.
+    refusals. num_repairs: attempts to reserve other hops since the last
+    progress. has_warned: the user was told that the step waits for servers.
     """
 
     inputs: TokenLog
@@ -60,6 +61,7 @@ class PendingStep:
     outputs: list[Tensor] = field(default_factory=list)
     excluded: dict[PeerId, PetalsError] = field(default_factory=dict)
     last_error: PetalsError | None = None
+    num_repairs: int = 0
     has_warned: bool = False
 
     @property
@@ -168,6 +170,8 @@ class SessionState:
             can_feed=step is None or not step.inputs.is_dropped,
             fits=not limit or longest <= limit,
             failure=self.failure,
+            num_repairs=0 if step is None else step.num_repairs,
+            last_error=None if step is None else step.last_error,
             history=None if step is None else replace(step.history, now=now),
             num_copies=None if migration is None else migration.num_copies,
             missing_tokens=missing,

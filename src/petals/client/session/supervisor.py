@@ -37,7 +37,7 @@ from petals.client.session.replacement import HopReplacer
 from petals.client.session.replies import Replies
 from petals.client.session.reservation import ReplacementHints, release
 from petals.client.session.state import PendingStep, SessionState
-from petals.client.session.types import SessionSpec
+from petals.client.session.types import SessionSpec, StepPiece
 from petals.client.trace import EdgeTrace, Repair
 from petals.errors import PetalsError
 from petals.logs import get_logger
@@ -173,34 +173,40 @@ class SessionSupervisor:
             case Run():
                 await self._run_pieces(step)
             case Raise(error):
-                raise self._explained(error, step) from step.last_error
+                cause = step.last_error if step.last_error is not error else error.__cause__
+                raise self._explained(error, step) from cause
             case _:
                 raise AssertionError(f"{action} in a step")
 
     async def _open_route(self, step: PendingStep) -> None:
-        """Reserve hops for all blocks; those of a rebuild are filled from the session's inputs."""
+        """Reserve hops for all blocks; those of a rebuild are fed with the session's inputs."""
         state, is_first = self.state, not self._was_open
         num_rows = self._spec.num_rows if is_first else len(step.inputs.lengths)
         hints = None if is_first else ReplacementHints(excluded=step.excluded)
         hops = await self._reserve(state.blocks, num_rows, hints)
         if not hops:
             return
-        if not is_first:
-            goal = FillGoal(step.inputs.lengths, next(state.ids))
-            outcome = await self._filler.fill(hops, None, goal, step.inputs)
-            if outcome is not FillOutcome.DONE:
-                self._book(hops, step)
-                self._replacer.drop(hops)
-                return
-            step.reorder, step.server_rows, step.pieces = None, len(step.inputs.lengths), []
         await self._replacer.switch(0, 0, hops)
         if is_first:
             self._was_open = True
             seconds = self._swarm.config.repair_timeout
             step.history = replace(step.history, max_wait_seconds=seconds)
             self._tasks.start(self._keep_alive(), "keeping a session alive")
-        self._note_repairs()
+        else:
+            await self._feed(step)
         self._warm_spares()
+
+    async def _feed(self, step: PendingStep) -> None:
+        """Run the session's inputs through a route that has nothing yet. Not by a replay: hops that
+        cannot keep their outputs are fed like this, too.
+        """
+        step.reorder, step.server_rows, step.pieces = None, len(step.inputs.lengths), []
+        whole = step.inputs.whole()
+        if whole is not None:
+            parts = whole.parts(self._piece_tokens)
+            pieces = [StepPiece(next(self.state.ids), part) for part in parts]
+            await self._pipeline.run(pieces)
+            self.state.has_diverged = any(piece.output is None for piece in pieces)
 
     async def _redial(self, indices: Iterable[int]) -> None:
         """Open new streams to lost legs, all at the same time."""
@@ -230,6 +236,7 @@ class SessionSupervisor:
             text = "waiting up to %g s, since %s: %s"
             since = self._waiting_since(step)
             logger.warning(text, swarm.config.repair_timeout, since, failure.message)
+        step.num_repairs = 0  # the time that waiting takes is limited by itself
         await swarm.node.clock.sleep(seconds)
         await self._redial(legs)
         if not legs or any(state.legs[index].state.is_lost for index in legs):
@@ -257,14 +264,16 @@ class SessionSupervisor:
             return
         self._book(hops, step)
         self._replacer.drop(hops)
-        if outcome is FillOutcome.DONOR_LOST and start:
-            # A donor that is lost is replaced itself; one that has dropped its outputs is not.
-            state.has_diverged = not state.legs[start - 1].state.is_lost
+        if not any(hop.state.is_lost for hop in (*state.legs[:start], *hops)):
+            # A hop that is lost is replaced. But here one cannot hand on what it has put out.
+            state.has_diverged = True
 
     async def _reserve(
         self, blocks: BlockSpan, num_rows: int, hints: ReplacementHints | None
     ) -> list[HopSession]:
         """Hops for ``blocks``; none, and the reason in ``state.failure``, if there are none."""
+        assert self.state.step is not None
+        self.state.step.num_repairs += 1
         try:
             return await self._replacer.reserve(blocks, num_rows, hints)
         except PetalsError as error:
@@ -285,19 +294,24 @@ class SessionSupervisor:
         await self.state.announce_epoch()
         await self._pipeline.run(step.pieces)
         if step.settle():
-            step.history, self._progress_at = step.history.progressed(), self._now()
+            step.history, step.num_repairs = step.history.progressed(), 0
+            self._progress_at = self._now()
         if step.is_done:
             self._leave_stragglers()
             if self._now() >= self._warm_spares_at:
                 self._warm_spares()
 
     def _cut(self, step: PendingStep) -> None:
-        """Cut the step, once, into pieces that all hops take and can work on at the same time."""
         if not step.pieces:
-            limits = [self.state.max_step_tokens]
-            if len(self.state.legs) > 1:
-                limits.append(self._swarm.config.prefill_chunk_tokens)
-            step.cut(min((limit for limit in limits if limit), default=0), self.state.ids)
+            step.cut(self._piece_tokens, self.state.ids)
+
+    @property
+    def _piece_tokens(self) -> int:
+        """Tokens of a piece that all hops take and can work on at the same time; 0: no limit."""
+        limits = [self.state.max_step_tokens]
+        if len(self.state.legs) > 1:
+            limits.append(self._swarm.config.prefill_chunk_tokens)
+        return min((limit for limit in limits if limit), default=0)
 
     def _book(self, hops: Iterable[HopSession], step: PendingStep) -> None:
         """Enter losses into bans, exclusions and the next repairs."""

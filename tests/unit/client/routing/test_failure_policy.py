@@ -6,6 +6,7 @@ import pytest
 
 from petals.client.routing.bans import Cause
 from petals.client.routing.failure_policy import (
+    FORGOTTEN,
     LOOK_AGAIN_SECONDS,
     MISBEHAVED_FACTOR,
     Decision,
@@ -22,6 +23,7 @@ from petals.errors import (
     LengthExceeded,
     MissingBlocksError,
     NoCapacity,
+    OutboxLost,
     PeerBusy,
     PeerError,
     PeerFailed,
@@ -112,6 +114,13 @@ TABLE = {
         replace(SESSION, forgetful=frozenset({PEER})),
         Decision(EXCLUDE),
     ),
+    "outputs were dropped": (said(OutboxLost), SESSION, Decision(RETRY)),
+    "rows are missing": (said(SessionGap), SESSION, Decision(RETRY)),
+    "rows are missing, again": (
+        said(SessionGap),
+        replace(SESSION, forgetful=frozenset({PEER})),
+        Decision(EXCLUDE),
+    ),
     # No server is left.
     "no server": (seen(MissingBlocksError), SESSION, Decision(WAIT, refresh=True)),
     "no room": (seen(NoCapacity), SESSION, Decision(WAIT, refresh=True)),
@@ -149,7 +158,7 @@ def test_table(case: tuple[PetalsError, History, Decision]) -> None:
 REFUSALS = [
     kind
     for kind in ERRORS_BY_CODE.values()
-    if not issubclass(kind, PeerError) and kind not in (SessionClosed,)
+    if not issubclass(kind, PeerError) and kind not in FORGOTTEN
 ]
 
 
@@ -200,6 +209,7 @@ def test_each_server_is_dialled_again_once() -> None:
     assert decide(lost, history).reaction is EXCLUDE
 
 
-def test_a_gap_at_one_server_is_answered_by_another() -> None:
-    assert decide(said(SessionGap), SESSION).reaction is EXCLUDE
+def test_a_gap_at_a_server_is_filled_once_and_then_answered_by_another() -> None:
+    history = SESSION.after(said(SessionGap), decide(said(SessionGap), SESSION))
+    assert decide(said(SessionGap), history).reaction is EXCLUDE
     assert decide(seen(SessionGap), SESSION).reaction is RAISE
