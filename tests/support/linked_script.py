@@ -13,11 +13,9 @@ from petals.server.config import ClientLimits
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan
 from petals.wire.header import NextHop
-from petals.wire.replies import ForwardFailed, ReplayDone, StepResult
+from petals.wire.replies import ReplayDone, StepResult
 from petals.wire.requests import BeginEpoch, ReplayRequest, Step
 from support.service import (
-    PATIENCE_SECONDS,
-    Answer,
     Served,
     Talk,
     Worker,
@@ -39,13 +37,6 @@ class Leg(Talk):
     @property
     def part(self) -> Blocks:
         return self.blocks.start, self.blocks.end
-
-    async def hear(self) -> Answer:
-        """The next answer. That a link broke is left out: here nobody waits for what it took."""
-        while True:
-            message, tensors = await self.channel.receive(PATIENCE_SECONDS)
-            if not isinstance(message, ForwardFailed):
-                return message, tensors
 
     async def reconnect(self, node: SwarmNode) -> None:
         """Lose the channel and open a new one."""

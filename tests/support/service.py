@@ -37,7 +37,7 @@ from petals.types import BlockSpan, ModelId, PeerId, ServerState
 from petals.wire.handshake import Refusal
 from petals.wire.header import NextHop, RequestHeader
 from petals.wire.messages import AnyMessage
-from petals.wire.replies import SessionEnded, SessionOpened, StepResult
+from petals.wire.replies import ForwardFailed, SessionEnded, SessionOpened, StepResult
 from petals.wire.requests import CloseSession, OpenSession, Step
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
 from support.models import WIDTH, whole_model
@@ -199,7 +199,14 @@ class Talk:
 
     async def ask(self, message: AnyMessage, *tensors: torch.Tensor) -> Answer:
         await self.channel.send(message, tensors)
-        return await self.channel.receive(PATIENCE_SECONDS)
+        return await self.hear()
+
+    async def hear(self) -> Answer:
+        """The next answer. That a link broke is left out: here nobody waits for what it took."""
+        while True:
+            message, tensors = await self.channel.receive(PATIENCE_SECONDS)
+            if not isinstance(message, ForwardFailed):
+                return message, tensors
 
     async def refused(self, message: AnyMessage, *tensors: torch.Tensor) -> Refusal:
         """The refusal, which has the header of the message, if that has one."""

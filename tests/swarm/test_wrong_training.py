@@ -144,11 +144,11 @@ async def test_a_client_that_goes_away_takes_its_passes_along() -> None:
         await talk.channel.send(Backward(task.request), (*task.gradients, *task.inputs))
         async with asyncio.timeout(20):
             while len(swarm.runner.batches) < 3:
-                await swarm.service.executor.call(lambda: None)
+                await swarm.executor.call(lambda: None)
         await talk.channel.close()
         async with asyncio.timeout(20):
-            while swarm.service.executor.waiting_tokens:
-                await swarm.service.executor.call(lambda: None)
+            while swarm.executor.waiting_tokens:
+                await swarm.executor.call(lambda: None)
         assert len(swarm.runner.batches) < 32
         await swarm.at_rest()
 
