@@ -50,6 +50,9 @@ class PetalsError(Exception):
     retryable: ClassVar[bool] = False
     default_hint: ClassVar[str] = "Please report it with the whole message: this should not happen."
 
+    reported: bool = False
+    """True for an error that a peer has reported: ``message`` is the peer's claim, not ours."""
+
     def __init__(self, message: str, *, hint: str = "", peer_id: str = "") -> None:
         super().__init__(message)
         self.message = message
@@ -58,7 +61,9 @@ class PetalsError(Exception):
 
     def __str__(self) -> str:
         text = self.message
-        if self.peer_id:
+        if self.reported:
+            text = f"Peer …{self.peer_id[-6:]} says: {text}"
+        elif self.peer_id:
             text += f" (peer …{self.peer_id[-6:]})"
         return f"{text}\nhint: {self.hint}" if self.hint else text
 
@@ -289,9 +294,16 @@ ERRORS_BY_CODE: dict[str, type[PetalsError]] = _tree(PetalsError)
 
 
 def from_wire(code: str, message: str, hint: str, peer_id: str) -> PetalsError:
-    """The typed error a peer reported; an unknown code (a newer peer) becomes PeerFailed."""
-    kind = ERRORS_BY_CODE.get(code, PeerFailed)
-    return kind(_printable(message), hint=_printable(hint), peer_id=peer_id)
+    """The typed error a peer reported; an unknown code (a newer peer) becomes PeerFailed.
+
+    All words of the peer, its hint included, become part of the message, which is shown as the
+    peer's. The hint is the one that this version gives for such an error.
+    """
+    error = ERRORS_BY_CODE.get(code, PeerFailed)(_printable(message), peer_id=peer_id)
+    if hint:
+        error.message += f" ({_printable(hint)})"
+    error.reported = True
+    return error
 
 
 def _printable(text: str) -> str:

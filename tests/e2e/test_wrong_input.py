@@ -44,20 +44,10 @@ from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
 from petals.wire import frames, tensors
 from petals.wire.frames import FrameKind
-from petals.wire.messages import (
-    CloseSession,
-    GetInfo,
-    Hello,
-    Info,
-    OpenSession,
-    Refusal,
-    SessionEnded,
-    SessionOpened,
-    Step,
-    StepResult,
-    decode_message,
-    encode_message,
-)
+from petals.wire.handshake import Hello, Refusal
+from petals.wire.messages import decode_message, encode_message
+from petals.wire.replies import Info, SessionEnded, SessionOpened, StepResult
+from petals.wire.requests import CloseSession, GetInfo, OpenSession, Step
 from support.tiny_tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.slow

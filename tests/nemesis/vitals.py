@@ -18,7 +18,8 @@ from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.testing.local_swarm import LocalServer
 from petals.types import PeerId
-from petals.wire.messages import GetInfo, Info
+from petals.wire.replies import Info
+from petals.wire.requests import GetInfo
 
 SPARE_DESCRIPTORS = 40
 """A server keeps channels to the servers it has handed states to, and dials new members."""

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import msgspec
@@ -32,11 +32,13 @@ from petals.errors import (
 )
 from petals.swarm.config import NodeConfig
 from petals.swarm.directory.records import ServerRecord
+from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.testing.memory_net import MemoryNet
 from petals.types import BlockSpan, PeerId, ServerState
-from petals.wire import messages as wire
+from petals.wire import replies, requests
+from petals.wire.handshake import Refusal
 from petals.wire.passes import (
     AdapterKept,
     Backward,
@@ -159,11 +161,11 @@ class ToyServer:
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
     calls: dict[bytes, PassCall] = field(default_factory=dict)
     """What each session was opened with."""
-    steps: list[wire.Step] = field(default_factory=list)
-    replays: list[wire.Step] = field(default_factory=list)
+    steps: list[requests.Step] = field(default_factory=list)
+    replays: list[requests.ReplayPart] = field(default_factory=list)
     tokens_free: int = 10**6
     replay_answer: str = "right"
-    opened: list[wire.OpenSession] = field(default_factory=list)
+    opened: list[requests.OpenSession] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
     backwards: list[Backward] = field(default_factory=list)
     on_forward: Callable[[], None] = lambda: None
@@ -210,7 +212,7 @@ class ToyServer:
         try:
             while True:
                 message, tensors = await channel.receive()
-                if isinstance(message, wire.Step):
+                if isinstance(message, requests.Step):
                     self._under_way += 1
                     self.max_under_way = max(self.max_under_way, self._under_way)
                 task = asyncio.create_task(self._answer(channel, message, tensors, mine, turn))
@@ -224,48 +226,46 @@ class ToyServer:
         try:
             answer, sent = await self._hear(message, tensors, mine, turn)
         except PetalsError as error:
-            answer, sent = wire.Refusal.of(error, getattr(message, "step_id", None)), ()
+            answer, sent = Refusal.of(error, getattr(message, "header", None)), ()
         finally:
-            if isinstance(message, wire.Step):
+            if isinstance(message, requests.Step):
                 self._under_way -= 1
         if answer is not None:
             await channel.send(answer, sent)
 
     async def _hear(self, message, tensors, mine, turn):
         match message:
-            case wire.GetInfo():
+            case requests.GetInfo():
                 self.num_asked += 1
                 return self._info(), ()
-            case wire.OpenSession():
+            case requests.OpenSession():
                 return await self._open(message, tensors, mine), ()
-            case wire.KeepSession():
+            case requests.KeepSession():
                 self.num_kept += 1
                 await self._notify()
                 return None, ()
-            case wire.CloseSession():
+            case requests.CloseSession(header):
                 async with self._freed:
-                    self.sessions.pop(message.session_id, None)
+                    self.sessions.pop(header.session_id, None)
                     self._freed.notify_all()
                 await self._notify()
-                return wire.SessionEnded(message.session_id), ()
-            case wire.BeginEpoch():
+                return replies.SessionEnded(header), ()
+            case requests.BeginEpoch():
                 return None, ()
-            case wire.Replay():
-                return self._replay(message, mine[message.session_id])
-            case wire.Step(replay=True):
+            case requests.ReplayRequest(header):
+                return self._replay(message, mine[header.session_id])
+            case requests.ReplayPart(header):
                 self.replays.append(message)
-                self._step(message, tensors[0], mine[message.session_id])
-                is_over = wire.Replayed(message.session_id, message.epoch)
-                return (is_over if message.ends else None), ()
-            case wire.Step():
+                self._step(message, tensors[0], mine[header.session_id])
+                return (replies.ReplayDone(header) if message.ends else None), ()
+            case requests.Step(header):
                 self.steps.append(message)
                 await self._notify()
                 async with turn:
                     if self.held is not None:
                         await self.held.wait()
-                    output = self._step(message, tensors[0], mine[message.session_id])
-                ids = (message.session_id, message.epoch, message.step_id)
-                result = wire.StepResult(*ids, 0.001, self.compute_seconds, len(output))
+                    output = self._step(message, tensors[0], mine[header.session_id])
+                result = replies.StepResult(header, 0.001, self.compute_seconds, len(output))
                 return result, self._sent(output)
             case Forward():
                 return self._forward(message, tensors)
@@ -333,8 +333,8 @@ class ToyServer:
         async with self._heard:
             self._heard.notify_all()
 
-    def _info(self) -> wire.Info:
-        return wire.Info(
+    def _info(self) -> replies.Info:
+        return replies.Info(
             model=MODEL,
             blocks=(self.blocks.start, self.blocks.end),
             state="online",
@@ -349,7 +349,7 @@ class ToyServer:
             outbox_bytes_free=10**9,
         )
 
-    async def _open(self, message: wire.OpenSession, tensors, mine) -> wire.SessionOpened:
+    async def _open(self, message: requests.OpenSession, tensors, mine) -> replies.SessionOpened:
         self.opened.append(message)
         await self._notify()
         if self.refuse_opens:
@@ -360,22 +360,24 @@ class ToyServer:
             raise UnknownAdapter("No such adapter.")
         prompts = tensors[0][:, None] if message.num_prompt_tokens else None
         adapter = self.given.get(message.adapter)
-        self.calls[message.session_id] = PassCall((), prompts, adapter)
+        self.calls[message.header.session_id] = PassCall((), prompts, adapter)
         try:
             async with asyncio.timeout(message.alloc_timeout_seconds), self._freed:
                 while len(self.sessions) >= self.max_sessions:
                     await self._freed.wait()
-                self.sessions[message.session_id] = [torch.empty(0, HIDDEN)] * message.num_rows
+                self.sessions[message.header.session_id] = [
+                    torch.empty(0, HIDDEN)
+                ] * message.num_rows
         except TimeoutError:
             raise CacheFull("Full.") from None
-        mine[message.session_id] = BlockSpan(*message.blocks)
+        mine[message.header.session_id] = BlockSpan(*message.blocks)
         granted = message.max_length or self.max_length
-        return wire.SessionOpened(message.session_id, granted, self.lease_seconds)
+        return replies.SessionOpened(message.header, granted, self.lease_seconds)
 
-    def _step(self, message: wire.Step, hidden: Tensor, blocks: BlockSpan) -> Tensor:
+    def _step(self, message: requests.Step, hidden: Tensor, blocks: BlockSpan) -> Tensor:
         if self.refuse_steps:
             raise self.refuse_steps.pop(0)
-        rows = self.sessions[message.session_id]
+        rows = self.sessions[message.header.session_id]
         if message.reorder is not None:
             rows = [rows[old] for old in message.reorder]
         outputs, news = [], torch.split(hidden, list(message.counts))
@@ -383,28 +385,29 @@ class ToyServer:
             if start > len(rows[number]):
                 raise SessionGap("A gap.")
             rows[number] = torch.cat([rows[number][:start], new])
-            outputs.append(self._run_row(message.session_id, rows[number], blocks)[start:])
-        self.sessions[message.session_id] = rows
+            outputs.append(self._run_row(message.header.session_id, rows[number], blocks)[start:])
+        self.sessions[message.header.session_id] = rows
         return torch.cat(outputs).to(hidden.dtype)
 
     def _run_row(self, session_id: bytes, row: Tensor, blocks: BlockSpan) -> Tensor:
         call = replace(self.calls[session_id], counts=(len(row),))
         return run_call(row, blocks, call)[blocks.end - 1]
 
-    def _replay(self, message: wire.Replay, blocks: BlockSpan) -> tuple[wire.Step, tuple[Tensor]]:
+    def _replay(
+        self, message: requests.ReplayRequest, blocks: BlockSpan
+    ) -> tuple[requests.ReplayPart, tuple[Tensor]]:
         """What it has put out, to the client; toys know no reorder that came between."""
         assert not message.next_hops
-        rows = zip(self.sessions[message.session_id], message.lengths, strict=True)
-        rerun = partial(self._run_row, message.session_id, blocks=blocks)
+        rows = zip(self.sessions[message.header.session_id], message.lengths, strict=True)
+        rerun = partial(self._run_row, message.header.session_id, blocks=blocks)
         output = torch.cat([rerun(row[:length]) for row, length in rows])
-        step = wire.Step(
-            session_id=message.session_id,
-            epoch=message.epoch,
-            step_id=message.step_id,
+        step = requests.ReplayPart(
+            header=message.header,
+            index=0,
+            before_step=message.before_step,
             starts=(0,) * len(message.lengths),
             counts=message.lengths,
             reorder=(0,) * len(message.lengths),
-            replay=True,
             ends=True,
         )
         match self.replay_answer:
@@ -473,8 +476,12 @@ class ToySwarm:
 
 
 def config(**options: object) -> ClientConfig:
+    """A client's settings for tests; options of FailoverConfig are taken as well."""
+    names = {field.name for field in fields(FailoverConfig)} & options.keys()
+    chosen = {"check_integrity": True} | {name: options.pop(name) for name in names}
     values = {"initial_peers": (), "min_backoff": 0.0, "request_timeout": 10.0}
-    return ClientConfig(**(values | {"repair_timeout": 0.1} | options))
+    values |= {"repair_timeout": 0.1, "failover": FailoverConfig(**chosen)}
+    return ClientConfig(**(values | options))
 
 
 @asynccontextmanager

@@ -1,7 +1,14 @@
-"""A tiny model served over a network in memory, and a client that speaks message by message."""
+"""Real services of a tiny model over a network in memory, and a client that sends frames by hand.
 
+``served`` is the only builder: one server or several, which may forward to each other. When a scene
+ends it checks that the servers' books are right, and that all memory comes back once they stop.
+"""
+
+import asyncio
+import itertools
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +16,7 @@ import torch
 from petals.clock import Clock
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Span
+from petals.models.runtime.token_log import LogBudget
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.activation_budget import ActivationBudget
 from petals.server.compute.device import DeviceContext
@@ -18,26 +26,24 @@ from petals.server.compute.scheduler import Scheduler
 from petals.server.config import ClientLimits
 from petals.server.network.handler import BlocksService
 from petals.server.policies import SchedulerConfig
-from petals.server.session.output_log import OutputLogBudget
+from petals.server.session.memory import SessionMemory
+from petals.server.session.session import Session
 from petals.swarm.config import MIB, NodeConfig
+from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.testing.memory_net import MemoryNet
-from petals.types import BlockSpan, ModelId, ServerState
-from petals.wire.messages import (
-    AnyMessage,
-    CloseSession,
-    OpenSession,
-    Refusal,
-    SessionEnded,
-    SessionOpened,
-    Step,
-    StepResult,
-)
-from petals.wire.services import BLOCKS_SERVICE
+from petals.types import BlockSpan, ModelId, PeerId, ServerState
+from petals.wire.handshake import Refusal
+from petals.wire.header import NextHop, RequestHeader
+from petals.wire.messages import AnyMessage
+from petals.wire.replies import ForwardFailed, SessionEnded, SessionOpened, StepResult
+from petals.wire.requests import CloseSession, OpenSession, Step
+from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
 from support.models import WIDTH, whole_model
 
 MODEL = ModelId("tiny")
+PATIENCE_SECONDS = 20.0
 Run = Callable[[Sequence[Segment]], list[torch.Tensor]]
 Answer = tuple[AnyMessage, list[torch.Tensor]]
 
@@ -67,26 +73,100 @@ class FussySpan:
         return outputs
 
 
+@dataclass(eq=False)
+class Worker:
+    """A server that holds all blocks of the model; sessions use parts of them."""
+
+    node: SwarmNode
+    service: BlocksService
+    runner: FussySpan
+    executor: Executor
+    pool: KVPool
+    logs: LogBudget
+    place: DeviceContext
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.node.peer_id
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.runner.batches)
+
+    @property
+    def session(self) -> Session:
+        """The only session."""
+        (session,) = self.service.sessions
+        return session
+
+    def find(self, session_id: bytes) -> Session:
+        (session,) = (s for s in self.service.sessions if s.key.session_id == session_id)
+        return session
+
+    async def check(self) -> None:
+        """The server's books are right, as soon as no request is under way."""
+        await self.until(lambda: self.service.is_idle)
+        assert await self.service.check_integrity()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Let things happen until ``holds``."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not holds():
+                await self.executor.call(lambda: None)
+                await asyncio.sleep(0)
+
+
 @dataclass
 class Served:
-    """A server of a whole tiny model and a client's node in the same memory."""
+    """Servers, a client's node and another member of the swarm, in the same memory."""
 
     net: MemoryNet
-    span: Span
     reference: Span
     """The same model once more, for us: a span belongs to one thread at a time."""
-    runner: FussySpan
-    pool: KVPool
-    service: BlocksService
-    server: SwarmNode
+    workers: list[Worker]
     client: SwarmNode
+    stranger: SwarmNode
     clock: Clock
-    device: DeviceContext
-    _talks: list["Talk"] = field(default_factory=list)
+    _numbers: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    async def talk(self, client: SwarmNode | None = None) -> "Talk":
-        channel = await (client or self.client).open_channel(self.server.peer_id, BLOCKS_SERVICE)
-        return Talk(channel, self.span.blocks)
+    @property
+    def service(self) -> BlocksService:
+        return self.workers[0].service
+
+    @property
+    def server(self) -> SwarmNode:
+        return self.workers[0].node
+
+    @property
+    def executor(self) -> Executor:
+        return self.workers[0].executor
+
+    @property
+    def runner(self) -> FussySpan:
+        return self.workers[0].runner
+
+    @property
+    def pool(self) -> KVPool:
+        return self.workers[0].pool
+
+    @property
+    def place(self) -> DeviceContext:
+        return self.workers[0].place
+
+    @property
+    def span(self) -> Span:
+        """What the first server runs."""
+        return self.runner.span
+
+    async def talk(self, client: SwarmNode | None = None, worker: Worker | None = None) -> "Talk":
+        """A channel to a server (the first one), about a session of its own."""
+        worker = worker or self.workers[0]
+        channel = await (client or self.client).open_channel(worker.peer_id, BLOCKS_SERVICE)
+        return Talk(channel, worker.runner.blocks, self.new_id())
+
+    def new_id(self) -> bytes:
+        """An id that no session has yet."""
+        return next(self._numbers).to_bytes(16, "big")
 
     def expected(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the whole model makes of [n, H], without any cache."""
@@ -94,38 +174,51 @@ class Served:
 
     async def at_rest(self) -> None:
         """Every session is gone and every page is back."""
-        await self.service.executor.call(lambda: None)
-        self.pool.check_integrity()
-        assert len(self.service.sessions) == 0
-        assert self.pool.reserved_bytes == 0
-        assert self.pool.used_bytes == 0
-        assert self.device.activation_budget.used_bytes == len(self.service.passes.saved) == 0
+        for worker in self.workers:
+            await worker.check()
+            assert len(worker.service.sessions) == 0
+            assert worker.pool.reserved_bytes == worker.pool.used_bytes == 0
+            assert worker.logs.used_bytes == worker.place.allowance.used_bytes == 0
 
 
 @dataclass
 class Talk:
-    """One channel to the server, driven by hand."""
+    """One channel to a server, and one session that it is about, driven by hand."""
 
     channel: Channel
     blocks: BlockSpan
     session_id: bytes = b"s" * 16
+    epoch: int = 0
 
-    async def ask(
-        self, message: AnyMessage, *tensors: torch.Tensor
-    ) -> tuple[AnyMessage, list[torch.Tensor]]:
+    @property
+    def next_hop(self) -> NextHop:
+        return NextHop(self.channel.peer_id, self.session_id)
+
+    def header(self, request_id: int = 0, epoch: int | None = None) -> RequestHeader:
+        return RequestHeader(self.session_id, self.epoch if epoch is None else epoch, request_id)
+
+    async def ask(self, message: AnyMessage, *tensors: torch.Tensor) -> Answer:
         await self.channel.send(message, tensors)
-        return await self.channel.receive(20.0)
+        return await self.hear()
+
+    async def hear(self) -> Answer:
+        """The next answer. That a link broke is left out: here nobody waits for what it took."""
+        while True:
+            message, tensors = await self.channel.receive(PATIENCE_SECONDS)
+            if not isinstance(message, ForwardFailed):
+                return message, tensors
 
     async def refused(self, message: AnyMessage, *tensors: torch.Tensor) -> Refusal:
+        """The refusal, which has the header of the message, if that has one."""
         answer, _ = await self.ask(message, *tensors)
         assert isinstance(answer, Refusal), answer
         assert answer.message
+        assert answer.header == getattr(message, "header", None)
         return answer
 
     def opening(self, rows: int = 1, max_length: int = 64, **changes: object) -> OpenSession:
         fields: dict[str, object] = {
-            "session_id": self.session_id,
-            "epoch": 0,
+            "header": self.header(),
             "model": MODEL,
             "blocks": (self.blocks.start, self.blocks.end),
             "num_rows": rows,
@@ -135,9 +228,22 @@ class Talk:
         return OpenSession(**{**fields, **changes})
 
     async def open(self, rows: int = 1, max_length: int = 64, **changes: object) -> SessionOpened:
-        answer, _ = await self.ask(self.opening(rows, max_length, **changes))
+        opening = self.opening(rows, max_length, **changes)
+        answer, _ = await self.ask(opening)
         assert isinstance(answer, SessionOpened), answer
+        assert answer.header == opening.header
         return answer
+
+    def message(
+        self,
+        step_id: int,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        reorder: tuple[int, ...] | None = None,
+        next_hops: tuple[NextHop, ...] = (),
+    ) -> Step:
+        header = self.header(step_id)
+        return Step(header, tuple(starts), tuple(counts), reorder, next_hops)
 
     async def step(
         self,
@@ -148,14 +254,14 @@ class Talk:
     ) -> list[torch.Tensor]:
         """One step; hidden[r]: [n_r, H] -> the same shapes."""
         counts = tuple(len(part) for part in hidden)
-        message = Step(self.session_id, 0, step_id, tuple(starts), counts, reorder)
+        message = self.message(step_id, starts, counts, reorder)
         answer, tensors = await self.ask(message, torch.cat(list(hidden)))
         assert isinstance(answer, StepResult), answer
-        assert (answer.session_id, answer.step_id) == (self.session_id, step_id)
+        assert answer.header == message.header
         return list(tensors[0].split(counts))
 
     async def close(self) -> None:
-        answer, _ = await self.ask(CloseSession(self.session_id))
+        answer, _ = await self.ask(CloseSession(self.header()))
         assert isinstance(answer, SessionEnded)
         await self.channel.close()
 
@@ -171,22 +277,30 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@asynccontextmanager
-async def served(
-    model: str = "llama",
-    *,
-    num_tokens: int = 1024,
-    door: ClientLimits | None = None,
-    scheduling: SchedulerConfig | None = None,
-    clock: Clock | None = None,
-    training_bytes: int = 64 * MIB,
-    no_training: str = "",
-) -> AsyncIterator[Served]:
-    """Serve blocks 10:14 of a tiny model with room for ``num_tokens`` tokens."""
-    net = MemoryNet(clock)
-    span, reference = whole_model(model), whole_model(model)
-    runner = FussySpan(span)
-    pool = KVPool.for_tokens(span.layout, num_tokens)
+def hold_compute(swarm: Served) -> Callable[[], None]:
+    """Keep the first server's compute thread busy until the returned function is called."""
+    free = threading.Event()
+    swarm.executor.post(free.wait)
+    return free.set
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How the servers of a scene are set up."""
+
+    model: str = "llama"
+    num_tokens: int = 1024
+    door: ClientLimits = ClientLimits()
+    failover: FailoverConfig = FailoverConfig()
+    scheduling: SchedulerConfig = SchedulerConfig()
+    training_bytes: int = 64 * MIB
+    log_bytes: int = MIB
+    no_training: str = ""
+
+
+async def _worker(stack: AsyncExitStack, node: SwarmNode, options: WorkerOptions) -> Worker:
+    span = whole_model(options.model)
+    runner, pool = FussySpan(span), KVPool.for_tokens(span.layout, options.num_tokens)
     offer = ServedModel(
         model=MODEL,
         blocks=span.blocks,
@@ -196,19 +310,47 @@ async def served(
         max_step_tokens=512,
         max_rows=8,
         slots=span.slots,
-        no_training=no_training,
+        no_training=options.no_training,
     )
-    scheduler = Scheduler(scheduling or SchedulerConfig())
-    server = SwarmNode(NodeConfig(), engine=net.engine, clock=clock)
-    async with server, Executor(scheduler) as executor:
-        device = DeviceContext(runner, span.device, span.dtype, ActivationBudget(training_bytes))
-        executor.attach(device, pool.check_integrity)
-        outboxes = OutputLogBudget(MIB)
-        service = BlocksService(offer, executor, pool, outboxes, server, door or ClientLimits())
-        service.state = ServerState.ONLINE
-        server.serve(BLOCKS_SERVICE, service.serve)
-        joined = NodeConfig(initial_peers=await server.addresses())
-        async with service, SwarmNode(joined, engine=net.engine, clock=clock) as client:
-            yield Served(
-                net, span, reference, runner, pool, service, server, client, server.clock, device
-            )
+    executor = await stack.enter_async_context(Executor(Scheduler(options.scheduling)))
+    budget = ActivationBudget(options.training_bytes)
+    place = DeviceContext(runner, span.device, span.dtype, budget)
+    executor.attach(place)
+    logs = LogBudget(options.log_bytes)
+    memory = SessionMemory(pool, logs)
+    service = BlocksService(offer, executor, memory, node, options.door, options.failover)
+    service.state = ServerState.ONLINE
+    node.serve(BLOCKS_SERVICE, service.serve)
+    node.serve(RING_SERVICE, service.serve_forwarded)
+    return Worker(node, service, runner, executor, pool, logs, place)
+
+
+@asynccontextmanager
+async def served(
+    model: str = "llama", *, num_servers: int = 1, clock: Clock | None = None, **options: object
+) -> AsyncIterator[Served]:
+    """Serve blocks 10:14 of a tiny model by ``num_servers`` servers; see WorkerOptions."""
+    net, settings = MemoryNet(clock), WorkerOptions(model=model, **options)
+    async with AsyncExitStack() as stack:
+
+        async def member(*peers: SwarmNode) -> SwarmNode:
+            addresses = await peers[0].addresses() if peers else ()
+            config = NodeConfig(initial_peers=addresses)
+            node = SwarmNode(config, engine=net.engine, clock=clock)
+            return await stack.enter_async_context(node)
+
+        first = await member()
+        workers = []
+        for number in range(num_servers):
+            node = await member(first) if number else first
+            workers.append(await _worker(stack, node, settings))
+        client, stranger = await member(first), await member(first)
+        async with AsyncExitStack() as services:
+            for worker in workers:
+                await services.enter_async_context(worker.service)
+            yield Served(net, whole_model(model), workers, client, stranger, first.clock)
+            for worker in workers:
+                await worker.check()
+        for worker in workers:
+            await worker.executor.call(worker.pool.check_integrity)
+            assert worker.pool.reserved_bytes == worker.logs.used_bytes == 0

@@ -1,16 +1,19 @@
 """What befalls a session: a story of steps that must come out right, and faults to put into it."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.types import BlockSpan, PeerId
 from support.service import assert_close
-from support.swarm import HIDDEN, RealSwarm, states
+from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
 
 SPANS = (BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(4, 5))
 STATE_BYTES = HIDDEN * 4
@@ -61,10 +64,11 @@ def strike(swarm: RealSwarm, victim: PeerId, kind: str) -> None:
                 swarm.net.cut(victim, other, one_way=True)
 
 
-def session_id(session: SessionRows) -> bytes:
-    """What servers know the session by; a path that is built anew has another."""
-    assert session._recovery is not None and session._recovery.path is not None
-    return session._recovery.path.hops[0].terms.session_id
+def is_rebuilt(session: SessionRows) -> bool:
+    """Whether no hop is left of the route that the session began with: a hop that has been there
+    from the beginning knows request 1.
+    """
+    return all(hop.steps[0].step_id != 1 for hop in session.trace.hops)
 
 
 @dataclass
@@ -74,6 +78,24 @@ class Story:
     swarm: RealSwarm
     session: SessionRows
     rows: list[Tensor]
+
+    @classmethod
+    def begin(cls, swarm: RealSwarm, access: SwarmConnection, max_length: int = 60) -> "Story":
+        session = SessionRows(access, ALL, max_length=max_length)
+        return cls(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+
+    @property
+    def peers(self) -> list[PeerId]:
+        """The servers of the route."""
+        return [hop.peer_id for hop in self.session.trace.hops]
+
+    @property
+    def repaired(self) -> list[PeerId]:
+        """The servers that were replaced."""
+        return [repair.peer_id for repair in self.session.trace.repairs]
+
+    async def open(self) -> None:
+        await self.session.step(torch.empty(0, HIDDEN), (0, 0), (0, 0))
 
     async def step(self, starts: list[int], news: list[Tensor], reorder: object = None) -> None:
         counts = [len(new) for new in news]
@@ -109,3 +131,16 @@ class Story:
             await getattr(self, phase)()
         await self.decode(11)
         await self.rollback() if len(self.rows) == 2 else await self.decode(17)
+
+
+@asynccontextmanager
+async def story_in(
+    folder: Path, *spans: BlockSpan, servers: dict[str, object] | None = None, **options: object
+) -> AsyncIterator[Story]:
+    """A story that has not begun, in a swarm of ``spans``. servers: options of ``real_swarm``."""
+    async with real_swarm(folder, *spans, **(servers or {})) as swarm:
+        access = swarm.access(**(IMPATIENT | {"repair_timeout": 20.0} | options))
+        story = Story.begin(swarm, access)
+        yield story
+        await story.session.close()
+        await access.close()

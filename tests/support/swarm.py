@@ -21,6 +21,7 @@ from petals.server.config import (
 from petals.server.config import SourceConfig as Source
 from petals.server.server import OnlineInfo, Server, Watchers
 from petals.swarm.config import NodeConfig
+from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.types import BlockSpan, PeerId
@@ -88,7 +89,9 @@ async def real_swarm(
     drain_seconds: float = 60.0,
     max_step_tokens: int = 16,
     adapters: tuple[str, ...] = (),
+    **failover: object,
 ) -> AsyncIterator[RealSwarm]:
+    """Servers of these spans; ``failover``: options of their FailoverConfig."""
     net = MemoryNet()
     async with SwarmNode(NodeConfig(), engine=net.engine) as seed:
         initial_peers = await seed.addresses()
@@ -101,6 +104,7 @@ async def real_swarm(
             limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
             clients=ClientLimits(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),
+            failover=FailoverConfig(**({"check_integrity": True} | failover)),
             drain_seconds=drain_seconds,
         )
         swarm = RealSwarm(net, base, Span(load_blocks(str(folder), ALL)))

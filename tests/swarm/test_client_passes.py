@@ -8,7 +8,7 @@ from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.sequence_manager import SwarmConnection
-from petals.client.training.batch import _MAX_AT_ONCE as AT_ONCE
+from petals.client.training.batch import MAX_AT_ONCE as AT_ONCE
 from petals.client.training.batch import MAX_TOKENS, Pass, micro_batch_tokens, micro_batches
 from petals.errors import (
     BatchTooLarge,

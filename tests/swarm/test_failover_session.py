@@ -3,13 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from petals.client.session.rows import SessionRows
 from petals.errors import MissingBlocksError
 from petals.testing.tiny_models import write_tiny_model
-from support.session_script import IMPATIENT, SPANS, Fault, Story, session_id
-from support.swarm import ALL, HIDDEN, real_swarm
+from support.session_script import SPANS, Fault, is_rebuilt, story_in
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +18,18 @@ async def survives(
     folder: Path, fault: tuple[str, str, int], phase: str, **options: object
 ) -> None:
     kind, when, index = fault
-    async with real_swarm(folder, *SPANS, *SPANS) as swarm:
-        access = swarm.access(**(IMPATIENT | {"repair_timeout": 20.0} | options))
-        session = SessionRows(access, ALL, max_length=40)
-        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
-        await session.step(torch.empty(0, HIDDEN), (0, 0), (0, 0))
-        victim = session.trace.hops[index].peer_id
-        first_id = session_id(session)
-        event = Fault(swarm, victim, kind, when)
+    async with story_in(folder, *SPANS, *SPANS, **options) as story:
+        await story.open()
+        victim = story.peers[index]
+        event = Fault(story.swarm, victim, kind, when)
         await story.tell(phase, event.arm)
         assert event.happened.is_set()
-        trace = session.trace
-        assert victim not in {hop.peer_id for hop in trace.hops}
-        assert [repair.peer_id for repair in trace.repairs] == [victim]
-        assert session_id(session) == first_id, "more than the failed span was filled anew"
-        assert trace.repairs[0].blocks == SPANS[index]
-        assert trace.repairs[0].stall_seconds > 0
-        await session.close()
-        await access.close()
+        assert victim not in story.peers
+        assert story.repaired == [victim]
+        assert not is_rebuilt(story.session), "more than the failed span was filled anew"
+        (repair,) = story.session.trace.repairs
+        assert repair.blocks == SPANS[index]
+        assert repair.stall_seconds > 0
 
 
 FAULTS = [
@@ -61,11 +52,9 @@ async def test_a_death_changes_nothing(
 
 
 async def test_nobody_left_and_somebody_come_back(folder: Path) -> None:
-    async with real_swarm(folder, *SPANS) as swarm:
-        access = swarm.access(**IMPATIENT, repair_timeout=0.2)
-        session = SessionRows(access, ALL, max_length=40)
-        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+    async with story_in(folder, *SPANS, repair_timeout=0.2) as story:
         await story.prefill()
+        swarm = story.swarm
         swarm.net.kill(swarm.peers[1])
         for _ in range(2):
             with pytest.raises(MissingBlocksError, match=r"2:4.* since \d\d:\d\d:\d\d\."):
@@ -73,24 +62,17 @@ async def test_nobody_left_and_somebody_come_back(folder: Path) -> None:
         await swarm.add(SPANS[1])
         await story.decode()
         await story.rollback()
-        assert [repair.peer_id for repair in session.trace.repairs] == [swarm.peers[1]]
-        await session.close()
-        await access.close()
+        assert story.repaired == [swarm.peers[1]]
 
 
 async def test_two_at_once_and_one_during_the_repair(folder: Path) -> None:
-    async with real_swarm(folder, *SPANS, *SPANS, SPANS[1]) as swarm:
-        access = swarm.access(**IMPATIENT, repair_timeout=20.0)
-        session = SessionRows(access, ALL, max_length=40)
-        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+    async with story_in(folder, *SPANS, *SPANS, SPANS[1]) as story:
         await story.prefill()
-        first, second = (session.trace.hops[index].peer_id for index in (0, 1))
-        swarm.net.kill(first)
-        swarm.net.kill(second)
+        swarm = story.swarm
+        for victim in story.peers[:2]:
+            swarm.net.kill(victim)
         others = [peer for peer in swarm.peers if peer in swarm.net.transports]
         replay = next(peer for peer in others if swarm.peers.index(peer) % 3 == 1)
         Fault(swarm, replay, "kill", "asked").arm()
         await story.decode()
         await story.rollback()
-        await session.close()
-        await access.close()

@@ -14,7 +14,7 @@ from petals.server.config import ClientLimits
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.manual_clock import ManualClock
-from petals.wire.messages import Refusal
+from petals.wire.handshake import Refusal
 from petals.wire.passes import (
     AdapterKept,
     AdapterPart,
@@ -66,7 +66,7 @@ def expected(swarm: Served, hidden: torch.Tensor, adapter: Adapter | None) -> to
 
 def wait_for_company(swarm: Served, num_steps: int) -> None:
     """Keep the compute thread busy until so many steps have been handed to it."""
-    executor, came = swarm.service.executor, threading.Semaphore(0)
+    executor, came = swarm.executor, threading.Semaphore(0)
     run = executor.run
 
     async def counted(job: StepJob) -> Outcome[torch.Tensor]:
@@ -246,7 +246,7 @@ async def test_gradients_of_an_adapter_come_in_the_order_it_was_sent_in() -> Non
             assert len(tensors) == 1 + len(expected)
             for found, wanted in zip(tensors[1:], expected):
                 assert_close(found, wanted)
-        assert not swarm.service.bytes._used
+        await swarm.workers[0].check()
 
 
 async def test_an_adapter_that_went_during_a_pass_is_asked_for_again() -> None:

@@ -33,7 +33,8 @@ from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, ServerState
-from petals.wire.messages import Draining, SessionEnded, Step
+from petals.wire.replies import Draining, SessionEnded
+from petals.wire.requests import Step
 from petals.wire.services import BLOCKS_SERVICE
 from support.service import Talk, assert_close
 

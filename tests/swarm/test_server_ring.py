@@ -1,155 +1,127 @@
-"""States that run in a ring of servers: the same numbers as in a star, and nobody cuts in."""
-
-from collections.abc import Sequence
+"""States that servers forward to each other: the same numbers as through the client, and nobody
+cuts in.
+"""
 
 import pytest
 import torch
 
 from petals.errors import PeerUnreachable
-from petals.server.network.forwarding import HOLD_SECONDS, MAX_HELD_PER_PEER
 from petals.server.policies import SchedulerConfig
-from petals.server.session.session import MAX_WAITING_STEPS
-from petals.testing.manual_clock import ManualClock
-from petals.wire.messages import (
-    BeginEpoch,
-    CloseSession,
-    ForwardedStep,
-    ForwardFailed,
-    KeepSession,
-    Refusal,
-    SessionEnded,
-    Step,
-    StepResult,
-)
+from petals.swarm.failover_config import FailoverConfig
+from petals.swarm.node import SwarmNode
+from petals.swarm.rpc.channel import Channel
+from petals.testing.manual_clock import ManualClock, settle
+from petals.wire.handshake import Refusal
+from petals.wire.header import RequestHeader
+from petals.wire.messages import AnyMessage
+from petals.wire.replies import ForwardFailed, SessionEnded, StepResult
+from petals.wire.requests import BeginEpoch, CloseSession, Forwarded, KeepSession, ReplayPart, Step
 from petals.wire.services import RING_SERVICE
-from support.linked_services import RingOfServers, StepForwarder, Worker, ring_of_servers
-from support.service import assert_close, states
+from support.linked_script import LinkedSession, linked, linked_servers
+from support.service import Answer, Worker, assert_close, states
 
 THIRDS = ((10, 11), (11, 13), (13, 14))
+HALVES = ((10, 12), (12, 14))
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 async def test_a_ring_gives_what_the_whole_model_gives(model: str) -> None:
-    async with ring_of_servers(3, model) as swarm:
-        ring = await swarm.ring(*THIRDS, rows=2)
-        texts = [states(12, seed=1), states(9, seed=2)]
-        first = await ring.step(0, [0, 0], [texts[0][:7], texts[1][:3]])
-        second = await ring.step(1, [7, 3], [texts[0][7:8], texts[1][3:]])
-        third = await ring.step(2, [8, 9], [texts[0][8:], texts[1][9:]])
-        for text, *parts in zip(texts, first, second, third):
-            assert_close(torch.cat(parts), swarm.expected(text))
+    async with linked_servers(3, model) as swarm:
+        session = await linked(swarm, *THIRDS, rows=2)
+        await session.step([7, 3])
+        await session.step([1, 6])
+        await session.step([4, 0])
 
 
 async def test_a_ring_equals_a_star_and_no_state_between_hops_meets_the_client() -> None:
-    async with ring_of_servers(3) as swarm:
+    async with linked_servers(3) as swarm:
         text, heard = states(10), dict.fromkeys([w.peer_id for w in swarm.workers], 0)
-        ring = await swarm.ring(*THIRDS)
+        ring = await linked(swarm, *THIRDS)
 
         def count(source: str, target: str, num_bytes: int) -> None:
             if target == swarm.client.peer_id:
                 heard[source] += num_bytes
 
         swarm.net.on_write = count
-        (ringed,) = await ring.step(0, [0], [text])
+        (ringed,) = await ring.ask(0, [0], [text])
         head, middle, tail = (heard[worker.peer_id] for worker in swarm.workers)
         assert max(head, middle) < text.nbytes / 4 < text.nbytes < tail
-        star = await swarm.ring(*THIRDS, session_id=b"t" * 16)
+        star = await linked(swarm, *THIRDS)
         hidden = text
         for leg in star.legs:
-            message = Step(star.session_id, 0, 0, (0,), (10,))
-            _, (hidden,) = await leg.channel.request(message, (hidden,), expect=StepResult)
+            (hidden,) = await leg.step(0, [0], [hidden])
         assert torch.equal(ringed, hidden)
 
 
 async def test_rollback_and_reorder_ride_along() -> None:
-    async with ring_of_servers(2) as swarm:
-        ring = await swarm.ring((10, 12), (12, 14), rows=2)
-        texts = [states(8, seed=1), states(6, seed=2)]
-        await ring.step(0, [0, 0], texts)
-        token = [states(1, seed=7), states(2, seed=8), states(1, seed=9)]
-        outputs = await ring.step(1, [6, 5, 3], token, reorder=(1, 0, 1))
-        for output, old, start, new in zip(outputs, (1, 0, 1), (6, 5, 3), token):
-            assert_close(output, swarm.expected(torch.cat([texts[old][:start], new]))[start:])
+    async with linked_servers(2) as swarm:
+        session = await linked(swarm, *HALVES, rows=2)
+        await session.step([8, 6])
+        await session.step([1, 2, 1], [6, 5, 3], (1, 0, 1))
 
 
 async def test_one_server_may_be_several_hops() -> None:
-    async with ring_of_servers(2) as swarm:
+    async with linked_servers(2) as swarm:
         one, other = swarm.workers
-        ring, text = StepForwarder(swarm, swarm.client), states(7)
-        for worker, blocks in (
-            (one, (10, 11)),
-            (one, (11, 12)),
-            (other, (12, 13)),
-            (one, (13, 14)),
-        ):
-            await ring.add(worker, blocks)
-        (output,) = await ring.step(0, [0], [text[:6]])
-        (last,) = await ring.step(1, [6], [text[6:]])
-        assert_close(torch.cat([output, last]), swarm.expected(text))
+        session = LinkedSession(swarm, swarm.client, rows=[states(0)])
+        for worker, blocks in ((one, (10, 11)), (other, (11, 13)), (one, (13, 14))):
+            await session.add(worker, blocks)
+        await session.step([6])
+        await session.step([1])
 
 
 async def test_a_prompt_runs_through_the_hops_in_pieces() -> None:
-    async with ring_of_servers(3) as swarm:
-        ring, text = await swarm.ring(*THIRDS), states(40)
+    async with linked_servers(3) as swarm:
+        ring, text = await linked(swarm, *THIRDS), states(40)
         for i in range(8):
-            message = ring.message(i, [5 * i], [5])
-            await ring.legs[0].channel.send(message, (text[5 * i : 5 * i + 5],))
+            await ring.send(i, [5 * i], [text[5 * i : 5 * i + 5]])
         outputs = [await ring.result(i) for i in range(8)]
         assert_close(torch.cat(outputs), swarm.expected(text))
         # Every piece is answered again, from any of them on, without being run again.
-        batches = [worker.num_batches for worker in swarm.workers]
+        batches = ring.num_batches
         for i in (3, 7, 0):
-            message = ring.message(i, [5 * i], [5])
-            await ring.legs[0].channel.send(message, (text[5 * i : 5 * i + 5],))
+            await ring.send(i, [5 * i], [text[5 * i : 5 * i + 5]])
             assert torch.equal(await ring.result(i), outputs[i])
-        assert [worker.num_batches for worker in swarm.workers] == batches
+        assert ring.num_batches == batches
 
 
 async def test_a_step_behind_a_rollback_is_not_answered_from_memory() -> None:
-    async with ring_of_servers(1) as swarm:
-        ring, text = await swarm.ring((10, 14)), states(9)
+    async with linked_servers(1) as swarm:
+        ring, text = await linked(swarm, (10, 14)), states(9)
         for i in range(3):
-            await ring.step(i, [3 * i], [text[3 * i : 3 * i + 3]])
-        await ring.step(3, [4], [text[4:5]])
-        leg = ring.legs[0]
-        (first,) = await ring.step(0, [0], [text[:3]])
+            await ring.ask(i, [3 * i], [text[3 * i : 3 * i + 3]])
+        await ring.ask(3, [4], [text[4:5]])
+        (first,) = await ring.ask(0, [0], [text[:3]])
         assert_close(first, swarm.expected(text)[:3])
-        await leg.channel.send(ring.message(1, [3], [3]), (text[3:6],))
-        answer, _ = await leg.hear()
-        assert isinstance(answer, Refusal)
-        assert (answer.code, answer.step_id) == ("session_gap", 1)
+        refusal = await ring.legs[0].refused(ring.message(1, [3], [3]), text[3:6])
+        assert refusal.code == "session_gap"
 
 
 async def test_sessions_share_one_channel_between_two_servers() -> None:
-    async with ring_of_servers(2, scheduling=SchedulerConfig(max_batch_tokens=64)) as swarm:
-        head, tail = swarm.workers
-        for number in range(3):
-            ring = await swarm.ring((10, 12), (12, 14), session_id=bytes([number]) * 16)
-            text = states(6, seed=number)
-            (output,) = await ring.step(0, [0], [text])
-            assert_close(output, swarm.expected(text))
-        assert len(head.service.ring._links._lanes) == 1
-        assert len(tail.service.ring._links._lanes) == 0
+    async with linked_servers(2, scheduling=SchedulerConfig(max_batch_tokens=64)) as swarm:
+        into = [links_into(worker) for worker in swarm.workers]
+        for _ in range(3):
+            await (await linked(swarm, *HALVES)).step([6])
+        assert [len(accepted) for accepted in into] == [0, 1]
 
 
 class TestFaults:
     async def test_a_hop_that_is_gone_is_left_to_the_client(self) -> None:
-        async with ring_of_servers(3) as swarm:
-            ring, text = await swarm.ring(*THIRDS), states(6)
+        async with linked_servers(3) as swarm:
+            ring, text = await linked(swarm, *THIRDS), states(6)
             swarm.net.kill(swarm.workers[1].peer_id)
-            message = ring.message(0, [0], [6])
-            await ring.legs[0].channel.send(message, (text,))
+            await ring.send(0, [0], [text])
             answer, (hidden,) = await ring.legs[0].hear()
             assert isinstance(answer, StepResult)
-            assert answer.undelivered == message.next_hops
-            alone = await swarm.ring(THIRDS[0], session_id=b"a" * 16)
-            assert_close(hidden, (await alone.step(0, [0], [text]))[0])
+            assert (answer.header, answer.undelivered) == (ring.legs[0].header(0), ring.next_hops())
+            alone = await linked(swarm, THIRDS[0])
+            assert_close(hidden, (await alone.ask(0, [0], [text]))[0])
 
-    async def test_the_client_carries_on_behind_an_edge_that_fails(self) -> None:
-        async with ring_of_servers(3) as swarm:
-            ring, text = await swarm.ring(*THIRDS), states(6)
-            swarm.net.hide(swarm.workers[1].peer_id)
-            await ring.legs[0].channel.send(ring.message(0, [0], [6]), (text,))
+    async def test_the_client_carries_on_behind_a_link_that_fails(self) -> None:
+        async with linked_servers(3) as swarm:
+            ring, text = await linked(swarm, *THIRDS), states(6)
+            swarm.workers[1].node.stop_serving(RING_SERVICE)
+            await ring.send(0, [0], [text])
             answer, (hidden,) = await ring.legs[0].hear()
             assert isinstance(answer, StepResult) and len(answer.undelivered) == 2
             onward = ring.message(0, [0], [6], first=1)
@@ -158,78 +130,71 @@ class TestFaults:
             assert_close(output, swarm.expected(text))
 
     async def test_a_channel_that_broke_is_opened_again(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
-            (first,) = await ring.step(0, [0], [text[:5]])
-            links = swarm.workers[0].service.ring._links
-            (lane,) = links._lanes.values()
-            lane.channel.abort(PeerUnreachable("cut"))
-            (last,) = await ring.step(1, [5], [text[5:]])
-            assert_close(torch.cat([first, last]), swarm.expected(text))
-            assert len(links._lanes) == 1
+        async with linked_servers(2) as swarm:
+            session, links = await linked(swarm, *HALVES), links_into(swarm.workers[1])
+            await session.step([5])
+            links[0].abort(PeerUnreachable("cut"))
+            await session.step([1])
+            assert len(links) == 2
 
-    async def test_who_waits_for_what_a_broken_lane_has_swallowed_is_told(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
-            await ring.step(0, [0], [text[:5]])
+    async def test_who_waits_for_what_a_broken_link_has_swallowed_is_told(self) -> None:
+        async with linked_servers(2) as swarm:
+            session, links = await linked(swarm, *HALVES), links_into(swarm.workers[1])
+            await session.step([5])
             head, tail = swarm.workers
-            (lane,) = head.service.ring._links._lanes.values()
-            await lane.channel.ping()
             swarm.net.cut(head.peer_id, tail.peer_id)
-            await ring.legs[0].channel.send(ring.message(1, [5], [1]), (text[5:],))
-            await until_idle(swarm, step_id=1, workers=[head])
-            lane.channel.abort(PeerUnreachable("reset"))
-            told, _ = await ring.legs[0].channel.receive(10.0)
-            assert told == ForwardFailed(ring.session_id, 0, 1)
+            await session.send(1, [5], [states(1)])
+            await until_done(head, step_id=1)
+            links[0].abort(PeerUnreachable("reset"))
+            # Nothing has confirmed yet that the step before has arrived.
+            told = [(await session.legs[0].channel.receive(10.0))[0] for _ in range(2)]
+            assert told == [ForwardFailed(session.legs[0].header(step_id)) for step_id in (0, 1)]
 
     async def test_nobody_is_told_of_what_an_older_epoch_has_lost(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
-            await ring.step(0, [0], [text[:5]])
-            head = swarm.workers[0]
-            ring.epoch = 1
-            await ring.announce(*ring.legs)
-            await ring.legs[0].channel.ping()
-            (lane,) = head.service.ring._links._lanes.values()
-            lane.channel.abort(PeerUnreachable("reset"))
-            await ring.legs[0].channel.send(ring.message(1, [5], [1]), (text[5:],))
-            answer, _ = await ring.legs[1].channel.receive(10.0)
-            assert isinstance(answer, StepResult)
-            assert not ring.legs[0].channel._inbox.ready
+        async with linked_servers(2) as swarm:
+            session, links = await linked(swarm, *HALVES), links_into(swarm.workers[1])
+            await session.step([5])
+            await session.begin_epoch()
+            await session.legs[0].channel.ping()
+            links[0].abort(PeerUnreachable("reset"))
+            await session.step([1])
+            channel = session.legs[0].channel
+            answer, _ = await request(channel, KeepSession(RequestHeader(b"x" * 16, 0)))
+            assert isinstance(answer, SessionEnded), "and nothing came before it"
 
     async def test_a_session_outlives_its_clients_connection(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
-            await ring.step(0, [0], [text[:5]])
-            await ring.legs[1].channel.close()
-            await ring.legs[0].channel.send(ring.message(1, [5], [1]), (text[5:],))
-            await until_idle(swarm, step_id=1)
-            batches = [worker.num_batches for worker in swarm.workers]
-            leg = ring.legs[1]
-            leg.channel = await swarm.client.open_channel(leg.worker.peer_id, "blocks")
-            await leg.channel.send(KeepSession(ring.session_id, leg.blocks))
-            (output,) = await ring.step(1, [5], [text[5:]])
-            assert_close(output, swarm.expected(text)[5:])
-            assert [worker.num_batches for worker in swarm.workers] == batches
+        async with linked_servers(2) as swarm:
+            session = await linked(swarm, *HALVES)
+            await session.step([5])
+            leg, new = session.legs[1], session.take([1], [5], None)
+            await leg.channel.close()
+            await session.send(1, [5], new)
+            for worker in swarm.workers:
+                await until_done(worker, step_id=1)
+            batches = session.num_batches
+            await leg.reconnect(swarm.client)
+            await leg.channel.send(KeepSession(leg.header()))
+            session.check([5], await session.ask(1, [5], new))
+            assert session.num_batches == batches
 
-    @pytest.mark.parametrize("message", [KeepSession(b"x" * 16), BeginEpoch(b"x" * 16, 3, ())])
-    async def test_who_speaks_of_a_session_that_is_gone_is_told(self, message: object) -> None:
-        async with ring_of_servers(1) as swarm:
-            ring = await swarm.ring((10, 14))
-            await ring.legs[0].channel.send(message)
-            answer, _ = await ring.legs[0].hear()
-            assert isinstance(answer, SessionEnded) and answer.session_id == b"x" * 16
+    @pytest.mark.parametrize("kind", [KeepSession, BeginEpoch])
+    async def test_who_speaks_of_a_session_that_is_gone_is_told(self, kind: type) -> None:
+        async with linked_servers(1) as swarm:
+            session, header = await linked(swarm, (10, 14)), RequestHeader(b"x" * 16, 3)
+            message = KeepSession(header) if kind is KeepSession else BeginEpoch(header, ())
+            answer, _ = await session.legs[0].ask(message)
+            assert isinstance(answer, SessionEnded) and answer.header == header
 
     async def test_an_error_of_a_later_hop_is_told_on_its_own_channel(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
-            await ring.step(0, [0], [text[:5]])
-            lost = Step(ring.session_id, 0, 1, (5,), (1,))
-            await ring.legs[0].channel.request(lost, (text[5:],), expect=StepResult)
-            await ring.legs[0].channel.send(ring.message(2, [6], [1]), (text[5:],))
-            answer, _ = await ring.legs[1].hear()
+        async with linked_servers(2) as swarm:
+            session = await linked(swarm, *HALVES)
+            await session.step([5])
+            head, tail = session.legs
+            await head.step(1, [5], [states(1)])  # comes back: the tail does not see it
+            await session.send(2, [6], [states(1)])
+            answer, _ = await tail.hear()
             assert isinstance(answer, Refusal)
-            assert (answer.code, answer.step_id) == ("session_gap", 2)
+            assert (answer.code, answer.header) == ("session_gap", tail.header(2))
 
 
 class TestStrangers:
@@ -237,148 +202,156 @@ class TestStrangers:
 
     @pytest.mark.parametrize("epoch", [0, 5])
     async def test_a_third_member_gets_a_refusal_and_nothing_else(self, epoch: int) -> None:
-        async with ring_of_servers(2) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(8)
-            await ring.step(0, [0], [text[:5]])
-            worker = swarm.workers[1]
+        async with linked_servers(2) as swarm:
+            session = await linked(swarm, *HALVES)
+            await session.step([5])
+            leg, worker = session.legs[1], swarm.workers[1]
             before = snapshot(worker)
-            channel = await swarm.stranger.open_channel(worker.peer_id, RING_SERVICE)
-            push = ForwardedStep(
-                swarm.client.peer_id, (12, 14), Step(ring.session_id, epoch, 1, (2,), (3,))
-            )
-            answer, tensors = await request(channel, push, states(3))
-            assert isinstance(answer, Refusal) and not tensors
-            assert (answer.code, answer.step_id) == ("session_closed", 1)
+            step = Step(leg.header(1, epoch), (2,), (3,))
+            channel, answer = await forward(swarm.stranger, worker, swarm.client, step, states(3))
+            assert (answer.code, answer.header) == ("session_closed", step.header)
             assert snapshot(worker) == before
-            absent = ForwardedStep(swarm.client.peer_id, (11, 14), push.step)
-            told, _ = await request(channel, absent, states(3))
+            # As for a session that does not exist.
+            absent = Step(RequestHeader(b"x" * 16, epoch, 1), (2,), (3,))
+            _, told = await forward(swarm.stranger, worker, swarm.client, absent, states(3))
             assert (told.code, told.message) == (answer.code, answer.message)
-            (last,) = await ring.step(1, [5], [text[5:]])
-            assert_close(last, swarm.expected(text)[5:])
+            await session.step([1])
             assert not channel.is_closed
 
-    async def test_a_hop_speaks_for_no_other_client_and_no_other_blocks(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            await swarm.ring((10, 12), (12, 14))
+    async def test_a_hop_speaks_for_no_other_client_and_no_other_session(self) -> None:
+        async with linked_servers(2) as swarm:
+            session = await linked(swarm, *HALVES)
             head, tail = swarm.workers
-            channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
-            step = Step(b"s" * 16, 0, 0, (0,), (3,))
-            for push in (
-                ForwardedStep(swarm.stranger.peer_id, (12, 14), step),
-                ForwardedStep(swarm.client.peer_id, (12, 13), step),
+            other = await linked(swarm, (10, 12))
+            for client, leg in (
+                (swarm.stranger, session.legs[1]),
+                (swarm.client, other.legs[0]),  # takes states from its client only
             ):
-                answer, _ = await request(channel, push, states(3))
-                assert isinstance(answer, Refusal) and answer.code == "session_closed"
+                step = Step(leg.header(), (0,), (3,))
+                _, answer = await forward(tail.node, leg.worker, client, step, states(3))
+                assert answer.code == "session_closed"
+            step = Step(session.legs[1].header(), (0,), (3,))
+            _, answer = await forward(head.node, tail, swarm.stranger, step, states(3))
+            assert answer.code == "session_closed"
 
-    async def test_the_head_of_an_arc_takes_states_from_its_client_only(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            await swarm.ring((10, 12), (12, 14))
-            head, tail = swarm.workers
-            channel = await tail.node.open_channel(head.peer_id, RING_SERVICE)
-            push = ForwardedStep(swarm.client.peer_id, (10, 12), Step(b"s" * 16, 0, 0, (0,), (3,)))
-            answer, _ = await request(channel, push, states(3))
-            assert isinstance(answer, Refusal) and answer.code == "session_closed"
-
-    async def test_what_is_no_push_ends_the_channel(self) -> None:
-        async with ring_of_servers(1) as swarm:
+    async def test_what_is_not_forwarded_ends_the_channel(self) -> None:
+        async with linked_servers(1) as swarm:
             channel = await swarm.stranger.open_channel(swarm.workers[0].peer_id, RING_SERVICE)
-            answer, _ = await request(channel, CloseSession(b"s" * 16))
+            answer, _ = await request(channel, CloseSession(RequestHeader(b"s" * 16, 0)))
             assert isinstance(answer, Refusal) and answer.code == "protocol"
 
 
 class TestEpochs:
-    async def test_frames_of_an_older_epoch_change_nothing(self) -> None:
-        async with ring_of_servers(2) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
-            await ring.step(0, [0], [text[:5]])
+    async def test_messages_of_an_older_epoch_change_nothing(self) -> None:
+        async with linked_servers(2) as swarm:
+            session = await linked(swarm, *HALVES)
+            await session.step([5])
             head, tail = swarm.workers
-            ring.epoch = 1
-            await ring.announce(*ring.legs)
-            # The head's client has spoken; what the head says for the old epoch is dropped.
-            channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
-            old = ForwardedStep(
-                swarm.client.peer_id, (12, 14), Step(ring.session_id, 0, 1, (2,), (3,))
-            )
-            (last,) = await ring.step(1, [5], [text[5:]])
+            old = session.legs[1].header(1)
+            await session.begin_epoch()
+            await session.step([1])
             before = snapshot(tail)
-            await channel.send(old, (states(3),))
-            await channel.send(CloseSession(ring.session_id))  # refused: what was before it is read
+            channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
+            for message in (Step(old, (2,), (3,)), ReplayPart(old, 0, 1, (0,), (3,))):
+                await channel.send(Forwarded(swarm.client.peer_id, message), (states(3),))
+            await channel.send(KeepSession(old))  # refused: what was before it is read
             assert isinstance((await channel.receive(10.0))[0], Refusal)
             assert snapshot(tail) == before
-            assert_close(last, swarm.expected(text)[5:])
 
-    async def test_frames_of_a_newer_epoch_wait_for_it(self) -> None:
-        async with ring_of_servers(3) as swarm:
-            ring, text = await swarm.ring((10, 12), (12, 14)), states(6)
+    async def test_a_source_of_the_old_epoch_is_none_of_the_new(self) -> None:
+        async with linked_servers(3) as swarm:
+            session = await linked(swarm, *HALVES)
+            await session.step([5])
+            old, tail = swarm.workers[0], session.legs[1]
+            session.legs[0] = await session.open(swarm.workers[2], HALVES[0])
+            await session.begin_epoch()
+            await tail.channel.ping()
+            step = Step(tail.header(1), (5,), (1,))
+            _, answer = await forward(old.node, tail.worker, swarm.client, step, states(1))
+            assert answer.code == "session_closed"
+
+    async def test_messages_of_a_newer_epoch_wait_for_it(self) -> None:
+        async with linked_servers(3) as swarm:
+            ring, text = await linked(swarm, *HALVES), states(6)
             tail, new = ring.legs[1], swarm.workers[2]
-            await ring.step(0, [0], [text[:3]])
-            # A new head pushes before the tail has heard of it.
-            ring.epoch = 1
-            inner = await swarm.ring((10, 12), session_id=b"i" * 16)
-            (hidden,) = await inner.step(0, [0], [text])
+            await ring.ask(0, [0], [text[:3]])
+            # A new head forwards before the tail has heard of it.
+            inner = await linked(swarm, (10, 12))
+            (hidden,) = await inner.ask(0, [0], [text])
             channel = await new.node.open_channel(tail.worker.peer_id, RING_SERVICE)
-            for step_id, at in ((1, 3), (2, 4), (3, 5)):
-                step = Step(ring.session_id, 1, step_id, (at,), (1,))
-                await channel.send(
-                    ForwardedStep(swarm.client.peer_id, (12, 14), step), (hidden[at : at + 1],)
-                )
+            for step_id, at, epoch in ((1, 3, 1), (2, 4, 1), (4, 3, 2), (3, 5, 1)):
+                step = Step(tail.header(step_id, epoch), (at,), (1,))
+                forwarded = Forwarded(swarm.client.peer_id, step)
+                await channel.send(forwarded, (hidden[at : at + 1],))
             await channel.ping()
-            before = snapshot(tail.worker)
-            await tail.channel.send(BeginEpoch(ring.session_id, 1, (new.peer_id,)))
-            outputs = [(await tail.hear())[1][0] for _ in range(3)]
-            assert_close(torch.cat(outputs), swarm.expected(text)[3:])
-            assert before[0] == (3,)
+            assert tail.worker.session.rows.lengths == (3,)
+            for epoch, step_ids, at in ((1, (1, 2, 3), 3), (2, (4,), 3)):
+                await tail.channel.send(BeginEpoch(tail.header(0, epoch), (new.peer_id,)))
+                answers = [await tail.hear() for _ in step_ids]
+                assert [answer.header.request_id for answer, _ in answers] == list(step_ids)
+                outputs = torch.cat([tensors[0] for _, tensors in answers])
+                assert_close(outputs, swarm.expected(text)[at : at + len(outputs)])
 
     async def test_they_do_not_wait_for_ever_nor_in_any_number(self) -> None:
-        clock = ManualClock()
-        async with ring_of_servers(2, clock=clock) as swarm:
-            ring = await swarm.ring((10, 12), (12, 14))
-            tail = ring.legs[1].worker
-            before = snapshot(tail)
+        clock, limits = ManualClock(), FailoverConfig()
+        async with linked_servers(2, clock=clock, failover=limits) as swarm:
+            session = await linked(swarm, *HALVES)
+            leg, tail = session.legs[1], swarm.workers[1]
+            before, most = snapshot(tail), limits.max_held_per_peer
             channel = await swarm.stranger.open_channel(tail.peer_id, RING_SERVICE)
-            for step_id in range(MAX_HELD_PER_PEER + 1):
-                step = Step(ring.session_id, 3, step_id, (0,), (3,))
-                await channel.send(
-                    ForwardedStep(swarm.client.peer_id, (12, 14), step), (states(3),)
-                )
+            for step_id in range(most + 1):
+                step = Step(leg.header(step_id, 3), (0,), (3,))
+                await channel.send(Forwarded(swarm.client.peer_id, step), (states(3),))
             answer, _ = await channel.receive()
             assert isinstance(answer, Refusal)
-            assert (answer.code, answer.step_id) == ("peer_busy", MAX_HELD_PER_PEER)
-            await clock.advance(HOLD_SECONDS)
-            answers = [(await channel.receive())[0] for _ in range(MAX_HELD_PER_PEER)]
+            assert (answer.code, answer.header) == ("peer_busy", leg.header(most, 3))
+            # An epoch that is not theirs does not make them wait any longer.
+            await clock.advance(0.75 * limits.epoch_hold_seconds)
+            await leg.channel.send(BeginEpoch(leg.header(0, 1), ()))
+            await clock.advance(0.25 * limits.epoch_hold_seconds)
+            answers = [(await channel.receive())[0] for _ in range(most)]
             assert {answer.code for answer in answers} == {"session_closed"}
-            assert snapshot(tail) == before
-            assert not tail.service.bytes._used
-
-
-async def test_more_steps_than_may_wait_are_refused() -> None:
-    async with ring_of_servers(1) as swarm:
-        ring, text = await swarm.ring((10, 14)), states(1)
-        leg = ring.legs[0]
-        for i in range(MAX_WAITING_STEPS + 4):
-            await leg.channel.send(ring.message(i, [i], [1]), (text,))
-        answers = [(await leg.hear())[0] for _ in range(MAX_WAITING_STEPS + 4)]
-        refused = [answer for answer in answers if isinstance(answer, Refusal)]
-        assert {answer.code for answer in refused} <= {"peer_busy", "session_gap"}
-        assert len(refused) <= 4
+            assert snapshot(tail)[:3] == before[:3]
+            await tail.check()
 
 
 def snapshot(worker: Worker) -> tuple[object, ...]:
     """All that a frame could have changed."""
     session = worker.session
-    lengths = tuple(row.length for row in session.kv.rows)
-    return lengths, session.lengths, session.outbox.lengths, session.epoch, worker.num_batches
+    lengths = tuple(row.length for row in session.rows.kv.rows)
+    log = session.rows.outputs.lengths
+    return lengths, log, worker.num_batches, session.epoch, session.sources
 
 
-async def request(channel, message, *tensors):
+def links_into(worker: Worker) -> list[Channel]:
+    """The channels that other servers open to this one from now on, at its own end."""
+    accepted: list[Channel] = []
+
+    async def noting(channel: Channel) -> None:
+        accepted.append(channel)
+        await worker.service.serve_forwarded(channel)
+
+    worker.node.serve(RING_SERVICE, noting)
+    return accepted
+
+
+async def request(channel: Channel, message: AnyMessage, *tensors: torch.Tensor) -> Answer:
     await channel.send(message, tensors)
     return await channel.receive(10.0)
 
 
-async def until_idle(
-    swarm: RingOfServers, step_id: int, workers: Sequence[Worker] | None = None
-) -> None:
-    """Until every server has done step ``step_id`` and has nothing more to say."""
-    for worker in swarm.workers if workers is None else workers:
-        while worker.session._last_step_id < step_id or worker.session.tasks:
-            await worker.service.executor.call(lambda: None)
+async def forward(
+    source: SwarmNode, target: Worker, client: SwarmNode, message: Step, *tensors: torch.Tensor
+) -> tuple[Channel, Refusal]:
+    """What ``source`` is answered when it forwards a message to ``target``."""
+    channel = await source.open_channel(target.peer_id, RING_SERVICE)
+    answer, more = await request(channel, Forwarded(client.peer_id, message), *tensors)
+    assert isinstance(answer, Refusal) and not more
+    return channel, answer
+
+
+async def until_done(worker: Worker, step_id: int, session_id: bytes | None = None) -> None:
+    """Until a server has run step ``step_id`` and has sent all that it can."""
+    session = worker.session if session_id is None else worker.find(session_id)
+    await worker.until(lambda: session.rows.history.last_id >= step_id)
+    await settle()

@@ -1,124 +1,104 @@
-"""A hop that takes over is fed from its predecessor's outbox and goes on with the same numbers."""
+"""A hop that takes over is filled from its predecessor's log and goes on with the same numbers."""
 
 import asyncio
-from collections.abc import Sequence
 
 import pytest
 import torch
 
-from petals.wire.messages import Refusal, Replay, Replayed, Step, StepResult
-from support.linked_script import HISTORIES, PARTS, ring_for
-from support.linked_services import Leg, StepForwarder, Worker, ring_of_servers
-from support.service import assert_close, states
-
-
-async def replace(
-    ring: StepForwarder, failed: slice, workers: Sequence[Worker], rows: int = 1
-) -> list[Leg]:
-    """The legs ``failed`` die; ``workers`` get their blocks, one each; a new epoch begins."""
-    ring.epoch += 1
-    lost = ring.legs[failed]
-    for leg in lost:
-        ring.swarm.net.kill(leg.worker.peer_id)
-    start, end = lost[0].blocks[0], lost[-1].blocks[1]
-    cuts = [start, *range(start + 1, start + len(workers)), end]
-    sources = (ring.legs[failed.start - 1].worker.peer_id,)
-    new = []
-    for worker, blocks in zip(workers, zip(cuts, cuts[1:])):
-        new.append(await ring.open(worker, blocks, rows, sources))
-        sources = (worker.peer_id,)
-    ring.legs[failed] = new
-    await ring.announce(*[leg for leg in ring.legs if leg not in new])
-    return new
-
-
-async def refill(
-    ring: StepForwarder,
-    new: Sequence[Leg],
-    lengths: Sequence[int],
-    step_id: int,
-    reorder: tuple[int, ...] | None = None,
-) -> None:
-    """Have the predecessor of ``new`` replay what it has put out before ``step_id``."""
-    before = ring.legs[ring.legs.index(new[0]) - 1]
-    hops = tuple(leg.next_hop for leg in new)
-    message = Replay(ring.session_id, ring.epoch, step_id, tuple(lengths), hops, reorder)
-    await before.channel.send(message)
-    await ring.replayed(new[-1])
+from petals.wire.replies import ReplayDone, StepResult
+from petals.wire.requests import ReplayPart
+from petals.wire.services import RING_SERVICE
+from support.linked_script import (
+    HISTORIES,
+    PARTS,
+    Leg,
+    LinkedSession,
+    linked,
+    linked_servers,
+)
+from support.models import WIDTH
+from support.service import FussySpan, Served, assert_close, states
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize("history", HISTORIES, ids=lambda history: history.__name__)
 @pytest.mark.parametrize("num_new", [1, 2])
 async def test_a_successor_goes_on_with_the_same_numbers(model, history, num_new) -> None:
-    async with ring_of_servers(5, model) as swarm:
-        told = await ring_for(swarm, rows=2)
-        await history(told)
-        new = await replace(told.ring, slice(1, 2), swarm.workers[3 : 3 + num_new], rows=2)
+    async with linked_servers(5, model) as swarm:
+        session = await linked(swarm, *PARTS, rows=2)
+        await history(session)
+        new = await session.replace(slice(1, 2), swarm.workers[3 : 3 + num_new], rows=2)
         # Enough in one go for any history: the pending step comes after it.
-        await refill(told.ring, new, told.lengths, told.step_id + 1)
-        assert {leg.worker.session.lengths for leg in new} == {told.lengths}
-        assert {leg.worker.session.outbox.lengths for leg in new} == {told.lengths}
-        await told.step([2] * len(told.rows))
-        await told.step([1] * len(told.rows), [length - 1 for length in told.lengths])
-        for leg in told.ring.legs:
-            leg.worker.pool.check_integrity()
+        await session.refill(new, session.step_id + 1)
+        assert {leg.worker.session.rows.lengths for leg in new} == {session.lengths}
+        assert {leg.worker.session.rows.outputs.lengths for leg in new} == {session.lengths}
+        await session.step([2] * len(session.rows))
+        await session.step([1] * len(session.rows), [length - 1 for length in session.lengths])
 
 
 async def test_a_dead_tail_and_two_neighbours_at_once_are_replaced() -> None:
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=1)
-        await told.step([11])
-        new = await replace(told.ring, slice(1, 3), swarm.workers[3:])
-        assert new[0].blocks == (11, 14)
-        await refill(told.ring, new, told.lengths, told.step_id + 1)
-        await told.step([1])
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS)
+        await session.step([11])
+        new = await session.replace(slice(1, 3), swarm.workers[3:])
+        assert new[0].part == (11, 14)
+        await session.refill(new, session.step_id + 1)
+        await session.step([1])
 
 
 async def test_a_replay_goes_on_where_one_ended() -> None:
     """Steps go on through the old hop meanwhile: one token, a reorder, a rollback."""
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=2)
-        await told.step([9, 12])
-        ring, head = told.ring, told.ring.legs[0]
-        new = await ring.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
-        copy = Replay(ring.session_id, 0, 10, told.lengths, (new.next_hop,))
-        await head.channel.send(copy)
-        await ring.replayed(new)
-        told.step_id = 10
-        await told.step([1, 1], [12, 9], (1, 0))
-        await told.step([2, 1], [11, 10])
-        held = {"onto": (1, 0), "starts": (11, 9)}
-        rest = Replay(ring.session_id, 0, 20, told.lengths, (new.next_hop,), **held)
-        await head.channel.send(rest)
-        await ring.replayed(new)
-        assert new.worker.session.lengths == told.lengths
-        ring.legs[1], ring.epoch, told.step_id = new, 1, 20
-        await ring.announce(*ring.legs)
-        await told.step([1, 1])
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS, rows=2)
+        await session.step([9, 12])
+        head = session.legs[0]
+        new = await session.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
+        await session.fill(head, [new], 10)
+        session.step_id = 10
+        await session.step([1, 1], [12, 9], (1, 0))
+        await session.step([2, 1], [11, 10])
+        await session.fill(head, [new], 20, base_rows=(1, 0), starts=(11, 9))
+        assert new.worker.session.rows.lengths == session.lengths
+        session.legs[1], session.step_id = new, 20
+        await session.begin_epoch()
+        await session.step([1, 1])
 
 
 async def test_rows_that_were_reordered_since_are_not_replayed() -> None:
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=2)
-        await told.step([9, 12])
-        ring, head = told.ring, told.ring.legs[0]
-        new = await ring.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
-        told.step_id = 10
-        await told.step([1, 1], [12, 9], (1, 0))
-        late = Replay(ring.session_id, 0, 10, (9, 12), (new.next_hop,))
-        await head.channel.send(late)
-        answer, _ = await head.hear()
-        assert isinstance(answer, Refusal)
-        assert (answer.code, answer.step_id) == ("session_gap", 10)
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS, rows=2)
+        await session.step([9, 12])
+        head = session.legs[0]
+        new = await session.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
+        session.step_id = 10
+        await session.step([1, 1], [12, 9], (1, 0))
+        assert (await head.refused(session.replay(head, [new], 10, (9, 12)))).code == "session_gap"
 
 
 async def test_nothing_to_replay_is_soon_done() -> None:
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=2)
-        new = await replace(told.ring, slice(1, 2), swarm.workers[3:], rows=2)
-        await refill(told.ring, new, (0, 0), 0)
-        await told.step([3, 4])
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS, rows=2)
+        new = await session.replace(slice(1, 2), swarm.workers[3:], rows=2)
+        await session.refill(new, 0)
+        await session.step([3, 4])
+
+
+async def test_a_replay_without_next_hops_brings_the_rows_to_the_client() -> None:
+    async with linked_servers(1) as swarm:
+        session = await linked(swarm, (10, 14), rows=2)
+        await session.step([9, 4])
+        head = session.legs[0]
+        request = session.replay(head, [], 1)
+        await head.channel.send(request)
+        parts, tensors = [], []
+        while not parts or not parts[-1].ends:
+            part, (hidden,) = await head.channel.receive(10.0)
+            assert isinstance(part, ReplayPart) and part.header == request.header
+            parts.append(part)
+            tensors.append(hidden)
+        assert [part.index for part in parts] == [0, 1, 2]
+        for output, row in zip(torch.cat(tensors).split((9, 4)), session.rows):
+            assert_close(output, swarm.expected(row))
 
 
 class TestPendingStep:
@@ -135,195 +115,292 @@ class TestPendingStep:
         ],
     )
     async def test_it_is_repeated_from_the_first_hop(self, starts, counts, reorder) -> None:
-        async with ring_of_servers(5) as swarm:
-            told = await ring_for(swarm, rows=2)
-            await told.step([9, 12])
-            lengths, ring = told.lengths, told.ring
-            pending = torch.cat(told.take(counts, starts, reorder))
+        async with linked_servers(5) as swarm:
+            session = await linked(swarm, *PARTS, rows=2)
+            await session.step([9, 12])
+            lengths, head = session.lengths, session.legs[0]
+            pending = session.take(counts, starts, reorder)
             swarm.net.kill(swarm.workers[1].peer_id)
-            head = ring.legs[0]
-            await head.channel.send(ring.message(told.step_id, starts, counts, reorder), (pending,))
+            await session.send(session.step_id, starts, pending, reorder)
             answer, _ = await head.hear()
             assert isinstance(answer, StepResult) and len(answer.undelivered) == 2
             batches = head.worker.num_batches
             # The second successor dies as well, before it has done the step.
             for workers in (swarm.workers[3:4], swarm.workers[4:]):
-                new = await replace(ring, slice(1, 2), workers, rows=2)
-                await refill(ring, new, lengths, told.step_id, reorder)
-            message = ring.message(told.step_id, starts, counts, reorder)
-            await head.channel.send(message, (pending,))
-            told.check(starts, (await ring.result(told.step_id)).split(counts))
+                new = await session.replace(slice(1, 2), workers, rows=2)
+                await session.refill(new, session.step_id, lengths, reorder)
+            outputs = await session.ask(session.step_id, starts, pending, reorder)
+            session.check(starts, outputs)
             assert head.worker.num_batches == batches
-            await told.step([1] * len(told.rows))
+            await session.step([1] * len(session.rows))
 
     async def test_a_successor_replays_to_its_own_successor(self) -> None:
         """Its rows are reordered already, though it has not done the step that does so."""
-        async with ring_of_servers(5) as swarm:
-            told = await ring_for(swarm, rows=2)
-            await told.step([9, 12])
-            lengths, ring, reorder = told.lengths, told.ring, (1, 1)
-            pending = torch.cat(told.take((1, 1), (12, 6), reorder))
+        async with linked_servers(5) as swarm:
+            session = await linked(swarm, *PARTS, rows=2)
+            await session.step([9, 12])
+            lengths, starts, reorder = session.lengths, (12, 6), (1, 1)
+            pending = session.take((1, 1), starts, reorder)
             swarm.net.kill(swarm.workers[1].peer_id)
-            head = ring.legs[0]
-            first = ring.message(told.step_id, (12, 6), (1, 1), reorder)
-            await head.channel.send(first, (pending,))
-            await head.hear()
-            new = await replace(ring, slice(1, 2), swarm.workers[3:4], rows=2)
-            await refill(ring, new, lengths, told.step_id, reorder)
-            new = await replace(ring, slice(2, 3), swarm.workers[4:], rows=2)
-            await refill(ring, new, lengths, told.step_id, reorder)
-            message = ring.message(told.step_id, (12, 6), (1, 1), reorder)
-            await head.channel.send(message, (pending,))
-            told.check((12, 6), (await ring.result(told.step_id)).split((1, 1)))
-            await told.step([2, 2])
+            await session.send(session.step_id, starts, pending, reorder)
+            await session.legs[0].hear()
+            for failed, workers in ((1, swarm.workers[3:4]), (2, swarm.workers[4:])):
+                new = await session.replace(slice(failed, failed + 1), workers, rows=2)
+                await session.refill(new, session.step_id, lengths, reorder)
+            outputs = await session.ask(session.step_id, starts, pending, reorder)
+            session.check(starts, outputs)
+            await session.step([2, 2])
 
     async def test_pieces_of_a_prompt_are_repeated_from_the_first_that_is_missing(self) -> None:
-        async with ring_of_servers(4) as swarm:
-            ring, text = await swarm.ring(*PARTS), states(20)
-            head = ring.legs[0]
-            (output,) = await ring.step(0, [0], [text[:5]])
+        async with linked_servers(4) as swarm:
+            session, text = await linked(swarm, *PARTS), states(20)
+            head = session.legs[0]
+            (output,) = await session.ask(0, [0], [text[:5]])
             swarm.net.kill(swarm.workers[1].peer_id)
             for i in (1, 2, 3):
-                message = ring.message(i, [5 * i], [5])
-                await head.channel.send(message, (text[5 * i : 5 * i + 5],))
+                await session.send(i, [5 * i], [text[5 * i : 5 * i + 5]])
             for _ in range(3):
                 await head.hear()
             batches = head.worker.num_batches
-            new = await replace(ring, slice(1, 2), swarm.workers[3:])
-            await refill(ring, new, (5,), 1)
+            new = await session.replace(slice(1, 2), swarm.workers[3:])
+            await session.refill(new, 1, (5,))
             outputs = [output]
             for i in (1, 2, 3):
-                message = ring.message(i, [5 * i], [5])
-                await head.channel.send(message, (text[5 * i : 5 * i + 5],))
-                outputs.append(await ring.result(i))
+                outputs += await session.ask(i, [5 * i], [text[5 * i : 5 * i + 5]])
             assert_close(torch.cat(outputs), swarm.expected(text))
             assert head.worker.num_batches == batches
 
 
 async def test_a_half_filled_successor_is_filled_again() -> None:
-    async with ring_of_servers(5) as swarm:
-        told = await ring_for(swarm, rows=1)
-        await told.step([14])
-        ring = told.ring
-        (leg,) = await replace(ring, slice(1, 2), swarm.workers[3:4])
-        await refill(ring, [leg], (8,), told.step_id + 1)
-        assert leg.worker.session.lengths == (8,)
-        await refill(ring, [leg], told.lengths, told.step_id + 1)
-        await told.step([2])
+    async with linked_servers(5) as swarm:
+        session = await linked(swarm, *PARTS)
+        await session.step([14])
+        (leg,) = await session.replace(slice(1, 2), swarm.workers[3:4])
+        rows = leg.worker.session.rows
+        await session.refill([leg], session.step_id + 1, (8,))
+        assert rows.lengths == (8,)
+        await session.refill([leg], session.step_id + 1)
+        await session.step([2])
         # What it did since is forgotten with the rows, and done again.
-        before, batches = told.lengths[0] - 2, leg.worker.num_batches
-        await refill(ring, [leg], (before,), told.step_id)
-        (again,) = await ring.step(told.step_id, [before], [told.rows[0][before:]])
-        assert_close(again, swarm.expected(told.rows[0])[before:])
-        assert leg.worker.num_batches > batches and leg.worker.session.lengths == told.lengths
+        before, batches = session.lengths[0] - 2, leg.worker.num_batches
+        await session.refill([leg], session.step_id, (before,))
+        (again,) = await session.ask(session.step_id, [before], [session.rows[0][before:]])
+        assert_close(again, swarm.expected(session.rows[0])[before:])
+        assert leg.worker.num_batches > batches and rows.lengths == session.lengths
 
 
 async def test_a_replay_shows_the_rows_as_they_were_when_it_was_asked_for() -> None:
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=1)
-        await told.step([30])
-        ring = told.ring
-        (leg,) = await replace(ring, slice(1, 2), swarm.workers[3:])
-        head = ring.legs[0]
-        replay = Replay(ring.session_id, ring.epoch, 7, told.lengths, (leg.next_hop,))
-        await head.channel.send(replay)
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS)
+        await session.step([30])
+        (leg,) = await session.replace(slice(1, 2), swarm.workers[3:])
+        head = session.legs[0]
+        request = session.replay(head, [leg], 7)
+        await head.channel.send(request)
         # The head goes on at once, with other tokens from position 2.
-        other = Step(ring.session_id, ring.epoch, 7, (2,), (20,))
-        await head.channel.send(other, (states(20, seed=5),))
-        assert isinstance((await head.hear())[0], StepResult)
-        await ring.replayed(leg)
+        await head.step(7, [2], [states(20, seed=5)])
+        await session.filled(leg, request)
         # The successor has the old rows: what follows them comes out right.
-        new = states(1, seed=6)
-        first = await swarm.ring((10, 11), session_id=b"f" * 16)
-        (hidden,) = await first.step(0, [0], [torch.cat([told.rows[0], new])])
-        ring.legs = ring.legs[1:]
-        (output,) = await ring.step(8, [30], [hidden[30:]])
-        assert_close(output, swarm.expected(torch.cat([told.rows[0], new]))[30:])
-
-
-async def test_a_replay_by_the_client_refills_the_first_hop() -> None:
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=2)
-        await told.step([9, 7])
-        ring = told.ring
-        ring.epoch += 1
-        swarm.net.kill(ring.legs[0].worker.peer_id)
-        new = await ring.open(swarm.workers[3], PARTS[0], rows=2)
-        ring.legs[0] = new
-        await ring.announce(*ring.legs[1:])
-        for starts, counts, rows, ends in (
-            ((0, 0), (9, 1), (told.rows[0], told.rows[1][:1]), False),
-            ((9, 1), (0, 6), (told.rows[1][1:],), True),
-        ):
-            step = Step(ring.session_id, 1, 1, starts, counts, replay=True, ends=ends)
-            await new.channel.send(step, (torch.cat(rows),))
-        await ring.replayed(new)
-        await told.step([1, 1])
+        text = torch.cat([session.rows[0], states(1, seed=6)])
+        first = await linked(swarm, (10, 11))
+        (hidden,) = await first.ask(0, [0], [text])
+        session.legs = session.legs[1:]
+        (output,) = await session.ask(8, [30], [hidden[30:]])
+        assert_close(output, swarm.expected(text)[30:])
 
 
 async def test_outputs_that_made_room_for_others_are_not_replayed() -> None:
-    async with ring_of_servers(4, outbox_bytes=15 * 48 * 4) as swarm:
-        told = await ring_for(swarm, rows=1)
-        await told.step([9])
-        other = await swarm.ring((10, 11), session_id=b"o" * 16)
-        await other.step(0, [0], [states(8)])
-        ring = told.ring
-        (leg,) = await replace(ring, slice(1, 2), swarm.workers[3:])
-        replay = Replay(ring.session_id, ring.epoch, 7, told.lengths, (leg.next_hop,))
-        await ring.legs[0].channel.send(replay)
-        answer, _ = await ring.legs[0].hear()
-        assert isinstance(answer, Refusal)
-        assert (answer.code, answer.step_id) == ("outbox_lost", 7) and answer.hint
-        assert leg.worker.session.lengths == (0,)
+    async with linked_servers(4, log_bytes=15 * WIDTH * 4) as swarm:
+        session = await linked(swarm, *PARTS)
+        await session.step([9])
+        other = await linked(swarm, (10, 11))
+        await other.ask(0, [0], [states(8)])
+        (leg,) = await session.replace(slice(1, 2), swarm.workers[3:])
+        head = session.legs[0]
+        refusal = await head.refused(session.replay(head, [leg], 7))
+        assert refusal.code == "outbox_lost" and refusal.hint
+        assert leg.worker.session.rows.lengths == (0,)
+        # Nor is a step that comes again made up.
+        refusal = await head.refused(head.message(0, (0,), (9,)), states(9))
+        assert refusal.code == "session_gap"
 
 
 async def test_a_replay_that_reaches_nobody_says_so() -> None:
-    async with ring_of_servers(5) as swarm:
-        told = await ring_for(swarm, rows=1)
-        await told.step([9])
-        ring = told.ring
-        new = await replace(ring, slice(1, 2), swarm.workers[3:])
-        swarm.net.hide(swarm.workers[4].peer_id)
-        hops = tuple(leg.next_hop for leg in new)
-        replay = Replay(ring.session_id, ring.epoch, 7, told.lengths, hops)
-        await ring.legs[0].channel.send(replay)
+    async with linked_servers(5) as swarm:
+        session = await linked(swarm, *PARTS)
+        await session.step([9])
+        new = await session.replace(slice(1, 2), swarm.workers[3:])
+        head, request = session.legs[0], session.replay(session.legs[0], new, 7)
+        swarm.workers[4].node.stop_serving(RING_SERVICE)
+        await head.channel.send(request)
         answer, _ = await new[0].hear()
-        assert answer == Replayed(ring.session_id, ring.epoch, hops[1:])
-        swarm.net.hide(swarm.workers[3].peer_id)
-        ring.swarm.workers[0].service.ring._links._lanes.clear()
-        await ring.legs[0].channel.send(replay)
-        answer, _ = await ring.legs[0].hear()
-        assert answer == Replayed(ring.session_id, ring.epoch, hops)
+        header = new[0].header(request.header.request_id)
+        assert answer == ReplayDone(header, request.next_hops[1:])
+        swarm.net.kill(swarm.workers[3].peer_id)
+        request = session.replay(head, new, 7)
+        await head.channel.send(request)
+        answer, _ = await head.hear()
+        assert answer == ReplayDone(request.header, request.next_hops)
 
 
+@pytest.mark.parametrize("num_hops", [0, 1])
 @pytest.mark.parametrize(
-    ("lengths", "reorder", "hops", "code"),
-    [((9, 9), None, 0, "bad_input"), ((9, 9), None, 1, "bad_input")],
+    ("lengths", "changes"),
+    [
+        ((9, 9), {}),
+        ((), {}),
+        ((9,), {"base_rows": (0, 0), "starts": (0, 0)}),
+        ((9,), {"base_rows": (0, 0), "starts": (0,)}),
+        ((9,), {"base_rows": (0,)}),
+    ],
 )
-async def test_replays_that_cannot_be(lengths, reorder, hops, code) -> None:
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=1)
-        await told.step([9])
-        next_hops = (told.ring.legs[1].next_hop,) * hops
-        replay = Replay(told.ring.session_id, 0, 3, lengths, next_hops, reorder)
-        await told.ring.legs[0].channel.send(replay)
-        answer, _ = await told.ring.legs[0].hear()
-        assert isinstance(answer, Refusal) and (answer.code, answer.step_id) == (code, 3)
-        await told.step([1])
+async def test_replays_that_cannot_be(lengths, changes, num_hops) -> None:
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS)
+        await session.step([9])
+        head = session.legs[0]
+        request = session.replay(head, session.legs[1 : 1 + num_hops], 3, lengths, **changes)
+        assert (await head.refused(request)).code == "bad_input"
+        await session.step([1])
 
 
 async def test_a_replay_holds_nobody_up() -> None:
-    async with ring_of_servers(4) as swarm:
-        told = await ring_for(swarm, rows=2)
-        await told.step([60, 55])
-        ring = told.ring
-        (leg,) = await replace(ring, slice(1, 2), swarm.workers[3:], rows=2)
-        other = StepForwarder(swarm, swarm.client, b"o" * 16)
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS, rows=2)
+        await session.step([60, 55])
+        (leg,) = await session.replace(slice(1, 2), swarm.workers[3:], rows=2)
+        other = LinkedSession(swarm, swarm.client, rows=[states(0)])
         for worker, blocks in ((swarm.workers[0], (10, 11)), (swarm.workers[3], (11, 14))):
             await other.add(worker, blocks)
-        text = states(6)
-        refilling = asyncio.create_task(refill(ring, [leg], told.lengths, told.step_id + 1))
-        outputs = [(await other.step(i, [i], [text[i : i + 1]]))[0] for i in range(6)]
-        assert_close(torch.cat(outputs), swarm.expected(text))
+        refilling = asyncio.create_task(session.refill([leg], session.step_id + 1))
+        for _ in range(6):
+            await other.step([1])
         await refilling
-        await told.step([1, 1])
+        await session.step([1, 1])
+
+
+TEXT = states(12, seed=3)
+OLD = states(12, seed=4)
+
+
+class TestParts:
+    """A hop with all blocks is filled by the client, part by part: the rules of their numbers.
+
+    Replays have the ids 10, 20, ...; TEXT is right, OLD is what an earlier replay was about.
+    """
+
+    async def leg(self, swarm: Served) -> Leg:
+        return await LinkedSession(swarm, swarm.client).open(swarm.workers[0], (10, 14))
+
+    def part(self, leg: Leg, replay: int, index: int, at: int, count: int, **changes) -> ReplayPart:
+        reorder = None if index else (0,)
+        header = leg.header(replay)
+        return ReplayPart(header, index, 5, (at,), (count,), reorder, **changes)
+
+    async def goes_on(self, leg: Leg, swarm: Served, length: int) -> None:
+        """The rows hold TEXT as far as ``length``; nothing else is on its way."""
+        (output,) = await leg.step(5, [length], [TEXT[length : length + 1]])
+        assert_close(output, swarm.expected(TEXT)[length : length + 1])
+
+    async def test_parts_in_order_fill_the_rows(self) -> None:
+        async with linked_servers(1) as swarm:
+            leg = await self.leg(swarm)
+            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (TEXT[:4],))
+            await leg.channel.send(self.part(leg, 10, 1, 4, 2), (TEXT[4:6],))
+            last = self.part(leg, 10, 2, 6, 5, ends=True)
+            answer, _ = await leg.ask(last, TEXT[6:11])
+            assert answer == ReplayDone(last.header)
+            await self.goes_on(leg, swarm, 11)
+
+    @pytest.mark.parametrize("has_ended", [False, True])
+    async def test_a_late_part_of_an_earlier_replay_is_dropped(self, has_ended: bool) -> None:
+        """It would put rows that were right once in the place of those that are right now."""
+        async with linked_servers(1) as swarm:
+            leg = await self.leg(swarm)
+            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (OLD[:4],))
+            await leg.channel.send(self.part(leg, 20, 0, 0, 8, ends=has_ended), (TEXT[:8],))
+            if has_ended:
+                assert isinstance((await leg.channel.receive(10.0))[0], ReplayDone)
+            for late in (
+                (self.part(leg, 10, 1, 4, 4), OLD[4:8]),
+                (self.part(leg, 10, 0, 0, 8, ends=True), OLD[:8]),
+            ):
+                await leg.channel.send(late[0], (late[1],))
+            if not has_ended:
+                await leg.ask(self.part(leg, 20, 1, 8, 1, ends=True), TEXT[8:9])
+            await self.goes_on(leg, swarm, 8 if has_ended else 9)
+
+    async def test_a_part_that_comes_again_is_dropped(self) -> None:
+        async with linked_servers(1) as swarm:
+            leg = await self.leg(swarm)
+            first = self.part(leg, 10, 0, 0, 4)
+            await leg.channel.send(first, (TEXT[:4],))
+            await leg.channel.send(first, (TEXT[:4],))
+            last = self.part(leg, 10, 1, 4, 4, ends=True)
+            assert isinstance((await leg.ask(last, TEXT[4:8]))[0], ReplayDone)
+            await leg.channel.send(last, (TEXT[4:8],))
+            await self.goes_on(leg, swarm, 8)
+
+    async def test_a_part_of_a_replay_that_a_step_has_overtaken_is_dropped(self) -> None:
+        """A replay was given up; its client has filled the rows otherwise and has gone on."""
+        async with linked_servers(1) as swarm:
+            leg = await self.leg(swarm)
+            await leg.step(30, [0], [TEXT[:6]])
+            await leg.channel.send(self.part(leg, 20, 0, 0, 6, ends=True), (OLD[:6],))
+            (output,) = await leg.step(31, [6], [TEXT[6:]])
+            assert_close(output, swarm.expected(TEXT)[6:])
+
+    @pytest.mark.parametrize(
+        "story",
+        [
+            [(10, 1, 0, 4)],  # the first part has not come
+            [(10, 0, 0, 4), (10, 2, 4, 4)],  # one is missing
+            [(10, 0, 0, 4), (20, 1, 4, 4)],  # of another replay
+            [(10, 0, 0, 4), (10, 1, 3, 4)],  # tokens twice
+            [(10, 0, 0, 4), (10, 1, 5, 4)],  # tokens are missing
+        ],
+    )
+    async def test_a_part_after_a_gap_is_refused(self, story) -> None:
+        async with linked_servers(1) as swarm:
+            leg = await self.leg(swarm)
+            *before, last = story
+            for replay, index, at, count in before:
+                part = self.part(leg, replay, index, at, count)
+                await leg.channel.send(part, (TEXT[at : at + count],))
+            replay, index, at, count = last
+            part = self.part(leg, replay, index, at, count)
+            refusal = await leg.refused(part, TEXT[at : at + count])
+            assert refusal.code == "session_gap"
+            await self.goes_on(leg, swarm, 4 if before else 0)
+
+    @pytest.mark.parametrize("is_touched", [True, False])
+    async def test_a_part_that_fails_ends_its_replay_if_it_has_touched_the_rows(
+        self, is_touched: bool
+    ) -> None:
+        async with linked_servers(1) as swarm:
+            leg = await self.leg(swarm)
+            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (TEXT[:4],))
+            part = self.part(leg, 10, 1, 4, 1)
+            value = FussySpan.poison if is_touched else float("nan")
+            refusal = await leg.refused(part, torch.full((1, WIDTH), value))
+            assert refusal.code == ("peer_failed" if is_touched else "bad_input")
+            last = self.part(leg, 10, 2, 5, 3, ends=True)
+            if is_touched:
+                assert (await leg.refused(last, TEXT[5:8])).code == "session_gap"
+                last = self.part(leg, 20, 0, 0, 8, ends=True)
+                answer, _ = await leg.ask(last, TEXT[:8])
+            else:
+                await leg.channel.send(part, (TEXT[4:5],))
+                answer, _ = await leg.ask(last, TEXT[5:8])
+            assert answer == ReplayDone(last.header)
+            await self.goes_on(leg, swarm, 8)
+
+    async def test_a_step_ends_a_replay(self) -> None:
+        async with linked_servers(1) as swarm:
+            leg = await self.leg(swarm)
+            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (TEXT[:4],))
+            (output,) = await leg.step(40, [4], [TEXT[4:5]])
+            assert_close(output, swarm.expected(TEXT)[4:5])
+            await leg.channel.send(self.part(leg, 10, 1, 5, 3, ends=True), (OLD[5:8],))
+            (output,) = await leg.step(41, [5], [TEXT[5:6]])
+            assert_close(output, swarm.expected(TEXT)[5:6])

@@ -7,9 +7,12 @@ import torch
 
 from petals.server.policies import SchedulerConfig
 from petals.types import BlockSpan
-from petals.wire.messages import CloseSession, GetInfo, Info, SessionEnded, Step, StepResult
+from petals.wire.header import RequestHeader
 from petals.wire.passes import Forward, ForwardResult
-from support.service import assert_close, served, states
+from petals.wire.replies import Info, SessionOpened, StepResult
+from petals.wire.requests import BeginEpoch, GetInfo, KeepSession, ReplayPart, ReplayRequest
+from support.models import WIDTH
+from support.service import FussySpan, assert_close, hold_compute, served, states
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom", "mistral", "qwen3_next"])
@@ -30,7 +33,6 @@ async def test_sessions_share_batches_and_do_not_notice(model: str) -> None:
 
         async def one(number: int) -> None:
             talk, text = await swarm.talk(), states(24 + number, seed=number)
-            talk.session_id = bytes([number]) * 16
             await talk.open()
             cut = 8 + number
             outputs = await talk.step(0, [0], [text[:cut]])
@@ -108,7 +110,7 @@ async def test_a_repeat_that_arrives_during_the_step_waits_for_its_result() -> N
     async with served() as swarm:
         talk, text = await swarm.talk(), states(5)
         await talk.open()
-        message = Step(talk.session_id, 0, 0, (0,), (5,))
+        message = talk.message(0, (0,), (5,))
         for _ in range(3):
             await talk.channel.send(message, (text,))
         answers = [await talk.channel.receive(20.0) for _ in range(3)]
@@ -121,13 +123,13 @@ async def test_steps_sent_ahead_run_in_order() -> None:
         talk, text = await swarm.talk(), states(6)
         await talk.open()
         for i in range(6):
-            message = Step(talk.session_id, 0, i, (i,), (1,))
+            message = talk.message(i, (i,), (1,))
             await talk.channel.send(message, (text[i : i + 1],))
         outputs = [(await talk.channel.receive(20.0))[1][0] for _ in range(6)]
         assert_close(torch.cat(outputs), swarm.expected(text))
 
 
-async def test_two_parts_of_the_span_make_the_whole() -> None:
+async def test_two_sessions_of_a_client_in_one_server_make_the_whole() -> None:
     async with served() as swarm:
         whole, hidden = states(9), states(9)
         for start, end in ((10, 11), (11, 14)):
@@ -137,16 +139,6 @@ async def test_two_parts_of_the_span_make_the_whole() -> None:
             (hidden,) = await talk.step(0, [0], [hidden])
         assert_close(hidden, swarm.expected(whole))
         assert len(swarm.service.sessions) == 2
-
-
-async def test_frames_of_an_older_epoch_are_dropped() -> None:
-    async with served() as swarm:
-        talk, text = await swarm.talk(), states(4)
-        await talk.open(epoch=3)
-        await talk.channel.send(Step(talk.session_id, 2, 0, (0,), (4,)), (states(4, seed=5),))
-        answer, tensors = await talk.ask(Step(talk.session_id, 3, 1, (0,), (4,)), text)
-        assert answer.step_id == 1
-        assert_close(tensors[0], swarm.expected(text))
 
 
 async def test_states_travel_in_the_dtype_of_the_session() -> None:
@@ -159,57 +151,176 @@ async def test_states_travel_in_the_dtype_of_the_session() -> None:
         assert (output.float() - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
-async def test_a_client_that_reconnects_goes_on_where_it_was() -> None:
-    async with served() as swarm:
-        talk, text = await swarm.talk(), states(6)
-        await talk.open()
-        await talk.step(0, [0], [text[:5]])
-        await talk.channel.close()
-        again = await swarm.talk()
-        (output,) = await again.step(1, [5], [text[5:]])
-        assert_close(output, swarm.expected(text)[5:])
-        await again.close()
-        await swarm.at_rest()
+class TestChannels:
+    """A session belongs to its client, not to a channel."""
+
+    async def test_a_client_that_reconnects_goes_on_where_it_was(self) -> None:
+        async with served() as swarm:
+            talk, text = await swarm.talk(), states(6)
+            await talk.open()
+            await talk.step(0, [0], [text[:5]])
+            await talk.channel.close()
+            talk.channel = (await swarm.talk()).channel
+            (output,) = await talk.step(1, [5], [text[5:]])
+            assert_close(output, swarm.expected(text)[5:])
+            await talk.close()
+            await swarm.at_rest()
+
+    async def test_replies_go_to_the_channel_that_was_opened_last(self) -> None:
+        """What a client had sent on a channel that it has left may be read late."""
+        async with served() as swarm:
+            talk, text = await swarm.talk(), states(6)
+            await talk.open()
+            old, talk.channel = talk.channel, (await swarm.talk()).channel
+            await talk.channel.send(KeepSession(talk.header()))
+            await talk.channel.ping()
+            await old.send(talk.message(0, (0,), (6,)), (text,))
+            answer, (output,) = await talk.channel.receive(20.0)
+            assert isinstance(answer, StepResult)
+            assert_close(output, swarm.expected(text))
+
+    async def test_two_clients_may_choose_the_same_id(self) -> None:
+        async with served() as swarm:
+            texts = [states(5, seed=1), states(5, seed=2)]
+            talks = [await swarm.talk(), await swarm.talk(swarm.stranger)]
+            talks[1].session_id = talks[0].session_id
+            for talk in talks:
+                await talk.open()
+            for talk, text in zip(talks, texts):
+                (output,) = await talk.step(0, [0], [text])
+                assert_close(output, swarm.expected(text))
 
 
-async def test_opening_twice_is_opening_once() -> None:
-    async with served() as swarm:
-        talk = await swarm.talk()
-        await talk.channel.send(talk.opening())
-        await talk.open()
-        await talk.channel.receive(20.0)
-        assert len(swarm.service.sessions) == 1
-        await talk.close()
-        await swarm.at_rest()
+class TestOpening:
+    async def test_the_same_request_is_answered_again(self) -> None:
+        async with served() as swarm:
+            talk, text = await swarm.talk(), states(3)
+            first = await talk.open()
+            await talk.step(0, [0], [text])
+            assert await talk.open() == first
+            assert len(swarm.service.sessions) == 1
+            (again,) = await talk.step(1, [3], [text])
+            assert_close(again, swarm.expected(torch.cat([text, text]))[3:])
+
+    @pytest.mark.parametrize("num_channels", [1, 2])
+    async def test_two_that_come_at_the_same_time_reserve_once(self, num_channels: int) -> None:
+        async with served(num_tokens=256) as swarm:
+            talk, other = await swarm.talk(), await swarm.talk()
+            await other.open(rows=4)
+            channels = [talk.channel, (await swarm.talk()).channel][-num_channels:]
+            for channel in (channels * 2)[:2]:
+                await channel.send(talk.opening(alloc_timeout_seconds=20.0))
+                await channel.ping()
+            await other.close()
+            answers = [(await channel.receive(20.0))[0] for channel in (channels * 2)[:2]]
+            assert all(isinstance(answer, SessionOpened) for answer in answers)
+            assert answers[0] == answers[1]
+            assert len(swarm.service.sessions) == 1
+
+    async def test_a_repetition_reserves_if_its_client_has_left_the_first_channel(self) -> None:
+        async with served(num_tokens=256) as swarm:
+            talk, again, other = [await swarm.talk() for _ in range(3)]
+            again.session_id = talk.session_id
+            await other.open(rows=4)
+            await talk.channel.send(talk.opening(alloc_timeout_seconds=20.0))
+            await talk.channel.ping()
+            await again.channel.send(again.opening(alloc_timeout_seconds=20.0))
+            await again.channel.ping()
+            await talk.channel.close()
+            await other.close()
+            assert isinstance((await again.channel.receive(20.0))[0], SessionOpened)
+            await again.close()
+            await swarm.at_rest()
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"rows": 2},
+            {"max_length": 63},
+            {"blocks": (10, 13)},
+            {"dtype": "bfloat16"},
+            {"sources": ("somebody",)},
+            {"header": RequestHeader(bytes(16), 1)},
+            {"header": RequestHeader(bytes(16), 0, 7)},
+        ],
+        ids=lambda changes: "-".join(changes),
+    )
+    async def test_an_id_that_is_taken_is_refused_to_other_contents(self, changes) -> None:
+        async with served() as swarm:
+            talk = await swarm.talk()
+            await talk.open()
+            assert (await talk.refused(talk.opening(**changes))).code == "bad_input"
+            await talk.step(0, [0], [states(3)])
+            assert len(swarm.service.sessions) == 1
+
+    async def test_one_reservation_is_closed_and_not_the_next(self) -> None:
+        """A client gives up a reservation while another of its tasks has begun anew, in a newer
+        epoch and for the same blocks.
+        """
+        async with served() as swarm:
+            old, new, text = await swarm.talk(), await swarm.talk(), states(6)
+            await old.open()
+            new.epoch = 1
+            await new.open()
+            await old.close()
+            (output,) = await new.step(0, [0], [text])
+            assert_close(output, swarm.expected(text))
+            await new.close()
+            await swarm.at_rest()
 
 
-async def test_a_newer_epoch_opens_anew() -> None:
-    async with served() as swarm:
-        talk, text = await swarm.talk(), states(3)
-        await talk.open()
-        await talk.step(0, [0], [text])
-        await talk.open(epoch=1)
-        answer, tensors = await talk.ask(Step(talk.session_id, 1, 0, (0,), (3,)), text)
-        assert_close(tensors[0], swarm.expected(text))
-        swarm.pool.check_integrity()
-        assert len(swarm.service.sessions) == 1
+class TestEpochs:
+    """Requests of the client itself; those of other servers are in test_server_ring."""
 
+    async def test_requests_of_an_older_epoch_are_dropped(self) -> None:
+        async with served() as swarm:
+            talk, text = await swarm.talk(), states(4)
+            talk.epoch = 3
+            await talk.open()
+            talk.epoch = 2
+            await talk.channel.send(talk.message(0, (0,), (4,)), (states(4, seed=5),))
+            await talk.channel.send(BeginEpoch(talk.header(), ("somebody",)))
+            await talk.channel.send(KeepSession(talk.header()))
+            talk.epoch = 3
+            (output,) = await talk.step(1, [0], [text])
+            assert_close(output, swarm.expected(text))
+            assert not swarm.workers[0].session.sources
 
-async def test_a_channel_closes_only_what_it_opened() -> None:
-    """A client gives up a reservation while another of its tasks has begun the session anew."""
-    async with served() as swarm:
-        old, new, text = await swarm.talk(), await swarm.talk(), states(6)
-        await old.open()
-        await new.open(epoch=1)
-        await old.channel.send(Step(old.session_id, 0, 0, (0,), (6,)), (text,))
-        answer, _ = await old.ask(CloseSession(old.session_id))
-        assert isinstance(answer, SessionEnded)
-        await old.channel.close()
-        answer, tensors = await new.ask(Step(new.session_id, 1, 0, (0,), (6,)), text)
-        assert isinstance(answer, StepResult)
-        assert_close(tensors[0], swarm.expected(text))
-        await new.close()
-        await swarm.at_rest()
+    async def test_requests_of_a_newer_epoch_than_the_client_has_begun_are_refused(self) -> None:
+        async with served() as swarm:
+            talk, text = await swarm.talk(), states(4)
+            await talk.open()
+            talk.epoch = 1
+            for message, tensors in (
+                (talk.message(0, (0,), (4,)), (text,)),
+                (ReplayRequest(talk.header(1), 0, (0,), ()), ()),
+                (ReplayPart(talk.header(2), 0, 0, (0,), (4,)), (text,)),
+            ):
+                assert (await talk.refused(message, *tensors)).code == "session_gap"
+            session = swarm.workers[0].session
+            assert (session.epoch, session.rows.lengths) == (0, (0,))
+            await talk.channel.send(BeginEpoch(talk.header(), ()))
+            (output,) = await talk.step(0, [0], [text])
+            assert_close(output, swarm.expected(text))
+
+    async def test_a_refusal_of_an_older_epoch_is_not_sent(self) -> None:
+        """It would have the id of a step that the client repeats in the new epoch."""
+        async with served() as swarm:
+            talk, text = await swarm.talk(), states(6)
+            await talk.open()
+            await talk.step(0, [0], [text[:5]])
+            release = hold_compute(swarm)
+            poisoned = torch.full((1, WIDTH), FussySpan.poison)
+            await talk.channel.send(talk.message(1, (5,), (1,)), (poisoned,))
+            talk.epoch = 1
+            await talk.channel.send(BeginEpoch(talk.header(), ()))
+            await talk.channel.send(talk.message(1, (5,), (1,)), (text[5:],))
+            await talk.channel.ping()
+            release()
+            answer, (output,) = await talk.channel.receive(20.0)
+            assert isinstance(answer, StepResult)
+            assert answer.header == talk.header(1)
+            assert_close(output, swarm.expected(text)[5:])
 
 
 async def test_a_session_without_a_length_grows() -> None:
@@ -245,14 +356,3 @@ async def test_info_says_how_it_is_now() -> None:
         assert (info.model, info.blocks, info.state) == ("tiny", (10, 14), "online")
         assert (info.num_sessions, info.tokens_free) == (1, 4 * 256)
         assert (info.max_length, info.hidden_size) == (256, 48)
-
-
-async def test_two_clients_may_choose_the_same_id() -> None:
-    async with served() as swarm:
-        texts = [states(5, seed=1), states(5, seed=2)]
-        talks = [await swarm.talk(), await swarm.talk(swarm.server)]
-        for talk in talks:
-            await talk.open()
-        for talk, text in zip(talks, texts):
-            (output,) = await talk.step(0, [0], [text])
-            assert_close(output, swarm.expected(text))

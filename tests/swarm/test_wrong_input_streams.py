@@ -16,16 +16,20 @@ from petals.types import BlockSpan
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
-from petals.wire.messages import (
+from petals.wire.handshake import Hello
+from petals.wire.header import RequestHeader
+from petals.wire.messages import encode_message
+from petals.wire.passes import Forward
+from petals.wire.requests import (
+    BeginEpoch,
     CloseSession,
     GetInfo,
-    Hello,
     KeepSession,
     OpenSession,
+    ReplayPart,
+    ReplayRequest,
     Step,
-    encode_message,
 )
-from petals.wire.passes import Forward
 from support.fake_server import config, open_one, toy_swarm
 from support.service import Served, assert_close, served, states
 
@@ -36,7 +40,7 @@ DOOR = ClientLimits(lease_seconds=LEASE_SECONDS)
 async def until_at_rest(swarm: Served) -> None:
     async with asyncio.timeout(10):
         while len(swarm.service.sessions):
-            await swarm.service.executor.call(lambda: None)
+            await swarm.executor.call(lambda: None)
     await swarm.at_rest()
 
 
@@ -56,14 +60,13 @@ def a_message(dice: random.Random) -> tuple[Message, torch.Tensor | None]:
     rows, count = dice.choice([0, 1, 2, 9]), dice.choice([0, 1, 3, 300])
     dtype = dice.choice([torch.float32, torch.float16, torch.int64, torch.bool])
     hidden = torch.zeros(rows * count, dice.choice([0, 47, 48]), dtype=dtype)
-    match dice.randrange(6):
+    match dice.randrange(7):
         case 0 | 1:
             length = dice.choice([0, 1, 64, 2**31 - 1])
             seconds = dice.choice([0.0, 0.01])
             epoch = dice.choice([0, 1, 2**53])
             return OpenSession(
-                session,
-                epoch,
+                RequestHeader(session, epoch),
                 dice.choice(["tiny", ""]),
                 blocks,
                 max(1, rows),
@@ -75,11 +78,20 @@ def a_message(dice: random.Random) -> tuple[Message, torch.Tensor | None]:
         case 2:
             reorder = dice.choice([None, (0,), (7,), (0,) * 9])
             starts = (dice.choice([0, 3, 2**31 - 1]),) * rows
-            return Step(session, 0, dice.randrange(4), starts, (count,) * rows, reorder), hidden
+            header = RequestHeader(session, dice.choice([0, 0, 1]), dice.randrange(4))
+            return Step(header, starts, (count,) * rows, reorder), hidden
         case 3:
             return Forward("tiny", blocks, (count,) * rows), hidden
         case 4:
-            return dice.choice([KeepSession(session), CloseSession(session)]), None
+            header = RequestHeader(session, dice.choice([0, 0, 1]))
+            return dice.choice([KeepSession(header), CloseSession(header)]), None
+        case 5:
+            header = RequestHeader(session, 0, dice.randrange(9))
+            starts, counts = (0,) * rows, (count,) * rows
+            begin = BeginEpoch(header, ("somebody",))
+            request = ReplayRequest(header, 1, starts, (), kv=dice.random() < 0.5)
+            part = ReplayPart(header, dice.randrange(2), 1, starts, counts, (0,) * rows, ends=True)
+            return dice.choice([(part, hidden), (request, None), (begin, None)])
         case _:
             return dice.choice([GetInfo(), Hello(1, "blocks")]), None
 
@@ -97,10 +109,12 @@ def a_conversation(dice: random.Random) -> bytes:
     session = dice.choice([b"s" * 16, b"t" * 16])
     said = bytearray()
     if dice.random() < 0.7:  # something to lose
-        said += encoded(OpenSession(session, 0, "tiny", (10, 14), 1, 64, "float32"), None)
+        said += encoded(
+            OpenSession(RequestHeader(session, 0), "tiny", (10, 14), 1, 64, "float32"), None
+        )
     said += b"".join(encoded(*a_message(dice)) for _ in range(dice.randrange(4)))
     if dice.random() < 0.7:
-        said += encoded(Step(session, 0, 5, (0,), (6,)), states(6))
+        said += encoded(Step(RequestHeader(session, 0, 5), (0,), (6,)), states(6))
     said += b"".join(encoded(*a_message(dice)) for _ in range(dice.randrange(1, 8)))
     match dice.randrange(4):
         case 0:
@@ -122,7 +136,7 @@ async def test_whatever_is_said_every_page_comes_back(seed: int) -> None:
             talk = await swarm.talk()
             talk.channel._stream.write(a_conversation(dice))
             for _ in range(20):
-                await swarm.service.executor.call(swarm.pool.check_integrity)
+                await swarm.executor.call(swarm.pool.check_integrity)
             opened.append(len(swarm.service.sessions))
             await talk.channel.close()
         assert any(opened) and swarm.runner.batches, "else this proves little"
@@ -149,7 +163,7 @@ async def test_a_tensor_that_breaks_off() -> None:
     async with served(door=DOOR) as swarm:
         talk = await swarm.talk()
         await talk.open()
-        whole = encoded(Step(talk.session_id, 0, 0, (0,), (6,)), states(6))
+        whole = encoded(talk.message(0, (0,), (6,)), states(6))
         talk.channel._stream.write(whole[: len(whole) // 2])
         await talk.channel.close()
         await until_at_rest(swarm)

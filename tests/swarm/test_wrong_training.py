@@ -9,8 +9,9 @@ from petals.errors import PeerUnreachable
 from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
 from petals.testing.manual_clock import ManualClock, settle
-from petals.wire.messages import GetInfo, Refusal
+from petals.wire.handshake import Refusal
 from petals.wire.passes import Backward, Forward
+from petals.wire.requests import GetInfo
 from support.models import WIDTH
 from support.service import FussySpan, Served, served, states
 from support.training_case import Lesson, assert_equal, assert_right, lesson
@@ -143,11 +144,11 @@ async def test_a_client_that_goes_away_takes_its_passes_along() -> None:
         await talk.channel.send(Backward(task.request), (*task.gradients, *task.inputs))
         async with asyncio.timeout(20):
             while len(swarm.runner.batches) < 3:
-                await swarm.service.executor.call(lambda: None)
+                await swarm.executor.call(lambda: None)
         await talk.channel.close()
         async with asyncio.timeout(20):
-            while swarm.service.executor.waiting_tokens:
-                await swarm.service.executor.call(lambda: None)
+            while swarm.executor.waiting_tokens:
+                await swarm.executor.call(lambda: None)
         assert len(swarm.runner.batches) < 32
         await swarm.at_rest()
 

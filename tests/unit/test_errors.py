@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from petals.errors import ERRORS_BY_CODE, PeerFailed, PetalsError, from_wire
-from petals.wire.messages import Refusal
+from petals.wire.handshake import Refusal
 
 MANUAL = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 ROW = re.compile(r"^\| `(\w+)` \| `(\w+)` \| (.+) \| (.+) \|$", re.MULTILINE)

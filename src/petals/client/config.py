@@ -21,6 +21,7 @@ from petals.settings import (
     Settings,
     WholeNumber,
 )
+from petals.swarm.failover_config import SILENCE_SECONDS, FailoverConfig
 from petals.types import PeerId
 
 DEFAULT_MAX_RETRIES = 3
@@ -126,7 +127,7 @@ class ClientConfig(Settings):
             "A server that owes an answer and sends nothing for this long, not even a heartbeat, "
             "is replaced."
         ),
-    ] = 3.0
+    ] = SILENCE_SECONDS
     step_timeout: Annotated[
         PositiveFloat,
         Setting(
@@ -183,6 +184,9 @@ class ClientConfig(Settings):
     daemon_startup_timeout: Annotated[
         float | None, Setting("Without effect; accepted with a warning.")
     ] = None
+    failover: Annotated[
+        FailoverConfig, Setting("Further limits and waiting times of failover.")
+    ] = FailoverConfig()
 
     def check(self) -> None:
         """Warn of what has no effect."""

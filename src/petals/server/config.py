@@ -19,6 +19,7 @@ from petals.settings import (
     WholeNumber,
 )
 from petals.swarm.config import MIB, NodeConfig
+from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan, ModelId
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -278,6 +279,9 @@ class ServerConfig(Settings):
     scheduling: Annotated[SchedulerConfig, Setting("Scheduling")] = SchedulerConfig()
     announce: Annotated[AnnounceConfig, Setting("Announcement")] = AnnounceConfig()
     moving: Annotated[MovingConfig, Setting("Moving to other blocks")] = MovingConfig()
+    failover: Annotated[FailoverConfig, Setting("Limits and waiting times of failover.")] = (
+        FailoverConfig()
+    )
     drain_seconds: Annotated[
         NonNegativeFloat,
         Setting(

@@ -42,6 +42,11 @@ class BackgroundTasks:
         task.add_done_callback(lambda _: work.close())
         return task
 
+    async def wait(self, timeout_seconds: float) -> None:
+        """Wait until all tasks have ended, for at most ``timeout_seconds``."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+
     async def close(self) -> None:
         """Cancel all tasks and wait until they have ended."""
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]

@@ -16,6 +16,7 @@ from petals.clock import Clock
 from petals.errors import ConfigError
 from petals.settings import PositiveFloat, PositiveInt, Setting, Settings
 from petals.swarm.address import Address
+from petals.swarm.failover_config import SILENCE_SECONDS
 from petals.swarm.identity import Identity, load_swarm_key
 from petals.swarm.membership import Admission, SwarmKey
 from petals.swarm.transport import Transport
@@ -41,7 +42,7 @@ class ChannelLimits(Settings):
     silence_seconds: Annotated[
         PositiveFloat,
         Setting("A peer that sends no frame for this long while something is pending is lost."),
-    ] = 6.0
+    ] = SILENCE_SECONDS
     send_seconds: Annotated[
         PositiveFloat,
         Setting(

@@ -29,7 +29,7 @@ from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL, RpcParts, RpcServer, Se
 from petals.swarm.rpc.receive_buffer import Budget
 from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Transport
 from petals.types import PeerId
-from petals.wire.messages import DialBack, DialedBack
+from petals.wire.handshake import DialBack, DialedBack
 
 logger = get_logger(__name__)
 

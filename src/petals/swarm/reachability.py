@@ -17,7 +17,7 @@ from petals.swarm.rpc.channel import Channel
 from petals.swarm.rpc.dispatcher import Service
 from petals.swarm.transport import Transport
 from petals.types import PeerId
-from petals.wire.messages import DialBack, DialedBack
+from petals.wire.handshake import DialBack, DialedBack
 
 NODE_SERVICE = "node"
 """Every peer offers it: pings, clock, dialling back."""

@@ -5,7 +5,7 @@ from petals.swarm.address import Address
 from petals.swarm.config import NodeConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.reachability import check_reachability, choose_relays
-from petals.wire.messages import DialBack, DialedBack
+from petals.wire.handshake import DialBack, DialedBack
 
 
 async def test_peers_that_can_dial_back(server, client):

@@ -6,29 +6,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals.errors import ERRORS_BY_CODE, MissingBlocksError, PeerFailed, ProtocolError
-from petals.wire import fields, frames, messages, passes
+from petals.wire import fields, frames, handshake, messages, passes, replies, requests
 from petals.wire.frames import FrameKind
+from petals.wire.header import NextHop, RequestHeader
 from petals.wire.specs import TensorSpec
 
 SESSION = b"s" * 16
+HEADER = RequestHeader(SESSION, 2, 7)
+HOPS = (NextHop("p", b"n" * 16),)
+STEP = requests.Step(HEADER, (3, 0), (1, 4), (0, 0), HOPS, ((0.1, 0.2, 5),), (True,))
+PART = requests.ReplayPart(HEADER, 1, 6, (3,), (1,), None, HOPS, True, True)
 EXAMPLES = [
-    messages.Hello(1, "blocks", b"ticket", "petals/3"),
-    messages.Welcome(1),
-    messages.Refusal("cache_full", "No room.", "Wait.", 3),
-    messages.OpenSession(SESSION, 0, "m", (0, 10), 2, 128, "float32"),
-    messages.SessionOpened(SESSION, 128, 60.0),
-    messages.Step(SESSION, 0, 1, (3, 0), (1, 4), (0, 0), (messages.NextHop("p", (10, 20)),)),
-    messages.StepResult(SESSION, 0, 1, 0.1, 0.2, 5, ((0.1, 0.2, 5),)),
-    messages.ForwardedStep(
-        "client", (10, 20), messages.Step(SESSION, 1, 2, (3,), (1,), replay=True)
-    ),
-    messages.BeginEpoch(SESSION, 2, ("p",)),
-    messages.Replay(SESSION, 2, 7, (5, 0), (messages.NextHop("p", (10, 20)),)),
-    messages.Replayed(SESSION, 2),
-    messages.ForwardFailed(SESSION, 2, 1, True),
-    messages.KeepSession(SESSION),
-    messages.CloseSession(SESSION),
-    messages.SessionEnded(SESSION, "lease ended"),
+    handshake.Hello(1, "blocks", b"ticket", "petals/3"),
+    handshake.Welcome(1),
+    handshake.Refusal("cache_full", "No room.", "Wait.", HEADER),
+    handshake.DialBack(("/ip4/127.0.0.1/tcp/1",)),
+    handshake.DialedBack(True, 1.5),
+    requests.OpenSession(HEADER, "m", (0, 10), 2, 128, "float32"),
+    STEP,
+    PART,
+    requests.Forwarded("client", STEP),
+    requests.Forwarded("client", PART),
+    requests.BeginEpoch(HEADER, ("p",)),
+    requests.ReplayRequest(HEADER, 6, (5, 0), HOPS, (1, 0), (4, 0), (0, 1), True),
+    requests.KeepSession(HEADER),
+    requests.CloseSession(HEADER),
+    requests.GetInfo(),
+    replies.SessionOpened(HEADER, 128, 60.0),
+    replies.StepResult(HEADER, 0.1, 0.2, 5, ((0.1, 0.2, 5),), HOPS),
+    replies.ReplayDone(HEADER, HOPS),
+    replies.ForwardFailed(HEADER),
+    replies.Draining(HEADER, 3.0),
+    replies.SessionEnded(HEADER, "lease ended"),
     passes.Forward("m", (0, 3), (5, 6)),
     passes.Forward("m", (0, 3), (5, 6), "a", 4, (0, 2), SESSION),
     passes.ForwardResult(0.0, 0.1, True, 60.0),
@@ -36,9 +45,6 @@ EXAMPLES = [
     passes.BackwardResult(0.0, 0.1, True),
     passes.PutAdapter("m", "sha256:0", (passes.AdapterPart(1, "self_attn.q_proj", 8, 2.0),)),
     passes.AdapterKept("sha256:0", 60.0),
-    messages.GetInfo(),
-    messages.DialBack(("/ip4/127.0.0.1/tcp/1",)),
-    messages.DialedBack(True, 1.5),
 ]
 
 
@@ -50,30 +56,46 @@ def test_round_trip(message: fields.Message) -> None:
 
 def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     """An older peer reads these bytes; a change here needs a new PROTOCOL_VERSION."""
-    step = messages.Step(SESSION, 1, 2, (3,), (1,))
-    fields = ["Step", SESSION, 1, 2, (3,), (1,), None, (), (), False, False, False, (), False]
+    step = requests.Step(HEADER, (3,), (1,))
+    fields = ["Step", [SESSION, 2, 7], (3,), (1,), None, (), (), ()]
     expected = msgspec.msgpack.encode((fields, ()))
     assert frames.PROTOCOL_VERSION == 8
     assert messages.encode_message(step) == expected
 
 
+H = [SESSION, 0, 1]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        ["Step", b"short", 0, 1, [0], [1], None, []],
-        ["Step", SESSION, 0, 1, [-1], [1], None, []],
-        ["Step", SESSION, 0, 1, [0], [2**40], None, []],
-        ["Step", SESSION, 0, 1, [0] * 1025, [1], None, []],
-        ["Step", SESSION, 0, 1, [0], [1], None, [], [[0.1, 0.2, 5]] * 257],
-        ["ForwardedStep", "client", [0, 1], ["StepResult", SESSION, 0, 1, 0.1, 0.2, 5]],
-        ["BeginEpoch", SESSION, 0, ["p"] * 17],
-        ["Replay", SESSION, 0, 1, [0] * 1025, []],
-        ["OpenSession", SESSION, 0, "m", [0, 1], 0, 1, "float32"],
+        ["Step", [b"short", 0, 1], [0], [1]],
+        ["Step", [SESSION, -1, 1], [0], [1]],
+        ["Step", [SESSION, 0, 2**53 + 1], [0], [1]],
+        ["Step", [SESSION, 0, 1, 2], [0], [1]],
+        ["Step", [], [0], [1]],
+        ["Step", None, [0], [1]],
+        ["Step", H, [-1], [1]],
+        ["Step", H, [0], [2**40]],
+        ["Step", H, [0] * 1025, [1]],
+        ["Step", H, [0], [1], None, [["p", b"short"]]],
+        ["Step", H, [0], [1], None, [["p", SESSION]] * 257],
+        ["Step", H, [0], [1], None, [], [[0.1, 0.2, 5]] * 257],
+        ["Step", H, [0], [1], None, [], [], [True] * 257],
+        ["ReplayPart", H, -1, 0, [0], [1]],
+        ["ReplayPart", H, 0, 0, [0] * 1025, [1]],
+        ["Forwarded", "client", ["StepResult", H, 0.1, 0.2, 5]],
+        ["Forwarded", "client", ["Forwarded", "client", ["Step", H, [0], [1]]]],
+        ["BeginEpoch", H, ["p"] * 17],
+        ["ReplayRequest", H, 1, [0] * 1025, []],
+        ["OpenSession", H, "m", [0, 1], 0, 1, "float32"],
+        ["OpenSession", H, "m" * 257, [0, 1], 1, 1, "float32"],
+        ["OpenSession", H, "m", [0, 1], 1, 1, "float32", None, 0.0, ["p"] * 17],
+        ["Refusal", "code", "m" * 4097],
         ["Forward", "m", [0, 1], [1], None, 0, [], b"short"],
         ["Backward", ["ForwardResult", 0.0, 0.1]],
         ["PutAdapter", "m", "a", [[0, "q", 0, 1.0]]],
         ["PutAdapter", "m", "a", [[0, "q", 8, 1e9]]],
-        ["OpenSession", SESSION, 0, "m" * 257, [0, 1], 1, 1, "float32"],
         ["Hello", 1, "blocks", b"t" * 513, ""],
         ["GetInfo", 1],
         ["Nonsense"],
@@ -140,9 +162,11 @@ def test_an_empty_span_off_the_wire_is_refused() -> None:
 
 
 def test_errors_travel_by_code_and_keep_their_type() -> None:
-    refusal = messages.Refusal.of(MissingBlocksError("Blocks 3:5 are missing.", hint="Serve them."))
+    refusal = handshake.Refusal.of(
+        MissingBlocksError("Blocks 3:5 are missing.", hint="Serve them.")
+    )
     error = refusal.to_error("Qm123456")
     assert type(error) is MissingBlocksError
-    assert "…123456" in str(error) and "hint: Serve them." in str(error)
-    assert type(messages.Refusal("from_the_future", "?").to_error("p")) is PeerFailed
+    assert str(error).startswith("Peer …123456 says: Blocks 3:5 are missing. (Serve them.)\nhint: ")
+    assert type(handshake.Refusal("from_the_future", "?").to_error("p")) is PeerFailed
     assert len(ERRORS_BY_CODE) == len(set(ERRORS_BY_CODE.values()))

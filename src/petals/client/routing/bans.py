@@ -8,9 +8,6 @@ from enum import IntEnum
 
 from petals.types import PeerId
 
-_MAX_BAN_SECONDS = 3600.0
-"""Upper limit of a ban (s), which doubles with every repeated failure."""
-
 
 class Cause(IntEnum):
     """Why a server is avoided, the worst cause last.
@@ -40,8 +37,9 @@ class Bans:
     after its end, the next ban is twice as long; a later failure counts as the first.
     """
 
-    def __init__(self, first_seconds: float) -> None:
+    def __init__(self, first_seconds: float, max_seconds: float) -> None:
         self._first_seconds = first_seconds
+        self._max_seconds = max_seconds
         self._bans: dict[PeerId, Ban] = {}
 
     def add(
@@ -58,7 +56,7 @@ class Bans:
             cause = max(cause, known.cause)
         elif known is not None and now < known.until + known.seconds:
             seconds = max(seconds, 2 * known.seconds)
-        seconds = min(seconds, _MAX_BAN_SECONDS)
+        seconds = min(seconds, self._max_seconds)
         self._bans[peer] = Ban(now + seconds, seconds, cause)
         return self._bans[peer]
 

@@ -9,9 +9,6 @@ from collections.abc import Sequence
 
 from petals.types import PeerId
 
-RETRY_SECONDS = 30.0
-"""Time (s) for which states pass through the client after a direct link has failed."""
-
 
 class DirectLinks:
     """The links between servers that failed lately; all others are assumed to work.
@@ -19,7 +16,7 @@ class DirectLinks:
     A link is directed: ``near`` forwards to ``far``.
     """
 
-    def __init__(self, retry_seconds: float = RETRY_SECONDS) -> None:
+    def __init__(self, retry_seconds: float) -> None:
         self._retry_seconds = retry_seconds
         self._closed_until: dict[tuple[PeerId, PeerId], float] = {}
         self._relayed: set[tuple[PeerId, PeerId]] = set()

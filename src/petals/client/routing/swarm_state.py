@@ -18,6 +18,7 @@ from petals.client.connection.adapter_delivery import AdapterDelivery
 from petals.client.connection.channel_pool import ChannelPool
 from petals.client.routing.bans import Bans, Cause
 from petals.client.routing.direct_links import DirectLinks
+from petals.client.routing.failure_policy import MISBEHAVED_FACTOR
 from petals.client.routing.route import (
     Candidate,
     Needs,
@@ -40,17 +41,12 @@ from petals.models.runtime.token_log import LogBudget
 from petals.swarm.directory.records import ServerRecord, View
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, Hop, PeerId, Route, ServerState
-from petals.wire.messages import GetInfo, Info
+from petals.wire.replies import Info
+from petals.wire.requests import GetInfo
 
 logger = get_logger(__name__)
 
 UNKNOWN_BLOCKS_PER_SECOND = 300.0
-_FRESH_SECONDS = 1.0
-"""A view younger than this is not read again for a block that nobody serves."""
-
-_MAX_MEASURED = 32
-_MISBEHAVED_FACTOR = 16.0
-_SPARE_ROUNDS = 3
 
 
 class Closing(Protocol):
@@ -67,15 +63,15 @@ class SwarmState:
         self.config = config
         self.model = model
         self.num_blocks = num_blocks
-        self.bans = Bans(config.ban_timeout)
-        self.edges = DirectLinks()
+        self.bans = Bans(config.ban_timeout, config.failover.max_ban_seconds)
+        self.edges = DirectLinks(config.failover.link_retry_seconds)
         self.channels = ChannelPool(node, config.silence_timeout)
-        self.kept = LogBudget(config.max_kept_bytes)
+        self.log_budget = LogBudget(config.max_kept_bytes)
         self.adapters = AdapterDelivery(
             model, self.channels, self.connect_seconds, config.request_timeout
         )
-        self.paths: set[Closing] = set()
-        """Open sessions' paths; closed with the view."""
+        self.sessions: set[Closing] = set()
+        """Open sessions; closed with the view."""
         self._clock = node.clock
         self._records: View | None = None
         self._read_at = 0.0
@@ -88,7 +84,7 @@ class SwarmState:
 
     async def close(self) -> None:
         """Close open sessions and idle channels. The node is its owner's."""
-        await asyncio.gather(*(path.close() for path in list(self.paths)))
+        await asyncio.gather(*(session.close() for session in list(self.sessions)))
         await self.channels.close()
 
     async def records(self) -> View:
@@ -138,7 +134,7 @@ class SwarmState:
             if is_repair:
                 self._refresh_aside()
                 raise
-            await self.refresh(older_than=_FRESH_SECONDS)
+            await self.refresh(older_than=self.config.failover.fresh_seconds)
             try:
                 route = self._find(needs, throughput, is_repair)
             except MissingBlocksError:
@@ -183,7 +179,8 @@ class SwarmState:
         Where one has no room for ``cache_tokens`` in each block, the next best is asked, too.
         """
         asked = {hop.peer_id for hop in route}
-        for _ in range(_SPARE_ROUNDS if self.config.max_pinged else 0):
+        rounds = self.config.failover.spare_rounds
+        for _ in range(rounds if self.config.max_pinged else 0):
             spares: set[PeerId] = set()
             for hop in route:
                 needs = Needs(
@@ -208,7 +205,8 @@ class SwarmState:
     def note_failure(self, peer: PeerId, error: PetalsError, cause: Cause = Cause.FAILED) -> None:
         """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
         if isinstance(error, PeerError):
-            factor = _MISBEHAVED_FACTOR if isinstance(error, PeerMisbehaved) else 1.0
+            is_seen = isinstance(error, PeerMisbehaved) and not error.reported
+            factor = MISBEHAVED_FACTOR if is_seen else 1.0
             if not isinstance(error, PeerUnreachable | PeerTimeout):
                 cause = Cause.FAILED
             ban = self.bans.add(peer, self._clock.monotonic(), factor, cause)
@@ -323,7 +321,7 @@ class SwarmState:
                 random.shuffle(peers)
                 peers.sort(key=self._round_trips.__contains__)
                 chosen |= dict.fromkeys(peers[: self.config.max_pinged])
-        return list(chosen)[:_MAX_MEASURED]
+        return list(chosen)[: self.config.failover.max_measured]
 
     async def _measure(self, peer: PeerId, *, stay: bool = False) -> None:
         seconds = self.config.ping_timeout

@@ -1,13 +1,13 @@
-"""One server's leg of a session: open, send steps, hear what comes back, close.
+"""One server's part of a session: open it, send requests, receive what comes back, close it.
 
-A single task reads the channel and passes answers on by step id; a channel that ends, or a server
-that drops the session, marks the leg as lost. What comes back is checked (session, epoch, shape,
-dtype, finite) before anybody uses it. Decides nothing: repairs and other routes are its caller's.
-Knows no model and no tokens.
+One task reads the channel and passes messages on; a channel that ends, or a server that drops the
+session, marks the hop as lost. Outputs are checked (number, shape, dtype, finite) before use.
+Decides nothing: repairs and other routes are the supervisor's. Knows no model and no tokens.
 """
 
 import asyncio
 import contextlib
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,104 +15,104 @@ from typing import Protocol
 from torch import Tensor
 
 from petals.client.connection.tensor_checks import is_finite
-from petals.client.session.latency import redial_seconds
-from petals.client.session.types import (
-    HopNeighbours,
-    HopTimeouts,
-    Refill,
-    ReplicaProgress,
-    SessionSpec,
-    StepCall,
-    StepReply,
-)
+from petals.client.session.actions import LegState
+from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
 from petals.client.trace import HopTrace, StepTiming
+from petals.clock import Clock
 from petals.errors import (
+    BadInput,
     PeerError,
+    PeerFailed,
     PeerMisbehaved,
+    PeerTimeout,
     PetalsError,
     ProtocolError,
     RequestError,
     SessionClosed,
     SessionError,
 )
+from petals.logs import get_logger
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
-from petals.types import BlockSpan, Hop, PeerId, Route
+from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, PeerId
 from petals.wire.fields import Message
-from petals.wire.messages import (
-    AnyMessage,
-    BeginEpoch,
-    CloseSession,
+from petals.wire.handshake import Refusal
+from petals.wire.header import NextHop, NextHops, RequestHeader
+from petals.wire.messages import AnyMessage
+from petals.wire.replies import (
     Draining,
     ForwardFailed,
-    GetInfo,
     Info,
-    KeepSession,
-    NextHop,
-    OpenSession,
-    Refusal,
-    Replay,
-    Replayed,
+    ReplayDone,
     SessionEnded,
     SessionOpened,
-    Step,
     StepResult,
+)
+from petals.wire.requests import (
+    BeginEpoch,
+    CloseSession,
+    GetInfo,
+    KeepSession,
+    OpenSession,
+    ReplayPart,
 )
 from petals.wire.services import BLOCKS_SERVICE
 
-_CLOSE_SECONDS = 2.0
+logger = get_logger(__name__)
+
 _KEPT_TIMINGS = 1024
+"""Number of latest steps whose timings are kept."""
+
+ReplyMessage = StepResult | ReplayDone | ReplayPart | ForwardFailed
 
 
-class Listener(Protocol):
-    """Who wants to know what a hop says."""
+class HopListener(Protocol):
+    """Receives what happens to hops."""
 
-    def on_answer(self, hop: "HopSession", step_id: int, answer: StepReply | PetalsError) -> None:
-        """A result or a refusal."""
+    def on_reply(
+        self,
+        hop: "HopSession",
+        header: RequestHeader,
+        message: ReplyMessage | PetalsError,
+        tensors: Sequence[Tensor],
+    ) -> None:
+        """A message that answers a request, or the refusal of one."""
         ...
 
-    def on_replayed(self, hop: "HopSession", delivered: bool) -> None:
-        """Rows are refilled as far as ``hop``; not ``delivered``: it cannot reach the next one."""
-        ...
-
-    def on_undelivered(self, hop: "HopSession", step_id: int, replay: bool) -> None:
-        """What ``hop`` has put out may not have reached the next one, nor ever will."""
-        ...
-
-    def on_outputs(self, hop: "HopSession", step: Step, tensors: Sequence[Tensor]) -> None:
-        """A part of a replay that we asked for ourselves."""
-        ...
-
-    def on_lost(self, hop: "HopSession") -> None:
-        """``hop.failure`` says why nothing more will come."""
-        ...
-
-    def on_leaving(self, hop: "HopSession") -> None:
-        """The server goes in ``hop.leaving_seconds``; until then it serves."""
+    def on_change(self, hop: "HopSession") -> None:
+        """``hop.state`` has changed: the hop is lost, or its server has announced that it stops."""
         ...
 
 
 class HopSession:
-    """A reservation at one server. ``open`` makes one; ``close`` frees what it holds there."""
+    """A reservation at one server. ``open`` makes one; ``close`` frees it.
+
+    state: how it is; only this class changes it. epoch, sources: what the server was told last.
+    cache_tokens: what was asked for in each block.
+    """
 
     def __init__(
-        self, channel: Channel, hop: Hop, terms: SessionSpec, patience: HopTimeouts
+        self,
+        channel: Channel,
+        hop: Hop,
+        timeouts: HopTimeouts,
+        listener: HopListener,
+        clock: Clock,
     ) -> None:
         self.hop = hop
-        self.terms = terms
-        self.epoch = terms.epoch
+        self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        self.state = LegState()
+        self.epoch = 0
+        self.sources: tuple[PeerId, ...] = ()
         self.lease_seconds = 0.0
-        self.max_length = terms.max_length or 0
+        self.max_length = 0
+        self.cache_tokens = 0
+        self.info: Info
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
-        self.failure: PetalsError | None = None
-        """Why this leg is lost; None while it stands."""
-        self.is_straggler = False
-        """Whether it is lost because we left it for a faster one."""
-        self.leaving_seconds: float | None = None
-        """How long the server stays, if it has said that it leaves."""
-        self.listener: Listener | None = None
         self._channel = channel
-        self._patience = patience
+        self._timeouts = timeouts
+        self._listener = listener
+        self._clock = clock
         self._ended = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
@@ -135,20 +135,24 @@ class HopSession:
         cls,
         node: SwarmNode,
         hop: Hop,
-        terms: SessionSpec,
-        patience: HopTimeouts,
+        spec: SessionSpec,
+        timeouts: HopTimeouts,
         neighbours: HopNeighbours,
+        listener: HopListener,
     ) -> "HopSession":
-        """Reserve room at ``hop``, which will hand on states between us and its ``neighbours``.
-
-        Raises the server's refusal or a PeerError, nothing held.
+        """Reserve cache at ``hop``, which will forward states between the client and its
+        ``neighbours``. Raises the server's refusal or a PeerError, nothing held.
         """
-        channel = await _open_channel(node, hop.peer_id, patience, patience.connect_seconds)
-        session = cls(channel, hop, terms, patience)
+        channel = await _open_channel(node, hop.peer_id, timeouts, timeouts.connect_seconds)
+        session = cls(channel, hop, timeouts, listener, node.clock)
         try:
-            await session._reserve(neighbours)
+            async with asyncio.timeout(timeouts.request_seconds + timeouts.alloc_seconds):
+                await session._reserve(spec, neighbours)
+        except TimeoutError:
+            await session.close()
+            raise PeerTimeout("The server did not answer in time.", peer_id=hop.peer_id) from None
         except (RequestError, SessionError):
-            await channel.close()
+            await session.close() if session.max_length else await channel.close()
             raise
         except BaseException:
             await session.close()
@@ -156,121 +160,76 @@ class HopSession:
         session._start_reading()
         return session
 
-    async def reconnect(self, node: SwarmNode) -> None:
-        """Take up a session whose stream broke, on a new one. Raises PeerError, the leg still lost.
+    async def redial(self, node: SwarmNode, seconds: float) -> None:
+        """Open a new stream to a hop that is lost. Raises PeerError, the hop still lost.
 
-        If the server has no such session any more, the leg is lost again in a moment.
+        ``begin_epoch`` has to follow; if the server has no such reservation any more, the hop is
+        lost again then.
         """
-        seconds = redial_seconds(self.trace.overhead_seconds)
-        seconds = min(self._patience.connect_seconds, seconds)
-        channel = await _open_channel(node, self.peer_id, self._patience, seconds)
+        seconds = min(self._timeouts.connect_seconds, seconds)
+        channel = await _open_channel(node, self.peer_id, self._timeouts, seconds)
+        await self._stop_reading()
         await self._channel.close()
-        self._channel, self._ended, self.failure = channel, asyncio.Event(), None
+        self._channel, self._ended, self.state = channel, asyncio.Event(), LegState()
         self._start_reading()
-        await self.keep()
 
-    def _start_reading(self) -> None:
-        self._reader = asyncio.create_task(self._read(), name="answers of a hop")
+    def header(self, request_id: int = 0) -> RequestHeader:
+        """The header of a request of the present epoch."""
+        return RequestHeader(self.session_id, self.epoch, request_id)
 
-    async def send(self, call: StepCall, hidden: Tensor, next_hops: Route = ()) -> None:
-        """Ask for a step; the listener hears the answer. hidden: [sum(counts), H].
-
-        The output goes to ``next_hops``, and back from the last of them. Raises RequestTooLarge; a
-        server that cannot be reached is a lost hop.
+    async def send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
+        """Send a message; a server that cannot be reached is lost. The caller sets the deadline:
+        a server may take no data for as long as it answers pings. Raises RequestTooLarge.
         """
-        message = Step(
-            session_id=self.terms.session_id,
-            epoch=self.epoch,
-            step_id=call.step_id,
-            starts=call.starts,
-            counts=call.counts,
-            reorder=call.reorder,
-            next_hops=on_the_wire(next_hops),
-            replay=call.refill is not Refill.NO,
-            ends=call.refill is Refill.LAST,
-            reordered=call.reordered,
-        )
-        await self._say(message, (hidden,))
-
-    async def begin_epoch(self, epoch: int, sources: Sequence[PeerId]) -> None:
-        """From now on states come from ``sources`` and us; frames of older epochs are dropped."""
-        self.epoch = epoch
-        await self._say(BeginEpoch(self.terms.session_id, epoch, tuple(sources)))
-
-    async def replay(
-        self,
-        step_id: int,
-        lengths: Sequence[int],
-        next_hops: Route,
-        *,
-        reorder: tuple[int, ...] | None = None,
-        held: ReplicaProgress | None = None,
-        pages: bool = False,
-    ) -> None:
-        """Have ``next_hops`` refilled from what this hop has put out before step ``step_id``; if
-        there are none, it comes to us. With ``pages`` the one next hop gets what its blocks keep.
-
-        lengths: tokens of each row, as the rows are before the ``reorder`` of that step. ``held``
-        is what the next hops have already; None: all their rows begin anew.
-        """
-        await self._say(
-            Replay(
-                session_id=self.terms.session_id,
-                epoch=self.epoch,
-                step_id=step_id,
-                lengths=tuple(lengths),
-                next_hops=on_the_wire(next_hops),
-                reorder=reorder,
-                starts=() if held is None else held.lengths,
-                onto=None if held is None else held.rows,
-                pages=pages,
-            )
-        )
-
-    async def _say(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        if self.failure is not None:
+        if self.state.is_lost:
             return
         try:
             await self._channel.send(message, tensors)
         except PeerError as error:
-            self.fail(error)
+            self.lose(error)
+
+    async def begin_epoch(self, epoch: int, sources: Sequence[PeerId]) -> None:
+        """From now on states come from ``sources`` and the client, and older messages are dropped;
+        replies come on this channel.
+        """
+        self.epoch, self.sources = epoch, tuple(sources)
+        await self._tell(BeginEpoch(self.header(), self.sources))
 
     async def keep(self) -> None:
         """A sign of life, so that the lease begins anew."""
-        await self._say(KeepSession(self.terms.session_id, (self.blocks.start, self.blocks.end)))
+        await self._tell(KeepSession(self.header()))
 
-    def is_mute_since(self, when: float) -> bool:
-        """True if the leg stands, and not even a ping was answered since ``when`` (monotonic)."""
-        return self.failure is None and self._channel.heard_at < when
-
-    def fail(self, error: PetalsError) -> None:
-        """The leg is lost; whoever listens is told, once."""
-        if self.failure is not None:
-            return
+    def lose(self, error: PetalsError) -> None:
+        """No answer will come from the hop any more, because of ``error``."""
         error.peer_id = error.peer_id or self.peer_id
-        self.failure = error
-        self._ended.set()
-        if self.listener is not None:
-            self.listener.on_lost(self)
+        self._change(self.state.lost(error))
+
+    def leave_as_slow(self, reason: str) -> None:
+        """Give the hop up although it answers."""
+        self._change(self.state.slow(PeerTimeout(reason, peer_id=self.peer_id)))
+
+    def book(self) -> None:
+        """The loss has been entered into bans and exclusions."""
+        self.state = self.state.booked()
 
     async def close(self) -> None:
-        """Free the reservation and wait, briefly, for the server to say so. Raises nothing."""
+        """Free the reservation and wait, briefly, for the server to say so. Raises nothing.
+        Idempotent.
+        """
         try:
             with contextlib.suppress(PeerError, TimeoutError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await self._say_goodbye()
+                async with asyncio.timeout(self._timeouts.close_seconds):
+                    await self._free()
         finally:
-            self.fail(SessionClosed("The session was closed.", hint="Open a new one."))
-            if self._reader is not None:
-                self._reader.cancel()
-                await asyncio.wait({self._reader})
+            self.lose(SessionClosed("The session was closed.", hint="Open a new one."))
+            await self._stop_reading()
             await self._channel.close()
 
-    def checked(self, answer: StepReply, hidden: Tensor) -> Tensor:
+    def checked(self, tensors: Sequence[Tensor], hidden: Tensor) -> Tensor:
         """The output, if it can be one for ``hidden``. Raises PeerMisbehaved."""
-        if len(answer.tensors) != 1:
-            raise self.misbehaved(f"{len(answer.tensors)} tensors instead of one")
-        output = answer.tensors[0]
+        if len(tensors) != 1:
+            raise self.misbehaved(f"{len(tensors)} tensors instead of one")
+        output = tensors[0]
         if output.shape != hidden.shape or output.dtype != hidden.dtype:
             raise self.misbehaved(
                 f"{output.dtype} {list(output.shape)} for {hidden.dtype} {list(hidden.shape)}"
@@ -287,115 +246,116 @@ class HopSession:
             peer_id=self.peer_id,
         )
 
-    async def _say_goodbye(self) -> None:
-        # A server that has ended the session may have begun it anew for our successor.
-        if self._channel.is_closed or isinstance(self.failure, SessionClosed):
+    async def _tell(self, message: Message) -> None:
+        """Send what is not answered; a server that does not take it is lost."""
+        seconds = self._timeouts.request_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self.send(message)
+        except TimeoutError:
+            self.lose(PeerTimeout(f"The server took no data for {seconds:g} s."))
+
+    def _change(self, state: LegState) -> None:
+        if state is not self.state:
+            self.state = state
+            self._listener.on_change(self)
+
+    async def _free(self) -> None:
+        if self._channel.is_closed:
             return
-        is_heard = self._reader is not None and self.failure is None
-        await self._channel.send(CloseSession(self.terms.session_id))
-        if is_heard:
+        is_read = self._reader is not None and not self._reader.done()
+        await self._channel.send(CloseSession(self.header()))
+        if is_read:
             await self._ended.wait()
 
-    async def _reserve(self, neighbours: HopNeighbours) -> None:
-        terms, patience = self.terms, self._patience
-        prompts = terms.tuning.prompts_of(self.blocks)
+    async def _reserve(self, spec: SessionSpec, neighbours: HopNeighbours) -> None:
+        self.epoch, self.sources = spec.epoch, neighbours.sources
+        self.cache_tokens = spec.cache_tokens
+        prompts = spec.tuning.prompts_of(self.blocks)
         await self._channel.send(GetInfo())
         await self._channel.send(
             OpenSession(
-                session_id=terms.session_id,
-                epoch=terms.epoch,
-                model=terms.model,
+                header=self.header(),
+                model=spec.model,
                 blocks=(self.blocks.start, self.blocks.end),
-                num_rows=terms.num_rows,
-                max_length=terms.max_length or 0,
-                dtype=str(terms.dtype).removeprefix("torch."),
-                adapter=terms.adapter_name(self.blocks),
-                alloc_timeout_seconds=patience.alloc_seconds,
-                sources=neighbours.sources,
+                num_rows=spec.num_rows,
+                max_length=spec.max_length or 0,
+                dtype=str(spec.dtype).removeprefix("torch."),
+                adapter=spec.adapter_name(self.blocks),
+                alloc_timeout_seconds=self._timeouts.alloc_seconds,
+                sources=self.sources,
                 num_prompt_tokens=prompts[0].shape[1] if prompts else 0,
-                onward=neighbours.after,
+                next_peer=neighbours.after,
             ),
             prompts,
         )
         opened: SessionOpened | None = None
         info: Info | None = None
         while opened is None or info is None:
-            seconds = patience.request_seconds + patience.alloc_seconds
-            answer, _ = await self._channel.receive(seconds)
+            answer, _ = await self._channel.receive()
             match answer:
                 case Info():
                     info = answer
-                case SessionOpened(session_id=terms.session_id):
+                case SessionOpened() if answer.header == self.header():
                     opened = answer
+                    self.lease_seconds, self.max_length = opened.lease_seconds, opened.max_length
                 case Draining():
-                    self._on_leaving(answer)
+                    self._on_draining(answer)
                 case Refusal():
                     raise answer.to_error(self.peer_id)
                 case _:
                     raise self._unexpected(answer)
         self.info = info
-        self.lease_seconds = opened.lease_seconds
-        self.max_length = opened.max_length
+        if info.hidden_size != spec.hidden_size:
+            raise _other_width(info.hidden_size, spec.hidden_size, self.peer_id)
+
+    def _start_reading(self) -> None:
+        self._reader = asyncio.create_task(self._read(), name="replies of a hop")
+        self._reader.add_done_callback(self._on_reader_done)
+
+    async def _stop_reading(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait({self._reader})
 
     async def _read(self) -> None:
         """The life of the channel after the opening."""
         try:
             while True:
-                self._hear(*await self._channel.receive())
+                self._take(*await self._channel.receive())
         except PetalsError as error:
-            self.fail(error)
+            self.lose(error)
 
-    def _hear(self, message: AnyMessage, tensors: list[Tensor]) -> None:
+    def _on_reader_done(self, reader: "asyncio.Task[None]") -> None:
+        if not reader.cancelled() and reader.exception() is not None:
+            logger.error("reading the replies of a hop failed", exc_info=reader.exception())
+            self.lose(PeerFailed("The replies of the server could not be read."))
+
+    def _take(self, message: AnyMessage, tensors: list[Tensor]) -> None:
         match message:
-            case StepResult():
-                if message.session_id == self.terms.session_id and message.epoch >= self.epoch:
-                    self._tell(message.step_id, StepReply(message, tensors))
-            case Replayed():
-                if message.session_id == self.terms.session_id and message.epoch == self.epoch:
-                    self._tell_replayed(not message.undelivered)
-            case ForwardFailed():
-                if message.session_id == self.terms.session_id and message.epoch == self.epoch:
-                    self._tell_undelivered(message)
-            case Step(replay=True):
-                if message.session_id == self.terms.session_id and message.epoch == self.epoch:
-                    self._tell_outputs(message, tensors)
+            case StepResult() | ReplayDone() | ReplayPart() | ForwardFailed():
+                self._listener.on_reply(self, message.header, message, tensors)
             case Draining():
-                self._on_leaving(message)
-            case Refusal(step_id=int(step_id)):
-                self._tell(step_id, message.to_error(self.peer_id))
+                self._on_draining(message)
+            case Refusal(header=RequestHeader() as header):
+                self._listener.on_reply(self, header, message.to_error(self.peer_id), ())
             case Refusal():
                 raise message.to_error(self.peer_id)
-            case SessionEnded():
+            case SessionEnded() if message.header.session_id == self.session_id:
                 self._ended.set()
-                raise SessionClosed(
-                    f"The server has ended the session: {message.reason or 'no reason given'}.",
+                error = SessionClosed(
+                    f"The session was ended: {message.reason or 'no reason given'}.",
                     hint="Open a new session.",
                     peer_id=self.peer_id,
                 )
+                error.reported = True
+                raise error
             case _:
                 raise self._unexpected(message)
 
-    def _tell(self, step_id: int, answer: StepReply | PetalsError) -> None:
-        if self.listener is not None:
-            self.listener.on_answer(self, step_id, answer)
-
-    def _on_leaving(self, message: Draining) -> None:
-        if message.session_id == self.terms.session_id:
-            self.leaving_seconds = message.seconds
-            if self.listener is not None:
-                self.listener.on_leaving(self)
-
-    def _tell_outputs(self, step: Step, tensors: Sequence[Tensor]) -> None:
-        if self.listener is not None:
-            self.listener.on_outputs(self, step, tensors)
-
-    def _tell_undelivered(self, message: ForwardFailed) -> None:
-        if self.listener is not None:
-            self.listener.on_undelivered(self, message.step_id, message.replay)
-
-    def _tell_replayed(self, delivered: bool) -> None:
-        if self.listener is not None:
-            self.listener.on_replayed(self, delivered)
+    def _on_draining(self, message: Draining) -> None:
+        if message.header.session_id == self.session_id:
+            self._change(self.state.draining(self._clock.monotonic() + message.seconds))
 
     def _unexpected(self, message: AnyMessage) -> ProtocolError:
         return ProtocolError(
@@ -404,13 +364,20 @@ class HopSession:
 
 
 async def _open_channel(
-    node: SwarmNode, peer: PeerId, patience: HopTimeouts, seconds: float
+    node: SwarmNode, peer: PeerId, timeouts: HopTimeouts, seconds: float
 ) -> Channel:
     channel = await node.open_channel(peer, BLOCKS_SERVICE, seconds)
-    channel.silence_seconds = patience.silence_seconds
+    channel.silence_seconds = timeouts.silence_seconds
     return channel
 
 
-def on_the_wire(route: Route) -> tuple[NextHop, ...]:
+def _other_width(theirs: int, ours: int, peer: PeerId) -> BadInput:
+    """A server that computes in another width. It says so itself, so it may as well be wrong."""
+    error = BadInput(f"its hidden states have {theirs} values, not {ours}.", peer_id=peer)
+    error.reported = True
+    return error
+
+
+def next_hops(hops: Sequence[HopSession]) -> NextHops:
     """Hops as messages name them."""
-    return tuple(NextHop(hop.peer_id, (hop.blocks.start, hop.blocks.end)) for hop in route)
+    return tuple(NextHop(hop.peer_id, hop.session_id) for hop in hops)

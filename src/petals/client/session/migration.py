@@ -1,293 +1,205 @@
-"""A session leaves servers that are about to go, while these still serve.
+"""A session leaves servers that are about to stop, while these still serve.
 
-Successors are opened beside the old hops and get a copy of the rows while steps go on; between two
-steps they get what has come since and take the old hops' place. A copy is what the old hops keep,
-if a successor can go on with that, and else states that it computes from. Where that fails the old
-hops serve on, it is tried again, and their end is a death like any other: `recovery` mends it.
-Knows rows and reservations; knows no text and no sampling.
+Replacements are reserved beside the old hops and get a copy of the rows while steps go on; between
+two steps they get what has come since, and take over. A copy is the old hops' keys and values, if a
+replacement can go on with them, else states that it computes from. Where that fails the old hops
+serve on, it is tried again, and their end is a loss like any other. Decides nothing: ``actions``
+does.
 """
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Awaitable, Callable
 
+from petals.client.routing.failure_policy import History
+from petals.client.routing.swarm_state import SwarmState
+from petals.client.session.actions import Copy, LegStatus, Migrate, Switch, Wait, next_action
+from petals.client.session.fill import FillGoal, FillOutcome, HopFiller
 from petals.client.session.hop import HopSession
-from petals.client.session.input_log import ReplayBuffer, RowSlices
-from petals.client.session.pending import Refilling
-from petals.client.session.pipeline import HopPipeline
-from petals.client.session.reservation import ReplacementHints, release, reserve_route
-from petals.client.session.state import SessionState, in_pieces, refill_from_us
-from petals.client.session.types import ReplicaProgress, SessionSpec
+from petals.client.session.replacement import HopReplacer
+from petals.client.session.reservation import ReplacementHints
+from petals.client.session.state import SessionMigration, SessionState
+from petals.client.session.types import ReplicaProgress
 from petals.client.trace import Repair
-from petals.errors import (
-    CacheFull,
-    MissingBlocksError,
-    NoCapacity,
-    OutboxLost,
-    PetalsError,
-    SessionGap,
-)
+from petals.errors import PetalsError
 from petals.logs import get_logger
+from petals.models.runtime.token_log import TokenLog
 from petals.types import BlockSpan, PeerId
 
 logger = get_logger(__name__)
 
-_LITTLE_TOKENS = 2
-"""Tokens of a row that a successor can get between two steps without anybody noticing."""
-_MAX_COPIES = 8
-"""A successor that never catches up gets the rest between two steps all the same."""
-_ASSUMED_BYTES_PER_SECOND = 12.5e6
-"""Of the way between two servers: 100 Mbit/s."""
-_PAGES_SHARE = 0.25
-"""Pages may take so much of the time that the old server stays; states are fewer bytes."""
-_FIRST_PAUSE_SECONDS = 0.5
-_MAX_PAUSE_SECONDS = 8.0
 
+class MigrationLoop:
+    """Carries out what is to be done between steps, in a task of its own while there is any."""
 
-@dataclass(slots=True, eq=False)
-class _Replacement:
-    """``hops`` are to take the place of those that are ``leaving``, behind ``before``."""
-
-    path: HopPipeline
-    epoch: int
-    before: HopSession | None
-    leaving: Sequence[HopSession]
-    hops: Sequence[HopSession]
-
-
-class SessionMigration:
-    """Hands one session over, whenever hops of it say that they leave. ``close`` it."""
-
-    def __init__(self, course: SessionState, note: Callable[[Repair], None]) -> None:
-        self._course = course
+    def __init__(
+        self,
+        state: SessionState,
+        swarm: SwarmState,
+        replacer: HopReplacer,
+        filler: HopFiller,
+        note: Callable[[Repair], None],
+    ) -> None:
+        self._state = state
+        self._swarm = swarm
+        self._config = swarm.config.failover
+        self._replacer = replacer
+        self._filler = filler
         self._note = note
-        self._held: ReplicaProgress | None = None
-        """What the successors have or will have of the rows as they are now."""
-        self._unable: set[PeerId] = set()
-        """Servers whose pages did not get through: theirs are not asked for again."""
+        self._excluded: dict[PeerId, PetalsError] = {}
+        self._no_kv: set[PeerId] = set()
+        """Servers whose keys and values did not arrive: theirs are not asked for again."""
+        self._pause_seconds = self._config.migration_pause_seconds
         self._task: asyncio.Task[None] | None = None
 
-    async def close(self) -> None:
-        """Stop; what successors have reserved is freed."""
+    def look(self) -> None:
+        """Begin, if a hop drains and nothing has begun yet."""
+        is_busy = self._task is not None and not self._task.done()
+        is_needed = any(leg.state.status is LegStatus.DRAINING for leg in self._state.legs)
+        if is_needed and not is_busy and not self._state.is_closed:
+            self._task = self._swarm.node.background.start(self._run(), "migrating a session")
+
+    def end(self) -> None:
+        """Stop: the route changes. Replacements are freed in the background."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait({self._task})
-
-    def look(self) -> None:
-        """Begin, if a hop of the path leaves and nothing has begun yet."""
-        path = self._course.path
-        is_busy = self._task is not None and not self._task.done()
-        if path is not None and path.leaving and not is_busy:
-            background = self._course.swarm.node.background
-            self._task = background.start(self._run(), "handing a session over")
-
-    def follow(self, reorder: tuple[int, ...] | None, starts: Sequence[int]) -> None:
-        """A step begins, which first brings the rows to this."""
-        if self._held is not None:
-            self._held = self._held.after(reorder, starts)
+        self._task = None
+        self._drop()
 
     async def _run(self) -> None:
-        pause, clock = _FIRST_PAUSE_SECONDS, self._course.swarm.node.clock
-        while (path := self._course.path) is not None and path.leaving:
-            try:
-                await self._hand_over()
-                pause = _FIRST_PAUSE_SECONDS
-            except PetalsError as error:
-                logger.info("handing over has to wait: %s", error.message)
-                await clock.sleep(pause)
-                pause = min(2 * pause, _MAX_PAUSE_SECONDS)
-
-    async def _hand_over(self) -> None:
-        course = self._course
-        # Not within a repair: what that opens, perhaps for the same blocks, would be of our epoch,
-        # and a server takes two requests of one epoch for the same one.
-        async with course.turn:
-            path, epoch = course.path, course.epoch
-            leaving = [] if path is None else path.leaving
-            num_rows = len(course.told.lengths) or course.terms.num_rows
-        if path is None or not leaving:
-            return
-        start = path.hops.index(leaving[0])
-        before = path.hops[start - 1] if start else None
-        blocks = BlockSpan(leaving[0].blocks.start, leaving[-1].blocks.end)
-        terms = replace(course.terms, epoch=epoch, num_rows=num_rows)
-        hops = await self._open(path, before, blocks, terms)
-        succession = _Replacement(path, epoch, before, leaving, hops)
         try:
-            path.listen_to(hops)
-            await self._copy(succession)
-        except BaseException:
-            for hop in hops:
-                if hop.failure is not None:
-                    course.swarm.note_failure(hop.peer_id, hop.failure)
-            await release(hops)
-            raise
+            while (work := await self._next()) is not None:
+                await work
         finally:
-            self._held = None
+            # After ``end``, the replacements there are, if any, belong to another task.
+            if self._task is asyncio.current_task():
+                self._drop()
 
-    async def _open(
-        self, path: HopPipeline, before: HopSession | None, blocks: BlockSpan, terms: SessionSpec
-    ) -> list[HopSession]:
-        """Successors, best of all such that the hop ``before`` can hand on to."""
-        swarm = self._course.swarm
-        leaving = frozenset(hop.peer_id for hop in path.hops if hop.leaving_seconds is not None)
-        kv_donors = {hop.blocks: hop.peer_id for hop in path.leaving if self._may_give(hop)}
-        repair = ReplacementHints(None, leaving, kv_donors)
-        if before is None:
-            return await reserve_route(swarm, blocks, terms, repair)
-        repair = replace(repair, before=before.peer_id)
-        now, peers = swarm.node.clock.monotonic(), {c.peer_id for c in swarm.candidates()}
-        aside = {p for p in peers if not swarm.edges.is_direct(before.peer_id, p, now)}
-        if aside - leaving:
-            with contextlib.suppress(MissingBlocksError, NoCapacity, CacheFull):
-                fitting = replace(repair, unfit=leaving | aside)
-                return await reserve_route(swarm, blocks, terms, fitting)
-        return await reserve_route(swarm, blocks, terms, repair)
+    async def _next(self) -> Awaitable[object] | None:
+        """What is to be done while steps go on; None: nothing any more."""
+        while True:
+            async with self._state.lock:
+                now = self._swarm.node.clock.monotonic()
+                match next_action(self._state.situation(now), self._config, now):
+                    case Migrate(start, end):
+                        return self._reserve(self._state.legs[start:end])
+                    case Copy():
+                        return self._copy()
+                    case Wait(seconds):
+                        return self._swarm.node.clock.sleep(seconds)
+                    case Switch():
+                        await self._switch()
+                    case _:
+                        return None
 
-    async def _copy(self, succession: _Replacement) -> None:
-        """Copy what is missing, then what has come meanwhile, until it is little; then change."""
-        course, clock = self._course, self._course.swarm.node.clock
-        for num_left in reversed(range(_MAX_COPIES)):
-            async with course.turn:
-                began, lengths = clock.monotonic(), course.told.lengths
-                self._check(succession)
-                held = self._held or ReplicaProgress.nothing(len(lengths))
-                is_little = max(held.missing(lengths), default=0) <= _LITTLE_TOKENS
-                copy = self._send(succession, held)
-                if is_little or not num_left:
-                    await copy
-                    await self._change(succession)
-                    self._tell(succession, clock.monotonic() - began)
-                    return
-                self._held = ReplicaProgress.all_of(lengths)
-            await copy
+    async def _reserve(self, old: list[HopSession]) -> None:
+        legs = self._state.legs
+        start = legs.index(old[0])
+        draining = (leg for leg in legs if leg.state.status is LegStatus.DRAINING)
+        hints = ReplacementHints(
+            before=legs[start - 1].peer_id if start else None,
+            excluded=self._excluded,
+            unfit=frozenset(leg.peer_id for leg in draining),
+            kv_donors={hop.blocks: hop.peer_id for hop in old if self._may_give_kv(hop)},
+        )
+        blocks, num_rows = BlockSpan(old[0].blocks.start, old[-1].blocks.end), self._num_rows
+        try:
+            hops = await self._replacer.reserve_reachable(blocks, num_rows, hints)
+        except PetalsError as error:
+            self._excluded.clear()
+            self._postpone(error.message)
+            return
+        have = ReplicaProgress.nothing(self._num_rows)
+        self._state.migration = SessionMigration(old, hops, have)
 
-    def _check(self, succession: _Replacement) -> None:
-        """Raises OutboxLost if a repair came between."""
-        course = self._course
-        is_same = succession.path is course.path and succession.epoch == course.epoch
-        is_whole = not any(hop.failure for hop in (*succession.path.hops, *succession.hops))
-        if not is_same or not is_whole or course.servers_diverged:
-            raise OutboxLost("A repair comes first.")
+    @property
+    def _num_rows(self) -> int:
+        """Rows that the session has now: during a step, after its reorder."""
+        step = self._state.step
+        return len((self._state.confirmed if step is None else step.inputs).lengths)
 
-    def _send(self, succession: _Replacement, held: ReplicaProgress) -> Coroutine[Any, Any, None]:
-        """Work that brings the successors from what they have to where the rows stand now."""
-        told = self._course.told
-        num_tokens = sum(held.missing(told.lengths))
-        if num_tokens and self._can_give_pages(succession, num_tokens):
-            return self._give_pages(succession, held, told.lengths)
-        if succession.before is None or not num_tokens:
-            return self._fill(succession, held, told.lengths, told.since(held.lengths), None)
-        return self._fill(succession, held, told.lengths, None, succession.before)
+    def _copy(self) -> Awaitable[object]:
+        """Work that brings the replacements to where the rows are now."""
+        migration, confirmed = self._state.migration, self._state.confirmed
+        assert migration is not None
+        have, migration.have = migration.have, ReplicaProgress.all_of(confirmed.lengths)
+        migration.num_copies += 1
+        return self._send(migration, have, confirmed.branch())
 
-    def _can_give_pages(self, succession: _Replacement, num_tokens: int) -> bool:
-        """Can successors go on with what the old hops keep, and get it in good time?"""
-        leaving, hops = succession.leaving, succession.hops
-        return len(leaving) == len(hops) and all(
-            self._can_give(old, new, num_tokens) for old, new in zip(leaving, hops)
+    async def _send(
+        self, migration: SessionMigration, have: ReplicaProgress, rows: TokenLog
+    ) -> bool:
+        """Send the replacements what they lack of ``rows``; False if that failed."""
+        hops, goal = migration.hops, FillGoal(rows.lengths, next(self._state.ids))
+        if self._can_give_kv(migration, sum(have.missing(rows.lengths))):
+            for old, new in zip(migration.old, hops):
+                outcome = await self._filler.fill([new], have, goal, old, kv=True)
+                if outcome is not FillOutcome.DONE:
+                    self._no_kv.add(old.peer_id)
+                    break
+        else:
+            start = self._state.legs.index(migration.old[0])
+            donor = self._state.legs[start - 1] if start else rows
+            outcome = FillOutcome.DONOR_LOST
+            if start or not rows.is_dropped:
+                outcome = await self._filler.fill(hops, have, goal, donor)
+        if outcome is FillOutcome.DONE:
+            return True
+        migration.have = ReplicaProgress.nothing(self._num_rows)
+        if any(hop.state.is_lost for hop in hops):
+            history = History(holds_state=True)
+            for hop in hops:
+                self._replacer.book(hop, history, self._excluded)
+            self._postpone(f"a replacement is lost ({outcome.value})")
+        return False
+
+    async def _switch(self) -> None:
+        """Send what is still missing; then the replacements take the old hops' place."""
+        migration, clock = self._state.migration, self._swarm.node.clock
+        assert migration is not None
+        began, old, hops = clock.monotonic(), migration.old, migration.hops
+        if not await self._send(migration, migration.have, self._state.confirmed):
+            if self._state.migration is not None:
+                self._postpone("the rows could not be copied")
+            return
+        start = self._state.legs.index(old[0])
+        self._state.migration = None
+        self._pause_seconds = self._config.migration_pause_seconds
+        await self._replacer.switch(start, start + len(old), hops)
+        for hop in old:
+            by = tuple(new.hop for new in hops if new.blocks.overlaps(hop.blocks))
+            seconds = clock.monotonic() - began
+            self._note(Repair(hop.peer_id, hop.blocks, "The server leaves.", by, seconds))
+
+    def _can_give_kv(self, migration: SessionMigration, num_tokens: int) -> bool:
+        """Can the replacements go on with the old hops' keys and values, and get them in time?"""
+        old, hops = migration.old, migration.hops
+        return len(old) == len(hops) and all(
+            self._may_give_kv(donor) and self._suits(donor, hop, num_tokens)
+            for donor, hop in zip(old, hops)
         )
 
-    def _can_give(self, old: HopSession, new: HopSession, num_tokens: int) -> bool:
-        swarm, info = self._course.swarm, old.info
+    def _may_give_kv(self, hop: HopSession) -> bool:
+        return self._swarm.config.use_server_to_server and hop.peer_id not in self._no_kv
+
+    def _suits(self, old: HopSession, new: HopSession, num_tokens: int) -> bool:
+        info, now = old.info, self._swarm.node.clock.monotonic()
         is_alike = old.blocks == new.blocks and info.kv_format == new.info.kv_format != ""
-        now = swarm.node.clock.monotonic()
-        is_direct = swarm.edges.is_direct(old.peer_id, new.peer_id, now)
+        is_direct = self._swarm.edges.is_direct(old.peer_id, new.peer_id, now)
         num_blocks = max(1, info.blocks[1] - info.blocks[0])
-        num_bytes = num_tokens * info.page_bytes * len(old.blocks) / num_blocks
-        seconds = num_bytes / _ASSUMED_BYTES_PER_SECOND
-        is_quick = seconds <= _PAGES_SHARE * (old.leaving_seconds or 0.0)
-        return is_alike and is_direct and is_quick and self._may_give(old)
+        num_bytes = num_tokens * info.kv_token_bytes * len(old.blocks) / num_blocks
+        seconds = num_bytes / self._config.migration_bytes_per_second
+        is_quick = seconds <= self._config.migration_kv_share * (old.state.drains_at - now)
+        return is_alike and is_direct and is_quick
 
-    def _may_give(self, hop: HopSession) -> bool:
-        return self._course.swarm.config.use_server_to_server and hop.peer_id not in self._unable
+    def _postpone(self, why: str) -> None:
+        """Give the replacements up, and try again after a pause."""
+        logger.info("migration has to wait: %s", why)
+        self._drop()
+        self._state.migrate_at = self._swarm.node.clock.monotonic() + self._pause_seconds
+        longest = self._config.migration_max_pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, longest)
 
-    async def _give_pages(
-        self, succession: _Replacement, held: ReplicaProgress, lengths: tuple[int, ...]
-    ) -> None:
-        """Let every old hop give its successor what it keeps. Raises OutboxLost or SessionGap if
-        one cannot; next time the successors compute it.
-        """
-        for old, new in zip(succession.leaving, succession.hops):
-            try:
-                refilling = self._refilling(old, [new], held, lengths)
-                await self._replay(succession.path, refilling, held, lengths, pages=True)
-            except (OutboxLost, SessionGap):
-                self._unable.add(old.peer_id)
-                raise
-
-    async def _fill(
-        self,
-        succession: _Replacement,
-        held: ReplicaProgress,
-        lengths: tuple[int, ...],
-        ours: RowSlices | None,
-        source: HopSession | None,
-    ) -> None:
-        """Bring the successors, arc by arc, from ``held`` to ``lengths``: the first of them with
-        ``ours`` unless there is a ``source``.
-        """
-        path, rest = succession.path, list(succession.hops)
-        while rest:
-            if source is not None and path.arc_end(0, [source, *rest]) > 1:
-                arc = rest[: path.arc_end(0, [source, *rest]) - 1]
-                refilling = self._refilling(source, arc, held, lengths)
-                await self._replay(path, refilling, held, lengths)
-            else:
-                if source is not None:
-                    ours = await self._fetch(path, source, held, lengths)
-                arc = rest[: path.arc_end(0, rest)]
-                parts = in_pieces(ours, self._course.piece_tokens(arc))
-                refilling = self._refilling(None, arc, held, lengths)
-                await refill_from_us(path, refilling, parts, held=held)
-            source, rest = arc[-1], rest[len(arc) :]
-
-    async def _fetch(
-        self, path: HopPipeline, source: HopSession, held: ReplicaProgress, lengths: tuple[int, ...]
-    ) -> RowSlices | None:
-        """The rows that ``source`` cannot hand on, on their way through us."""
-        num_tokens, dtype = sum(held.missing(lengths)), self._course.terms.dtype
-        fetched = ReplayBuffer(num_tokens, path.hidden_size, dtype, held.lengths)
-        refilling = replace(self._refilling(source, (), held, lengths), fetched=fetched)
-        await self._replay(path, refilling, held, lengths)
-        return fetched.part()
-
-    async def _replay(
-        self,
-        path: HopPipeline,
-        refilling: Refilling,
-        held: ReplicaProgress,
-        lengths: tuple[int, ...],
-        *,
-        pages: bool = False,
-    ) -> None:
-        source = refilling.source
-        assert source is not None
-        step_id, hops = refilling.step_id, refilling.next_hops
-        ask = partial(source.replay, step_id, lengths, hops, held=held, pages=pages)
-        await path.refill(refilling, ask)
-
-    def _refilling(
-        self,
-        source: HopSession | None,
-        hops: Sequence[HopSession],
-        held: ReplicaProgress,
-        lengths: tuple[int, ...],
-    ) -> Refilling:
-        num_tokens = sum(held.missing(lengths))
-        return Refilling(next(self._course.step_ids), source, hops, num_tokens)
-
-    async def _change(self, succession: _Replacement) -> None:
-        """The successors take the old hops' place."""
-        course, path = self._course, succession.path
-        start = path.hops.index(succession.leaving[0])
-        path.exchange(start, start + len(succession.leaving), succession.hops)
-        course.epoch += 1
-        await path.begin_epoch(course.epoch)
-
-    def _tell(self, succession: _Replacement, seconds: float) -> None:
-        for old in succession.leaving:
-            by = tuple(hop.hop for hop in succession.hops if hop.blocks.overlaps(old.blocks))
-            self._note(Repair(old.peer_id, old.blocks, "The server leaves.", by, seconds))
+    def _drop(self) -> None:
+        migration, self._state.migration = self._state.migration, None
+        if migration is not None:
+            self._replacer.drop(migration.hops)

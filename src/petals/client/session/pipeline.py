@@ -1,440 +1,213 @@
-"""The hops of one session and how a step gets through them.
+"""How the pieces of a step get through the hops of a session.
 
-States travel along *arcs*: consecutive hops that hand them on to each other; between two arcs they
-pass through the client. An answer to a step counts from whichever hop it comes. Knows servers and
-reservations; repairs nothing, and knows no rows and no tokens.
+States travel along direct segments: consecutive hops that forward to each other; between two
+segments they pass through the client. A piece is answered by whichever hop has the output. What
+stops a piece is written into the state of the hop that is to blame. Repairs nothing.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
+from petals.client.routing.latency import StepTimeouts
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.session.hop import HopSession
-from petals.client.session.input_log import ReplayMismatch
-from petals.client.session.latency import LatencyEstimate
-from petals.client.session.pending import PendingReply, Refilling, ReplyFrom
-from petals.client.session.reservation import release
-from petals.client.session.types import StepCall, StepPiece, StepReply
+from petals.client.session.hop import HopSession, next_hops
+from petals.client.session.replies import HopReply, PendingReply, Replies
+from petals.client.session.state import SessionState
+from petals.client.session.types import StepPiece
 from petals.client.trace import EdgeTrace, StepTiming, Way
-from petals.errors import (
-    BadInput,
-    OutboxLost,
-    PeerError,
-    PeerTimeout,
-    PetalsError,
-    RequestError,
-    SessionClosed,
-)
+from petals.errors import PeerMisbehaved, PeerTimeout, PetalsError, RequestError
 from petals.logs import get_logger
-from petals.types import Route
-from petals.wire.messages import Step
+from petals.swarm.background import gather_bounded
+from petals.wire.replies import ForwardFailed, StepResult
+from petals.wire.requests import Step
 
 logger = get_logger(__name__)
 
-_SIGNS_PER_LEASE = 3
-_MIN_SIGN_SECONDS = 0.05
-_LOOK_AGAIN_SECONDS = 0.2
-_HUNG_SECONDS = 10.0
-_HUNG_FACTOR = 4.0
-"""A server that lives may take so long, and so many times what a step's patience is."""
-_UNMEASURED_FACTOR = 10.0
-_UNMEASURED_TOKENS = 128
-"""So often the shortest patience, for every so many tokens, before a route's pace is known."""
 
+class DirectSegments:
+    """Which hops forward to each other now."""
 
-class EdgeLost(OutboxLost):
-    """Something did not get from one hop to the next; the edge is closed, there is a way around."""
+    def __init__(self, swarm: SwarmState) -> None:
+        self._swarm = swarm
+
+    def end(self, hops: Sequence[HopSession], start: int = 0) -> int:
+        """The first hop after ``start`` that its predecessor does not forward to."""
+        if not self._swarm.config.use_server_to_server:
+            return start + 1
+        peers = [hop.peer_id for hop in hops]
+        return self._swarm.edges.run_end(peers, start, self._swarm.node.clock.monotonic())
+
+    def close(self, hops: Sequence[HopSession]) -> None:
+        """For some time, states go through the client between each two of these hops."""
+        for near, far in pairwise(hops):
+            logger.debug("…%s to …%s goes through the client", near.peer_id[-6:], far.peer_id[-6:])
+            self._swarm.edges.close(near.peer_id, far.peer_id, self._swarm.node.clock.monotonic())
+
+    def edges(self, hops: Sequence[HopSession]) -> tuple[EdgeTrace, ...]:
+        """How states get from hop to hop now."""
+        return tuple(
+            EdgeTrace(near.peer_id, far.peer_id, self._way(near, far))
+            for near, far in pairwise(hops)
+        )
+
+    def _way(self, near: HopSession, far: HopSession) -> Way:
+        if self.end([near, far]) == 1:
+            return Way.VIA_CLIENT
+        is_relayed = self._swarm.edges.is_relayed(near.peer_id, far.peer_id)
+        return Way.RELAYED if is_relayed else Way.DIRECT
 
 
 class HopPipeline:
-    """Reservations that lead through all blocks of a session; it owns them."""
+    """Runs pieces through ``state.legs``."""
 
     def __init__(
         self,
-        hops: Sequence[HopSession],
+        state: SessionState,
         swarm: SwarmState,
-        pace: LatencyEstimate,
-        tell_leaving: Callable[[], None],
+        replies: Replies,
+        timeouts: StepTimeouts,
+        segments: DirectSegments,
     ) -> None:
-        self.hops = list(hops)
-        self.pace = pace
-        self._tell_leaving = tell_leaving
+        self._state = state
         self._swarm = swarm
-        self._waiting: dict[int, PendingReply] = {}
-        self._tokens_under_way = 0
-        self._pieces_pace = LatencyEstimate()
-        self.listen_to(self.hops)
-        self._keeper = asyncio.create_task(self._keep_alive(), name="signs of life")
-        self._closed = False
-        swarm.paths.add(self)
-
-    @property
-    def route(self) -> Route:
-        return tuple(hop.hop for hop in self.hops)
-
-    @property
-    def edges(self) -> tuple[EdgeTrace, ...]:
-        """How states get from hop to hop now."""
-        return tuple(
-            EdgeTrace(near.peer_id, far.peer_id, self._way(index, far))
-            for index, (near, far) in enumerate(zip(self.hops, self.hops[1:]))
-        )
-
-    @property
-    def lost(self) -> list[HopSession]:
-        """Hops that nothing more will come from."""
-        return [hop for hop in self.hops if hop.failure is not None]
-
-    @property
-    def leaving(self) -> list[HopSession]:
-        """The first of the hops that will go soon, and those behind it that will, too."""
-        is_leaving = [hop.leaving_seconds is not None for hop in self.hops]
-        start = (*is_leaving, True).index(True)
-        end = (*is_leaving, False).index(False, start) if any(is_leaving) else start
-        return self.hops[start:end]
-
-    @property
-    def max_length(self) -> int:
-        """Tokens per row that every hop has granted."""
-        return min(hop.max_length for hop in self.hops)
-
-    @property
-    def max_step_tokens(self) -> int:
-        """Tokens the smallest hop takes in one step; 0 if none of them has a limit."""
-        limits = [hop.info.max_batch_tokens for hop in self.hops]
-        return min((limit for limit in limits if limit), default=0)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the states, as the first server says."""
-        return self.hops[0].info.hidden_size
+        self._replies = replies
+        self._timeouts = timeouts
+        self._segments = segments
 
     async def run(self, pieces: Sequence[StepPiece]) -> None:
-        """Get the output of every piece, the hops working on them one behind the other.
+        """Get the outputs of all pieces, the hops working on them one behind the other.
 
-        Raises a RequestError that a server answered with, and whatever else stopped it: ``lost``
-        tells whether a hop is to blame.
+        A piece without output afterwards was stopped by a hop that is lost now. Raises
+        RequestTooLarge.
         """
-        began = self._now()
-        self._tokens_under_way = sum(piece.call.num_tokens for piece in pieces)
-        under_way = asyncio.Semaphore(len(self.hops) + 1)
-        self._pieces_pace = LatencyEstimate()
-        num_done = 0
+        began, num_done = self._now(), 0
+        self._timeouts.begin(sum(piece.num_tokens for piece in pieces))
 
         async def run(piece: StepPiece) -> None:
             nonlocal num_done
-            async with under_way:
-                await self._step(piece)
-            num_done += piece.call.num_tokens
-            self._note_progress(num_done, self._now() - began)
+            piece.output = None
+            if await self._run_piece(piece):
+                num_done += piece.num_tokens
+                self._timeouts.note_progress(num_done, self._now() - began)
+                self._replies.limit(self._timeouts.seconds())
 
         if len(pieces) == 1:
-            await self._step(pieces[0])
+            await run(pieces[0])
         else:
-            await _all(run(piece) for piece in pieces)
-        self.pace.note(self._tokens_under_way, self._now() - began)
+            works = [partial(run, piece) for piece in pieces]
+            await gather_bounded(works, len(self._state.legs) + 1)
+        if all(piece.output is not None for piece in pieces):
+            self._timeouts.end(self._now() - began)
 
-    async def refill(self, refilling: Refilling, send: Callable[[], Awaitable[None]]) -> None:
-        """``send`` what sets ``refilling`` off, and wait until the last hop is refilled.
-
-        Raises what a hop refuses with, EdgeLost if it does not get from hop to hop: the edges in
-        question are then closed; PeerTimeout if a single hop does not take it.
-        """
-        line = refilling.line
-        for hop in line:
-            if hop.failure is not None:
-                raise hop.failure
-        if self.arc_end(0, line) < len(line):
-            raise OutboxLost("The servers cannot hand states to each other.")
-        with self._expect(refilling.step_id) as waiting:
-            waiting.hops, waiting.refilling = line, refilling
-            asked_at = self._now()
-            await send()
-            heard = await waiting.hear(self.timeout_seconds(refilling.num_tokens))
-            while heard is None and len(line) == 1 and line[0].is_mute_since(asked_at):
-                # Its channel will soon tell whether it lives; until then nobody else is asked.
-                waiting.begin(is_paced=False)
-                heard = await waiting.hear(_LOOK_AGAIN_SECONDS)
-        if heard is None:
-            self._close_edges(line)
-            reason = "The replay did not arrive."
-            raise EdgeLost(reason) if len(line) > 1 else PeerTimeout(reason)
-        hop, answer = heard
-        if isinstance(answer, RequestError):
-            raise OutboxLost(f"A server cannot take the replay: {answer.message}")
-        if isinstance(answer, PetalsError):
-            raise self._judged(hop, answer)
-        if hop is not line[-1]:
-            at = line.index(hop)
-            self._close_edges(line[at : at + 2])
-            raise EdgeLost("A server could not pass the replay on.")
-
-    def exchange(self, start: int, end: int, hops: Sequence[HopSession]) -> None:
-        """Put ``hops`` in the place of hops ``start`` to ``end``, which are let go."""
-        old = self.hops[start:end]
-        self.hops[start:end] = hops
-        self.listen_to(hops)
-        for hop in old:
-            hop.listener = None
-            self._swarm.node.background.start(hop.close(), "letting a lost hop go")
-
-    def listen_to(self, hops: Sequence[HopSession]) -> None:
-        """Hear what hops say that are on the path, or are to be."""
-        for hop in hops:
-            hop.listener = self
-
-    async def begin_epoch(self, epoch: int) -> None:
-        """Tell every hop from whom states come now; older frames are dropped from here on, and
-        refills under way end.
-        """
-        for waiting in self._waiting.values():
-            if waiting.refilling and not waiting.heard.done():
-                waiting.heard.set_result((waiting.hops[0], OutboxLost("The path has changed.")))
-        for index, hop in enumerate(self.hops):
-            await hop.begin_epoch(epoch, [self.hops[index - 1].peer_id] if index else [])
-
-    def arc_end(self, start: int, hops: Sequence[HopSession] | None = None) -> int:
-        """The first hop after ``start`` that its neighbour does not hand states to: of the path's,
-        or of ``hops`` one behind the other.
-        """
-        if not self._swarm.config.use_server_to_server:
-            return start + 1
-        peers = [hop.peer_id for hop in hops or self.hops]
-        return self._swarm.edges.run_end(peers, start, self._now())
-
-    def _way(self, index: int, far: HopSession) -> Way:
-        if self.arc_end(index) == index + 1:
-            return Way.VIA_CLIENT
-        is_relayed = self._swarm.edges.is_relayed(self.hops[index].peer_id, far.peer_id)
-        return Way.RELAYED if is_relayed else Way.DIRECT
-
-    def timeout_seconds(self, num_tokens: int | None = None) -> float:
-        """How long silence means nothing while ``num_tokens`` (all under way) are computed."""
-        tokens = self._tokens_under_way if num_tokens is None else num_tokens
-        shortest = self._swarm.config.step_timeout
-        seconds = self.pace.timeout_seconds(tokens)
-        if seconds is None:
-            seconds = self._pieces_pace.timeout_seconds(tokens)
-        if seconds is None:
-            seconds = shortest * _UNMEASURED_FACTOR * (1 + tokens / _UNMEASURED_TOKENS)
-        return max(shortest, seconds)
-
-    async def close(self) -> None:
-        """Free all reservations. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._keeper.cancel()
-        self._swarm.paths.discard(self)
-        await release(self.hops)
-
-    # What the hops say
-
-    def on_answer(self, hop: HopSession, step_id: int, answer: StepReply | PetalsError) -> None:
-        """See ``Listener``. Answers to what nobody waits for any more are dropped."""
-        waiting = self._waiting.get(step_id)
-        if waiting is None or waiting.heard.done():
-            return
-        if hop in waiting.hops:
-            waiting.heard.set_result((hop, answer))
-
-    def on_replayed(self, hop: HopSession, delivered: bool) -> None:
-        """See ``Listener``."""
-        for waiting in self._waiting.values():
-            if not waiting.refilling or waiting.heard.done():
-                continue
-            if waiting.hops[-1] is hop or (hop in waiting.hops and not delivered):
-                waiting.heard.set_result((hop, None))
-
-    def on_undelivered(self, hop: HopSession, step_id: int, replay: bool) -> None:
-        """See ``Listener``. If we wait for it still, the edge is closed and the step repeated."""
-        waiting = self._waiting.get(step_id)
-        if waiting is None or waiting.heard.done() or hop not in waiting.hops[:-1]:
-            return
-        if replay == (waiting.refilling is not None) and hop not in waiting.reported_loss:
-            waiting.reported_loss.add(hop)
-            at = waiting.hops.index(hop)
-            self._close_edges(waiting.hops[at : at + 2])
-            waiting.heard.set_result((hop, EdgeLost("The channel between two servers broke.")))
-
-    def on_outputs(self, hop: HopSession, step: Step, tensors: Sequence[Tensor]) -> None:
-        """See ``Listener``."""
-        waiting = self._waiting.get(step.step_id)
-        if waiting is None or waiting.heard.done() or hop not in waiting.hops:
-            return
-        fetched = None if waiting.refilling is None else waiting.refilling.fetched
-        if fetched is None:
-            return
-        try:
-            fetched.add(step, tensors)
-        except ReplayMismatch as error:
-            waiting.heard.set_result((hop, hop.misbehaved(str(error))))
-            return
-        if step.ends:
-            waiting.heard.set_result((hop, None))
-
-    def on_lost(self, hop: HopSession) -> None:
-        """See ``Listener``."""
-        for waiting in self._waiting.values():
-            if hop in waiting.hops and not waiting.heard.done():
-                waiting.heard.set_result((hop, hop.failure))
-
-    def on_leaving(self, hop: HopSession) -> None:
-        """See ``Listener``."""
-        self._swarm.note_leaving(hop.peer_id, hop.leaving_seconds or 0.0)
-        self._tell_leaving()
-
-    # One step
-
-    async def _step(self, piece: StepPiece) -> None:
-        hidden, at = piece.hidden, 0
-        with self._expect(piece.call.step_id) as waiting:
-            while at < len(self.hops):
-                began, end = self._now(), self.arc_end(at)
-                waiting.hops = self.hops[at:]
-                heard = await self._ask(waiting, piece.call, hidden, self.hops[at:end])
-                if heard is None:
+    async def _run_piece(self, piece: StepPiece) -> bool:
+        """True if the piece has its output; else a hop is lost."""
+        legs, hidden, at = self._state.legs, piece.rows.hidden, 0
+        with self._replies.expect(legs, piece.request_id) as pending:
+            while at < len(legs):
+                began, end = self._now(), self._segments.end(legs, at)
+                pending.hops = legs[at:]
+                reply = await self._ask(pending, piece, hidden, legs[at:end])
+                if reply is None:
+                    if end == at + 1:
+                        return False
                     # All of them live: between two of them something does not pass.
-                    self._close_edges(self.hops[at:end])
+                    self._segments.close(legs[at:end])
                     continue
-                hop, answer = heard
-                if isinstance(answer, EdgeLost):
+                index = legs.index(reply.hop)
+                if isinstance(reply.message, ForwardFailed):
+                    self._segments.close(legs[index : index + 2])
                     continue
-                index = self.hops.index(hop)
-                if not isinstance(answer, StepReply):
-                    if isinstance(answer, BadInput) and index > at:
-                        # We checked what went in, so it was spoilt by the hop that handed it on.
-                        hop = self.hops[index - 1]
-                        answer = hop.misbehaved(f"states that its neighbour refused: {answer}")
-                    raise self._judged(hop, answer)
-                hidden = self._checked(hop, answer, hidden)
-                self._note_timings(at, index, piece.call, answer, self._now() - began)
-                passed = zip(pairwise(self.hops[at : index + 1]), answer.result.relayed)
-                for (near, far), is_relayed in passed:
-                    self._swarm.edges.note_way(near.peer_id, far.peer_id, is_relayed)
-                if answer.result.undelivered:
-                    self._close_edges(self.hops[index : index + 2])
-                at = index + 1
+                output = self._output(reply, hidden)
+                if isinstance(output, Tensor):
+                    self._note(reply, legs[at : index + 1], piece, self._now() - began)
+                    if isinstance(reply.message, StepResult) and reply.message.undelivered:
+                        self._segments.close(legs[index : index + 2])
+                    hidden, at = output, index + 1
+                elif index > at and _is_doubtful(reply.hop, output):
+                    # The input came from the hop before, and the client has not seen it. Next time
+                    # it does, and knows which of the two is wrong.
+                    self._segments.close(legs[index - 1 : index + 1])
+                else:
+                    reply.hop.lose(output)
+                    return False
         piece.output = hidden
+        return True
 
     async def _ask(
-        self, waiting: PendingReply, call: StepCall, hidden: Tensor, arc: Sequence[HopSession]
-    ) -> ReplyFrom | None:
-        """Send a step along an arc. None if nobody answers an arc of several hops.
-
-        Raises PeerTimeout if a single one does not answer.
-        """
-        hop = arc[0]
-        if hop.failure is not None:
-            raise hop.failure
-        waiting.begin(is_paced=len(arc) > 1)
-        await hop.send(call, hidden, tuple(later.hop for later in arc[1:]))
-        if waiting.is_paced:
-            return await waiting.hear(self.timeout_seconds())
-        seconds = self._swarm.config.request_timeout
-        patience = max(_HUNG_SECONDS, _HUNG_FACTOR * self.timeout_seconds())
+        self,
+        pending: PendingReply,
+        piece: StepPiece,
+        hidden: Tensor,
+        segment: Sequence[HopSession],
+    ) -> HopReply | None:
+        """Send a piece along a segment. None if no hop answers; a single one is then lost."""
+        first, rows = segment[0], piece.rows
+        message = Step(
+            header=first.header(piece.request_id),
+            starts=rows.starts,
+            counts=rows.counts,
+            reorder=piece.reorder,
+            next_hops=next_hops(segment[1:]),
+        )
+        send = partial(first.send, message, (hidden,))
+        pending.is_paced = len(segment) > 1
+        if pending.is_paced:
+            return await pending.receive(self._timeouts.seconds(), send)
+        seconds, hung_seconds = self._swarm.config.request_timeout, self._timeouts.hung_seconds()
         look = self._swarm.node.clock.call_later(
-            patience, partial(self._leave_if_hung, hop, patience)
+            hung_seconds, partial(self._leave_if_hung, first, hung_seconds)
         )
         try:
-            heard = await waiting.hear(seconds)
+            reply = await pending.receive(seconds, send)
         finally:
             look.cancel()
-        if heard is None:
-            hop.fail(PeerTimeout(f"No answer to a step within {seconds:g} s."))
-            assert hop.failure is not None
-            raise hop.failure
-        return heard
+        if reply is None:
+            first.lose(PeerTimeout(f"No answer to a step within {seconds:g} s."))
+        return reply
 
     def _leave_if_hung(self, hop: HopSession, seconds: float) -> None:
-        """It lives and should have answered long ago: that is no reason to wait if somebody else,
-        measured and with room, can take its place.
+        """A hop that answers pings but not the step is left, if another server that was measured
+        and has room can take its place; else waiting is all that can be done.
         """
-        room = hop.terms.cache_tokens
-        if self._swarm.alternative_seconds(hop.hop, room) is not None:
-            hop.is_straggler = True
-            hop.fail(PeerTimeout(f"It lives, but has not answered a step within {seconds:.0f} s."))
+        if self._swarm.alternative_seconds(hop.hop, hop.cache_tokens) is not None:
+            hop.leave_as_slow(f"It lives, but has not answered a step within {seconds:.0f} s.")
 
-    def _note_progress(self, num_tokens: int, seconds: float) -> None:
-        """So many tokens of the pieces under way are through: now we know how long silence of the
-        others means nothing.
-        """
-        self._pieces_pace.note(num_tokens, seconds)
-        for waiting in self._waiting.values():
-            if waiting.is_paced:
-                waiting.limit(self.timeout_seconds())
-
-    def _checked(self, hop: HopSession, answer: StepReply, hidden: Tensor) -> Tensor:
+    def _output(self, reply: HopReply, hidden: Tensor) -> Tensor | PetalsError:
+        """The output that a reply brings, or what is wrong with the reply."""
+        if isinstance(reply.message, PetalsError):
+            return reply.message
+        if not isinstance(reply.message, StepResult):
+            return reply.hop.misbehaved("something else than an output")
         try:
-            return hop.checked(answer, hidden)
-        except PeerError as error:
-            hop.fail(error)
-            raise
+            return reply.hop.checked(reply.tensors, hidden)
+        except PeerMisbehaved as error:
+            return error
 
-    def _close_edges(self, hops: Sequence[HopSession]) -> None:
-        """These neighbours hand nothing to each other for a while."""
-        for near, far in zip(hops, hops[1:]):
-            logger.debug(
-                "…%s to …%s goes through us for a while", near.peer_id[-6:], far.peer_id[-6:]
-            )
-            self._swarm.edges.close(near.peer_id, far.peer_id, self._now())
-
-    def _judged(self, hop: HopSession, error: PetalsError | None) -> PetalsError:
-        """A refusal, or a loss of ``hop``."""
-        assert error is not None
-        if isinstance(error, PeerError | SessionClosed):
-            hop.fail(error)
-        return error
-
-    def _note_timings(
-        self, first: int, last: int, call: StepCall, answer: StepReply, seconds: float
+    def _note(
+        self, reply: HopReply, passed: Sequence[HopSession], piece: StepPiece, seconds: float
     ) -> None:
-        """What the hops from ``first`` to ``last`` measured; they share the time in between."""
-        result = answer.result
+        """Keep what the hops that a piece has passed report: timings and relayed links."""
+        result = reply.message
+        assert isinstance(result, StepResult)
         own = (result.queue_seconds, result.compute_seconds, result.batch_tokens)
-        measured = [*result.timings, own][first - last - 1 :]
+        measured = [*result.timings, own][-len(passed) :]
         busy = sum(queue + compute for queue, compute, _ in measured)
         between = max(0.0, seconds - busy) / len(measured)
-        for hop, (queue, compute, batch) in zip(
-            self.hops[last + 1 - len(measured) : last + 1], measured
-        ):
+        for hop, (queue, compute, batch) in zip(passed[-len(measured) :], measured):
             total = queue + compute + between
             hop.timings.append(
-                StepTiming(call.step_id, call.num_tokens, total, queue, compute, batch)
+                StepTiming(piece.request_id, piece.num_tokens, total, queue, compute, batch)
             )
-
-    @contextmanager
-    def _expect(self, step_id: int) -> Iterator[PendingReply]:
-        waiting = PendingReply(self._swarm.node.clock)
-        self._waiting[step_id] = waiting
-        try:
-            yield waiting
-        finally:
-            del self._waiting[step_id]
+        for (near, far), is_relayed in zip(pairwise(passed), result.relayed):
+            self._swarm.edges.note_way(near.peer_id, far.peer_id, is_relayed)
 
     def _now(self) -> float:
         return self._swarm.node.clock.monotonic()
 
-    async def _keep_alive(self) -> None:
-        while True:
-            lease = min(hop.lease_seconds for hop in self.hops)
-            await asyncio.sleep(max(lease / _SIGNS_PER_LEASE, _MIN_SIGN_SECONDS))
-            await asyncio.gather(*(hop.keep() for hop in self.hops))
 
-
-async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All at the same time; the first failure ends the others."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+def _is_doubtful(hop: HopSession, error: PetalsError) -> bool:
+    """Whether the hop before ``hop`` may be the one to blame."""
+    return not hop.state.is_lost and isinstance(error, RequestError | PeerMisbehaved)

@@ -1,37 +1,25 @@
 """Reserving a whole route, or a part of one.
 
-Opening never holds one hop while it waits at another: all are asked without waiting; on a refusal
-all are released, and only then another route is taken, or the full one waited for. Knows servers
-and reservations; knows no rows, no positions and no tokens.
+No hop is held while another one is waited for: all are asked without waiting; on a refusal all are
+released, and only then another route is taken, or a full server is waited for. Knows servers and
+reservations; knows no rows, no positions and no tokens.
 """
 
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import monotonic
 
-from petals.client.routing.bans import Cause
+from petals.client.routing.failure_policy import History, Reaction, decide
 from petals.client.routing.route import Needs
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.session.hop import HopSession
+from petals.client.session.hop import HopListener, HopSession
 from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
-from petals.errors import (
-    BadInput,
-    BlocksNotServed,
-    CacheFull,
-    NoCapacity,
-    PeerError,
-    PetalsError,
-    RequestError,
-    UnknownAdapter,
-)
+from petals.errors import CacheFull, NoCapacity, PetalsError, UnknownAdapter
 from petals.logs import get_logger
 from petals.types import BlockSpan, Hop, PeerId, Route
 
 logger = get_logger(__name__)
-
-_MAX_JITTER_SECONDS = 0.1
 
 
 async def release(hops: Sequence[HopSession]) -> None:
@@ -41,28 +29,33 @@ async def release(hops: Sequence[HopSession]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ReplacementHints:
-    """What is opened takes the place of hops that are lost or will be, behind ``before``.
+    """What is reserved takes the place of other hops, behind the server ``before``.
 
-    ``unfit``: servers that cannot take the session. ``kv_donors``: servers that still hold exactly
-    these blocks and can send their keys and values to the replacement.
+    excluded: servers that refused the request, and their refusals. unfit: servers that cannot take
+    the session for other reasons. kv_donors: servers that still hold exactly these blocks and can
+    send their keys and values to the replacement.
     """
 
     before: PeerId | None = None
+    excluded: Mapping[PeerId, PetalsError] = field(default_factory=dict)
     unfit: frozenset[PeerId] = frozenset()
     kv_donors: Mapping[BlockSpan, PeerId] = field(default_factory=dict)
 
 
 async def reserve_route(
-    swarm: SwarmState, blocks: BlockSpan, terms: SessionSpec, repair: ReplacementHints | None = None
+    swarm: SwarmState,
+    blocks: BlockSpan,
+    spec: SessionSpec,
+    listener: HopListener,
+    hints: ReplacementHints | None = None,
 ) -> list[HopSession]:
     """Reserve a route through ``blocks``.
 
-    A repair never calls on a server that is banned, and goes on until nobody is left. Raises
-    MissingBlocksError, CacheFull after ``alloc_timeout``, the refusal of the last server that could
-    have served (RequestTooLarge, UnknownAdapter, ...), and, unless it is a repair, a PeerError
-    after ``max_retries``.
+    A replacement (with ``hints``) never calls a server that is banned, and goes on until no server
+    is left. Raises MissingBlocksError, CacheFull after ``alloc_timeout``, the last refusal if all
+    servers have refused, and, unless it is a replacement, a PeerError after ``max_retries``.
     """
-    hops = await _RouteReservation(swarm, blocks, terms, repair).run()
+    hops = await _RouteReservation(swarm, blocks, spec, listener, hints).run()
     for hop in hops:
         swarm.note_success(hop.peer_id, hop.info)
     return hops
@@ -75,22 +68,22 @@ class _RouteReservation:
         self,
         swarm: SwarmState,
         blocks: BlockSpan,
-        terms: SessionSpec,
-        repair: ReplacementHints | None,
+        spec: SessionSpec,
+        listener: HopListener,
+        hints: ReplacementHints | None,
     ) -> None:
         config = swarm.config
         self._swarm = swarm
-        self._terms = terms
-        self._repair = repair
-        self._needs = Needs(
-            blocks=blocks,
-            model=swarm.model,
-            cache_tokens=terms.cache_tokens,
-        )
-        self._room_deadline = monotonic() + config.alloc_timeout
-        self._full: dict[PeerId, CacheFull] = {}
-        self._unfit: dict[PeerId, PetalsError] = {}
-        self._num_failures = 0
+        self._spec = spec
+        self._listener = listener
+        self._is_replacement = hints is not None
+        self._hints = hints or ReplacementHints()
+        self._needs = Needs(blocks=blocks, model=swarm.model, cache_tokens=spec.cache_tokens)
+        self._room_deadline = swarm.node.clock.monotonic() + config.alloc_timeout
+        self._full: set[PeerId] = set()
+        self._refused = dict(self._hints.excluded)
+        limit = None if self._is_replacement else config.num_retries
+        self._history = History(max_failures=limit)
 
     async def run(self) -> list[HopSession]:
         while True:
@@ -107,18 +100,19 @@ class _RouteReservation:
                 if hops is not None:
                     return hops
             if crowded:  # two clients on crossed routes must not retry in step for ever
-                await asyncio.sleep(random.random() * _MAX_JITTER_SECONDS)
+                jitter = self._swarm.config.failover.jitter_seconds
+                await self._swarm.node.clock.sleep(random.random() * jitter)
 
     async def _route(self, *, exclude_full: bool) -> Route:
-        exclude = {*self._unfit, *self._full} if exclude_full else {*self._unfit}
-        if self._repair is not None:
-            exclude |= self._repair.unfit
+        exclude = self._hints.unfit | self._refused.keys()
+        if exclude_full:
+            exclude |= self._full
         try:
-            needs = replace(self._needs, exclude=frozenset(exclude))
-            return await self._swarm.route(needs, is_repair=self._repair is not None)
+            needs = replace(self._needs, exclude=exclude)
+            return await self._swarm.route(needs, is_repair=self._is_replacement)
         except NoCapacity:
-            if self._unfit and not exclude_full:
-                raise next(reversed(self._unfit.values())) from None
+            if self._refused and not exclude_full:
+                raise next(reversed(self._refused.values())) from None
             raise
 
     async def _wait_for_room(self, route: Route) -> list[HopSession]:
@@ -126,15 +120,19 @@ class _RouteReservation:
         full = next((hop for hop in route if hop.peer_id in self._full), None)
         if full is None:
             return []
-        seconds = self._room_deadline - monotonic()
+        seconds = self._room_deadline - self._swarm.node.clock.monotonic()
         if seconds <= 0:
-            raise self._full[full.peer_id]
+            waited = self._swarm.config.alloc_timeout
+            raise CacheFull(
+                f"The servers of blocks {full.blocks} have had no room for {waited:g} s.",
+                peer_id=full.peer_id,
+            )
         try:
             held = await self._open(full, route, alloc_seconds=seconds)
         except PetalsError as error:
-            await self._learn(full, error)
+            await self._react(full, error)
             return []
-        del self._full[full.peer_id]
+        self._full.discard(full.peer_id)
         return [held]
 
     async def _reserve(self, route: Route, held: list[HopSession]) -> list[HopSession] | None:
@@ -159,57 +157,57 @@ class _RouteReservation:
         for hop, error in errors:
             if not isinstance(error, PetalsError):
                 raise error or RuntimeError
-            await self._learn(hop, error)
+            await self._react(hop, error)
         return None
 
     async def _open(self, hop: Hop, route: Route, alloc_seconds: float = 0.0) -> HopSession:
-        index, repair = route.index(hop), self._repair or ReplacementHints()
-        before, after = repair.before, None
+        index, hints = route.index(hop), self._hints
+        before, after = hints.before, None
         if index:
             before = route[index - 1].peer_id
         if self._swarm.config.use_server_to_server and hop is not route[-1]:
             after = route[index + 1].peer_id
-        neighbours = HopNeighbours(before, after, repair.kv_donors.get(hop.blocks))
-        node, terms, config = self._swarm.node, self._terms, self._swarm.config
-        patience = HopTimeouts(
+        neighbours = HopNeighbours(before, after, hints.kv_donors.get(hop.blocks))
+        node, spec, config = self._swarm.node, self._spec, self._swarm.config
+        timeouts = HopTimeouts(
             connect_seconds=self._swarm.connect_seconds(hop.peer_id),
             request_seconds=config.request_timeout,
             alloc_seconds=alloc_seconds,
             silence_seconds=config.silence_timeout,
+            close_seconds=config.failover.close_seconds,
         )
-        adapter = None if terms.tuning.adapter is None else terms.tuning.adapter.within(hop.blocks)
+        adapter = None if spec.tuning.adapter is None else spec.tuning.adapter.within(hop.blocks)
+        parts = (node, hop, spec, timeouts, neighbours, self._listener)
         if adapter is None:
-            return await HopSession.open(node, hop, terms, patience, neighbours)
+            return await HopSession.open(*parts)
         await self._swarm.adapters.deliver(hop.peer_id, adapter)
         try:
-            return await HopSession.open(node, hop, terms, patience, neighbours)
+            return await HopSession.open(*parts)
         except UnknownAdapter:
             await self._swarm.adapters.deliver(hop.peer_id, adapter, again=True)
-            return await HopSession.open(node, hop, terms, patience, neighbours)
+            return await HopSession.open(*parts)
 
-    async def _learn(self, hop: Hop, error: PetalsError) -> None:
-        """Remember why a server is no choice now. Raises the error if no other can help."""
+    async def _react(self, hop: Hop, error: PetalsError) -> None:
+        """Follow the failure policy. Raises the error if no other server can help."""
         logger.debug("blocks %s at %s: %s", hop.blocks, hop.peer_id, error.message)
-        match error:
-            case CacheFull():
-                self._full[hop.peer_id] = error
-            case BadInput():
+        peer, swarm = hop.peer_id, self._swarm
+        error.peer_id = error.peer_id or peer
+        decision = decide(error, self._history)
+        self._history = self._history.after(error, decision)
+        if decision.cause is not None:
+            swarm.note_failure(peer, error, decision.cause)
+        match decision.reaction:
+            case Reaction.EXCLUDE if isinstance(error, CacheFull):
+                self._full.add(peer)
+            case Reaction.EXCLUDE:
+                self._refused[peer] = error
+            case Reaction.BAN if not self._is_replacement:
+                pause = swarm.config.backoff_seconds(self._history.num_failures)
+                await swarm.node.clock.sleep(pause)
+            case Reaction.RAISE | Reaction.WAIT:
                 raise error
-            case BlocksNotServed():
-                self._unfit[hop.peer_id] = error
-                await self._swarm.refresh()
-            case RequestError():
-                self._unfit[hop.peer_id] = error
-            case PeerError():
-                self._swarm.note_failure(hop.peer_id, error, Cause.UNANSWERED)
-                if self._repair is not None:
-                    return
-                self._num_failures += 1
-                if self._num_failures > self._swarm.config.num_retries:
-                    raise error
-                await asyncio.sleep(self._swarm.config.backoff_seconds(self._num_failures))
-            case _:
-                raise error
+        if decision.refresh:
+            await swarm.refresh()
 
 
 def _opened(tasks: Sequence["asyncio.Task[HopSession]"]) -> list[HopSession]:

@@ -1,12 +1,11 @@
 """A session's rows in the event loop: where each stands, and what a step may ask.
 
-Rolling back and reordering are recorded here and ride on the next step. The layers of a step, from
-outside in: check, run until it is whole (``recovery``), walk the path, one hop. Knows no text and
-no sampling.
+Rolling back and reordering are recorded here and become part of the next step. The layers of a
+step, from outside in: this check, ``supervisor`` (repairs), ``pipeline`` (segments of the route),
+``hop`` (one server). Knows no text and no sampling.
 """
 
 import asyncio
-import secrets
 from collections import deque
 from collections.abc import Sequence
 from time import perf_counter
@@ -17,9 +16,7 @@ from torch import Tensor
 from petals.client.connection.tensor_checks import check_states, check_width
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.routing.swarm_state import show
-from petals.client.session.failover import Failover
-from petals.client.session.input_log import InputLog, RowSlices
-from petals.client.session.state import PendingStep
+from petals.client.session.supervisor import SessionSupervisor
 from petals.client.session.types import SessionSpec, Tuning
 from petals.client.trace import SessionTrace
 from petals.errors import (
@@ -31,7 +28,8 @@ from petals.errors import (
     SessionGap,
 )
 from petals.logs import get_logger
-from petals.types import SESSION_ID_BYTES, BlockSpan, SessionId
+from petals.models.runtime.token_log import RowSlices
+from petals.types import BlockSpan
 from petals.wire.fields import MAX_ROWS
 
 logger = get_logger(__name__)
@@ -61,10 +59,8 @@ class SessionRows:
         self._access = access
         self._num_reserved = num_rows
         self._tuning = tuning or Tuning()
-        self._dtype: torch.dtype | None = None
-        self._recovery: Failover | None = None
-        self._inputs = InputLog(num_rows or 0)
-        self._server_rows = 0
+        self._dtype, self._hidden_size = torch.float32, 0
+        self._supervisor: SessionSupervisor | None = None
         self._reorder: tuple[int, ...] | None = None
         """What servers have not been told yet: new row r continues their row ``_reorder[r]``."""
         self._turn = asyncio.Lock()
@@ -73,21 +69,20 @@ class SessionRows:
 
     @property
     def is_open(self) -> bool:
-        """True while servers hold room for us."""
-        return self._recovery is not None and self._end is None
+        """True while servers hold cache for the session."""
+        return bool(self._hidden_size) and self._end is None
 
     @property
     def trace(self) -> SessionTrace:
         """The route, the latest timings and repairs."""
-        recovery = self._recovery
-        if recovery is None:
+        supervisor = self._supervisor
+        if supervisor is None:
             return SessionTrace((), ())
-        path = recovery.path
         return SessionTrace(
-            hops=() if path is None else tuple(hop.trace for hop in path.hops),
+            hops=tuple(leg.trace for leg in supervisor.state.legs),
             step_seconds=tuple(self._step_seconds),
-            edges=() if path is None else path.edges,
-            repairs=tuple(recovery.repairs),
+            edges=supervisor.edges,
+            repairs=tuple(supervisor.repairs),
         )
 
     def rewind(self, position: int) -> None:
@@ -112,68 +107,61 @@ class SessionRows:
             began = perf_counter()
             self._check(hidden, starts, counts, reorder)
             check_states(hidden)
-            recovery = await self._ready(hidden, len(counts))
+            supervisor, dtype = await self._opened(hidden, len(counts))
             check_width(hidden, self._hidden_size)
-            inputs = self._inputs.branch(starts, reorder)
-            untold = _after(self._reorder, reorder)
+            output, untold = hidden, _after(self._reorder, reorder)
             if hidden.shape[0]:
-                attempt = PendingStep(
-                    inputs=inputs,
-                    # A copy: it is kept, and the caller may write into his own.
-                    rest=RowSlices(tuple(starts), tuple(counts), hidden.to(self._dtype, copy=True)),
-                    reorder=untold,
-                    cuts_rows=untold is not None or inputs.lengths != self._inputs.lengths,
-                    server_rows=self._server_rows,
-                )
-                output = await recovery.run(attempt)
-                untold, self._server_rows = None, len(counts)
+                # A copy: it is kept, and the caller may write into its own.
+                rows = RowSlices(tuple(starts), tuple(counts), hidden.to(dtype, copy=True))
+                output = await supervisor.run(rows, untold)
+                untold = None
                 self._step_seconds.append(perf_counter() - began)
-            else:
-                output = hidden
-            if not inputs.is_dropped and not self._kept.book(id(self), inputs.num_bytes):
-                logger.warning("a session is too long to be kept here: it survives fewer failures")
-                inputs.drop()
-            self._inputs, self._reorder = inputs, untold
-            self.lengths = inputs.lengths
+            self._reorder = untold
+            self.lengths = tuple(start + count for start, count in zip(starts, counts))
             return output.to(hidden.dtype)
 
     async def close(self) -> None:
         """Free what the servers hold; a step under way fails. Idempotent."""
         if self._end is None:
             self._end = SessionClosed("The session was closed.", hint="Open a new one.")
-        if self._recovery is not None:
-            self._kept.forget(id(self))
-            await self._recovery.close()
+        if self._supervisor is not None:
+            await self._supervisor.close()
 
-    async def _ready(self, hidden: Tensor, num_rows: int) -> Failover:
-        """The way to the servers; opens it at the first step."""
-        if self._recovery is not None:
-            return self._recovery
-        self._dtype = hidden.dtype if hidden.dtype in _TRAVELLING else torch.float32
+    async def _opened(self, hidden: Tensor, num_rows: int) -> tuple[SessionSupervisor, torch.dtype]:
+        """The session at the servers, opened at the first step, and how states travel."""
+        if self._supervisor is not None and self._hidden_size:
+            return self._supervisor, self._dtype
+        dtype = hidden.dtype if hidden.dtype in _TRAVELLING else torch.float32
         if self._tuning.prompts is not None:
             check_width(self._tuning.prompts, hidden.shape[-1])
-        view = await self._access.view()
-        terms = SessionSpec(
-            session_id=SessionId(secrets.token_bytes(SESSION_ID_BYTES)),
-            model=view.model,
-            num_rows=self._num_reserved or num_rows,
+        swarm = await self._access.view()
+        num_reserved = self._num_reserved or num_rows
+        spec = SessionSpec(
+            model=swarm.model,
+            num_rows=num_reserved,
+            hidden_size=hidden.shape[-1],
             max_length=self.max_length,
-            dtype=self._dtype,
-            active_adapter=view.config.active_adapter,
+            dtype=dtype,
+            active_adapter=swarm.config.active_adapter,
             tuning=self._tuning,
         )
-        recovery = Failover(view, self.blocks, terms)
-        path = await recovery.open()
-        if self._end is not None:
-            await recovery.close()
-            raise self._end
-        self._recovery, self._hidden_size = recovery, path.hidden_size
-        self._kept = view.kept
-        self._inputs, self._server_rows = InputLog(num_rows), num_rows
-        self.max_length = path.max_length
-        if view.config.show_route == "inference":
-            logger.info("session through %s", show(path.route))
-        return recovery
+        supervisor = SessionSupervisor(swarm, self.blocks, spec)
+        self._supervisor = supervisor
+        try:
+            if self._end is not None:
+                raise self._end
+            nothing = (0,) * num_reserved
+            await supervisor.run(RowSlices(nothing, nothing, hidden[:0]))
+        except BaseException:
+            self._supervisor = None
+            await supervisor.close()
+            raise
+        self._dtype, self._hidden_size = dtype, hidden.shape[-1]
+        self.max_length = supervisor.max_length
+        if swarm.config.show_route == "inference":
+            route = tuple(leg.hop for leg in supervisor.state.legs)
+            logger.info("session through %s", show(route))
+        return supervisor, dtype
 
     def _check(
         self,

@@ -1,18 +1,14 @@
-"""What a session asks of its hops, and what they say: the words between hop, path and recovery.
-
-Plain values; knows no channels and no servers but by name.
-"""
+"""Values that the parts of a session pass to each other. Knows no channels and no peers' states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
 from petals.models.adapters.low_rank import Adapter
-from petals.types import BlockSpan, PeerId, SessionId
-from petals.wire.messages import StepResult
+from petals.models.runtime.token_log import RowSlices
+from petals.types import BlockSpan, PeerId
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,22 +31,25 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSpec:
-    """What a session asks of every one of its hops."""
+    """What a session asks of every one of its hops.
 
-    session_id: SessionId
+    hidden_size: width of the client's hidden states. max_length: tokens of a row; None: what the
+    server allows, and cache is taken as the rows grow. active_adapter: one of the servers' own,
+    used where ``tuning`` brings none. epoch: the one in which the hop joins.
+    """
+
     model: str
     num_rows: int
+    hidden_size: int
     max_length: int | None
-    """None: whatever the server allows, room taken as the rows grow."""
     dtype: torch.dtype = torch.float32
     active_adapter: str | None = None
-    """One of the servers' own, used where ``tuning`` brings none."""
     tuning: Tuning = Tuning()
     epoch: int = 0
 
     @property
     def cache_tokens(self) -> int:
-        """Room that a hop needs for the session in each block, in tokens; 0 if it is to grow."""
+        """Tokens of cache that a hop needs in each block; 0 if the cache is to grow."""
         return (self.max_length or 0) * self.num_rows
 
     def adapter_name(self, blocks: BlockSpan) -> str | None:
@@ -63,8 +62,8 @@ class SessionSpec:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaProgress:
-    """What a successor has of a session's rows: row r stands, as far as ``lengths[r]`` tokens, in
-    its row ``rows[r]``.
+    """What a replacement has of a session's rows: the first ``lengths[r]`` tokens of row r, in its
+    own row ``rows[r]``.
     """
 
     rows: tuple[int, ...]
@@ -87,15 +86,15 @@ class ReplicaProgress:
         )
 
     def missing(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        """Tokens of each row that it has not."""
-        return tuple(length - held for length, held in zip(lengths, self.lengths, strict=True))
+        """Tokens of each row that the replacement lacks."""
+        return tuple(length - have for length, have in zip(lengths, self.lengths, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class HopNeighbours:
-    """The servers that a hop takes states from and hands them to, where there are any beside us.
+    """The servers that a hop receives states from and forwards them to, beside the client.
 
-    ``kv_donor`` is the one whose place it takes, if that is to give it what its blocks keep.
+    ``kv_donor`` is the server that the hop replaces, if it is to send its keys and values.
     """
 
     before: PeerId | None = None
@@ -104,59 +103,32 @@ class HopNeighbours:
 
     @property
     def sources(self) -> tuple[PeerId, ...]:
-        """Whom the hop may take anything from."""
+        """The peers that the hop accepts states from."""
         return tuple(peer for peer in (self.before, self.kv_donor) if peer is not None)
-
-
-class Refill(Enum):
-    """Why a step is sent: for its output, or to refill rows that were lost."""
-
-    NO = "no"
-    YES = "yes"
-    LAST = "last"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopTimeouts:
-    """How long to wait for a stream, for one answer, for room in the server's cache, and for a sign
-    of life while something is pending.
+    """Seconds to wait for a stream, for one answer, for room in the server's cache, for a sign of
+    life while an answer is due, and for the confirmation of a close.
     """
 
     connect_seconds: float
     request_seconds: float
     alloc_seconds: float = 0.0
-    silence_seconds: float = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepCall:
-    """One step as every hop gets it: row r runs ``counts[r]`` tokens from ``starts[r]``."""
-
-    step_id: int
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    reorder: tuple[int, ...] | None = None
-    refill: Refill = Refill.NO
-    reordered: bool = False
-    """The rows are refilled as the reorder of the step to follow leaves them."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.counts)
+    silence_seconds: float
+    close_seconds: float
 
 
 @dataclass(slots=True, eq=False)
 class StepPiece:
-    """A step under way. hidden: [tokens, H]; output: the same shape, once it has come."""
+    """A part of a step that every hop runs at once. output: [tokens, H], None until it is known."""
 
-    call: StepCall
-    hidden: Tensor
+    request_id: int
+    rows: RowSlices
+    reorder: tuple[int, ...] | None = None
     output: Tensor | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class StepReply:
-    """What a hop said to a step."""
-
-    result: StepResult
-    tensors: list[Tensor]
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.rows.counts)

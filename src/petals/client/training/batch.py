@@ -1,16 +1,13 @@
-"""A batch of whole sequences: cut into micro-batches, each on a route of its own.
+"""A batch of whole sequences: it is cut into micro-batches, each with a route of its own.
 
-A route of n hops gets about twice n micro-batches, so that all of its servers work at the same
-time; smaller ones, where that is more than all its servers take at once. Gradients are summed in
-the order of the rows, so that they are the same at every run. Knows no gradients' use, no model and
-no tokens.
+A route of n hops gets about 2 n micro-batches, so that all of its servers compute at the same time.
+Where the servers accept less at once, the micro-batches are halved. Gradients are summed in the
+order of the rows, so that every run gives the same bits. Knows no model and no optimizer.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,18 +19,23 @@ from petals.client.routing.swarm_state import SwarmState
 from petals.client.training.hop_call import Gradients
 from petals.client.training.micro_batch import LostPeers, MicroBatch
 from petals.errors import BatchTooLarge
+from petals.swarm.background import gather_bounded
 from petals.types import BlockSpan
 
 MAX_TOKENS = 1024
+"""Upper limit of a micro-batch, in tokens."""
+
 MIN_TOKENS = 64
-"""Of a micro-batch: fewer are not worth a message of their own."""
+"""Lower limit of a micro-batch, in tokens: with fewer, the message costs more than the product."""
 
 MAX_ROWS = 128
-"""Fewer than any server's limit of rows at once."""
+"""Upper limit of a micro-batch, in rows; below the limit of rows of any server."""
 
 _PER_HOP = 2
-_MAX_AT_ONCE = 8
-T = TypeVar("T")
+"""Micro-batches per hop of a route: one is computed while the next one travels."""
+
+MAX_AT_ONCE = 8
+"""Micro-batches of one pass under way at the same time."""
 
 
 class Pass:
@@ -86,7 +88,7 @@ class Pass:
         for number, (batch, piece) in enumerate(zip(self._batches, self._split(grads.hidden))):
             taps = {block: pieces[number] for block, pieces in tapped.items()}
             works.append(partial(batch.backward, PassOutput(piece, taps)))
-        found = await _in_turns(works)
+        found = await gather_bounded(works, MAX_AT_ONCE)
         return Gradients(
             torch.cat([part.hidden for part in found]),
             self._joined([part.prompts for part in found if part.prompts is not None]),
@@ -103,7 +105,8 @@ class Pass:
 
     async def _forward(self, hidden: Tensor) -> list[PassOutput]:
         pieces = zip(self._batches, self._split(hidden))
-        return await _in_turns([partial(batch.forward, piece) for batch, piece in pieces])
+        works = [partial(batch.forward, piece) for batch, piece in pieces]
+        return await gather_bounded(works, MAX_AT_ONCE)
 
     def _split(self, packed: Tensor) -> Sequence[Tensor]:
         return torch.split(packed, [sum(part) for part in self._parts])
@@ -154,20 +157,3 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total = total + tensor
     return total
-
-
-async def _in_turns(works: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """All results, some at a time; the first failure ends the others."""
-    at_once = asyncio.Semaphore(_MAX_AT_ONCE)
-
-    async def run(work: Callable[[], Awaitable[T]]) -> T:
-        async with at_once:
-            return await work()
-
-    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(run(work)) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)

@@ -1,7 +1,7 @@
 """One server's part of a pass: whole sequences through some blocks, and gradients back.
 
-What comes back is checked (number, shape, dtype, finite) before anybody uses it. Decides nothing:
-repairs and other routes are its caller's. Knows no model and no tokens.
+The number, shapes, dtypes and finiteness of the returned tensors are checked before they are used.
+The caller decides about repairs and routes. Knows no model and no tokens.
 """
 
 import secrets
@@ -38,11 +38,12 @@ class Gradients:
 
 
 @dataclass(slots=True, eq=False)
-class Leg:
-    """A hop with what it is given, and until when (monotonic) it keeps what the way back needs.
+class PassLeg:
+    """A hop and its inputs.
 
-    hidden: [sum(counts), H]; call: cut to the hop's blocks. ``wants_adapter``: the gradients of its
-    adapter's tensors are asked for, if it has one.
+    hidden: [sum(counts), H]; call: cut to the hop's blocks. ``wants_adapter``: gradients of the
+    adapter's tensors are needed. ``kept_until``: time (s, monotonic) until which the server keeps
+    the activations that the backward pass needs; 0: it keeps none.
     """
 
     hop: Hop
@@ -54,7 +55,7 @@ class Leg:
 
 
 def within(call: PassCall, whole: BlockSpan, blocks: BlockSpan) -> PassCall:
-    """The part of a call for ``whole`` that ``blocks`` need."""
+    """The part of a call for the blocks ``whole`` that concerns ``blocks``."""
     first = blocks.start - whole.start
     prompts, adapter = call.prompts, call.adapter
     return PassCall(
@@ -65,40 +66,40 @@ def within(call: PassCall, whole: BlockSpan, blocks: BlockSpan) -> PassCall:
     )
 
 
-async def run_forward(view: SwarmState, leg: Leg, *, is_training: bool) -> PassOutput:
-    """What the hop makes of the leg's hidden states.
+async def run_forward(swarm: SwarmState, leg: PassLeg, *, is_training: bool) -> PassOutput:
+    """Run the hop forward on its inputs.
 
-    In training the server is asked to keep what ``run_backward`` needs. Raises the server's refusal
-    and PeerError.
+    In training the server is asked to keep the activations for ``run_backward``. Raises the
+    server's refusal and PeerError.
     """
-    message = _forward(view, leg, leg.pass_id if is_training else None)
-    answer, tensors = await _ask(view, leg, message, _inputs(leg), ForwardResult)
+    message = _forward(swarm, leg, leg.pass_id if is_training else None)
+    answer, tensors = await _ask(swarm, leg, message, _inputs(leg), ForwardResult)
     if answer.kept:
-        leg.kept_until = view.node.clock.monotonic() + answer.lease_seconds
+        leg.kept_until = swarm.node.clock.monotonic() + answer.lease_seconds
     likes = [leg.hidden] * (1 + len(leg.call.taps))
     hidden, *tapped = _checked(leg, tensors, likes, "states")
     return PassOutput(hidden, dict(zip(leg.call.taps, tapped)))
 
 
-async def run_backward(view: SwarmState, leg: Leg, grads: PassOutput) -> Gradients:
-    """Gradients of what went in, from those of what came out and was tapped.
+async def run_backward(swarm: SwarmState, leg: PassLeg, grads: PassOutput) -> Gradients:
+    """Gradients of the hop's inputs, from the gradients of its output and of its taps.
 
-    A server that has kept the pass needs nothing else; any other gets the inputs and runs it again.
-    Raises the server's refusal and PeerError.
+    A server that has kept the activations gets the gradients alone; any other also gets the inputs
+    and recomputes the pass. Raises the server's refusal and PeerError.
     """
-    forward, taps = _forward(view, leg, leg.pass_id), leg.call.taps
+    forward, taps = _forward(swarm, leg, leg.pass_id), leg.call.taps
     given = (grads.hidden, *(grads.tapped[block] for block in taps))
-    is_kept = view.node.clock.monotonic() < leg.kept_until
-    leg.kept_until = 0.0  # it serves one backward pass
+    is_kept = swarm.node.clock.monotonic() < leg.kept_until
+    leg.kept_until = 0.0  # kept activations serve one backward pass
     adapter = leg.call.adapter if leg.wants_adapter else None
     message = Backward(forward, kept=is_kept, wants_adapter=adapter is not None)
     try:
         tensors = (*given,) if is_kept else (*given, *_inputs(leg))
-        _, answers = await _ask(view, leg, message, tensors, BackwardResult)
+        _, answers = await _ask(swarm, leg, message, tensors, BackwardResult)
     except PassExpired as error:
         if not is_kept:
             raise _misbehaved(leg, "has lost a pass that it was just given") from error
-        return await run_backward(view, leg, grads)
+        return await run_backward(swarm, leg, grads)
     prompts = leg.call.prompts
     likes = [leg.hidden] if prompts is None else [leg.hidden, prompts]
     if adapter is not None:
@@ -107,11 +108,11 @@ async def run_backward(view: SwarmState, leg: Leg, grads: PassOutput) -> Gradien
     return Gradients(hidden, None if prompts is None else rest.pop(0), tuple(rest))
 
 
-def _forward(view: SwarmState, leg: Leg, pass_id: bytes | None) -> Forward:
+def _forward(swarm: SwarmState, leg: PassLeg, pass_id: bytes | None) -> Forward:
     call, blocks = leg.call, leg.hop.blocks
-    adapter = view.config.active_adapter if call.adapter is None else call.adapter.digest
+    adapter = swarm.config.active_adapter if call.adapter is None else call.adapter.digest
     return Forward(
-        model=view.model,
+        model=swarm.model,
         blocks=(blocks.start, blocks.end),
         counts=call.counts,
         adapter=adapter,
@@ -121,34 +122,36 @@ def _forward(view: SwarmState, leg: Leg, pass_id: bytes | None) -> Forward:
     )
 
 
-def _inputs(leg: Leg) -> tuple[Tensor, ...]:
+def _inputs(leg: PassLeg) -> tuple[Tensor, ...]:
     prompts = leg.call.prompts
     return (leg.hidden,) if prompts is None else (leg.hidden, prompts)
 
 
 async def _ask(
-    view: SwarmState, leg: Leg, message: Message, tensors: Sequence[Tensor], expect: type[M]
+    swarm: SwarmState, leg: PassLeg, message: Message, tensors: Sequence[Tensor], expect: type[M]
 ) -> tuple[M, list[Tensor]]:
-    config, peer, adapter = view.config, leg.hop.peer_id, leg.call.adapter
+    config, peer, adapter = swarm.config, leg.hop.peer_id, leg.call.adapter
 
     async def ask() -> tuple[M, list[Tensor]]:
-        async with view.channels.lent(peer, BLOCKS_SERVICE, view.connect_seconds(peer)) as channel:
+        async with swarm.channels.lent(
+            peer, BLOCKS_SERVICE, swarm.connect_seconds(peer)
+        ) as channel:
             return await channel.request(
                 message, tensors, expect=expect, timeout=config.request_timeout
             )
 
     if adapter is None:
         return await ask()
-    await view.adapters.deliver(peer, adapter)
+    await swarm.adapters.deliver(peer, adapter)
     try:
         return await ask()
     except UnknownAdapter:
-        await view.adapters.deliver(peer, adapter, again=True)
+        await swarm.adapters.deliver(peer, adapter, again=True)
         return await ask()
 
 
 def _checked(
-    leg: Leg, tensors: Sequence[Tensor], likes: Sequence[Tensor], what: str
+    leg: PassLeg, tensors: Sequence[Tensor], likes: Sequence[Tensor], what: str
 ) -> list[Tensor]:
     """``tensors`` in the dtypes of ``likes``, if they can be right. Raises PeerMisbehaved."""
     if len(tensors) != len(likes):
@@ -159,7 +162,7 @@ def _checked(
     return [tensor.to(like.dtype) for tensor, like in zip(tensors, likes)]
 
 
-def _misbehaved(leg: Leg, what: str) -> PeerMisbehaved:
+def _misbehaved(leg: PassLeg, what: str) -> PeerMisbehaved:
     return PeerMisbehaved(
         f"The server of blocks {leg.hop.blocks} {what}.",
         hint="It is avoided from now on; report it to whoever runs the swarm.",

@@ -1,8 +1,8 @@
-"""Some rows of a pass on their way through the swarm, forward and back.
+"""A micro-batch: some rows of a pass on their way through the swarm, forward and backward.
 
-The input of every hop is kept for the way back, so that a server that fails, in either direction,
-is replaced from where it failed and nothing else is done twice: its range alone is run again, by
-one server or by several. Knows routes and servers; knows no model and no tokens.
+The client keeps the input of every hop until the backward pass, so that a server that fails, in
+either direction, is replaced for its blocks alone, by one server or by several, and no other hop
+computes anything twice. Knows routes and servers; knows no model and no tokens.
 """
 
 import asyncio
@@ -16,42 +16,43 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
+from petals.client.routing.failure_policy import (
+    LOOK_AGAIN_SECONDS,
+    History,
+    Reaction,
+    decide,
+)
 from petals.client.routing.route import Needs
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.training.hop_call import Gradients, Leg, run_backward, run_forward, within
+from petals.client.training.hop_call import Gradients, PassLeg, run_backward, run_forward, within
 from petals.errors import (
-    BadInput,
-    BlocksNotServed,
-    CacheFull,
     MissingBlocksError,
     NoCapacity,
-    PeerError,
     PeerTimeout,
     PeerUnreachable,
     PetalsError,
-    RequestError,
     TrainingRefused,
 )
 from petals.types import BlockSpan, Hop, PeerId, Route
 
-_LOOK_AGAIN_SECONDS = 0.5
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartialPass:
-    """Hops one after the other, and what came out of the last of them; None: it was left out."""
+    """Hops one after the other, and the output of the last of them; None if that was not run."""
 
-    legs: list[Leg]
+    legs: list[PassLeg]
     output: Tensor | None
     tapped: dict[int, Tensor]
 
 
 class LostPeers:
-    """The servers that a pass has found dead, and how; one is enough to find it.
+    """The servers that a pass has found dead, and the errors that showed it.
 
-    Its micro-batches share this: whoever waits for a server then, for a stream, for its turn or for
-    an answer, waits no longer.
+    All micro-batches of the pass share this: as soon as one of them finds a server dead, the others
+    stop waiting for that server (for a stream, for an adapter to be delivered, for a reply).
+    Otherwise each of them would wait a whole ``silence_timeout``, one after the other.
     """
 
     def __init__(self) -> None:
@@ -59,13 +60,13 @@ class LostPeers:
         self._waiting: defaultdict[PeerId, set[asyncio.Task[Any]]] = defaultdict(set)
 
     def add(self, peer: PeerId, error: PetalsError) -> None:
-        """``peer`` is dead; that is what ``error`` says."""
+        """``peer`` is dead, as ``error`` shows: every request to it that waits is cancelled."""
         self.errors[peer] = error
         for task in self._waiting[peer]:
             task.cancel()
 
     async def wait(self, peer: PeerId, asking: Coroutine[Any, Any, T]) -> T | None:
-        """What ``asking`` returns or raises; None if somebody else finds ``peer`` dead first."""
+        """What ``asking`` returns or raises; None if another one finds ``peer`` dead."""
         task = asyncio.create_task(asking)
         self._waiting[peer].add(task)
         try:
@@ -87,31 +88,30 @@ class MicroBatch:
 
     def __init__(
         self,
-        view: SwarmState,
+        swarm: SwarmState,
         blocks: BlockSpan,
         call: PassCall,
         *,
         is_training: bool,
         lost: LostPeers,
     ) -> None:
-        self._view = view
+        self._swarm = swarm
         self._blocks = blocks
         self._call = call
         self._is_training = is_training
-        self._legs: list[Leg] = []
+        self._legs: list[PassLeg] = []
         tensors = () if call.adapter is None else call.adapter.tensors
         self._wants_adapter = any(tensor.requires_grad for tensor in tensors)
         self._refused: dict[PeerId, PetalsError] = {}
-        self._called_again: set[PeerId] = set()
-        self._num_refusals = 0
+        self._history = History(holds_state=True, max_failures=swarm.config.num_retries)
         self._lost = lost
 
     async def forward(self, hidden: Tensor) -> PassOutput:
         """hidden: [sum(counts), H]. Raises RouteError, the servers' refusals, PeerError."""
-        walked = await self._walk(self._blocks, hidden)
-        self._legs = walked.legs
-        assert walked.output is not None
-        return PassOutput(walked.output, walked.tapped)
+        passed = await self._forward_through(self._blocks, hidden)
+        self._legs = passed.legs
+        assert passed.output is not None
+        return PassOutput(passed.output, passed.tapped)
 
     async def backward(self, grads: PassOutput) -> Gradients:
         """Gradients of what ``forward`` was given, from those of what it gave. Raises likewise."""
@@ -123,9 +123,9 @@ class MicroBatch:
         while todo:
             leg = todo.pop()
             given = replace(grads, hidden=grad)
-            found = await self._ask(leg.hop, partial(run_backward, self._view, leg, given))
+            found = await self._ask(leg.hop, partial(run_backward, self._swarm, leg, given))
             if found is None:
-                todo += (await self._walk(leg.hop.blocks, leg.hidden, to_last=True)).legs
+                todo += (await self._forward_through(leg.hop.blocks, leg.hidden, to_last=True)).legs
                 continue
             done.append(leg)
             grad = found.hidden
@@ -144,19 +144,19 @@ class MicroBatch:
             return ()
         return tuple(grad for slot in self._call.adapter.parts for grad in found[slot])
 
-    async def _walk(
+    async def _forward_through(
         self, blocks: BlockSpan, hidden: Tensor, *, to_last: bool = False
     ) -> PartialPass:
-        """Through ``blocks``, around those who fail; ``to_last``: not through the last hop."""
-        legs: list[Leg] = []
+        """Run ``blocks`` forward, around servers that fail; ``to_last``: all hops but the last."""
+        legs: list[PassLeg] = []
         tapped: dict[int, Tensor] = {}
         while len(blocks):
             for hop in await self._route(blocks):
                 own = within(self._call, self._blocks, hop.blocks)
-                leg = Leg(hop, hidden, own, self._wants_adapter)
+                leg = PassLeg(hop, hidden, own, self._wants_adapter)
                 if to_last and hop.blocks.end == blocks.end:
                     return PartialPass([*legs, leg], None, tapped)
-                run = partial(run_forward, self._view, leg, is_training=self._is_training)
+                run = partial(run_forward, self._swarm, leg, is_training=self._is_training)
                 output = await self._ask(hop, run)
                 if output is None:
                     break
@@ -167,71 +167,76 @@ class MicroBatch:
         return PartialPass(legs, hidden, tapped)
 
     async def _ask(self, hop: Hop, ask: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
-        """What the hop answers; None if it cannot, and another has to take its place."""
+        """What the hop answers; None if it cannot, so that another server has to take its place."""
         if hop.peer_id in self._out_of_reach():
             return None
         try:
             answer = await self._lost.wait(hop.peer_id, ask())
         except PetalsError as error:
-            await self._learn(hop, error)
+            error.peer_id = error.peer_id or hop.peer_id
+            await self._react(hop.peer_id, error)
             return None
         if answer is not None:
-            self._num_refusals = 0
+            self._history = self._history.progressed()
         return answer
 
     def _out_of_reach(self) -> frozenset[PeerId]:
-        """Those who were found dead, until their bans end."""
-        return self._view.bans.at(self._view.node.clock.monotonic()) & self._lost.errors.keys()
+        """Servers that this pass has found dead and that are still banned."""
+        return self._swarm.bans.at(self._swarm.node.clock.monotonic()) & self._lost.errors.keys()
 
     async def _route(self, blocks: BlockSpan) -> Route:
-        """Waits up to ``repair_timeout`` for somebody to take the place of what was lost."""
-        view, clock = self._view, self._view.node.clock
-        deadline = clock.monotonic() + view.config.repair_timeout
+        """A route for ``blocks``. Where a lost server left a gap, waits for a replacement for at
+        most ``repair_timeout``; raises MissingBlocksError, NoCapacity, the last refusal.
+        """
+        swarm, history = self._swarm, self._history
         while True:
             lost = self._out_of_reach()
             needs = Needs(
                 blocks=blocks,
-                model=view.model,
+                model=swarm.model,
                 exclude=frozenset(lost | self._refused.keys()),
                 is_training=self._is_training,
             )
             try:
-                in_haste = bool(lost or self._called_again)
-                return await view.route(needs, throughput=True, in_haste=in_haste)
+                in_haste = bool(lost or history.redialled)
+                return await swarm.route(needs, throughput=True, in_haste=in_haste)
             except (MissingBlocksError, NoCapacity, TrainingRefused) as error:
-                if lost and (left := deadline - clock.monotonic()) > 0:
-                    await clock.sleep(min(_LOOK_AGAIN_SECONDS, left))
-                    await view.refresh(older_than=_LOOK_AGAIN_SECONDS)
-                elif self._refused or not lost:
-                    raise next(reversed(self._refused.values()), error) from None
-                else:
-                    last_error = next(reversed(self._lost.errors.values()))
-                    raise _nobody(blocks, view.model) from last_error
+                # Without a lost server nobody is expected to come back: waiting would be useless.
+                seconds = swarm.config.repair_timeout if lost else 0.0
+                now = swarm.node.clock.monotonic()
+                history = replace(history, now=now, max_wait_seconds=seconds)
+                decision = decide(error, history)
+                if decision.reaction is Reaction.RAISE:
+                    raise self._reason(error, blocks, bool(lost)) from error.__cause__
+                history = history.after(error, decision)
+                await swarm.node.clock.sleep(decision.pause_seconds)
+                await swarm.refresh(older_than=LOOK_AGAIN_SECONDS)
 
-    async def _learn(self, hop: Hop, error: PetalsError) -> None:
-        """Remember why a server is no choice now. Raises the error if no other can help."""
-        peer, view = hop.peer_id, self._view
-        match error:
-            case BadInput():
-                raise error
-            case BlocksNotServed():
+    def _reason(self, error: PetalsError, blocks: BlockSpan, is_lost: bool) -> PetalsError:
+        """What the user is told when no route is left: the last refusal says most."""
+        if self._refused or not is_lost:
+            return next(reversed(self._refused.values()), error)
+        nobody = _nobody(blocks, self._swarm.model)
+        nobody.__cause__ = next(reversed(self._lost.errors.values()))
+        return nobody
+
+    async def _react(self, peer: PeerId, error: PetalsError) -> None:
+        """Follow the failure policy. Raises the error if no other server can help."""
+        decision = decide(error, self._history)
+        self._history = self._history.after(error, decision)
+        if decision.cause is not None:
+            self._swarm.note_failure(peer, error, decision.cause)
+        match decision.reaction:
+            case Reaction.EXCLUDE:
                 self._refused[peer] = error
-                await view.refresh()
-            case RequestError() | CacheFull():
-                self._refused[peer] = error
-            case PeerUnreachable() if peer not in self._called_again:
-                # A stream may break although both ends live: each peer is called once more.
-                self._called_again.add(peer)
-            case PeerUnreachable() | PeerTimeout():
-                view.note_failure(peer, error)
+                if decision.refresh:
+                    await self._swarm.refresh()
+            case Reaction.BAN if isinstance(error, PeerUnreachable | PeerTimeout):
                 self._lost.add(peer, error)
-            case PeerError():
-                self._num_refusals += 1
-                view.note_failure(peer, error)
-                if self._num_refusals > view.config.num_retries:
-                    raise error
-                await asyncio.sleep(view.config.backoff_seconds(self._num_refusals))
-            case _:
+            case Reaction.BAN:
+                pause = self._swarm.config.backoff_seconds(self._history.num_failures)
+                await self._swarm.node.clock.sleep(pause)
+            case Reaction.RAISE | Reaction.WAIT:
                 raise error
 
 

@@ -18,6 +18,11 @@ class PeerByteBudget:
         self._max_bytes = max_bytes_per_peer
         self._used: Counter[PeerId] = Counter()
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all peers."""
+        return self._used.total()
+
     @contextmanager
     def hold(self, peer: PeerId, num_bytes: int) -> Iterator[None]:
         """Count ``num_bytes`` until the context ends. Raises PeerBusy beyond the budget."""

@@ -21,8 +21,8 @@ from petals.server.admission.offer import ServedModel
 from petals.server.compute.kv_pool import SessionKV
 from petals.types import BlockSpan
 from petals.wire import messages
-from petals.wire.messages import OpenSession, Step
 from petals.wire.passes import Forward, PutAdapter
+from petals.wire.requests import OpenSession, ReplayPart
 from petals.wire.tensors import DTYPES
 
 
@@ -218,17 +218,18 @@ def only_states(
     return hidden
 
 
-def pages_and_outputs(
+def kv_and_outputs(
     offer: ServedModel,
     kv: SessionKV,
     out_dtype: torch.dtype,
-    step: Step,
+    part: ReplayPart,
     tensors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """KV of a step's tokens from another server, [sum(counts), KV width], and the outputs of its
-    blocks for them, [sum(counts), H], or None if they were not sent. Raises BadInput.
+    """Keys and values of a part's tokens from another server, [sum(counts), KV width], and the
+    outputs of its blocks for them, [sum(counts), H], or None if they were not sent. Raises
+    BadInput. The values are checked on the compute thread.
     """
-    num_tokens, dtype = sum(step.counts), kv.layout.kv_dtype
+    num_tokens, dtype = sum(part.counts), kv.layout.kv_dtype
     wanted = [
         ((num_tokens, kv.layout.kv_width(kv.blocks)), dtype),
         ((num_tokens, offer.hidden_size), out_dtype),
@@ -236,7 +237,7 @@ def pages_and_outputs(
     came = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     if dtype is None or came not in (wanted, wanted[:1]):
         raise BadInput(
-            "The pages that came are not what these blocks keep.",
-            hint="Refill the rows from states; pages are for servers of the same form.",
+            "The keys and values that came are not in the format of these blocks.",
+            hint="Fill the rows from hidden states, or from a server of the same kv_format.",
         )
     return tensors[0], tensors[1] if len(tensors) > 1 else None

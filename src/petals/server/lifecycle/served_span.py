@@ -20,6 +20,7 @@ from petals.models.loading.split import LoadOptions, load_blocks
 from petals.models.loading.weight_layout import choose_weight_layouts
 from petals.models.runtime.kv_layout import KVLayout
 from petals.models.runtime.span import Span
+from petals.models.runtime.token_log import LogBudget
 from petals.models.verify.self_test import SelfTest, gradient_test, run_self_test
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.activation_budget import ActivationBudget
@@ -33,7 +34,7 @@ from petals.server.lifecycle.announcer import Announcer
 from petals.server.lifecycle.preloaded_adapters import read_preloaded
 from petals.server.lifecycle.throughput import Precision, Speed
 from petals.server.network.handler import BlocksService
-from petals.server.session.output_log import OutputLogBudget
+from petals.server.session.memory import SessionMemory
 from petals.swarm.background import run_until
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, ModelId, ServerState
@@ -127,8 +128,8 @@ class ServedSpan:
         the wait for sessions.
         """
         await self.announce_state(ServerState.DRAINING, moves_to)
-        await run_until(at_once, self.service.drain(self._context.config.drain_seconds))
-        await self.service.finish_steps(_FINISH_SECONDS)
+        await run_until(at_once, self.service.sessions.drain(self._context.config.drain_seconds))
+        await self.service.sessions.finish(_FINISH_SECONDS)
 
     async def announce_state(self, state: ServerState, moves_to: BlockSpan | None = None) -> None:
         """Be ONLINE or DRAINING, for clients that ask and in the directory."""
@@ -146,15 +147,15 @@ class ServedSpan:
         check = self.pool.check_integrity if config.memory.check_integrity else None
         executor.attach(self._device_context(loaded.span), check)
         self.offer = self._make_offer(loaded)
-        outboxes = self._make_outboxes()
+        memory_ = SessionMemory(self.pool, self._make_logs())
         self.service = BlocksService(
-            self.offer, executor, self.pool, outboxes, node, config.clients
+            self.offer, executor, memory_, node, config.clients, config.failover
         )
         for name, adapter in loaded.adapters.items():
             self.service.adapters.preload(name, adapter)
         await self._stack.enter_async_context(self.service)
         node.serve(BLOCKS_SERVICE, self.service.serve)
-        node.serve(RING_SERVICE, self.service.ring.serve)
+        node.serve(RING_SERVICE, self.service.serve_forwarded)
         self.service.state = ServerState.ONLINE
         await context.announcer.announce(**self._measured(loaded))
 
@@ -219,13 +220,13 @@ class ServedSpan:
             kv_format=kv_format(model.precision, loaded.span.layout),
         )
 
-    def _make_outboxes(self) -> OutputLogBudget:
+    def _make_logs(self) -> LogBudget:
         wanted = self._context.config.memory.outbox_bytes
         if wanted is None:
             itemsize = DTYPES[self.offer.dtype].itemsize
             wanted = self.pool.tokens_total * self.offer.hidden_size * itemsize
             wanted = min(wanted, memory.free_memory_bytes("cpu") // 4)
-        return OutputLogBudget(wanted)
+        return LogBudget(wanted)
 
     def _measured(self, loaded: _Loaded) -> dict[str, object]:
         num_blocks = len(self.blocks)

@@ -1,343 +1,340 @@
-"""Steps that come from other servers and go on to others: the ring that a client's states run in.
+"""Steps and replays on their way through servers: taken in, run, forwarded to the next hop.
 
-A step is run and its output handed to the next hop of its arc, or to the client. States are taken
-only from the peers a client has named, in the epoch it has announced: what is older is dropped,
-what is newer waits a moment for the announcement. Knows nothing of scheduling and of blocks.
+All steps run here, whether their client or another server has sent them. How epochs keep servers in
+agreement without talking to each other:
+
+- Only the client knows which hops make up the session, so only the client begins epochs.
+- It tells every hop on that hop's own channel, so two hops learn of an epoch at different times. A
+  hop that knows may forward a step to a hop that does not know yet. That step is *held* for a
+  moment instead of refused: the client's announcement is on its way.
+- A hop that was replaced does not know that it is out. What it still forwards has an old epoch, or
+  comes from a peer that is no source any more, and is dropped or refused here.
+- A step is forwarded only if its epoch is still the session's once it has run: its next hops belong
+  to the old epoch otherwise. The client repeats the step in the new epoch, and the answer comes
+  from the output log.
+
+Knows nothing of scheduling and of blocks.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-import torch
 from torch import Tensor
 
-from petals.errors import PeerBusy, PeerError, PetalsError, ProtocolError, SessionClosed
+from petals.errors import BadInput, PeerBusy, PeerError, PetalsError, ProtocolError, SessionClosed
 from petals.logs import get_logger
-from petals.server.admission import validation
-from petals.server.admission.offer import ServedModel
 from petals.server.admission.peer_budget import PeerByteBudget
-from petals.server.compute.executor import Executor
-from petals.server.compute.step_plan import StepPlan, TokenRun
 from petals.server.network.peer_links import PeerLinks
-from petals.server.session.output_log import OutboxRows
-from petals.server.session.session import Session, SessionKey
+from petals.server.session.session import Session, SessionKey, StepOutput
 from petals.server.session.table import SessionTable
 from petals.swarm.background import BackgroundTasks
-from petals.swarm.config import MIB
+from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
+from petals.swarm.rpc.sending import send_or_abort
 from petals.types import PeerId, SessionId
-from petals.wire import messages
-from petals.wire.messages import (
-    ForwardedStep,
-    ForwardFailed,
-    NextHops,
-    Refusal,
-    Replay,
-    Replayed,
-    Step,
-    StepResult,
-)
+from petals.wire.handshake import Refusal
+from petals.wire.header import NextHops, RequestHeader
+from petals.wire.replies import ForwardFailed, ReplayDone, StepResult
+from petals.wire.requests import BeginEpoch, Forwarded, ReplayPart, ReplayRequest, Step
 
 logger = get_logger(__name__)
 
-HOLD_SECONDS = 1.0
-"""How long a push of a newer epoch waits for that epoch to be announced."""
-MAX_HELD_PER_PEER = 16
-_MAX_PAGE_BYTES = 4 * MIB
-"""So much is read from KV memory at once: batches of others wait for it."""
-
-_ReplayedSteps = AsyncGenerator[tuple[Step, Sequence[Tensor]], None]
+MAX_SEGMENT_HOPS = 128
+"""Longest direct segment. Every hop adds to what a step reports of the hops passed, and a peer
+takes no message whose report is too long.
+"""
 
 
-@dataclass(slots=True, eq=False)
-class InboundStep:
-    """A push and who it came from; ``channel`` is None if we are our own neighbour."""
+@dataclass(frozen=True, slots=True, eq=False)
+class InboundMessage:
+    """What another server has forwarded, and on which channel."""
 
-    peer: PeerId
-    channel: Channel | None
-    push: ForwardedStep
+    channel: Channel
+    forwarded: Forwarded
     tensors: Sequence[Tensor]
+
+    @property
+    def peer(self) -> PeerId:
+        return self.channel.peer_id
+
+    @property
+    def header(self) -> RequestHeader:
+        return self.forwarded.message.header
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def is_relayed(self) -> bool:
-        return self.channel is not None and self.channel.is_relayed
-
-    async def refuse(self, error: PetalsError) -> None:
-        if self.channel is not None:
-            await self.channel.send(Refusal.of(error, self.push.step.step_id))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForwarderParts:
-    """What a ring shares with the door. ``chunk_tokens``: the most that one push of a replay
-    holds.
-    """
-
-    offer: ServedModel
-    sessions: SessionTable
-    executor: Executor
-    bytes: PeerByteBudget
-    node: SwarmNode
-    chunk_tokens: int
-
 
 class StepForwarder:
-    """Runs the steps of all sessions and hands on what they put out; ``close`` it."""
+    """Runs the steps and replays of all sessions and forwards their outputs; ``close`` it.
 
-    def __init__(self, parts: ForwarderParts) -> None:
-        self._parts = parts
-        self._links = PeerLinks(parts.node.open_channel, parts.node.clock)
+    replay_tokens: most tokens in one part of a replay.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionTable,
+        bytes_: PeerByteBudget,
+        node: SwarmNode,
+        limits: FailoverConfig,
+        replay_tokens: int,
+    ) -> None:
+        self._sessions = sessions
+        self._bytes = bytes_
+        self._node = node
+        self._limits = limits
+        self._replay_tokens = replay_tokens
+        self._links = PeerLinks(node.open_channel, node.clock, limits)
         self._tasks = BackgroundTasks()
-        self._held: dict[SessionKey, list[InboundStep]] = {}
+        self._held: dict[SessionKey, list[InboundMessage]] = {}
         self._num_held: Counter[PeerId] = Counter()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no message is held for its epoch."""
+        return not self._held
+
     async def close(self) -> None:
-        """End all steps and channels."""
+        """End all channels. The tasks of sessions end with the sessions."""
         await self._tasks.close()
         await self._links.close()
 
     async def serve(self, channel: Channel) -> None:
-        """Take what another server pushes (a ``swarm.rpc.Service``); only refusals go back."""
+        """Take what another server forwards (a ``swarm.rpc.Service``); only refusals go back."""
         while True:
             message, tensors = await channel.receive()
-            if not isinstance(message, ForwardedStep):
-                raise ProtocolError(f"{type(message).__name__} is not for the next hop of a ring.")
-            arrival = InboundStep(channel.peer_id, channel, message, tensors)
+            if not isinstance(message, Forwarded):
+                raise ProtocolError(f"{type(message).__name__} is not for the next hop of a step.")
+            inbound = InboundMessage(channel, message, tensors)
             try:
-                task = self._take(arrival)
+                task = self._take(inbound)
             except PetalsError as error:
-                await arrival.refuse(error)
+                await self._refuse(inbound, error)
                 continue
-            if message.step.replay and task is not None:
-                await asyncio.wait({task})  # a replay must not run ahead of us
+            if task is not None and isinstance(message.message, ReplayPart):
+                # The sender of a replay has no other reason to wait than our credit: without this,
+                # the parts of a long replay would pile up here.
+                await asyncio.wait({task})
 
-    def begin(
-        self, session: Session, step: Step, tensors: Sequence[Tensor]
+    def run(
+        self, session: Session, message: Step | ReplayPart, tensors: Sequence[Tensor]
     ) -> "asyncio.Task[None]":
-        """Run a step and hand on its output. The steps of a session run in the order of calls."""
-        task = self._tasks.start(self._run(session, step, tensors), "step")
-        session.adopt(task)
-        return task
+        """Run a step or a part of a replay and forward or return its output.
 
-    def meet(self, peer: PeerId) -> None:
-        """States will go on to ``peer``: connect to it now, so that the first step need not."""
-        if peer != self._parts.node.peer_id:
-            self._links.meet(peer)
+        Those of a session run in the order of the calls. Raises what ``Session.start`` raises and
+        BadInput for next hops that cannot be.
+        """
+        self._check_next_hops(message)
+        return session.start(self._run(session, message, tensors), type(message).__name__)
 
-    def replay(self, session: Session, message: Replay) -> None:
-        """Push what ``session`` has put out to the hops that are to be refilled."""
-        session.adopt(self._tasks.start(self._replay(session, message), "replay"))
+    def replay(self, session: Session, request: ReplayRequest) -> None:
+        """Send what ``session`` has put out to the hops that are to be filled.
 
-    def reroute(self, session: Session, epoch: int, sources: Sequence[str]) -> None:
-        """An epoch is announced; what has waited for it goes on."""
-        if epoch < session.epoch:
-            return
-        session.epoch, session.sources = epoch, frozenset(sources)
-        for arrival in self._held.pop(session.key, []):
-            self._release(arrival)
+        Raises what ``run`` raises.
+        """
+        self._check_next_hops(request)
+        session.start(self._replay(session, request), "replay")
+
+    def connect(self, peer: PeerId) -> None:
+        """Open the link to a next hop now, so that the first step does not wait for it."""
+        if peer != self._node.peer_id:
+            self._links.connect(peer)
+
+    def begin_epoch(self, session: Session, message: BeginEpoch) -> None:
+        """The client begins an epoch: what was held for it is taken now, in order of arrival."""
+        session.begin_epoch(message.header.epoch, message.sources)
+        held = self._held.pop(session.key, [])
+        early = [inbound for inbound in held if inbound.header.epoch > session.epoch]
+        if early:
+            self._held[session.key] = early
+        for inbound in held:
+            if inbound in early:
+                continue
+            self._release(inbound)
             try:
-                self._take(arrival)
+                self._take(inbound)
             except PetalsError as error:
-                self._tasks.start(arrival.refuse(error), "refusal")
+                # In a task of its own: its sender may not read, and this is the client's channel.
+                self._tasks.start(self._refuse(inbound, error), "refusal")
 
-    # What comes in
+    # -- what comes in
 
-    def _take(self, arrival: InboundStep) -> "asyncio.Task[None] | None":
-        """Begin a step, or hold it. Raises what its sender is to be refused with."""
-        push, step = arrival.push, arrival.push.step
-        session_id = SessionId(step.session_id)
-        key = SessionKey(PeerId(push.client), session_id, messages.span(push.blocks))
-        session = self._parts.sessions.get(key)
+    def _take(self, inbound: InboundMessage) -> "asyncio.Task[None] | None":
+        """Run a message, hold it (None) or drop it (None). Raises what its sender is refused with.
+
+        A peer that is no source gets the same answer as for a session that does not exist, so that
+        it does not learn which sessions do.
+        """
+        message, header = inbound.forwarded.message, inbound.header
+        client = PeerId(inbound.forwarded.client)
+        session = self._sessions.get(SessionKey(client, SessionId(header.session_id)))
         if session is None:
             raise _not_here()
-        if step.epoch > session.epoch:
-            self._hold(key, arrival)
+        if header.epoch > session.epoch:
+            self._hold(session.key, inbound)
             return None
-        if arrival.peer not in session.sources:
+        if inbound.peer not in session.sources:
             raise _not_here()
-        relayed = (*step.relayed, arrival.is_relayed)
-        return self.begin(session, msgspec.structs.replace(step, relayed=relayed), arrival.tensors)
+        if session.is_outdated(header):
+            return None
+        if isinstance(message, Step):
+            relayed = (*message.relayed, inbound.channel.is_relayed)
+            message = msgspec.structs.replace(message, relayed=relayed)
+        return self.run(session, message, inbound.tensors)
 
-    def _hold(self, key: SessionKey, arrival: InboundStep) -> None:
-        if self._num_held[arrival.peer] >= MAX_HELD_PER_PEER:
-            raise PeerBusy("Too many steps wait for their epoch.", hint="Announce it first.")
-        self._parts.bytes.reserve(arrival.peer, arrival.num_bytes)
-        self._num_held[arrival.peer] += 1
-        self._held.setdefault(key, []).append(arrival)
-        self._tasks.start(self._expire(key, arrival), "waiting for an epoch")
+    def _hold(self, key: SessionKey, inbound: InboundMessage) -> None:
+        if self._num_held[inbound.peer] >= self._limits.max_held_per_peer:
+            raise PeerBusy("Too many messages wait for their epoch.", hint="Begin the epoch first.")
+        # Until the epoch begins, nothing says that the client wants this peer's messages: they
+        # count against the peer itself.
+        self._bytes.reserve(inbound.peer, inbound.num_bytes)
+        self._num_held[inbound.peer] += 1
+        self._held.setdefault(key, []).append(inbound)
+        self._tasks.start(self._expire(key, inbound), "waiting for an epoch")
 
-    async def _expire(self, key: SessionKey, arrival: InboundStep) -> None:
-        await self._parts.node.clock.sleep(HOLD_SECONDS)
+    async def _expire(self, key: SessionKey, inbound: InboundMessage) -> None:
+        await self._node.clock.sleep(self._limits.epoch_hold_seconds)
         held = self._held.get(key, [])
-        if arrival not in held:
+        if inbound not in held:
             return
-        held.remove(arrival)
+        held.remove(inbound)
         if not held:
             del self._held[key]
-        try:
-            await arrival.refuse(_not_here())
-        finally:
-            self._release(arrival)
+        self._release(inbound)
+        await self._refuse(inbound, _not_here())
 
-    def _release(self, arrival: InboundStep) -> None:
-        self._parts.bytes.release(arrival.peer, arrival.num_bytes)
-        self._num_held[arrival.peer] -= 1
-        if not self._num_held[arrival.peer]:
-            del self._num_held[arrival.peer]
+    def _release(self, inbound: InboundMessage) -> None:
+        self._bytes.release(inbound.peer, inbound.num_bytes)
+        self._num_held[inbound.peer] -= 1
+        if not self._num_held[inbound.peer]:
+            del self._num_held[inbound.peer]
 
-    # What goes out
+    async def _refuse(self, inbound: InboundMessage, error: PetalsError) -> None:
+        refusal = Refusal.of(error, inbound.header)
+        await send_or_abort(inbound.channel, refusal, (), self._limits, self._node.clock)
 
-    async def _run(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> None:
-        parts = self._parts
-        try:
-            # Held until the answer is on its way: a client that does not read runs out of it.
-            with parts.bytes.hold(session.key.peer_id, sum(tensor.nbytes for tensor in tensors)):
-                if step.replay and step.pages:
-                    await self._put_pages(session, step, tensors)
-                    return
-                hidden = validation.only_states(parts.offer, tensors, sum(step.counts))
-                answer = await session.step(step, hidden, parts.executor)
-                if answer is not None and step.epoch == session.epoch:
-                    await self._deliver_inbound(session, step, *answer)
-        except PetalsError as error:
-            if step.epoch >= session.epoch:
-                await session.tell(Refusal.of(error, step.step_id))
+    def _check_next_hops(self, message: Step | ReplayPart | ReplayRequest) -> None:
+        """Raises BadInput."""
+        hops = message.next_hops
+        num_passed = 0
+        if isinstance(message, Step):
+            num_passed = max(len(message.timings), len(message.relayed))
+        if num_passed + len(hops) > MAX_SEGMENT_HOPS:
+            raise BadInput(
+                f"A direct segment may have {MAX_SEGMENT_HOPS} hops.",
+                hint="Let the output of one of the hops come back to the client.",
+            )
+        if hops and hops[0].peer_id == self._node.peer_id:
+            raise BadInput(
+                "This server was asked to forward to itself.",
+                hint="Reserve all of its blocks at once, or let the output come back in between.",
+            )
+        if isinstance(message, Step) or not message.kv:
+            return
+        if len(hops) != (1 if isinstance(message, ReplayRequest) else 0):
+            raise BadInput(
+                "Keys and values go from one server to one other, and no further.",
+                hint="Give a replay of keys and values one next hop.",
+            )
 
-    async def _put_pages(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> None:
-        offer, executor = self._parts.offer, self._parts.executor
-        given = validation.pages_and_outputs(offer, session.kv, session.out_dtype, step, tensors)
-        if await session.put_pages(step, *given, executor) and step.ends:
-            await session.tell(Replayed(step.session_id, step.epoch))
+    # -- what goes out
 
-    async def _deliver_inbound(
-        self, session: Session, step: Step, result: StepResult, hidden: Tensor
+    async def _run(
+        self, session: Session, message: Step | ReplayPart, tensors: Sequence[Tensor]
     ) -> None:
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        try:
+            # Counted until the answer is on its way: a client that does not read uses up its share.
+            with self._bytes.hold(session.key.peer_id, num_bytes):
+                if isinstance(message, Step):
+                    output = await session.step(message, tensors)
+                    if output is not None and not session.is_outdated(message.header):
+                        await self._deliver(session, message, output)
+                else:
+                    filled = await session.fill(message, tensors)
+                    if filled is not None and not session.is_outdated(message.header):
+                        await self._pass_replay_on(session, message, filled)
+        except PetalsError as error:
+            await session.reply(message.header, partial(Refusal.of, error))
+
+    async def _deliver(self, session: Session, step: Step, output: StepOutput) -> None:
+        """Forward the output of a step; to the client if it has no next hop, or cannot reach it."""
         undelivered: NextHops = ()
         if step.next_hops:
-            timing = (result.queue_seconds, result.compute_seconds, result.batch_tokens)
-            onward = msgspec.structs.replace(step, timings=(*step.timings, timing))
-            undelivered = await self._forward(session, onward, (hidden,))
+            onward = msgspec.structs.replace(step, timings=(*step.timings, output.timing))
+            undelivered = await self._forward(session, onward, (output.hidden,))
             if not undelivered:
                 return
-        if not step.replay:
-            result = msgspec.structs.replace(result, undelivered=undelivered)
-            await session.tell(result, (hidden,))
-        elif step.ends or undelivered:
-            await session.tell(Replayed(step.session_id, step.epoch, undelivered))
+        queue_seconds, compute_seconds, batch_tokens = output.timing
+        make = partial(
+            StepResult,
+            queue_seconds=queue_seconds,
+            compute_seconds=compute_seconds,
+            batch_tokens=batch_tokens,
+            timings=step.timings,
+            undelivered=undelivered,
+            relayed=step.relayed,
+        )
+        await session.reply(step.header, make, (output.hidden,))
 
-    async def _forward(self, session: Session, step: Step, tensors: Sequence[Tensor]) -> NextHops:
-        """Hand a step to the first of its next hops. Returns those that it did not reach."""
-        (next_hop, *rest), own_id = step.next_hops, self._parts.node.peer_id
-        onward = msgspec.structs.replace(step, next_hops=tuple(rest))
-        push = ForwardedStep(session.key.peer_id, next_hop.blocks, onward)
-        if next_hop.peer_id == own_id:
-            task = self._take(InboundStep(own_id, None, push, tensors))
-            if step.replay and task is not None:
-                await asyncio.wait({task})
-            return ()
-        replay_of = step.session_id if step.replay else b""
-        on_lost = partial(self._tell_of_loss, session, step)
+    async def _pass_replay_on(
+        self, session: Session, part: ReplayPart, outputs: Sequence[Tensor]
+    ) -> None:
+        undelivered = await self._forward(session, part, outputs) if part.next_hops else ()
+        if undelivered or (part.ends and not part.next_hops):
+            await session.reply(part.header, partial(ReplayDone, undelivered=undelivered))
+
+    async def _forward(
+        self, session: Session, message: Step | ReplayPart, tensors: Sequence[Tensor]
+    ) -> NextHops:
+        """Send a message to the first of its next hops. Returns the hops that it cannot reach."""
+        next_hop, *rest = message.next_hops
+        header = msgspec.structs.replace(message.header, session_id=next_hop.session_id)
+        onward = msgspec.structs.replace(message, header=header, next_hops=tuple(rest))
+        forwarded = Forwarded(session.key.peer_id, onward)
+        # If the link breaks later, the client is told in the name of the request that we received.
+        on_lost = partial(session.reply, message.header, ForwardFailed)
+        replay_of = session.key if isinstance(message, ReplayPart) else None
         try:
-            await self._links.send(
-                PeerId(next_hop.peer_id), push, tensors, on_lost, replay_of=replay_of
-            )
+            peer = PeerId(next_hop.peer_id)
+            await self._links.send(peer, forwarded, tensors, on_lost, replay_of=replay_of)
         except PeerError as error:
-            logger.info("a step of session %s goes via its client: %s", session.key, error.message)
-            return step.next_hops
+            logger.info("session %s goes through its client: %s", session.key, error.message)
+            return message.next_hops
         return ()
 
-    async def _tell_of_loss(self, session: Session, step: Step) -> None:
-        """The lane broke that took what ``step`` has put out, perhaps with it."""
-        if step.epoch == session.epoch:
-            await session.tell(
-                ForwardFailed(step.session_id, step.epoch, step.step_id, step.replay)
-            )
-
-    async def _replay(self, session: Session, message: Replay) -> None:
-        steps = self._pages_of if message.pages else self._outputs_of
+    async def _replay(self, session: Session, request: ReplayRequest) -> None:
+        stream = session.replay(request, self._replay_tokens, self._limits.kv_part_bytes)
         try:
-            async with aclosing(steps(session, message)) as given:
-                async for step, tensors in given:
-                    if session.epoch != message.epoch:
+            async with aclosing(stream) as parts:
+                async for part, tensors in parts:
+                    if session.is_outdated(request.header):
                         return
-                    if not step.next_hops:
-                        await session.tell(step, tensors)
+                    if not part.next_hops:
+                        make = partial(_with_header, part)
+                        await session.reply(request.header, make, tensors)
                         continue
-                    undelivered = await self._forward(session, step, tensors)
+                    undelivered = await self._forward(session, part, tensors)
                     if undelivered:
-                        await session.tell(Replayed(step.session_id, step.epoch, undelivered))
+                        done = partial(ReplayDone, undelivered=undelivered)
+                        await session.reply(request.header, done)
                         return
         except PetalsError as error:
-            await session.tell(Refusal.of(error, message.step_id))
-
-    async def _outputs_of(self, session: Session, message: Replay) -> _ReplayedSteps:
-        """What the session has put out, step by step."""
-        found = await session.outputs(message)
-        if found is None:
-            return
-        rows, plan, is_reordered = found
-        for step, pieces in _replay_steps(message, plan, self._parts.chunk_tokens):
-            step = msgspec.structs.replace(step, reordered=is_reordered)
-            yield step, (self._joined(session, rows, pieces),)
-
-    async def _pages_of(self, session: Session, message: Replay) -> _ReplayedSteps:
-        """What the session's blocks keep, and what it has put out, unless that was dropped."""
-        found = await session.copy(message)
-        if found is None:
-            return
-        copy, rows = found
-        token_bytes = session.kv.layout.token_bytes(session.key.blocks)
-        num_tokens = min(self._parts.chunk_tokens, max(1, _MAX_PAGE_BYTES // max(1, token_bytes)))
-        for step, pieces in _replay_steps(message, copy.plan, num_tokens):
-            pages = await session.read(copy, pieces, self._parts.executor)
-            outputs = () if rows is None else (self._joined(session, rows, pieces),)
-            yield msgspec.structs.replace(step, pages=True), (pages, *outputs)
-
-    def _joined(self, session: Session, rows: OutboxRows, pieces: Sequence[TokenRun]) -> Tensor:
-        """These tokens of an outbox: [tokens, H]."""
-        empty = torch.empty(0, self._parts.offer.hidden_size, dtype=session.out_dtype)
-        return torch.cat([empty, *rows.read(pieces)])
+            await session.reply(request.header, partial(Refusal.of, error))
 
 
-def _replay_steps(
-    message: Replay, plan: StepPlan, max_tokens: int
-) -> Iterator[tuple[Step, list[TokenRun]]]:
-    """The steps of a replay, and what each of them carries. At least one, if only to end it."""
-    starts = list(plan.starts)
-    # As many rows as ours, whatever is there: all of them begin anew, or go on as they are told to.
-    reorder = (0,) * len(starts) if plan.reorder is None else plan.reorder
-    for done in range(0, max(plan.num_tokens, 1), max_tokens):
-        pieces = list(plan.pieces(done, max_tokens))
-        counts = [0] * len(starts)
-        for piece in pieces:
-            counts[piece.row] = piece.count
-        step = Step(
-            session_id=message.session_id,
-            epoch=message.epoch,
-            step_id=message.step_id,
-            starts=tuple(starts),
-            counts=tuple(counts),
-            reorder=None if done else reorder,
-            next_hops=message.next_hops,
-            replay=True,
-            ends=done + max_tokens >= plan.num_tokens,
-        )
-        yield step, pieces
-        starts = [start + count for start, count in zip(starts, counts)]
+def _with_header(part: ReplayPart, header: RequestHeader) -> ReplayPart:
+    return msgspec.structs.replace(part, header=header)
 
 
 def _not_here() -> SessionClosed:
-    """One answer for sessions that are not here and for those that are none of the asker's."""
     return SessionClosed(
         "There is no such session here.", hint="Its client names who may send states for it."
     )

@@ -1,71 +1,46 @@
-"""The door: what peers may ask of this server.
+"""What peers may ask of the blocks that a server has: sessions, passes, adapters, its state.
 
-A channel belongs to one client; the client's sessions outlive it by their lease. Whatever a client
-gets wrong is a typed refusal and costs nobody else anything. Knows no scheduling, no pages, no
+A channel belongs to one client; the client's sessions outlive it by their lease. A request that is
+wrong is refused with a typed error and costs no other client anything. Knows no scheduling, no
 other hops and no blocks' insides.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import itertools
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
-from petals.errors import (
-    BadInput,
-    PeerBusy,
-    PetalsError,
-    ProtocolError,
-    SessionClosed,
-)
-from petals.logs import get_logger
+from petals.errors import PeerBusy
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
 from petals.server.admission.kv_queue import CacheRequest, KVQueue
 from petals.server.admission.offer import ServedModel
 from petals.server.admission.peer_budget import PeerByteBudget
 from petals.server.compute.executor import Executor
-from petals.server.compute.kv_pool import KVPool, SessionKV
-from petals.server.compute.step_plan import StepLimits
 from petals.server.config import ClientLimits
-from petals.server.network.forwarding import ForwarderParts, StepForwarder
+from petals.server.network.conversation import Conversation, SingleRequest
+from petals.server.network.forwarding import StepForwarder
 from petals.server.session.client_channel import ClientChannel
-from petals.server.session.output_log import OutputLogBudget
+from petals.server.session.memory import SessionMemory
+from petals.server.session.rows import Reservation
 from petals.server.session.session import Session, SessionKey
 from petals.server.session.table import SessionTable
 from petals.server.training.requests import Passes
 from petals.swarm.background import BackgroundTasks
+from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, ServerState, SessionId
-from petals.wire import messages
-from petals.wire.fields import WireBlocks
-from petals.wire.messages import (
-    AnyMessage,
-    BeginEpoch,
-    CloseSession,
-    Draining,
-    GetInfo,
-    Info,
-    KeepSession,
-    OpenSession,
-    Refusal,
-    Replay,
-    SessionEnded,
-    SessionOpened,
-    Step,
-)
 from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
-
-logger = get_logger(__name__)
-
-_REAPS_PER_LEASE = 4
-_DRAIN_LOOK_SECONDS = 0.1
+from petals.wire.replies import Info, SessionOpened
+from petals.wire.requests import GetInfo, OpenSession
 
 
 class BlocksService:
-    """Serves one span to whoever opens a channel.
+    """Serves one span to every peer that opens a channel; ``state`` says what it takes.
 
     Use it as an async context manager around serving.
     """
@@ -74,70 +49,196 @@ class BlocksService:
         self,
         offer: ServedModel,
         executor: Executor,
-        pool: KVPool,
-        outboxes: OutputLogBudget,
+        memory: SessionMemory,
         node: SwarmNode,
-        config: ClientLimits,
+        limits: ClientLimits,
+        failover: FailoverConfig,
     ) -> None:
-        self.offer = offer
-        self.config = config
+        clock = node.clock
         self.state = ServerState.JOINING
-        self.executor = executor
-        self.clock = node.clock
-        self.tasks = BackgroundTasks()
-        self.reservations = KVQueue(pool, executor, self.clock)
-        self.bytes = PeerByteBudget(config.max_bytes_per_peer)
-        self.adapters = AdapterStore(config, self.clock)
-        self.sessions = SessionTable(config.lease_seconds, config.max_sessions_per_peer)
-        self.ring = StepForwarder(
-            ForwarderParts(
-                offer=offer,
-                sessions=self.sessions,
-                executor=executor,
-                bytes=self.bytes,
-                node=node,
-                chunk_tokens=min(config.replay_chunk_tokens, offer.max_step_tokens),
-            )
+        self.sessions = SessionTable(limits, failover, clock)
+        self.adapters = AdapterStore(limits, clock)
+        self._offer = offer
+        self._executor = executor
+        self._memory = memory
+        self._clock = clock
+        self._limits = limits
+        self._failover = failover
+        self._reservations = KVQueue(memory.pool, executor, clock)
+        self._bytes = PeerByteBudget(limits.max_bytes_per_peer)
+        replay_tokens = min(limits.replay_chunk_tokens, offer.max_step_tokens)
+        self._forwarder = StepForwarder(self.sessions, self._bytes, node, failover, replay_tokens)
+        self._passes = Passes(
+            offer, executor, self._bytes, self.adapters, limits.lease_seconds, clock
         )
-        self.passes = Passes(
-            offer, executor, self.bytes, self.adapters, config.lease_seconds, self.clock
-        )
-        self._pool = pool
-        self._outboxes = outboxes
-        self._leaves_at: float | None = None
         self._channels: set[Channel] = set()
+        self._channel_numbers = itertools.count()
+        self._tasks = BackgroundTasks()
+        self._num_answering = 0
         self._closed = False
 
     async def __aenter__(self) -> "BlocksService":
-        self.tasks.start(self._reap(), "freeing silent sessions")
+        self._tasks.start(self._reap(), "freeing silent sessions")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._closed = True
-        await self.end_sessions("The server has stopped.")
+        await self.sessions.end_all("The server has stopped.")
         await asyncio.gather(*(channel.close() for channel in self._channels))
-        await self.ring.close()
-        await self.tasks.close()
+        await self._forwarder.close()
+        await self.sessions.close()
+        await self._tasks.close()
 
     async def serve(self, channel: Channel) -> None:
-        """Answer one channel until it ends (a ``swarm.rpc.Service``).
+        """Answer one channel of a client until it ends (a ``swarm.rpc.Service``).
 
         Raises PeerBusy once these blocks are served no more.
         """
         if self._closed:
             raise PeerBusy("This server is about to serve other blocks.", hint="Use another one.")
+        number = next(self._channel_numbers)
+        client = ClientChannel(channel, number, self._failover, self._clock)
+        conversation = Conversation(client, self.sessions, self._forwarder, self._answer)
         self._channels.add(channel)
         try:
-            async with _Conversation(self, channel) as conversation:
+            async with conversation:
                 while True:
                     message, tensors = await channel.receive()
-                    await conversation.hear(message, tensors)
+                    await conversation.take(message, tensors)
         finally:
             self._channels.discard(channel)
 
-    def info(self) -> Info:
-        """How we are right now."""
-        offer = self.offer
+    async def serve_forwarded(self, channel: Channel) -> None:
+        """Take what another server forwards until its channel ends (a ``swarm.rpc.Service``)."""
+        await self._forwarder.serve(channel)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not self._num_answering and self.sessions.is_idle and self._forwarder.is_idle
+
+    async def check_integrity(self) -> bool:
+        """Raise AssertionError if sessions, their memory and its budgets disagree.
+
+        Returns whether the server was idle; it checks nothing otherwise.
+        """
+        sessions = list(self.sessions)
+        if not self.is_idle:
+            return False
+        num_reserved = await self._executor.call(self._memory.check_pool)
+        if not self.is_idle or sessions != list(self.sessions):
+            return False  # what the compute thread has counted is of another moment
+        self.sessions.check_integrity()
+        self._memory.check_logs(sessions)
+        if num_reserved != len(sessions):
+            raise AssertionError(f"{num_reserved} reservations for {len(sessions)} sessions")
+        kept_bytes = sum(session.prompt_bytes for session in sessions)
+        if self._bytes.used_bytes != kept_bytes:
+            raise AssertionError(f"{self._bytes.used_bytes} bytes counted, {kept_bytes} are kept")
+        return True
+
+    async def _reap(self) -> None:
+        while True:
+            await self._clock.sleep(self._limits.lease_seconds / self._failover.reaps_per_lease)
+            self.adapters.drop_unused()
+            self._passes.expire()
+            await self.sessions.end_silent()
+            if self._failover.check_integrity:
+                await self.check_integrity()
+
+    # -- requests that are made in no session
+
+    async def _answer(
+        self, client: ClientChannel, message: SingleRequest, tensors: Sequence[Tensor]
+    ) -> None:
+        self._num_answering += 1
+        try:
+            match message:
+                case OpenSession():
+                    await self._open(client, message, tensors)
+                case Forward() | Backward():
+                    await self._passes.serve(client.peer_id, message, tensors, client.send)
+                case PutAdapter():
+                    await self._put_adapter(client, message, tensors)
+                case GetInfo():
+                    await client.send(self._info())
+        finally:
+            self._num_answering -= 1
+
+    async def _open(
+        self, client: ClientChannel, message: OpenSession, tensors: Sequence[Tensor]
+    ) -> None:
+        """Reserve a session, or find the one that this very request has opened before.
+
+        Raises PeerBusy (too many, or the server leaves), BadInput (an id that is taken), and what
+        the checks and ``KVQueue.reserve`` raise.
+        """
+        key = SessionKey(client.peer_id, SessionId(message.header.session_id))
+        with ExitStack() as held:
+            num_bytes = sum(tensor.nbytes for tensor in tensors)
+            held.enter_context(self._bytes.hold(client.peer_id, num_bytes))
+            async with self.sessions.opening(key):
+                session = self.sessions.get(key)
+                if session is None:
+                    session = await self._reserve(key, message, tensors, held)
+                    self.sessions.add(session)
+        session.check_repeated(message)
+        if session.is_outdated(message.header):
+            return
+        self.sessions.attach(session, client)
+        if message.next_peer is not None:
+            self._forwarder.connect(PeerId(message.next_peer))
+        opened = partial(
+            SessionOpened,
+            max_length=session.max_length,
+            lease_seconds=self._limits.lease_seconds,
+        )
+        await session.reply(message.header, opened)
+
+    async def _reserve(
+        self, key: SessionKey, message: OpenSession, tensors: Sequence[Tensor], held: ExitStack
+    ) -> Session:
+        """A new session, which takes over all that is ``held``; nothing of it if this raises."""
+        offer, peer = self._offer, key.peer_id
+        blocks = validation.check_request(offer, message)
+        validation.check_size(offer, message.num_rows, message.max_length)
+        validation.state_dtype(message.dtype)
+        given = validation.session_prompts(offer, message, tensors)
+        if self.state is not ServerState.ONLINE:
+            raise PeerBusy(
+                f"This server is {self.state}: it takes no new sessions.",
+                hint="Use another server.",
+            )
+        adapter = held.enter_context(self.adapters.using(peer, message.adapter))
+        prompts = None
+        if given is not None:
+            prompts = await self._executor.call_on_device(lambda device: device.put(given))
+        timeout = min(message.alloc_timeout_seconds, self._limits.max_alloc_seconds)
+        room = CacheRequest(message.num_rows, message.max_length, blocks)
+        kv = await self._reservations.reserve(room, timeout)
+        held.callback(self._reservations.release, kv)
+        if self._closed:
+            raise PeerBusy("This server has stopped.", hint="Use another server.")
+        outputs = self._memory.logs.open(message.num_rows)
+        reservation = Reservation(kv, outputs, prompts, adapter, held.pop_all())
+        return Session(key, message, offer, reservation, self._executor, self._clock)
+
+    async def _put_adapter(
+        self, client: ClientChannel, message: PutAdapter, tensors: Sequence[Tensor]
+    ) -> None:
+        """Keep an adapter for a client. Raises what the checks and ``AdapterStore.put`` raise."""
+        peer, name = client.peer_id, message.adapter
+        with self._bytes.hold(peer, sum(tensor.nbytes for tensor in tensors)):
+            if not self.adapters.has(peer, name):
+                adapter = validation.adapter_of(self._offer, message, tensors)
+                self.adapters.check_size(adapter)
+                placed = await self._executor.call_on_device(lambda d: d.put_adapter(adapter))
+                self.adapters.put(peer, name, placed)
+        await client.send(AdapterKept(name, self._limits.lease_seconds))
+
+    def _info(self) -> Info:
+        """How the server is right now."""
+        offer, pool = self._offer, self._memory.pool
         return Info(
             model=offer.model,
             blocks=(offer.blocks.start, offer.blocks.end),
@@ -146,283 +247,13 @@ class BlocksService:
             dtype=offer.dtype,
             max_length=offer.max_length,
             max_batch_tokens=offer.max_step_tokens,
-            tokens_free=self._pool.tokens_free * len(offer.blocks),
+            tokens_free=pool.tokens_free * len(offer.blocks),
             num_sessions=len(self.sessions),
-            queue_tokens=self.executor.waiting_tokens,
-            step_seconds=self.executor.step_seconds,
-            outbox_bytes_free=self._outboxes.free_bytes,
+            queue_tokens=self._executor.waiting_tokens,
+            step_seconds=self._executor.step_seconds,
+            outbox_bytes_free=self._memory.logs.free_bytes,
             trains=not offer.no_training,
             num_tasks=len(asyncio.all_tasks()),
             kv_format=offer.kv_format,
-            page_bytes=self._pool.layout.token_bytes(offer.blocks),
+            kv_token_bytes=pool.layout.token_bytes(offer.blocks),
         )
-
-    async def drain(self, seconds: float) -> None:
-        """Tell clients that we leave, and wait until their sessions are gone.
-
-        At most ``seconds``, and not for sessions whose client has hung up.
-        """
-        self._leaves_at = self.clock.monotonic() + seconds
-        for session in self.sessions:
-            self.tell_leaving(session)
-        while self.clock.monotonic() < self._leaves_at and any(
-            session.is_heard for session in self.sessions
-        ):
-            await self.clock.sleep(_DRAIN_LOOK_SECONDS)
-
-    def tell_leaving(self, session: Session) -> None:
-        """Tell the client of a session that we leave, if we do."""
-        if self._leaves_at is not None:
-            seconds = max(0.0, self._leaves_at - self.clock.monotonic())
-            word = Draining(session.key.session_id, seconds)
-            self.tasks.start(session.tell(word), "saying that we leave")
-
-    async def finish_steps(self, timeout_seconds: float) -> None:
-        """Let steps that are under way end, for at most ``timeout_seconds``."""
-        tasks = {task for session in self.sessions for task in session.tasks}
-        if tasks:
-            await asyncio.wait(tasks, timeout=timeout_seconds)
-
-    async def end_sessions(self, reason: str) -> None:
-        """Close every session and tell its client why."""
-        for session in self.sessions:
-            await self.end(session, reason)
-
-    async def end(self, session: Session, reason: str) -> None:
-        """Close a session, free its memory and, with a reason, tell its client."""
-        await self.sessions.end(session)
-        if reason:
-            await session.tell(SessionEnded(session.key.session_id, reason))
-
-    async def open(self, peer: PeerId, message: OpenSession, tensors: Sequence[Tensor]) -> Session:
-        """Reserve a session, or find the one that this very request has opened before.
-
-        Raises PeerBusy (too many, or we are leaving) and what the checks and
-        ``KVQueue.reserve`` raise.
-        """
-        blocks = validation.check_request(self.offer, message)
-        validation.check_size(self.offer, message.num_rows, message.max_length)
-        validation.state_dtype(message.dtype)
-        given = validation.session_prompts(self.offer, message, tensors)
-        key = SessionKey(peer, SessionId(message.session_id), blocks)
-        found = await self._existing(key, message.epoch)
-        if found is not None:
-            self.ring.reroute(found, message.epoch, message.sources)
-            return found
-        if self.state is not ServerState.ONLINE:
-            raise PeerBusy(
-                f"This server is {self.state}: it takes no new sessions.",
-                hint="Use another server.",
-            )
-        timeout = min(message.alloc_timeout_seconds, self.config.max_alloc_seconds)
-        request = CacheRequest(message.num_rows, message.max_length, blocks)
-        with self.sessions.reserve_slot(peer), ExitStack() as held:
-            adapter = held.enter_context(self.adapters.using(peer, message.adapter))
-            prompts = None
-            if given is not None:
-                held.enter_context(self.bytes.hold(peer, given.nbytes))
-                prompts = await self.executor.call_on_device(lambda device: device.put(given))
-            kv = await self.reservations.reserve(request, timeout)
-            held.callback(self.reservations.release, kv)
-            # The same request may have come twice, and both have waited.
-            if self.sessions.get(key) is None:
-                session = self._new_session(key, kv, message)
-                session.prompts, session.adapter = prompts, adapter
-                session.held = held.pop_all()
-                self.sessions.add(session)
-        return self.sessions[key]
-
-    def _new_session(self, key: SessionKey, kv: SessionKV, message: OpenSession) -> Session:
-        offer = self.offer
-        limits = StepLimits(
-            max_rows=offer.max_rows,
-            max_length=message.max_length or offer.max_length,
-            max_step_tokens=offer.max_step_tokens,
-        )
-        memory = (kv, self._outboxes.open(message.num_rows))
-        session = Session(key, memory, limits, validation.state_dtype(message.dtype), self.clock)
-        session.epoch, session.sources = message.epoch, frozenset(message.sources)
-        return session
-
-    async def put_adapter(
-        self, peer: PeerId, message: PutAdapter, tensors: Sequence[Tensor]
-    ) -> AdapterKept:
-        """Keep an adapter for a client. Raises what the checks and ``AdapterStore.put`` raise."""
-        if not self.adapters.has(peer, message.adapter):
-            adapter = validation.adapter_of(self.offer, message, tensors)
-            self.adapters.check_size(adapter)
-            placed = await self.executor.call_on_device(lambda d: d.put_adapter(adapter))
-            self.adapters.put(peer, message.adapter, placed)
-        return AdapterKept(message.adapter, self.config.lease_seconds)
-
-    async def _existing(self, key: SessionKey, epoch: int) -> Session | None:
-        session = self.sessions.get(key)
-        if session is None:
-            return None
-        if epoch < session.epoch:
-            raise SessionClosed("The session has a newer epoch.", hint="Open a new session.")
-        if epoch > session.epoch:
-            await self.end(session, "")
-            return None
-        return session
-
-    async def _reap(self) -> None:
-        while True:
-            await self.clock.sleep(self.config.lease_seconds / _REAPS_PER_LEASE)
-            self.adapters.drop_unused()
-            self.passes.expire()
-            for session in self.sessions.silent():
-                logger.info("session %s is freed: its client fell silent", session.key)
-                await self.end(session, "No sign of life for longer than the lease.")
-
-
-class _Conversation:
-    """One channel: which sessions speak over it, and what it has under way."""
-
-    def __init__(self, service: BlocksService, channel: Channel) -> None:
-        self._service = service
-        self._channel = channel
-        self._sink = ClientChannel(channel)
-        self._sessions: dict[bytes, Session] = {}
-        self._tasks = BackgroundTasks()
-
-    async def __aenter__(self) -> "_Conversation":
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        # Steps go on: they belong to sessions, and a client that comes back asks for their results.
-        await self._tasks.close()
-
-    async def hear(self, message: AnyMessage, tensors: Sequence[Tensor]) -> None:
-        """Act on one message. Raises ProtocolError for what nobody asks of this service."""
-        match message:
-            case Step():
-                await self._on_step(message, tensors)
-            case KeepSession():
-                await self._keep(message)
-            case BeginEpoch():
-                await self._on_route(message)
-            case Replay():
-                await self._on_replay(message)
-            case OpenSession():
-                self._start(self._open(message, tensors))
-            case CloseSession():
-                await self._close(message.session_id)
-            case Forward() | Backward():
-                self._start(self._pass(message, tensors))
-            case PutAdapter():
-                self._start(self._put_adapter(message, tensors))
-            case GetInfo():
-                await self._sink.answer(self._service.info())
-            case _:
-                raise ProtocolError(f"{type(message).__name__} is not for a server of blocks.")
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.start(work, "request")
-
-    async def _open(self, message: OpenSession, tensors: Sequence[Tensor]) -> None:
-        try:
-            session = await self._service.open(self._channel.peer_id, message, tensors)
-        except PetalsError as error:
-            await self._sink.answer(Refusal.of(error))
-            return
-        self._attach(session)
-        if message.onward is not None:
-            self._service.ring.meet(PeerId(message.onward))
-        limits, lease = session.limits, self._service.config.lease_seconds
-        await self._sink.answer(SessionOpened(message.session_id, limits.max_length, lease))
-
-    def _attach(self, session: Session) -> None:
-        self._sessions[session.key.session_id] = session
-        session.sink = self._sink
-        session.touch()
-        self._service.tell_leaving(session)
-
-    def _find(
-        self, session_id: bytes, *, epoch: int | None = None, blocks: WireBlocks | None = None
-    ) -> Session:
-        """This channel's session of that id, or one of the same client that lost its channel.
-
-        What is said for an older ``epoch`` does not take it from the channel that it has.
-        """
-        session = self._sessions.get(session_id)
-        if session is not None and not session.closed:
-            return session
-        found = self._service.sessions.find(self._channel.peer_id, session_id)
-        if blocks is not None:
-            found = [s for s in found if s.key.blocks == messages.span(blocks)]
-        if not found:
-            raise SessionClosed(
-                "There is no such session here.",
-                hint="It was closed, or its lease ran out; open a new one.",
-            )
-        if len(found) > 1:
-            raise BadInput(
-                "Several sessions of this client have the same id.",
-                hint="Send OpenSession again to say which blocks this channel is about.",
-            )
-        (session,) = found
-        if epoch is None or epoch >= session.epoch:
-            self._attach(session)
-        return session
-
-    async def _on_step(self, message: Step, tensors: Sequence[Tensor]) -> None:
-        try:
-            session = self._find(message.session_id, epoch=message.epoch)
-        except PetalsError as error:
-            await self._sink.answer(Refusal.of(error, message.step_id))
-            return
-        session.touch()
-        self._service.ring.begin(session, message, tensors)
-
-    async def _on_replay(self, message: Replay) -> None:
-        try:
-            session = self._find(message.session_id, epoch=message.epoch)
-        except PetalsError as error:
-            await self._sink.answer(Refusal.of(error, message.step_id))
-            return
-        self._service.ring.replay(session, message)
-
-    async def _on_route(self, message: BeginEpoch) -> None:
-        session = await self._find_or_tell(message.session_id, epoch=message.epoch)
-        if session is not None:
-            self._service.ring.reroute(session, message.epoch, message.sources)
-
-    async def _keep(self, message: KeepSession) -> None:
-        session = await self._find_or_tell(message.session_id, blocks=message.blocks)
-        if session is not None:
-            session.touch()
-
-    async def _find_or_tell(
-        self, session_id: bytes, *, epoch: int | None = None, blocks: WireBlocks | None = None
-    ) -> Session | None:
-        """A session, or word to the client that there is none."""
-        try:
-            return self._find(session_id, epoch=epoch, blocks=blocks)
-        except PetalsError as error:
-            await self._sink.answer(SessionEnded(session_id, error.message))
-            return None
-
-    async def _pass(self, message: Forward | Backward, tensors: Sequence[Tensor]) -> None:
-        try:
-            answer = self._sink.answer
-            await self._service.passes.serve(self._channel.peer_id, message, tensors, answer)
-        except PetalsError as error:
-            await self._sink.answer(Refusal.of(error))
-
-    async def _put_adapter(self, message: PutAdapter, tensors: Sequence[Tensor]) -> None:
-        peer = self._channel.peer_id
-        try:
-            with self._service.bytes.hold(peer, sum(tensor.nbytes for tensor in tensors)):
-                kept = await self._service.put_adapter(peer, message, tensors)
-        except PetalsError as error:
-            await self._sink.answer(Refusal.of(error))
-        else:
-            await self._sink.answer(kept)
-
-    async def _close(self, session_id: bytes) -> None:
-        # Only what this channel opened or took up: its client may have begun the session anew.
-        session = self._sessions.pop(session_id, None)
-        if session is not None and not session.closed:
-            await self._service.end(session, "")
-        await self._sink.answer(SessionEnded(session_id, "closed"))

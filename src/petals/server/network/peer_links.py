@@ -1,15 +1,15 @@
-"""Long-lived channels to the servers that our outputs go on to, shared by all sessions.
+"""Long-lived channels to the servers that outputs are forwarded to, shared by all sessions.
 
-A lane is one channel to one peer: the common one for steps, and one of its own for each replay,
-whose back-pressure must not hold up other people's words. What is sent on a lane arrives in order;
-a lane that breaks tells whose words may have gone down with it. Knows peers and messages; knows no
-sessions and no steps.
+A link is one channel to one peer: one for the steps of all sessions, and one for each session that
+is replayed, so that the back-pressure of a replay does not hold up steps. What is sent on a link
+arrives in order. When a link breaks, the senders of what may not have arrived are called back.
+Knows peers and messages; knows no sessions and no steps.
 """
 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,82 +18,78 @@ from petals.clock import Clock
 from petals.errors import PeerBusy, PeerError, PeerTimeout, PeerUnreachable, PetalsError
 from petals.logs import get_logger
 from petals.swarm.background import BackgroundTasks
+from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.rpc.channel import Channel
+from petals.swarm.rpc.sending import send_or_abort
 from petals.types import PeerId
 from petals.wire.fields import Message
-from petals.wire.messages import Refusal
+from petals.wire.handshake import Refusal
 from petals.wire.services import RING_SERVICE
 
 logger = get_logger(__name__)
-
-MAX_LANES = 512
-SILENCE_SECONDS = 3.0
-"""A next hop that gives no sign of life for so long is cut off from us."""
-MAX_UNCONFIRMED = 1024
-"""Messages of a lane that are remembered until the next pong; one goes out every second."""
-_DIAL_SECONDS = 3.0
-_REST_SECONDS = 1.0
-"""A lane that could not be dialled counts as broken for so long: those in line do not dial, too."""
-_IDLE_SECONDS = 600.0
-_IDLE_REPLAY_SECONDS = 10.0
 
 OpenChannel = Callable[[PeerId, str, float], Awaitable[Channel]]
 OnLost = Callable[[], Coroutine[Any, Any, None]]
 
 
+class UnackedSends:
+    """What was sent on a channel and may not have arrived: when, and whom to call in that case.
+
+    A pong confirms all that was sent before its ping. At most ``max_sends`` are remembered; of
+    older ones a loss is not reported (the client notices it by a timeout).
+    """
+
+    def __init__(self, max_sends: int) -> None:
+        self._sends: deque[tuple[float, OnLost]] = deque(maxlen=max_sends)
+
+    def note(self, now: float, on_lost: OnLost, channel: Channel) -> None:
+        self._sends.append((now, on_lost))
+        while self._sends[0][0] < channel.confirmed_at:
+            self._sends.popleft()
+
+    def lost(self, channel: Channel) -> list[OnLost]:
+        """Whom to call once the channel has broken, in the order in which they sent."""
+        return [on_lost for sent_at, on_lost in self._sends if sent_at >= channel.confirmed_at]
+
+
 class Link:
     """One channel to ``peer``, when there is one."""
 
-    def __init__(self, peer: PeerId, idle_seconds: float) -> None:
+    def __init__(self, peer: PeerId, idle_seconds: float, max_sends: int) -> None:
         self.peer = peer
         self.idle_seconds = idle_seconds
         self.channel: Channel | None = None
         self.in_order = asyncio.Lock()
         self.used_at = 0.0
         self.broken_until = 0.0
-        self.sent = UnackedSends()
+        self.sent = UnackedSends(max_sends)
 
     @property
     def is_in_use(self) -> bool:
         return self.channel is not None or self.in_order.locked()
 
 
-class UnackedSends:
-    """What was sent on a channel and may not have arrived: when, and whom to tell in that case."""
-
-    def __init__(self) -> None:
-        self._unconfirmed: deque[tuple[float, OnLost]] = deque(maxlen=MAX_UNCONFIRMED)
-
-    def note(self, now: float, on_lost: OnLost, channel: Channel) -> None:
-        self._unconfirmed.append((now, on_lost))
-        while self._unconfirmed[0][0] < channel.confirmed_at:
-            self._unconfirmed.popleft()
-
-    def lost(self, channel: Channel) -> list[OnLost]:
-        """Whom to tell, in the order in which they sent."""
-        return [told for sent_at, told in self._unconfirmed if sent_at >= channel.confirmed_at]
-
-
 class PeerLinks:
-    """The lanes of one server; ``close`` them."""
+    """The links of one server; ``close`` them."""
 
-    def __init__(self, open_channel: OpenChannel, clock: Clock) -> None:
+    def __init__(self, open_channel: OpenChannel, clock: Clock, limits: FailoverConfig) -> None:
         self._open_channel = open_channel
         self._clock = clock
-        self._lanes: dict[tuple[PeerId, bytes], Link] = {}
+        self._limits = limits
+        self._links: dict[tuple[PeerId, Hashable], Link] = {}
         self._tasks = BackgroundTasks()
 
     async def close(self) -> None:
         """End all channels."""
         await self._tasks.close()
-        self._lanes.clear()
+        self._links.clear()
 
-    def meet(self, peer: PeerId) -> None:
-        """Open the common lane to ``peer`` in good time, if there is none and there may be one."""
+    def connect(self, peer: PeerId) -> None:
+        """Open the common link to ``peer`` ahead of its first use."""
         with contextlib.suppress(PeerBusy):
-            lane = self._lane(peer, b"")
-            if not lane.is_in_use:
-                self._tasks.start(self._open(lane), "meeting a next hop")
+            link = self._link(peer, None)
+            if not link.is_in_use:
+                self._tasks.start(self._open(link), "connecting to a next hop")
 
     async def send(
         self,
@@ -102,83 +98,99 @@ class PeerLinks:
         tensors: Sequence[Tensor],
         on_lost: OnLost,
         *,
-        replay_of: bytes = b"",
+        replay_of: Hashable = None,
     ) -> None:
-        """Send on the common lane, or on that of a replayed session.
+        """Send on the common link, or on the link of a session that is replayed.
 
-        Dials if need be, and again, once, if the channel is found broken. ``on_lost`` is called if
-        the lane breaks later and the message may not have arrived. Raises PeerError or
-        RequestTooLarge.
+        Opens a channel if there is none, and once more if the one there is turns out broken.
+        ``on_lost`` is called if the link breaks later and the message may not have arrived. Raises
+        PeerError or RequestTooLarge.
         """
-        lane = self._lane(peer, replay_of)
-        async with lane.in_order:
-            for is_last_try in (lane.channel is None, True):
-                channel = lane.channel or await self._dial(lane)
+        link = self._link(peer, replay_of)
+        async with link.in_order:
+            for is_last_try in (link.channel is None, True):
+                channel = link.channel or await self._dial(link)
                 try:
-                    await channel.send(message, tensors)
-                    lane.used_at = self._clock.monotonic()
-                    lane.sent.note(lane.used_at, on_lost, channel)
-                    return
+                    await send_or_abort(channel, message, tensors, self._limits, self._clock)
+                except PeerTimeout:
+                    # The peer lives and takes nothing: a new channel would wait as long.
+                    self._break(link, channel)
+                    raise
                 except PeerError:
-                    lane.channel = None
+                    link.channel = None
                     if is_last_try:
                         raise
+                else:
+                    link.used_at = self._clock.monotonic()
+                    link.sent.note(link.used_at, on_lost, channel)
+                    return
 
-    def _lane(self, peer: PeerId, replay_of: bytes) -> Link:
-        key = (peer, replay_of)
-        if key not in self._lanes:
-            if len(self._lanes) >= MAX_LANES:
-                self._lanes = {k: lane for k, lane in self._lanes.items() if lane.is_in_use}
-            if len(self._lanes) >= MAX_LANES:
-                raise PeerBusy("This server hands on to too many others.", peer_id=peer)
-            self._lanes[key] = Link(peer, _IDLE_REPLAY_SECONDS if replay_of else _IDLE_SECONDS)
-        return self._lanes[key]
+    def _link(self, peer: PeerId, replay_of: Hashable) -> Link:
+        limits, key = self._limits, (peer, replay_of)
+        if key not in self._links:
+            if len(self._links) >= limits.max_links:
+                self._links = {k: link for k, link in self._links.items() if link.is_in_use}
+            if len(self._links) >= limits.max_links:
+                raise PeerBusy("This server forwards to too many others.", peer_id=peer)
+            is_common = replay_of is None
+            idle = limits.link_idle_seconds if is_common else limits.replay_link_idle_seconds
+            self._links[key] = Link(peer, idle, limits.max_unconfirmed)
+        return self._links[key]
 
-    async def _open(self, lane: Link) -> None:
-        async with lane.in_order:
+    async def _open(self, link: Link) -> None:
+        async with link.in_order:
             with contextlib.suppress(PeerError):
-                if lane.channel is None:
-                    await self._dial(lane)
+                if link.channel is None:
+                    await self._dial(link)
 
-    async def _dial(self, lane: Link) -> Channel:
-        if self._clock.monotonic() < lane.broken_until:
-            raise PeerUnreachable("The peer did not answer a moment ago.", peer_id=lane.peer)
+    async def _dial(self, link: Link) -> Channel:
+        if self._clock.monotonic() < link.broken_until:
+            # Those that wait in line behind a dial that has failed do not dial one after the other.
+            raise PeerUnreachable("The peer did not answer a moment ago.", peer_id=link.peer)
+        seconds = self._limits.link_dial_seconds
         try:
-            channel = await self._open_channel(lane.peer, RING_SERVICE, _DIAL_SECONDS)
+            channel = await self._open_channel(link.peer, RING_SERVICE, seconds)
         except PetalsError as error:
-            lane.broken_until = self._clock.monotonic() + _REST_SECONDS
+            link.broken_until = self._clock.monotonic() + self._limits.link_rest_seconds
             reason = f"No channel to the next hop: {error.message}"
-            raise PeerUnreachable(reason, peer_id=lane.peer) from error
-        channel.silence_seconds = SILENCE_SECONDS
-        lane.channel, lane.used_at = channel, self._clock.monotonic()
-        lane.sent = UnackedSends()
-        self._tasks.start(self._listen(lane, channel, lane.sent), "listening to a next hop")
+            raise PeerUnreachable(reason, peer_id=link.peer) from error
+        channel.silence_seconds = self._limits.silence_seconds
+        link.channel, link.used_at = channel, self._clock.monotonic()
+        link.sent = UnackedSends(self._limits.max_unconfirmed)
+        self._tasks.start(self._listen(link, channel, link.sent), "listening to a next hop")
         return channel
 
-    async def _listen(self, lane: Link, channel: Channel, sent: UnackedSends) -> None:
-        """The life of a channel: nothing is said on it but refusals; long idleness ends it."""
+    async def _listen(self, link: Link, channel: Channel, sent: UnackedSends) -> None:
+        """The life of a channel: nothing comes on it but refusals; long idleness ends it."""
         try:
-            while not self._is_idle(lane):
+            while not self._is_idle(link):
                 try:
-                    answer, _ = await channel.receive(lane.idle_seconds)
+                    answer, _ = await channel.receive(link.idle_seconds)
                 except PeerTimeout:
                     if channel.is_closed:
                         raise
                     continue
                 if isinstance(answer, Refusal):
-                    logger.info("…%s refused a step: %s", lane.peer[-6:], answer.message)
+                    logger.info("…%s refused a message: %s", link.peer[-6:], answer.message)
         except PeerError as error:
-            logger.debug("the channel to …%s has ended: %s", lane.peer[-6:], error.message)
+            logger.debug("the channel to …%s has ended: %s", link.peer[-6:], error.message)
             if isinstance(error, PeerTimeout):
-                # Nothing passes: whoever is told of a loss need not find that out by dialling.
-                lane.broken_until = self._clock.monotonic() + _REST_SECONDS
-            for on_lost in sent.lost(channel):  # a client that does not read holds up no other
-                self._tasks.start(on_lost(), "telling what broke with a lane")
+                # Nothing passes: a client that repeats its step must not wait for a dial again.
+                self._break(link, channel)
+            for on_lost in sent.lost(channel):
+                # In tasks of their own: a client that does not read holds up no other's news.
+                self._tasks.start(on_lost(), "telling what broke with a link")
         finally:
-            if lane.channel is channel:
-                lane.channel = None
+            if link.channel is channel:
+                link.channel = None
             await channel.close()
 
-    def _is_idle(self, lane: Link) -> bool:
-        rested = self._clock.monotonic() - lane.used_at >= lane.idle_seconds
-        return rested and not lane.in_order.locked()
+    def _break(self, link: Link, channel: Channel) -> None:
+        """The peer does not answer: no new channel for a moment."""
+        link.broken_until = self._clock.monotonic() + self._limits.link_rest_seconds
+        if link.channel is channel:
+            link.channel = None
+
+    def _is_idle(self, link: Link) -> bool:
+        rested = self._clock.monotonic() - link.used_at >= link.idle_seconds
+        return rested and not link.in_order.locked()

@@ -1,36 +1,64 @@
-"""The way back to a client: the channel that it was heard on last.
+"""Messages to a client, on one channel that the client has opened.
 
-Knows streams and messages, no sessions.
+Every reply of a server is sent here; ``reply`` is the one place that gives it a header. Knows
+streams and messages; knows no sessions.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from petals.clock import Clock
 from petals.errors import PeerError
 from petals.logs import get_logger
+from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.rpc.channel import Channel
+from petals.swarm.rpc.sending import send_or_abort
+from petals.types import PeerId
 from petals.wire.fields import Message
+from petals.wire.header import RequestHeader
 
 logger = get_logger(__name__)
 
+MakeReply = Callable[[RequestHeader], Message]
+"""Makes a reply that carries the given header."""
+
 
 class ClientChannel:
-    """Answers on the client's own channel.
+    """One channel of a client. ``number`` grows with every channel that a server accepts.
 
-    Nothing here raises because the client has gone: its sessions wait for it.
+    No method raises because the client is gone: the client's sessions wait for it to come back. A
+    client that does not take a message in time loses the channel, so that it cannot hold a step or
+    the memory of its answer.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, number: int, limits: FailoverConfig, clock: Clock) -> None:
+        self.number = number
         self._channel = channel
+        self._limits = limits
+        self._clock = clock
+        # The deadline of a message counts from the moment when the messages before it are sent.
+        self._in_order = asyncio.Lock()
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._channel.peer_id
 
     @property
     def is_open(self) -> bool:
         return not self._channel.is_closed
 
-    async def answer(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        """Send, unless the client has gone. Raises RequestTooLarge."""
+    async def reply(
+        self, header: RequestHeader, make: MakeReply, tensors: Sequence[Tensor] = ()
+    ) -> None:
+        """Answer the request that came with ``header``. Raises RequestTooLarge."""
+        await self.send(make(header), tensors)
+
+    async def send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
+        """Send a message that belongs to no session. Raises RequestTooLarge."""
         try:
-            await self._channel.send(message, tensors)
+            async with self._in_order:
+                await send_or_abort(self._channel, message, tensors, self._limits, self._clock)
         except PeerError as error:
-            logger.debug("%s found nobody to take it: %s", type(message).__name__, error.message)
+            logger.debug("%s did not reach its client: %s", type(message).__name__, error.message)

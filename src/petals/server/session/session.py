@@ -1,351 +1,274 @@
-"""Where every sequence of a session stands.
+"""One reservation of a client: its epoch, its channel, the requests under way, its rows.
 
-A session takes one step at a time; a repeated step is answered from what was kept, an older frame
-is dropped, a gap is refused. What it has put out it can put out again. Knows no streams, no other
-hops and no blocks' insides.
+Invariants, beside those of the rows (``rows``); ``Session.check_integrity`` asserts both while the
+session is idle:
+
+1. *One at a time.* Requests that read or change the rows do so one after the other, in the order in
+   which they arrived (``_turn``).
+2. *One epoch.* Only ``begin_epoch`` changes the epoch, together with the sources, and only upwards.
+   A request counts if its epoch is the session's when its turn has come; a request that has waited
+   while a newer epoch began is dropped, and so is a reply to it.
+3. *Nothing outlives the session.* Closing it ends its tasks, drops its log and frees its KV memory.
+
+Knows no streams, no other hops and no blocks' insides.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass
-from functools import partial
-from weakref import WeakSet
+from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor
 
 from petals.clock import Clock
-from petals.errors import BadInput, PeerBusy, PetalsError, SessionClosed, SessionGap
-from petals.logs import get_logger
-from petals.models.adapters.low_rank import Adapter
+from petals.errors import BadInput, PeerBusy, SessionClosed
+from petals.server.admission import validation
+from petals.server.admission.offer import ServedModel
 from petals.server.compute.executor import Executor
-from petals.server.compute.kv_pool import SessionKV
-from petals.server.compute.step_job import StepJob
-from petals.server.compute.step_plan import StepLimits, StepPlan, TokenRun, plan_step
-from petals.server.session.client_channel import ClientChannel
-from petals.server.session.kv_transfer import PageCopy, read_pages, write_pages
-from petals.server.session.output_log import OutboxRows, OutputLog
-from petals.types import BlockSpan, PeerId, SessionId
-from petals.wire.fields import Message
-from petals.wire.messages import Replay, Step, StepResult
+from petals.server.compute.step_plan import StepLimits
+from petals.server.session.client_channel import ClientChannel, MakeReply
+from petals.server.session.rows import CachedRows, Reservation, SessionTerms, StepOutput
+from petals.swarm.background import BackgroundTasks
+from petals.types import PeerId, SessionId
+from petals.wire import messages
+from petals.wire.header import RequestHeader
+from petals.wire.requests import OpenSession, ReplayPart, ReplayRequest, Step
 
-logger = get_logger(__name__)
-MAX_WAITING_STEPS = 16
-"""Steps of one session that may wait for their turn (a client that sends ahead)."""
+MAX_REQUESTS = 64
+"""Steps and replays of one session that may be under way, sending included. A client has at most
+one step more under way than its route has hops.
+"""
 
-_KEPT_STEPS = 32
-"""So many of the last steps are answered again, as long as their tokens stand."""
+MAX_REPLAYS = 4
+"""Replays that one session may be sending. Each keeps the rows as they were when it was asked for,
+and the budget of output logs does not count them.
+"""
 
-StepOutput = tuple[StepResult, Tensor]
+ReplayStream = AsyncGenerator[tuple[ReplayPart, tuple[Tensor, ...]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class SessionKey:
-    """What a session is found by:
-
-    one client may run one session through several parts of our span.
-    """
+    """What a session is found by: its client, and the id that the client has drawn for it."""
 
     peer_id: PeerId
     session_id: SessionId
-    blocks: BlockSpan
 
     def __str__(self) -> str:
-        return f"{self.session_id.hex()[:8]} of …{self.peer_id[-6:]} in blocks {self.blocks}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """A step that was run; its output is in the outbox."""
-
-    plan: StepPlan
-    result: StepResult
-
-    def survives(self, starts: tuple[int, ...]) -> bool:
-        """Do its tokens still stand when rows are cut to ``starts``?"""
-        ends = zip(self.plan.counts, self.plan.lengths_after, starts)
-        return all(not count or end <= start for count, end, start in ends)
+        return f"{self.session_id.hex()[:8]} of …{self.peer_id[-6:]}"
 
 
 class Session:
-    """One client's sequences in ``key.blocks``.
+    """A client's sequences in the blocks that ``request`` names. ``close`` it.
 
-    Steps run in the order they come. ``sink`` is where the client was heard last, ``tasks`` are the
-    steps under way, ``sources`` the peers beside the client from whom steps are taken, ``prompts``
-    [len(blocks), P, H] what is added on entering blocks, ``adapter`` what is added to their
-    matrices, ``held`` what is given back once nothing runs in it any more.
+    It is complete once it is made. Afterwards ``attach``, ``begin_epoch``, ``close`` and the
+    requests change it, and nothing else.
     """
 
     def __init__(
         self,
         key: SessionKey,
-        memory: tuple[SessionKV, OutputLog],
-        limits: StepLimits,
-        out_dtype: torch.dtype,
+        request: OpenSession,
+        offer: ServedModel,
+        reservation: Reservation,
+        executor: Executor,
         clock: Clock,
     ) -> None:
         self.key = key
-        self.kv, self.outbox = memory
-        self.limits = limits
-        self.out_dtype = out_dtype
-        self.adapter: Adapter | None = None
-        self.epoch = 0
-        self.sources: frozenset[str] = frozenset()
-        self.prompts: Tensor | None = None
-        self.held = ExitStack()
-        self.lengths: tuple[int, ...] = (0,) * len(self.kv.rows)
-        self.closed = False
+        self.max_length = request.max_length or offer.max_length
+        self._request = _without_patience(request)
+        self._reservation = reservation
         self._clock = clock
+        self._offer = offer
+        limits = StepLimits(offer.max_rows, self.max_length, offer.max_step_tokens)
+        dtype = validation.state_dtype(request.dtype)
+        terms = SessionTerms(key.peer_id, messages.span(request.blocks), dtype, limits, offer)
+        self._rows = CachedRows(terms, reservation, executor)
+        self._epoch = request.header.epoch
+        self._sources = frozenset(request.sources)
+        self._client: ClientChannel | None = None
         self._last_sign = clock.monotonic()
-        self._last_step_id = -1
-        self._last_answer: StepOutput | None = None
-        self._done: deque[_Done] = deque(maxlen=_KEPT_STEPS)
-        self._reordered_by: int | None = None
-        self._copies: WeakSet[PageCopy] = WeakSet()
         self._turn = asyncio.Lock()
-        self._num_waiting = 0
-        self.sink: ClientChannel | None = None
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()
+        self._num_replays = 0
+        self._is_closed = False
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """The peers, beside the client, whose steps count in this epoch."""
+        return self._sources
+
+    @property
+    def rows(self) -> CachedRows:
+        """For those who look on: only requests change them."""
+        return self._rows
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of deep prompts that the session keeps."""
+        prompts = self._reservation.prompts
+        return 0 if prompts is None else prompts.nbytes
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not len(self._tasks)
+
+    @property
+    def has_client(self) -> bool:
+        """Whether the channel of the client is open."""
+        return self._client is not None and self._client.is_open
 
     @property
     def silent_seconds(self) -> float:
-        """Time since the client's last sign of life; 0 while a step of its is under way."""
-        return 0.0 if self._num_waiting else self._clock.monotonic() - self._last_sign
+        """Time (s) since the client's last sign of life; 0 while a request is under way."""
+        return self._clock.monotonic() - self._last_sign if self.is_idle else 0.0
 
-    @property
-    def is_heard(self) -> bool:
-        """True while the client's stream stands."""
-        return self.sink is not None and self.sink.is_open
+    def is_outdated(self, header: RequestHeader) -> bool:
+        """Whether a newer epoch has begun since the request was made."""
+        return header.epoch < self._epoch
 
-    def touch(self) -> None:
-        """The client lives."""
-        self._last_sign = self._clock.monotonic()
-
-    def adopt(self, task: "asyncio.Task[None]") -> None:
-        """A step of this session runs in ``task``:
-
-        it ends when the session is closed, not when its stream breaks.
-        """
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def tell(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        """Say something to the client, if it is there. Raises RequestTooLarge."""
-        if self.sink is not None:
-            await self.sink.answer(message, tensors)
-
-    async def close(self) -> None:
-        """No step runs or will run after this; the KV memory is then the caller's to free."""
-        self.closed = True
-        self._last_answer = None
-        self.outbox.drop()
-        tasks = [task for task in self.tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-
-    async def step(self, message: Step, hidden: Tensor, executor: Executor) -> StepOutput | None:
-        """Run a step, or repeat the answer of an earlier one. None: a frame of an older epoch, to
-        be dropped.
-
-        hidden: [sum(counts), H], floating. Raises what ``plan_step`` and ``Executor.run`` raise,
-        SessionGap for a step id that is already past, PeerBusy if too many steps wait,
-        SessionClosed.
-        """
-        if self._num_waiting >= MAX_WAITING_STEPS:
-            raise PeerBusy(
-                f"{MAX_WAITING_STEPS} steps of this session wait already.",
-                hint="Wait for answers before sending more.",
+    def check_repeated(self, request: OpenSession) -> None:
+        """Raises BadInput unless ``request`` is the one that has opened this session."""
+        if _without_patience(request) != self._request:
+            raise BadInput(
+                "There is a session of this id already, opened with other contents.",
+                hint="Draw a new id for every reservation.",
             )
-        self._num_waiting += 1
+
+    def attach(self, client: ClientChannel) -> bool:
+        """The client has given a sign of life on a channel: replies go there from now on.
+
+        A client that has lost its channel opens a new one, and what it had sent on the old one may
+        be read after that. So a channel that was opened earlier does not take over. Returns whether
+        the channel has changed.
+        """
+        self._touch()
+        if self._client is not None and client.number <= self._client.number:
+            return False
+        self._client = client
+        return True
+
+    def begin_epoch(self, epoch: int, sources: Sequence[str]) -> None:
+        """Accept requests of ``epoch`` from now on, from the client and from ``sources``.
+
+        Both change together, so that no request of the new epoch is accepted from a source of the
+        old one. An older epoch changes nothing.
+        """
+        if epoch >= self._epoch:
+            self._epoch, self._sources = epoch, frozenset(sources)
+
+    async def reply(
+        self, header: RequestHeader, make: MakeReply, tensors: Sequence[Tensor] = ()
+    ) -> None:
+        """Answer a request, unless a newer epoch has begun: its client does not wait for it.
+
+        Raises RequestTooLarge.
+        """
+        if self._client is not None and not self.is_outdated(header):
+            await self._client.reply(header, make, tensors)
+
+    async def notify(self, make: MakeReply) -> None:
+        """Send the client something that no request has asked for."""
+        await self.reply(RequestHeader(self.key.session_id, self._epoch), make)
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
+        """Run a request in a task that ends when the session is closed, not when a channel ends.
+
+        Raises PeerBusy if too many requests are under way, SessionClosed.
+        """
+        try:
+            if self._is_closed:
+                raise SessionClosed("The session was closed.", hint="Open a new one.")
+            if len(self._tasks) >= MAX_REQUESTS:
+                raise PeerBusy(
+                    f"{MAX_REQUESTS} requests of this session are under way.",
+                    hint="Wait for answers before sending more.",
+                )
+        except (SessionClosed, PeerBusy):
+            work.close()
+            raise
+        task = self._tasks.start(work, name)
+        task.add_done_callback(lambda _: self._touch())
+        return task
+
+    async def step(self, message: Step, tensors: Sequence[Tensor]) -> StepOutput | None:
+        """Run a step, or repeat the answer of one that was run. None: a newer epoch has begun.
+
+        tensors: hidden ``[sum(counts), H]``. Raises what ``CachedRows.step`` raises, BadInput.
+        """
+        hidden = validation.only_states(self._offer, tensors, sum(message.counts))
+        async with self._turn:
+            if self.is_outdated(message.header):
+                return None
+            return await self._rows.step(message, hidden)
+
+    async def fill(self, part: ReplayPart, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """Fill the rows with the next part of a replay. Returns the outputs to forward: none if
+        keys and values came. None: the part is dropped (an older epoch or replay, a repetition).
+
+        Raises what ``CachedRows.fill`` raises.
+        """
+        async with self._turn:
+            if self.is_outdated(part.header):
+                return None
+            return await self._rows.fill(part, tensors)
+
+    async def replay(
+        self, request: ReplayRequest, max_tokens: int, max_kv_bytes: int
+    ) -> ReplayStream:
+        """The parts of a replay and their tensors; of at most ``max_tokens`` tokens each, and of at
+        most ``max_kv_bytes`` of keys and values (but at least one token).
+
+        The rows are those that stand when the turn of the request has come. Nothing if a newer
+        epoch has begun. Raises PeerBusy and what ``CachedRows.source`` and ``read`` raise.
+        """
+        if self._num_replays >= MAX_REPLAYS:
+            raise PeerBusy(
+                f"{MAX_REPLAYS} replays of this session are under way.", hint="Wait for them."
+            )
+        self._num_replays += 1
         try:
             async with self._turn:
-                return await self._step(message, hidden, executor)
+                if self.is_outdated(request.header):
+                    return
+                source = self._rows.source(request)
+            if request.kv:
+                token_bytes = max(1, self._rows.kv_token_bytes)
+                max_tokens = min(max_tokens, max(1, max_kv_bytes // token_bytes))
+            for part in source.parts(max_tokens):
+                yield part, await self._rows.read(part, source)
         finally:
-            self._num_waiting -= 1
-            self.touch()
+            self._num_replays -= 1
 
-    async def outputs(self, message: Replay) -> tuple[OutboxRows, StepPlan, bool] | None:
-        """What a replay is to push: the rows as they are between two steps, and which tokens.
+    async def finish(self, timeout_seconds: float) -> None:
+        """Wait until no request is under way, for at most ``timeout_seconds``."""
+        await self._tasks.wait(timeout_seconds)
 
-        True: the rows stand as the reorder of the step to follow has left them. None: a frame of an
-        older epoch. Raises OutboxLost, BadInput, SessionClosed, and SessionGap if a later step has
-        reordered the rows.
-        """
-        async with self._turn:
-            if self._is_old(message.epoch):
-                return None
-            plan, is_reordered = self._asked_for(message)
-            return self.outbox.rows(), plan, is_reordered
+    async def close(self) -> None:
+        """End all requests and free the memory. Idempotent."""
+        self._is_closed = True
+        await self._tasks.close()
+        self._rows.outputs.drop()
+        self._reservation.release.close()
 
-    async def copy(self, message: Replay) -> tuple[PageCopy, OutboxRows | None] | None:
-        """What a replay of pages is to read, and what was put out for it, if that is still kept.
+    def check_integrity(self) -> None:
+        """Raise AssertionError if an invariant does not hold. Call it while the session is idle."""
+        if self._is_closed or not self.is_idle or self._turn.locked():
+            raise AssertionError("a session that is closed or busy was checked")
+        if self._epoch < self._request.header.epoch:
+            raise AssertionError("the epoch has gone back")
+        self._rows.check_integrity()
 
-        None: a frame of an older epoch. Raises what ``outputs`` raises, but for OutboxLost, and
-        BadInput for blocks that keep more than pages.
-        """
-        if not self.kv.layout.kv_width(self.key.blocks):
-            raise BadInput(
-                "What these blocks keep cannot be handed over.",
-                hint="Only servers that tell their kv_format can be asked for pages.",
-            )
-        async with self._turn:
-            if self._is_old(message.epoch):
-                return None
-            copy = PageCopy(self._asked_for(message)[0])
-            self._copies.add(copy)
-            return copy, None if self.outbox.is_lost else self.outbox.rows()
+    def _touch(self) -> None:
+        self._last_sign = self._clock.monotonic()
 
-    async def read(self, copy: PageCopy, pieces: Sequence[TokenRun], executor: Executor) -> Tensor:
-        """Pages of a copy: [tokens, page width]. Raises SessionGap if it is spoilt."""
-        pages = await executor.call(partial(read_pages, self.kv, pieces))
-        copy.check()
-        return pages
 
-    async def put_pages(
-        self, message: Step, pages: Tensor, outputs: Tensor | None, executor: Executor
-    ) -> bool:
-        """Let the rows go on with pages that were read elsewhere, and with what was put out for
-        them. False: a frame of an older epoch, to be dropped.
-
-        Raises what ``step`` raises.
-        """
-        async with self._turn:
-            if self._is_old(message.epoch):
-                return False
-            self._begin_replay(message)
-            plan = self._plan(message)
-            write = partial(write_pages, kv=self.kv, plan=plan, pages=pages, outputs=outputs)
-            await executor.call_on_device(write)
-            self._cut(plan, message.step_id)
-            self.lengths = plan.lengths_after
-            if outputs is None:
-                self.outbox.drop()
-            else:
-                self.outbox.append(plan.counts, outputs)
-            self._done.clear()
-            self._reordered_by = None
-            return True
-
-    def _asked_for(self, message: Replay) -> tuple[StepPlan, bool]:
-        """See ``outputs``."""
-        if self._reordered_by is not None and self._reordered_by > message.step_id:
-            raise SessionGap(
-                "The rows were reordered since the replay was asked for.", hint="Ask again."
-            )
-        lengths = message.lengths
-        is_reordered = self._reordered_by == message.step_id and message.reorder is not None
-        starts = (0,) * len(self.lengths) if message.onto is None else message.starts
-        try:
-            if is_reordered and message.reorder is not None:
-                lengths = tuple(lengths[row] for row in message.reorder)
-            # A step done already may have rolled rows back; it will do so again.
-            standing = zip(lengths, self.lengths, starts, strict=True)
-            counts = tuple(max(0, min(asked, have) - start) for asked, have, start in standing)
-        except (IndexError, ValueError):
-            raise BadInput(
-                f"A replay of {len(lengths)} rows was asked for, {len(self.lengths)} are here.",
-                hint="Give a length for every row the session had before the step.",
-            ) from None
-        return StepPlan(starts, counts, message.onto), is_reordered
-
-    async def _step(self, message: Step, hidden: Tensor, executor: Executor) -> StepOutput | None:
-        if self._is_old(message.epoch):
-            return None
-        if message.replay:
-            self._begin_replay(message)
-            answer = await self._run(message, hidden, executor)
-            self._done.clear()
-            self._reordered_by = message.step_id if message.reordered else None
-            return answer
-        if message.step_id > self._last_step_id:
-            self._last_answer = await self._run(message, hidden, executor)
-            self._last_step_id = message.step_id
-        result, output = self._kept(message.step_id)
-        result = msgspec.structs.replace(
-            result, epoch=message.epoch, timings=message.timings, relayed=message.relayed
-        )
-        return result, output
-
-    def _begin_replay(self, message: Step) -> None:
-        """What the rows held is gone, and with it what was known of steps."""
-        self._last_step_id, self._last_answer = message.step_id - 1, None
-        self._reordered_by = None
-
-    def _is_old(self, epoch: int) -> bool:
-        if self.closed:
-            raise SessionClosed("The session was closed.", hint="Open a new one.")
-        is_old = epoch < self.epoch
-        self.epoch = max(epoch, self.epoch)
-        return is_old
-
-    def _kept(self, step_id: int) -> StepOutput:
-        """The answer of a step that was done. Raises SessionGap if it is forgotten."""
-        if step_id == self._last_step_id and self._last_answer is not None:
-            return self._last_answer
-        for done in self._done:
-            stands = done.plan.num_tokens and not self.outbox.is_lost
-            if stands and done.result.step_id == step_id:
-                pieces = done.plan.pieces(0, done.plan.num_tokens)
-                return done.result, torch.cat(list(self.outbox.rows().read(pieces)))
-        raise SessionGap(
-            f"Step {step_id} is past; the last one was {self._last_step_id}.",
-            hint="Step ids only grow within a session.",
-        )
-
-    async def _run(self, message: Step, hidden: Tensor, executor: Executor) -> StepOutput:
-        plan, key = self._plan(message), self.key
-        job = StepJob(
-            kv=self.kv,
-            blocks=key.blocks,
-            plan=plan,
-            hidden=hidden,
-            out_dtype=self.out_dtype,
-            owner=key.peer_id,
-            prompts=self.prompts,
-            adapter=self.adapter,
-        )
-        try:
-            outcome = await executor.run(job)
-        except PetalsError:
-            if job.has_begun:
-                self._cut(plan, message.step_id)
-            raise
-        self._cut(plan, message.step_id)
-        self.lengths = plan.lengths_after
-        self.outbox.append(plan.counts, outcome.value)
-        result = StepResult(
-            session_id=key.session_id,
-            epoch=self.epoch,
-            step_id=message.step_id,
-            queue_seconds=outcome.queue_seconds,
-            compute_seconds=outcome.compute_seconds,
-            batch_tokens=outcome.batch_tokens,
-        )
-        self._done.append(_Done(plan, result))
-        return result, outcome.value
-
-    def _plan(self, message: Step) -> StepPlan:
-        """A step begins. Raises what ``plan_step`` raises."""
-        # A step that has reordered the rows before (it failed after that, or they were replayed so)
-        # must not reorder the reordered.
-        reorder = None if self._reordered_by == message.step_id else message.reorder
-        plan = plan_step(message.starts, message.counts, reorder, self.lengths, self.limits)
-        for copy in self._copies:
-            copy.see(plan)
-        return plan
-
-    def _cut(self, plan: StepPlan, step_id: int) -> None:
-        """The rows now end where the step begins."""
-        if plan.reorder is not None:
-            self._reordered_by = step_id
-            self._done.clear()
-        elif plan.starts != self.lengths:
-            standing = [done for done in self._done if done.survives(plan.starts)]
-            self._done = deque(standing, maxlen=_KEPT_STEPS)
-        self.outbox.cut(plan.starts, plan.reorder)
-        self.lengths = plan.starts
+def _without_patience(request: OpenSession) -> OpenSession:
+    """A request without what a repetition may change: how long to wait for free cache."""
+    return msgspec.structs.replace(request, alloc_timeout_seconds=0.0)

@@ -34,7 +34,8 @@ from petals.types import PeerId
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
-from petals.wire.messages import AnyMessage, Refusal, encode_message
+from petals.wire.handshake import Refusal
+from petals.wire.messages import AnyMessage, encode_message
 from petals.wire.specs import TensorSpec
 
 logger = get_logger(__name__)

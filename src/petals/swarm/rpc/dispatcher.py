@@ -37,7 +37,8 @@ from petals.types import PeerId
 from petals.wire import frames
 from petals.wire.fields import Message
 from petals.wire.frames import PROTOCOL_VERSION, FrameKind
-from petals.wire.messages import AnyMessage, Hello, Refusal, Welcome, decode_message, encode_message
+from petals.wire.handshake import Hello, Refusal, Welcome
+from petals.wire.messages import AnyMessage, decode_message, encode_message
 
 logger = get_logger(__name__)
 

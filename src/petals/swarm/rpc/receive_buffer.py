@@ -13,7 +13,8 @@ from petals.errors import PeerBusy, PetalsError, ProtocolError
 from petals.swarm.config import ChannelLimits
 from petals.types import PeerId
 from petals.wire import tensors
-from petals.wire.messages import AnyMessage, Refusal, decode_message
+from petals.wire.handshake import Refusal
+from petals.wire.messages import AnyMessage, decode_message
 from petals.wire.specs import TensorSpec, check_specs
 
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -173,7 +174,7 @@ class Inbox:
     def parting_refusal(self) -> PetalsError | None:
         """The peer's last message, if it is a refusal of the whole stream, as a typed error."""
         last = self._ready[-1].message if self._ready else None
-        if isinstance(last, Refusal) and last.step_id is None:
+        if isinstance(last, Refusal) and last.header is None:
             return last.to_error(self._peer)
         return None
 

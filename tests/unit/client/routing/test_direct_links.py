@@ -6,7 +6,7 @@ from petals.types import PeerId
 A, B, C, D = (PeerId(name) for name in "ABCD")
 
 
-def runs(edges: DirectLinks, route: list[PeerId], now: float) -> list[list[PeerId]]:
+def arcs(edges: DirectLinks, route: list[PeerId], now: float) -> list[list[PeerId]]:
     found, at = [], 0
     while at < len(route):
         end = edges.run_end(route, at, now)
@@ -16,25 +16,25 @@ def runs(edges: DirectLinks, route: list[PeerId], now: float) -> list[list[PeerI
 
 
 def test_everything_is_direct_until_it_fails() -> None:
-    assert runs(DirectLinks(), [A, B, C, D], 0.0) == [[A, B, C, D]]
+    assert arcs(DirectLinks(30.0), [A, B, C, D], 0.0) == [[A, B, C, D]]
 
 
 def test_a_closed_edge_cuts_one_way_only() -> None:
-    edges = DirectLinks()
+    edges = DirectLinks(30.0)
     edges.close(B, C, now=5.0)
-    assert runs(edges, [A, B, C, D], 5.0) == [[A, B], [C, D]]
-    assert runs(edges, [A, C, B, D], 5.0) == [[A, C, B, D]]
+    assert arcs(edges, [A, B, C, D], 5.0) == [[A, B], [C, D]]
+    assert arcs(edges, [A, C, B, D], 5.0) == [[A, C, B, D]]
 
 
 def test_a_closed_edge_is_tried_again() -> None:
-    edges = DirectLinks(retry_seconds=30.0)
+    edges = DirectLinks(30.0)
     edges.close(A, B, now=5.0)
-    assert runs(edges, [A, B], 34.9) == [[A], [B]]
-    assert runs(edges, [A, B], 35.0) == [[A, B]]
+    assert arcs(edges, [A, B], 34.9) == [[A], [B]]
+    assert arcs(edges, [A, B], 35.0) == [[A, B]]
 
 
 def test_what_came_last_tells_the_way() -> None:
-    edges = DirectLinks()
+    edges = DirectLinks(30.0)
     assert not edges.is_relayed(A, B)
     edges.note_way(A, B, is_relayed=True)
     assert edges.is_relayed(A, B) and not edges.is_relayed(B, A)
@@ -43,4 +43,4 @@ def test_what_came_last_tells_the_way() -> None:
 
 
 def test_nobody_hands_over_to_himself() -> None:
-    assert runs(DirectLinks(), [A, A, B], 0.0) == [[A], [A, B]]
+    assert arcs(DirectLinks(30.0), [A, A, B], 0.0) == [[A], [A, B]]

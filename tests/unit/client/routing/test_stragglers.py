@@ -2,11 +2,14 @@
 
 import pytest
 
-from petals.client.routing.stragglers import LOOK_SECONDS, REST_SECONDS, StragglerDetector
+from petals.client.routing.stragglers import StragglerDetector
 from petals.client.trace import StepTiming
+from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan
 
 SPAN = BlockSpan(0, 4)
+CONFIG = FailoverConfig()
+LOOK_SECONDS, REST_SECONDS = CONFIG.straggler_look_seconds, CONFIG.straggler_rest_seconds
 
 
 def steps(*seconds: float, num_tokens: int = 1) -> list[StepTiming]:
@@ -17,7 +20,7 @@ def steps(*seconds: float, num_tokens: int = 1) -> list[StepTiming]:
 
 
 def is_left(timings: list[StepTiming], own: float | None, other: float | None) -> bool:
-    return StragglerDetector().should_leave(SPAN, timings, (lambda: own, lambda: other), 0.0)
+    return StragglerDetector(CONFIG).should_leave(SPAN, timings, (lambda: own, lambda: other), 0.0)
 
 
 def test_three_steps_of_twice_the_time() -> None:
@@ -42,7 +45,7 @@ def test_nobody_else_is_left(timings: list[StepTiming], own: float, other: float
 
 
 def test_a_range_rests_after_a_move_and_between_looks() -> None:
-    judge, slow = StragglerDetector(), steps(0.9, 0.9, 0.9)
+    judge, slow = StragglerDetector(CONFIG), steps(0.9, 0.9, 0.9)
     promises, unmoved = (lambda: 0.1, lambda: 0.1), (lambda: 0.1, lambda: 0.8)
     assert not judge.should_leave(SPAN, slow, unmoved, 0.0)
     assert not judge.should_leave(SPAN, slow, promises, LOOK_SECONDS / 2)

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 import pytest
 
 from petals.errors import PeerBusy, PeerError, PeerTimeout, PeerUnreachable
-from petals.server.network import peer_links
 from petals.server.network.peer_links import PeerLinks
+from petals.swarm.failover_config import FailoverConfig
 from petals.testing.manual_clock import ManualClock, settle
 from petals.types import PeerId
 from petals.wire.fields import Message
-from petals.wire.messages import GetInfo, KeepSession
+from petals.wire.header import RequestHeader
+from petals.wire.requests import GetInfo, KeepSession
 
 PEER = PeerId("peer")
+LIMITS = FailoverConfig()
+
+
+def numbered(number: int) -> Message:
+    return KeepSession(RequestHeader(bytes(16), number))
 
 
 class FakeChannel:
@@ -21,8 +27,9 @@ class FakeChannel:
 
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
+        self.peer_id = PEER
         self.sent: list[Message] = []
-        self.is_broken = self.is_closed = False
+        self.is_broken = self.is_closed = self.is_full = False
         self.confirmed_at = 0.0
         self.silence_seconds = 0.0
         self.end: asyncio.Future[PeerError] = asyncio.get_running_loop().create_future()
@@ -31,6 +38,8 @@ class FakeChannel:
         await asyncio.sleep(0)
         if self.is_broken:
             raise PeerUnreachable("broken")
+        if self.is_full:
+            raise await asyncio.shield(self.end)
         self.sent.append(message)
 
     async def receive(self, timeout: float) -> tuple[Message, list[object]]:
@@ -48,6 +57,8 @@ class FakeChannel:
         self.is_broken = self.is_closed = True
         self.end.set_result(error)
 
+    abort = die
+
     async def close(self) -> None:
         self.is_closed = True
 
@@ -55,17 +66,13 @@ class FakeChannel:
 class Swarm:
     """Opens channels and counts the attempts."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: FailoverConfig = LIMITS) -> None:
         self.clock = ManualClock()
         self.channels: list[FakeChannel] = []
         self.num_dials = 0
         self.is_reachable = True
         self.lost: list[Message] = []
-        self.links = PeerLinks(self.open_channel, self.clock)
-
-    @property
-    def num_open(self) -> int:
-        return sum(not channel.is_closed for channel in self.channels)
+        self.links = PeerLinks(self.open_channel, self.clock, limits)
 
     async def open_channel(self, peer: PeerId, service: str, timeout: float) -> FakeChannel:
         self.num_dials += 1
@@ -75,7 +82,11 @@ class Swarm:
         self.channels.append(FakeChannel(self.clock))
         return self.channels[-1]
 
-    async def send(self, message: Message | None = None, replay_of: bytes = b"") -> None:
+    @property
+    def num_open(self) -> int:
+        return sum(not channel.is_closed for channel in self.channels)
+
+    async def send(self, message: Message | None = None, replay_of: bytes | None = None) -> None:
         message = message or GetInfo()
 
         async def on_lost() -> None:
@@ -86,7 +97,7 @@ class Swarm:
 
 async def test_all_share_one_channel_and_keep_their_order() -> None:
     swarm = Swarm()
-    messages = [KeepSession(bytes([i]) * 16) for i in range(5)]
+    messages = [numbered(i) for i in range(5)]
     await asyncio.gather(*map(swarm.send, messages))
     (channel,) = swarm.channels
     assert channel.sent == messages
@@ -132,54 +143,53 @@ async def test_a_channel_that_rests_for_long_is_closed() -> None:
     swarm = Swarm()
     await swarm.send()
     await swarm.send(replay_of=b"s")
-    await swarm.clock.advance(peer_links._IDLE_REPLAY_SECONDS)
+    await swarm.clock.advance(LIMITS.replay_link_idle_seconds)
     assert [channel.is_closed for channel in swarm.channels] == [False, True]
     await swarm.send()
-    await swarm.clock.advance(peer_links._IDLE_SECONDS - 1)
+    await swarm.clock.advance(LIMITS.link_idle_seconds - 1)
     assert swarm.num_open == 1
-    await swarm.clock.advance(peer_links._IDLE_SECONDS)
+    await swarm.clock.advance(LIMITS.link_idle_seconds)
     assert swarm.num_open == 0
     await swarm.send()
     assert swarm.num_dials == 3
     await swarm.links.close()
 
 
-async def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_links, "MAX_LANES", 2)
-    swarm = Swarm()
+async def test_there_are_only_so_many() -> None:
+    swarm = Swarm(FailoverConfig(max_links=2))
     await swarm.send(replay_of=b"1")
     await swarm.send(replay_of=b"2")
     with pytest.raises(PeerBusy):
         await swarm.send(replay_of=b"3")
-    await swarm.clock.advance(peer_links._IDLE_REPLAY_SECONDS)
+    await swarm.clock.advance(LIMITS.replay_link_idle_seconds)
     await swarm.send(replay_of=b"3")
     assert swarm.num_open == 1
     await swarm.links.close()
 
 
-async def test_a_next_hop_is_met_in_good_time() -> None:
+async def test_a_link_is_opened_ahead_of_its_use() -> None:
     swarm = Swarm()
-    swarm.links.meet(PEER)
-    swarm.links.meet(PEER)
+    swarm.links.connect(PEER)
+    swarm.links.connect(PEER)
     await swarm.send()
     assert swarm.num_dials == 1 and len(swarm.channels[0].sent) == 1
-    swarm.links.meet(PEER)
+    swarm.links.connect(PEER)
     assert swarm.num_dials == 1
     await swarm.links.close()
 
 
-async def test_a_next_hop_that_cannot_be_met_harms_nobody() -> None:
+async def test_a_link_that_cannot_be_opened_ahead_harms_nobody() -> None:
     swarm = Swarm()
     swarm.is_reachable = False
-    swarm.links.meet(PEER)
+    swarm.links.connect(PEER)
     with pytest.raises(PeerUnreachable):
         await swarm.send()
     await swarm.links.close()
 
 
-async def test_a_lane_that_breaks_tells_in_order_what_may_be_lost() -> None:
+async def test_a_link_that_breaks_tells_in_order_what_may_be_lost() -> None:
     swarm = Swarm()
-    messages = [KeepSession(bytes([i]) * 16) for i in range(4)]
+    messages = [numbered(i) for i in range(4)]
     for message in messages:
         await swarm.send(message)
         await swarm.clock.advance(1.0)
@@ -212,7 +222,7 @@ async def test_who_is_told_of_silence_need_not_dial() -> None:
     swarm = Swarm()
     await swarm.send()
     (channel,) = swarm.channels
-    assert channel.silence_seconds == peer_links.SILENCE_SECONDS
+    assert channel.silence_seconds == LIMITS.silence_seconds
     channel.die(PeerTimeout("silent"))
     await settle()
     assert len(swarm.lost) == 1
@@ -222,9 +232,37 @@ async def test_who_is_told_of_silence_need_not_dial() -> None:
     await swarm.links.close()
 
 
-async def test_a_lane_that_rests_has_lost_nothing() -> None:
+async def test_a_link_that_rests_has_lost_nothing() -> None:
     swarm = Swarm()
     await swarm.send(replay_of=b"s")
-    await swarm.clock.advance(peer_links._IDLE_REPLAY_SECONDS)
+    await swarm.clock.advance(LIMITS.replay_link_idle_seconds)
     assert swarm.channels[0].is_closed and not swarm.lost
+    await swarm.links.close()
+
+
+async def test_a_peer_that_takes_nothing_does_not_hold_the_link() -> None:
+    """It answers pings and gives no credit; others wait for the link behind the message."""
+    swarm = Swarm(FailoverConfig(send_seconds=2.0, link_rest_seconds=1.0))
+    await swarm.send()
+    swarm.channels[0].is_full = True
+    waiting = [asyncio.create_task(swarm.send()) for _ in range(3)]
+    await swarm.clock.advance(1.9)
+    assert not any(task.done() for task in waiting)
+    await swarm.clock.advance(0.1)
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [PeerTimeout, *[PeerUnreachable] * 2]
+    assert len(swarm.lost) == 1, "the message that was sent before and may not have arrived"
+    assert swarm.num_dials == 1, "a new channel would be as full"
+    await swarm.clock.advance(1.0)
+    await swarm.send()
+    await swarm.links.close()
+
+
+async def test_only_the_last_sends_are_remembered() -> None:
+    swarm = Swarm(FailoverConfig(max_unconfirmed=2))
+    for number in range(4):
+        await swarm.send(numbered(number))
+    swarm.channels[0].die(PeerUnreachable("broken"))
+    await settle()
+    assert swarm.lost == [numbered(2), numbered(3)]
     await swarm.links.close()

@@ -23,7 +23,9 @@ from petals.testing.memory_net import MemoryNet, MemoryStream, _Pipe
 from petals.types import PeerId
 from petals.wire import frames
 from petals.wire.frames import FrameKind
-from petals.wire.messages import GetInfo, KeepSession, Refusal, encode_message
+from petals.wire.handshake import Refusal
+from petals.wire.messages import encode_message
+from petals.wire.requests import GetInfo, KeepSession
 from petals.wire.specs import TensorSpec
 
 A, B = PeerId("peer a"), PeerId("peer b")

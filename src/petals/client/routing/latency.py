@@ -1,0 +1,80 @@
+"""How long the steps of a route take, and how long a client waits for one.
+
+Plain arithmetic; knows no clock and no servers.
+"""
+
+from collections import deque
+from statistics import median
+
+from petals.swarm.failover_config import FailoverConfig
+
+_REMEMBERED = 32
+"""Number of latest steps whose durations are kept."""
+
+
+def redial_seconds(link_seconds: float, config: FailoverConfig) -> float:
+    """Time (s) for a peer whose stream broke to accept a new one; ``link_seconds``: one way to it.
+
+    A peer that died refuses at once, or does not answer at all: the session stands still meanwhile.
+    """
+    seconds = config.redial_trips * link_seconds
+    return min(config.redial_max_seconds, max(config.redial_min_seconds, seconds))
+
+
+class LatencyEstimate:
+    """The latest durations: (tokens, seconds)."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """A step of ``num_tokens`` took ``seconds``."""
+        self._steps.append((num_tokens, seconds))
+
+    def expected_seconds(self, num_tokens: int) -> float | None:
+        """Median over the latest steps; None before the first.
+
+        A step that is longer than a measured one takes longer in proportion, a shorter one as long.
+        """
+        if not self._steps:
+            return None
+        return median(
+            seconds * max(1.0, num_tokens / max(1, measured)) for measured, seconds in self._steps
+        )
+
+
+class StepTimeouts:
+    """How long to wait for a step of one session's route. ``shortest``: seconds, at least."""
+
+    def __init__(self, config: FailoverConfig, shortest: float) -> None:
+        self._config = config
+        self._shortest = shortest
+        self._steps = LatencyEstimate()
+        self._pieces = LatencyEstimate()
+        self._num_tokens = 0
+
+    def begin(self, num_tokens: int) -> None:
+        """A step of ``num_tokens``, in one piece or in several, begins."""
+        self._num_tokens, self._pieces = num_tokens, LatencyEstimate()
+
+    def note_progress(self, num_tokens: int, seconds: float) -> None:
+        """The pieces that are done have ``num_tokens`` and took ``seconds`` since the beginning."""
+        self._pieces.note(num_tokens, seconds)
+
+    def end(self, seconds: float) -> None:
+        """The step that was begun last took ``seconds``."""
+        self._steps.note(self._num_tokens, seconds)
+
+    def seconds(self, num_tokens: int | None = None) -> float:
+        """How long to wait for ``num_tokens`` (None: those of the step under way)."""
+        config, tokens = self._config, self._num_tokens if num_tokens is None else num_tokens
+        expected = self._steps.expected_seconds(tokens)
+        if expected is None:
+            expected = self._pieces.expected_seconds(tokens)
+        if expected is not None:
+            return max(self._shortest, config.timeout_factor * expected)
+        return self._shortest * config.unmeasured_factor * (1 + tokens / config.unmeasured_tokens)
+
+    def hung_seconds(self) -> float:
+        """When a hop that answers pings, but not the step under way, is abandoned."""
+        return max(self._config.hung_seconds, self._config.hung_factor * self.seconds())

@@ -1,0 +1,266 @@
+"""The rows of one session on a server: their keys and values, their outputs, what was run in them.
+
+Row = one sequence of the session's batch. ``CachedRows.check_integrity`` asserts these invariants
+between two requests:
+
+1. *One length.* A row has as many tokens in ``lengths`` as in the KV memory and in the output log,
+   unless the log's content was dropped to stay within the budget.
+2. *A step runs once.* Step ids only grow. An id that comes again is answered from the output log if
+   all of its tokens still stand there, and is refused otherwise.
+3. *A reorder is applied once.* ``reordered_by`` names the step whose reorder the rows show; that
+   step does not reorder them again.
+4. *A replay fills the rows from front to back.* Only the next part of the newest replay is taken; a
+   step ends the replay. So a late part cannot overwrite what was filled or run after it.
+
+All methods but ``read`` need the session's turn. Knows no peers, no epochs, no blocks' insides.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from petals.errors import BadInput, PeerFailed, PetalsError, SessionGap
+from petals.models.adapters.low_rank import Adapter
+from petals.models.runtime.token_log import TokenLog
+from petals.server.admission import validation
+from petals.server.admission.offer import ServedModel
+from petals.server.compute.executor import Executor
+from petals.server.compute.jobs import Outcome
+from petals.server.compute.kv_pool import SessionKV
+from petals.server.compute.step_job import StepJob
+from petals.server.compute.step_plan import StepLimits, StepPlan, plan_step
+from petals.server.session.history import DoneStep, InboundReplay, StepHistory
+from petals.server.session.kv_transfer import KVCopy, read_kv, write_kv
+from petals.server.session.replay import ReplaySource, plan_replay
+from petals.types import BlockSpan, PeerId
+from petals.wire.header import Timing
+from petals.wire.requests import ReplayPart, ReplayRequest, Step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reservation:
+    """What a session has of the server. ``release`` gives all of it back but the log.
+
+    prompts: ``[blocks, P, H]`` on the device, added on entering blocks.
+    """
+
+    kv: SessionKV
+    outputs: TokenLog
+    prompts: Tensor | None
+    adapter: Adapter | None
+    release: ExitStack
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTerms:
+    """What a client was granted. ``dtype``: in which hidden states travel."""
+
+    owner: PeerId
+    blocks: BlockSpan
+    dtype: torch.dtype
+    limits: StepLimits
+    offer: ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """hidden: [sum(counts), H] on the CPU, in the dtype of the session."""
+
+    hidden: Tensor
+    timing: Timing
+
+
+class CachedRows:
+    """See the module."""
+
+    def __init__(self, terms: SessionTerms, reservation: Reservation, executor: Executor) -> None:
+        self.kv = reservation.kv
+        self.outputs = reservation.outputs
+        self.history = StepHistory()
+        self.lengths: tuple[int, ...] = self.outputs.lengths
+        self._terms = terms
+        self._prompts = reservation.prompts
+        self._adapter = reservation.adapter
+        self._executor = executor
+        self._inbound = InboundReplay()
+        self._copies: WeakSet[KVCopy] = WeakSet()
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes that the blocks keep of one token of one row."""
+        return self.kv.layout.token_bytes(self._terms.blocks)
+
+    async def step(self, message: Step, hidden: Tensor) -> StepOutput:
+        """Run a step, or repeat the answer of one that was run.
+
+        Raises what ``plan_step`` and ``Executor.run`` raise, SessionGap for a step id that is past.
+        """
+        step_id = message.header.request_id
+        if step_id <= self.history.last_id:
+            return self._repeat(message)
+        plan = self._plan(message.starts, message.counts, self.history.pending_reorder(message))
+        outcome = await self._run(plan, hidden, partial(self._begin_step, step_id, plan))
+        timing = (outcome.queue_seconds, outcome.compute_seconds, outcome.batch_tokens)
+        self.history.add(DoneStep(step_id, plan, timing))
+        return StepOutput(outcome.value, timing)
+
+    async def fill(self, part: ReplayPart, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """Run the next part of a replay. Returns the outputs to forward: none if keys and values
+        came. None: a part of an older replay, or one that came before.
+
+        Raises what ``step`` raises, SessionGap for a part that does not follow the last one.
+        """
+        if self._inbound.is_past(part):
+            return None
+        self._inbound.check(part)
+        if part.index and (part.reorder is not None or part.starts != self.lengths):
+            raise SessionGap(
+                "The part does not begin where the rows end.", hint="Ask for a new replay."
+            )
+        plan = self._plan(part.starts, part.counts, part.reorder)
+        begin = partial(self._begin_part, part)
+        if part.kv:
+            await self._take_kv(plan, part, tensors, begin)
+            forwarded: tuple[Tensor, ...] = ()
+        else:
+            hidden = validation.only_states(self._terms.offer, tensors, plan.num_tokens)
+            forwarded = ((await self._run(plan, hidden, begin)).value,)
+        self._inbound.finish(part)
+        return forwarded
+
+    def source(self, request: ReplayRequest) -> ReplaySource:
+        """What a replay sends: the rows as they are now. Raises BadInput, and SessionGap if a later
+        step has reordered the rows.
+        """
+        if request.kv and not self.kv.layout.kv_width(self._terms.blocks):
+            raise BadInput(
+                "These blocks keep more than keys and values.",
+                hint="Only servers that name a kv_format can be asked for keys and values.",
+            )
+        plan, is_reordered = plan_replay(request, self.lengths, self.history.reordered_by)
+        copy = KVCopy(plan) if request.kv else None
+        if copy is not None:
+            self._copies.add(copy)
+        return ReplaySource(request, plan, is_reordered, self.outputs.branch(), copy)
+
+    async def read(self, part: ReplayPart, source: ReplaySource) -> tuple[Tensor, ...]:
+        """The tensors of a part. Needs no turn: steps may run in between.
+
+        Raises OutboxLost, and SessionGap if a step has cut or reordered the keys and values.
+        """
+        outputs = source.outputs.read(part.starts, part.counts)
+        if source.kv_copy is None:
+            return (self._joined(outputs),)
+        values = await self._executor.call(partial(read_kv, self.kv, part.starts, part.counts))
+        source.kv_copy.check()
+        return (values,) if source.outputs.is_dropped else (values, self._joined(outputs))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        log = self.outputs
+        _claim(tuple(row.length for row in self.kv.rows) == self.lengths, "KV rows differ")
+        _claim(log.is_dropped or log.lengths == self.lengths, "the output log differs")
+        for done in self.history.done:
+            _claim(done.step_id <= self.history.last_id, "a step is newer than the last one")
+            _claim(done.survives(self.lengths), "a step is remembered whose tokens are cut")
+
+    # -- inside
+
+    def _plan(
+        self, starts: tuple[int, ...], counts: tuple[int, ...], reorder: tuple[int, ...] | None
+    ) -> StepPlan:
+        """What is about to be run. Raises what ``plan_step`` raises."""
+        plan = plan_step(starts, counts, reorder, self.lengths, self._terms.limits)
+        for copy in self._copies:
+            copy.see(plan)
+        return plan
+
+    def _repeat(self, message: Step) -> StepOutput:
+        """The answer of a step that was run. Raises SessionGap if it is kept no more."""
+        done = self.history.find(message)
+        plan = done.plan
+        if self.outputs.is_dropped and plan.num_tokens:
+            raise SessionGap(
+                "The output of the step was dropped to make room for other sessions.",
+                hint="Go on behind the step, or fill a new session.",
+            )
+        return StepOutput(self._joined(self.outputs.read(plan.starts, plan.counts)), done.timing)
+
+    async def _run(
+        self, plan: StepPlan, hidden: Tensor, begin: Callable[[], None]
+    ) -> Outcome[Tensor]:
+        """Run tokens and append them to the rows. The only place that gives work to the executor.
+
+        ``begin`` is called if the rows were touched; after an error they end where ``plan`` begins.
+        """
+        job = StepJob(
+            kv=self.kv,
+            blocks=self._terms.blocks,
+            plan=plan,
+            hidden=hidden,
+            out_dtype=self._terms.dtype,
+            owner=self._terms.owner,
+            prompts=self._prompts,
+            adapter=self._adapter,
+        )
+        try:
+            outcome = await self._executor.run(job)
+        except PetalsError:
+            if job.has_begun:
+                self._cut(plan, begin)
+            raise
+        self._cut(plan, begin)
+        self.outputs.append(plan.counts, outcome.value)
+        self.lengths = plan.lengths_after
+        return outcome
+
+    async def _take_kv(
+        self, plan: StepPlan, part: ReplayPart, tensors: Sequence[Tensor], begin: Callable[[], None]
+    ) -> None:
+        """Append keys and values that were computed elsewhere, and outputs, if they came, too."""
+        offer, dtype = self._terms.offer, self._terms.dtype
+        values, outputs = validation.kv_and_outputs(offer, self.kv, dtype, part, tensors)
+        write = partial(write_kv, kv=self.kv, plan=plan, values=values, outputs=outputs)
+        try:
+            await self._executor.call_on_device(write)
+        except RuntimeError as error:  # the device is out of memory, say
+            self._cut(plan, begin)
+            raise PeerFailed("The server could not keep the keys and values.") from error
+        self._cut(plan, begin)
+        if outputs is None:
+            self.outputs.drop()
+        else:
+            self.outputs.append(plan.counts, outputs)
+        self.lengths = plan.lengths_after
+
+    def _begin_step(self, step_id: int, plan: StepPlan) -> None:
+        self._inbound.end(step_id)
+        if plan.reorder is not None or plan.starts != self.lengths:
+            self.history.cut(plan, step_id)
+
+    def _begin_part(self, part: ReplayPart) -> None:
+        self._inbound.begin(part)
+        if part.index == 0:
+            self.history.restart(part)
+
+    def _cut(self, plan: StepPlan, begin: Callable[[], None]) -> None:
+        """Let the rows end where ``plan`` begins, as the KV rows do already."""
+        begin()
+        if plan.reorder is not None or plan.starts != self.lengths or self.outputs.is_dropped:
+            self.outputs.cut(plan.starts, plan.reorder)
+        self.lengths = plan.starts
+
+    def _joined(self, chunks: Iterable[Tensor]) -> Tensor:
+        """Chunks of hidden states as one: [tokens, H]."""
+        empty = torch.empty(0, self._terms.offer.hidden_size, dtype=self._terms.dtype)
+        return torch.cat([empty, *chunks])
+
+
+def _claim(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise AssertionError(complaint)
