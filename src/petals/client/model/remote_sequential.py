@@ -204,12 +204,7 @@ class RemoteSequential(nn.Module):
         given when it opens. hypo_ids: see ``InferenceSession.step``. Raises BadInput for other
         shapes, NotSupported for gradients of a session, and the errors of the swarm.
         """
-        if inputs.ndim != 3 or not inputs.is_floating_point():
-            raise BadInput(
-                f"Blocks take floating hidden states [batch, tokens, hidden], "
-                f"not {inputs.dtype} {tuple(inputs.shape)}.",
-                hint="Embed token ids first: model.get_input_embeddings()(input_ids).",
-            )
+        _check_hidden(inputs)
         session = self.active_session
         if session is not None:
             _refuse_gradients(inputs)
@@ -257,6 +252,7 @@ class ModelPass:
 
     def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
         """Hidden states [rows, columns, H] -> the same shape, as the model's layers return them."""
+        _check_hidden(hidden)
         if self.session is None:
             output = self.run_whole(hidden)
         else:
@@ -284,6 +280,15 @@ class ModelPass:
         for block, tapped in output.tapped.items():
             self.tapped[block] = unpack(tapped, real).to(hidden)
         return unpack(output.hidden, real).to(hidden)
+
+
+def _check_hidden(inputs: Tensor) -> None:
+    if inputs.ndim != 3 or not inputs.is_floating_point():
+        raise BadInput(
+            f"Blocks take floating hidden states [batch, tokens, hidden], "
+            f"not {inputs.dtype} {tuple(inputs.shape)}.",
+            hint="Embed token ids first: model.get_input_embeddings()(input_ids).",
+        )
 
 
 def _refuse_gradients(inputs: Tensor) -> None:
