@@ -122,14 +122,17 @@ IN_A_STEP: dict[str, tuple[Situation, Action]] = {
         step(OK, SLOW.booked(), history=WAITED, failure=NO_ROOM),
         Wait(LOOK_AGAIN_SECONDS, (1,)),
     ),
-    "who refused is not called": (step(SILENT.booked(), REFUSED.booked(), failure=FULL), Wait(0, (0,))),
+    "who refused is not called": (
+        step(SILENT.booked(), REFUSED.booked(), failure=FULL),
+        Wait(0.0, (0,)),
+    ),
     "nobody for a rebuild": (step(failure=MISSING, history=WAITED), Wait(LOOK_AGAIN_SECONDS)),
     "nobody for too long": (
         step(OK, SILENT.booked(), history=LATE, failure=MISSING),
         Raise(MISSING),
     ),
     "all have refused": (step(OK, REFUSED.booked(), failure=LAST), Raise(LAST)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", IN_A_STEP.values(), ids=IN_A_STEP.keys())
