@@ -102,6 +102,8 @@ class ClientConfig:
         put(self, "swarm_key", Path(self.swarm_key).expanduser() if self.swarm_key else None)
         put(self, "allowed_servers", _peer_ids(self.allowed_servers))
         put(self, "blocked_servers", _peer_ids(self.blocked_servers))
+        if isinstance(self.failover, Mapping):  # out of a model's config, which is JSON
+            put(self, "failover", FailoverConfig(**self.failover))
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
             value = getattr(self, name)
             if value is not None and (value < 0 or (value == 0 and name not in _NOT_NEGATIVE)):
