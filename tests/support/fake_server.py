@@ -139,7 +139,7 @@ class Traced:
     num_given: int
 
 
-@dataclass
+@dataclass(eq=False)
 class ToyServer:
     """One server. Its lists say what it was asked; its switches make it misbehave."""
 
@@ -148,6 +148,8 @@ class ToyServer:
     max_sessions: int = 100
     max_batch_tokens: int = 0
     max_length: int = 2048
+    hidden_size: int = HIDDEN
+    """What it says its width is."""
     lease_seconds: float = 60.0
     adapters: tuple[str, ...] = ()
     record_spans: tuple[tuple[int, int], ...] | None = None
@@ -158,6 +160,8 @@ class ToyServer:
     max_pass_tokens: int = 1 << 20
     refuse_opens: list[PetalsError] = field(default_factory=list)
     held: asyncio.Event | None = None
+    is_reading: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is not set, the server takes no messages and answers pings all the same."""
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
     calls: dict[bytes, PassCall] = field(default_factory=dict)
     """What each session was opened with."""
@@ -182,6 +186,9 @@ class ToyServer:
     _under_way: int = 0
     _freed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _heard: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def __post_init__(self) -> None:
+        self.is_reading.set()
 
     @property
     def peer_id(self) -> PeerId:
@@ -211,6 +218,7 @@ class ToyServer:
         turn = asyncio.Lock()
         try:
             while True:
+                await self.is_reading.wait()
                 message, tensors = await channel.receive()
                 if isinstance(message, requests.Step):
                     self._under_way += 1
@@ -261,6 +269,8 @@ class ToyServer:
             case requests.Step(header):
                 self.steps.append(message)
                 await self._notify()
+                if self.answer == "losses":
+                    return replies.ForwardFailed(header), ()
                 async with turn:
                     if self.held is not None:
                         await self.held.wait()
@@ -338,7 +348,7 @@ class ToyServer:
             model=MODEL,
             blocks=(self.blocks.start, self.blocks.end),
             state="online",
-            hidden_size=HIDDEN,
+            hidden_size=self.hidden_size,
             dtype="float32",
             max_length=self.max_length,
             max_batch_tokens=self.max_batch_tokens,
@@ -468,6 +478,11 @@ class ToySwarm:
         """Another client's view on the same node; toys do not know each other."""
         options = {"use_server_to_server": False} | options
         return SwarmConnection(config(**options), MODEL, num_blocks, self.client)
+
+    def server_of(self, session: SessionRows, hop: int) -> ToyServer:
+        """The server of a hop."""
+        peer = session.trace.hops[hop].peer_id
+        return next(server for server in self.servers if server.peer_id == peer)
 
     async def at_rest(self) -> bool:
         """True once no server holds a session."""

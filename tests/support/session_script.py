@@ -1,6 +1,7 @@
 """What befalls a session: a story of steps that must come out right, and faults to put into it."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -76,13 +77,14 @@ class Story:
     """A session of two rows and what each of them holds."""
 
     swarm: RealSwarm
+    access: SwarmConnection
     session: SessionRows
     rows: list[Tensor]
 
     @classmethod
     def begin(cls, swarm: RealSwarm, access: SwarmConnection, max_length: int = 60) -> "Story":
         session = SessionRows(access, ALL, max_length=max_length)
-        return cls(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        return cls(swarm, access, session, [torch.empty(0, HIDDEN)] * 2)
 
     @property
     def peers(self) -> list[PeerId]:
@@ -131,6 +133,32 @@ class Story:
             await getattr(self, phase)()
         await self.decode(11)
         await self.rollback() if len(self.rows) == 2 else await self.decode(17)
+
+
+class _Heard(logging.Handler):
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words, self.event = words, asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(self.words):
+            self.event.set()
+
+
+@asynccontextmanager
+async def logged(words: str, name: str) -> AsyncIterator[None]:
+    """Return, after what is done within, once a message that begins with ``words`` is logged."""
+    heard, logger = _Heard(words), logging.getLogger(name)
+    level = logger.level
+    logger.setLevel("INFO")
+    logger.addHandler(heard)
+    try:
+        yield
+        async with asyncio.timeout(30):
+            await heard.event.wait()
+    finally:
+        logger.removeHandler(heard)
+        logger.setLevel(level)
 
 
 @asynccontextmanager

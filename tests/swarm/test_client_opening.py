@@ -23,7 +23,7 @@ from petals.errors import (
 from petals.swarm.transport import Stream
 from petals.types import BlockSpan, Hop, PeerId, ServerState
 from support import fake_server
-from support.fake_server import expected, states, toy_swarm
+from support.fake_server import HIDDEN, expected, states, toy_swarm
 
 ALL = BlockSpan(0, 4)
 
@@ -150,13 +150,28 @@ async def test_what_one_server_refuses_another_may_take() -> None:
         assert not view.bans.at(swarm.client.clock.monotonic())
 
 
-async def test_a_client_error_is_not_tried_elsewhere() -> None:
+async def test_what_all_servers_refuse_is_told_as_the_last_ones_words() -> None:
     async with toy_swarm((0, 4), (0, 4)) as swarm:
         for server in swarm.servers:
             server.refuse_opens.append(BadInput("You."))
-        with pytest.raises(BadInput):
+        with pytest.raises(BadInput, match="says: You"):
             await open_one(swarm.access(4))
-        assert sum(len(server.opened) for server in swarm.servers) == 1
+        assert [len(server.opened) for server in swarm.servers] == [1, 1]
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+async def test_a_server_of_another_width_is_passed_by(is_alone: bool) -> None:
+    async with toy_swarm((0, 4), hidden_size=HIDDEN + 1) as swarm:
+        if is_alone:
+            with pytest.raises(BadInput, match=f"says: .* {HIDDEN + 1} values, not {HIDDEN}"):
+                await open_one(swarm.access(4))
+        else:
+            await swarm.add(0, 4)
+            for _ in range(4):
+                session = await open_one(swarm.access(4))
+                assert session.trace.hops[0].peer_id == swarm.servers[1].peer_id
+                await session.close()
+        assert await swarm.at_rest()
 
 
 async def test_a_server_that_failed_is_avoided() -> None:
@@ -318,7 +333,7 @@ async def test_an_interrupted_opening_holds_nothing() -> None:
 
 
 def test_bans_double_and_are_forgotten() -> None:
-    bans, peer = Bans(10.0), PeerId("Qm")
+    bans, peer = Bans(10.0, 3600.0), PeerId("Qm")
     assert bans.add(peer, 0.0).until == 10.0
     assert bans.at(9.0) == {peer}
     assert not bans.at(10.0)
@@ -331,7 +346,7 @@ def test_bans_double_and_are_forgotten() -> None:
 
 
 def test_the_worst_cause_of_a_ban_counts() -> None:
-    bans, peer = Bans(10.0), PeerId("Qm")
+    bans, peer = Bans(10.0, 3600.0), PeerId("Qm")
     bans.add(peer, 0.0, cause=Cause.SLOW)
     assert bans.at(1.0) and not bans.at(1.0, Cause.UNANSWERED)
     bans.add(peer, 1.0, cause=Cause.FAILED)

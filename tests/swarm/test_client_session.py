@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from petals.client.routing.route import Needs
-from petals.client.session import pipeline
+from petals.client.session.hop import HopSession
+from petals.client.session.replies import Replies
 from petals.client.session.rows import SessionRows
 from petals.errors import (
     BadInput,
@@ -400,12 +401,9 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
         await session.close()
 
 
-async def test_a_server_that_lives_and_never_answers_is_left_if_another_is_known(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pipeline, "_HUNG_SECONDS", 0.3)
+async def test_a_server_that_lives_and_never_answers_is_left_if_another_is_known() -> None:
     async with toy_swarm(*THREE) as swarm:
-        access = swarm.access(6, step_timeout=0.02)
+        access = swarm.access(6, step_timeout=0.02, hung_seconds=0.3)
         session = SessionRows(access, ALL, max_length=20)
         text = states(4)
         await session.step(text[:3], (0,), (3,))
@@ -433,24 +431,85 @@ async def test_a_server_that_lives_and_never_answers_is_left_if_another_is_known
 
 
 @pytest.mark.parametrize("fault", RequestError.__subclasses__(), ids=lambda fault: fault.code)
-async def test_a_clients_fault_is_not_retried_and_bans_nobody(fault: type[RequestError]) -> None:
-    async with toy_swarm(*THREE, *THREE) as swarm:
-        access = swarm.access(6, max_retries=5)
+async def test_what_one_server_refuses_another_runs_and_none_is_banned(
+    fault: type[RequestError],
+) -> None:
+    async with toy_swarm(*THREE, THREE[1]) as swarm:
+        access = swarm.access(6, max_retries=0)
         session = SessionRows(access, ALL, max_length=20)
-        await session.step(states(2), (0,), (2,))
-        first = session.trace.hops[0].peer_id
-        server = next(server for server in swarm.servers if server.peer_id == first)
-        server.refuse_steps = [fault("This cannot be.") for _ in range(9)]
-        opened = sum(len(server.opened) for server in swarm.servers)
-        with pytest.raises(fault, match="This cannot be"):
-            await session.step(states(1), (2,), (1,))
-        assert len(server.refuse_steps) == 8
-        assert sum(len(server.opened) for server in swarm.servers) == opened
+        text = states(4)
+        await session.step(text[:2], (0,), (2,))
+        one = swarm.server_of(session, 1)
+        (other,) = {s for s in swarm.servers if s.blocks == one.blocks and s is not one}
+        one.refuse_steps = [fault("This cannot be.") for _ in range(9)]
+        output = await session.step(text[2:3], (2,), (1,))
+        torch.testing.assert_close(output, expected(text[:3], ALL)[2:])
+        assert len(one.refuse_steps) == 8
+        assert swarm.server_of(session, 1) is other
+        other.refuse_steps = [fault("Neither this.") for _ in range(9)]
+        with pytest.raises(fault, match="cannot|Neither") as caught:
+            await session.step(text[3:], (3,), (1,))
+        assert "says: " in str(caught.value)
+        assert sorted((len(one.refuse_steps), len(other.refuse_steps))) == [7, 8]
         view = await access.view()
         assert not view.bans.at(swarm.client.clock.monotonic())
-        server.refuse_steps.clear()
-        await session.step(states(1), (2,), (1,))
-        assert session.trace.hops[0].peer_id == first
+        one.refuse_steps, other.refuse_steps = [], []
+        output = await session.step(text[3:], (3,), (1,))
+        torch.testing.assert_close(output, expected(text, ALL)[3:])
+        await session.close()
+
+
+async def test_a_reply_that_cannot_be_read_ends_the_hop_and_not_the_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with toy_swarm(*THREE, THREE[1]) as swarm:
+        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        text, take, on_reply = states(6), [], Replies.on_reply
+
+        def fail_once(replies: Replies, hop: HopSession, *reply: object) -> None:
+            if hop.blocks.start == 2 and not take:
+                take.append(hop.peer_id)
+                raise RuntimeError("a bug of ours")
+            on_reply(replies, hop, *reply)
+
+        monkeypatch.setattr(Replies, "on_reply", fail_once)
+        output = await session.step(text, (0,), (6,))
+        torch.testing.assert_close(output, expected(text, ALL))
+        (repair,) = session.trace.repairs
+        assert [repair.peer_id] == take and "could not be read" in repair.reason
+        await session.close()
+
+
+async def test_a_server_that_reports_losses_and_never_answers_is_replaced() -> None:
+    async with toy_swarm(*THREE, THREE[1]) as swarm:
+        session = SessionRows(swarm.access(6, request_timeout=1.0), ALL, max_length=20)
+        text = states(6)
+        await session.step(text[:3], (0,), (3,))
+        liar = swarm.server_of(session, 1)
+        liar.answer = "losses"
+        output = await session.step(text[3:], (3,), (3,))
+        torch.testing.assert_close(output, expected(text, ALL)[3:])
+        assert len(liar.steps) < 5
+        assert [repair.peer_id for repair in session.trace.repairs] == [liar.peer_id]
+        await session.close()
+
+
+async def test_a_server_that_takes_no_data_is_replaced() -> None:
+    """It answers pings, and gives no credit for what is more than its window."""
+    async with toy_swarm(*THREE, THREE[1], max_length=10**6) as swarm:
+        access = swarm.access(6, request_timeout=1.0, prefill_chunk_tokens=10**6)
+        session = SessionRows(access, ALL, max_length=10**6)
+        text = states(400_000)
+        await session.step(text[:3], (0,), (3,))
+        deaf = swarm.server_of(session, 1)
+        deaf.is_reading.clear()
+        await session.step(text[3:4], (3,), (1,))
+        output = await session.step(text[4:], (4,), (len(text) - 4,))
+        deaf.is_reading.set()
+        torch.testing.assert_close(output, expected(text, ALL)[4:], rtol=1e-3, atol=1e-4)
+        assert len(deaf.steps) == 2
+        (repair,) = session.trace.repairs
+        assert repair.peer_id == deaf.peer_id and repair.stall_seconds < 5.0
         await session.close()
 
 
@@ -480,7 +539,7 @@ async def test_rows_that_cannot_be_refill_nobody(replay_answer: str) -> None:
         text = states(6)
         await session.step(text[:4], (0,), (4,))
         first, lost, _ = (hop.peer_id for hop in session.trace.hops)
-        liar = next(server for server in swarm.servers if server.peer_id == first)
+        liar = swarm.server_of(session, 0)
         liar.replay_answer = replay_answer
         swarm.net.kill(lost)
         for at in range(4, 6):
@@ -511,12 +570,13 @@ async def test_a_repair_is_one_line_for_the_user(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("petals"), "propagate", True)
-    caplog.set_level("INFO", logger="petals.client.session.failover")
+    caplog.set_level("INFO", logger="petals.client.session.supervisor")
     async with toy_swarm(*THREE) as swarm:
-        session = SessionRows(swarm.access(6), ALL, max_length=20)
+        access = swarm.access(6)
+        session = SessionRows(access, ALL, max_length=20)
         await session.step(states(3), (0,), (3,))
         spare = await swarm.add(2, 4)
-        await (await session._access.view()).refresh()
+        await (await access.view()).refresh()
         lost = swarm.servers[1].peer_id
         swarm.net.kill(lost)
         await session.step(states(1), (3,), (1,))

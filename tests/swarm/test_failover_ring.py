@@ -1,19 +1,24 @@
 """States go from server to server; what cannot pass goes through the client; nothing is lost."""
 
 import asyncio
-import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from petals.client.session.rows import SessionRows
 from petals.client.trace import Way
+from petals.swarm.rpc.channel import Channel
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import PeerId
+from petals.wire.fields import Message
+from petals.wire.replies import StepResult
+from petals.wire.requests import Forwarded, Step
 from support.service import assert_close
-from support.session_script import IMPATIENT, SPANS, Fault, Story, story_in, strike
+from support.session_script import IMPATIENT, SPANS, Fault, Story, logged, story_in, strike
 from support.swarm import ALL, RealSwarm, real_swarm, states
 
 LARGE = 1024
@@ -39,28 +44,6 @@ class Traffic:
     @property
     def edges(self) -> set[tuple[PeerId, PeerId]]:
         return set(self.num_bytes)
-
-
-class Heard(logging.Handler):
-    """Set once somebody has logged what begins with ``words``."""
-
-    def __init__(self, words: str) -> None:
-        super().__init__()
-        self.words, self.event = words, asyncio.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith(self.words):
-            self.event.set()
-
-
-async def logged(words: str) -> None:
-    """Return once a repair has said what begins with ``words``."""
-    heard, logger = Heard(words), logging.getLogger("petals.client.session.supervisor")
-    logger.addHandler(heard)
-    try:
-        await heard.event.wait()
-    finally:
-        logger.removeHandler(heard)
 
 
 def ring_of(session: SessionRows, client: PeerId) -> set[tuple[PeerId, PeerId]]:
@@ -161,6 +144,38 @@ async def test_a_first_prompt_does_not_wait_for_a_pace_that_nobody_has_measured(
         await prompt_through_the_client(story)
 
 
+@pytest.mark.parametrize("is_liar", [False, True], ids=["broken link", "liar"])
+async def test_states_that_the_next_hop_refuses_are_looked_at_by_the_client(
+    folder: Path, is_liar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of two hops is banned for what one says of the other: their link goes through the
+    client, which sees whose states are wrong.
+    """
+    async with story_in(folder, *SPANS, SPANS[0]) as story:
+        await story.prefill()
+        first, second, last = story.peers
+        send, liars = Channel.send, set()
+
+        async def spoil(channel: Channel, message: Message, tensors: Sequence[Tensor] = ()) -> None:
+            if isinstance(message, Step) and channel.peer_id == first:
+                liars.add(message.header.session_id)
+            is_forwarded = isinstance(message, Forwarded) and channel.peer_id == second
+            is_result = isinstance(message, StepResult) and message.header.session_id in liars
+            if liars and (is_forwarded or (is_liar and is_result)):
+                tensors = [tensor * torch.nan for tensor in tensors]
+            await send(channel, message, tensors)
+
+        monkeypatch.setattr(Channel, "send", spoil)
+        await story.decode()
+        swarm = await story.access.view()
+        banned = swarm.bans.at(story.swarm.client.clock.monotonic())
+        if is_liar:
+            assert story.repaired == [first] and banned == {first}
+        else:
+            assert story.peers == [first, second, last] and not banned
+            assert story.session.trace.edges[0].way is Way.VIA_CLIENT
+
+
 async def test_a_server_that_slept_through_its_repair_changes_nothing(folder: Path) -> None:
     async with story_in(folder, *SPANS, *SPANS) as story:
         await story.prefill()
@@ -215,8 +230,8 @@ async def test_a_lone_server_that_comes_back_still_has_its_rows(folder: Path) ->
         before, net = story.peers, story.swarm.net
         net.transports[before[1]].break_streams()
         net.pause(before[1])
-        step = asyncio.create_task(story.reorder())
-        await logged("waiting up to")
+        async with logged("waiting up to", "petals.client.session.supervisor"):
+            step = asyncio.create_task(story.reorder())
         net.resume(before[1])
         await step
         assert story.peers == before
@@ -280,8 +295,8 @@ async def test_the_clients_own_network_was_away(folder: Path) -> None:
         before, net, client = story.peers, story.swarm.net, story.swarm.client.peer_id
         for peer in story.swarm.peers:
             net.cut(client, peer)
-        step = asyncio.create_task(story.reorder())
-        await logged("waiting up to")
+        async with logged("waiting up to", "petals.client.session.supervisor"):
+            step = asyncio.create_task(story.reorder())
         for peer in story.swarm.peers:
             net.heal(client, peer)
         await step

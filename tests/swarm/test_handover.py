@@ -10,13 +10,14 @@ import pytest
 from torch import Tensor
 
 from petals.client.session.hop import HopSession
+from petals.errors import SessionClosed
 from petals.server.lifecycle import served_span
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
 from petals.wire.fields import Message
 from petals.wire.requests import ReplayRequest
 from support import session_script
-from support.session_script import IMPATIENT, SPANS, STATE_BYTES, Fault, Story
+from support.session_script import IMPATIENT, SPANS, STATE_BYTES, Fault, Story, logged
 from support.swarm import RealSwarm, real_swarm, states
 
 LEAVES = "The server leaves."
@@ -315,6 +316,18 @@ async def test_what_was_put_out_and_dropped_is_not_needed(
         assert victim not in story.peers
         assert reasons(story) == [LEAVES] and not asked[False]
         await story.reorder()
+
+
+async def test_closing_the_connection_ends_the_migration(folder: Path) -> None:
+    async with story_in(folder, *SPANS) as story:
+        await story.prefill()
+        async with logged("migration has to wait", "petals.client.session.migration"):
+            story.swarm.stop(story.peers[1])
+        assert "migrating a session" in {task.get_name() for task in asyncio.all_tasks()}
+        await story.access.close()
+        assert "migrating a session" not in {task.get_name() for task in asyncio.all_tasks()}
+        with pytest.raises(SessionClosed):
+            await story.decode()
 
 
 async def test_many_sessions_leave_the_same_server(folder: Path) -> None:

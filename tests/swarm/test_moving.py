@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.client.session.rows import SessionRows
 from petals.server.config import AnnounceConfig, MovingConfig
 from petals.server.policies import MovePolicy
 from petals.server.server import OnlineInfo, Server, Watchers
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId, ServerState
 from support.session_script import IMPATIENT, Story
-from support.swarm import ALL, HIDDEN, NUM_BLOCKS, RealSwarm, real_swarm
+from support.swarm import HIDDEN, NUM_BLOCKS, RealSwarm, real_swarm
 
 PATIENT = IMPATIENT | {"silence_timeout": 10.0, "repair_timeout": 20.0}
 EAGER = MovingConfig(
@@ -95,8 +94,8 @@ async def test_one_of_three_moves_and_sessions_go_on(folder: Path) -> None:
         assert restless.stays[0].blocks == BlockSpan(0, 2)
         await add(swarm, BlockSpan(2, 5), 30.0)
         access = swarm.access(**PATIENT)
-        session = SessionRows(access, ALL, max_length=60)
-        story = Story(swarm, session, [torch.empty(0, HIDDEN)] * 2)
+        story = Story.begin(swarm, access)
+        session = story.session
         await story.prefill()
         assert restless.stays[0].peer_id in {hop.peer_id for hop in session.trace.hops}
         # Only now are there two who can take its place: the right end is the weaker one then.
@@ -114,8 +113,8 @@ async def test_one_of_three_moves_and_sessions_go_on(folder: Path) -> None:
         await session.close()
         # Who comes now may be served by it again.
         await asyncio.gather(*(server.stop() or task for server, task in swarm.running[:1]))
-        again = SessionRows(swarm.access(**PATIENT), ALL, max_length=60)
-        story = Story(swarm, again, [torch.empty(0, HIDDEN)] * 2)
+        story = Story.begin(swarm, swarm.access(**PATIENT))
+        again = story.session
         await story.prefill()
         assert first.peer_id in {hop.peer_id for hop in again.trace.hops}
         await again.close()

@@ -49,6 +49,11 @@ def _peer_ids(given: Iterable[object] | str | None) -> frozenset[PeerId] | None:
     return frozenset(PeerId(str(peer)) for peer in given)
 
 
+def _failover(given: object) -> object:
+    """The failover config of a model's config, which is JSON, as an object again."""
+    return FailoverConfig(**given) if isinstance(given, Mapping) else given
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig(Settings):
     """Settings of everything that a client does in a swarm. Times are in seconds.
@@ -185,7 +190,7 @@ class ClientConfig(Settings):
         float | None, Setting("Without effect; accepted with a warning.")
     ] = None
     failover: Annotated[
-        FailoverConfig, Setting("Further limits and waiting times of failover.")
+        FailoverConfig, Setting("Further limits and waiting times of failover.", parse=_failover)
     ] = FailoverConfig()
 
     def check(self) -> None:

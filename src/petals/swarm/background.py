@@ -96,5 +96,6 @@ async def gather_bounded(works: Iterable[Callable[[], Awaitable[T]]], limit: int
             tasks = [group.create_task(run(work)) for work in works]
     except BaseExceptionGroup as failures:
         # Callers handle one typed error; the others are of works that ended because of the first.
-        raise failures.exceptions[0] from None
+        first = failures.exceptions[0]
+        raise first from first.__cause__
     return [task.result() for task in tasks]

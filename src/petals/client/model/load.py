@@ -8,7 +8,7 @@ architecture by name.
 import copy
 import os
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,6 +133,8 @@ def attach(config: PretrainedConfig, *settings: ClientConfig | TuningConfig) -> 
     for name, value in ((e.name, getattr(one, e.name)) for one in settings for e in fields(one)):
         if isinstance(value, (tuple, frozenset)):
             value = sorted(value) if isinstance(value, frozenset) else list(value)
+        if is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
         setattr(config, name, str(value) if isinstance(value, Path) else value)
 
 

@@ -72,10 +72,9 @@ class Situation:
     history: of the step under way; None between steps. can_feed: the client still has the rows
     that the servers are to hold. fits: no piece of the step is longer than its hops take. failure:
     why the last search for servers found none. num_repairs: attempts to reserve other hops since
-    the step last made progress; last_error: the latest loss of a hop. num_copies: copies that the
+    the step last made progress. last_error: the latest loss of a hop. num_copies: copies that the
     migration under way has made; None: no migration is under way. missing_tokens: tokens of a row
-    that its replacements lack, at most. migrate_at: earliest time (s, monotonic) of the next
-    migration.
+    that its replacements lack, at most. migrate_at: earliest time (s, monotonic) of the next one.
     """
 
     legs: tuple[LegState, ...] = ()

@@ -112,7 +112,8 @@ class SessionSupervisor:
                 raise
             finally:
                 state.step = None
-                unused = self._unused
+                # What a closed session has reserved since is not freed by ``close``.
+                unused = [*state.legs, *state.joining] if state.is_closed else self._unused
                 state.joining = [hop for hop in state.joining if hop not in unused]
                 await release(unused)
             was_dropped = state.confirmed.is_dropped

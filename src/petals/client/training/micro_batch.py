@@ -207,7 +207,8 @@ class MicroBatch:
                 history = replace(history, now=now, max_wait_seconds=seconds)
                 decision = decide(error, history)
                 if decision.reaction is Reaction.RAISE:
-                    raise self._reason(error, blocks, bool(lost)) from error.__cause__
+                    reason = self._reason(error, blocks, bool(lost))
+                    raise reason from reason.__cause__
                 history = history.after(error, decision)
                 await swarm.node.clock.sleep(decision.pause_seconds)
                 await swarm.refresh(older_than=LOOK_AGAIN_SECONDS)

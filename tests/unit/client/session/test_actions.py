@@ -124,7 +124,7 @@ IN_A_STEP: dict[str, tuple[Situation, Action]] = {
     ),
     "who refused is not called": (
         step(SILENT.booked(), REFUSED.booked(), failure=FULL),
-        Wait(0, (0,)),
+        Wait(0.0, (0,)),
     ),
     "nobody for a rebuild": (step(failure=MISSING, history=WAITED), Wait(LOOK_AGAIN_SECONDS)),
     "nobody for too long": (
@@ -132,7 +132,7 @@ IN_A_STEP: dict[str, tuple[Situation, Action]] = {
         Raise(MISSING),
     ),
     "all have refused": (step(OK, REFUSED.booked(), failure=LAST), Raise(LAST)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", IN_A_STEP.values(), ids=IN_A_STEP.keys())
