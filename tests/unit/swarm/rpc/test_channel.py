@@ -24,13 +24,14 @@ from petals.types import PeerId
 from petals.wire import frames
 from petals.wire.frames import FrameKind
 from petals.wire.handshake import Refusal
+from petals.wire.header import RequestHeader
 from petals.wire.messages import encode_message
 from petals.wire.requests import GetInfo, KeepSession
 from petals.wire.specs import TensorSpec
 
 A, B = PeerId("peer a"), PeerId("peer b")
 LIMITS = ChannelLimits(max_tensor_bytes=64 * 2**20)
-MESSAGE = KeepSession(b"s" * 16)
+MESSAGE = KeepSession(RequestHeader(b"s" * 16, 0))
 
 
 def streams(net: MemoryNet) -> tuple[MemoryStream, MemoryStream]:
