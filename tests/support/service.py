@@ -83,7 +83,7 @@ class Worker:
     executor: Executor
     pool: KVPool
     logs: LogBudget
-    place: DeviceContext
+    device: DeviceContext
 
     @property
     def peer_id(self) -> PeerId:
@@ -150,8 +150,8 @@ class Served:
         return self.workers[0].pool
 
     @property
-    def place(self) -> DeviceContext:
-        return self.workers[0].place
+    def device(self) -> DeviceContext:
+        return self.workers[0].device
 
     @property
     def span(self) -> Span:
@@ -178,7 +178,7 @@ class Served:
             await worker.check()
             assert len(worker.service.sessions) == 0
             assert worker.pool.reserved_bytes == worker.pool.used_bytes == 0
-            assert worker.logs.used_bytes == worker.place.allowance.used_bytes == 0
+            assert worker.logs.used_bytes == worker.device.activation_budget.used_bytes == 0
 
 
 @dataclass
@@ -314,15 +314,15 @@ async def _worker(stack: AsyncExitStack, node: SwarmNode, options: WorkerOptions
     )
     executor = await stack.enter_async_context(Executor(Scheduler(options.scheduling)))
     budget = ActivationBudget(options.training_bytes)
-    place = DeviceContext(runner, span.device, span.dtype, budget)
-    executor.attach(place)
+    device = DeviceContext(runner, span.device, span.dtype, budget)
+    executor.attach(device)
     logs = LogBudget(options.log_bytes)
     memory = SessionMemory(pool, logs)
     service = BlocksService(offer, executor, memory, node, options.door, options.failover)
     service.state = ServerState.ONLINE
     node.serve(BLOCKS_SERVICE, service.serve)
     node.serve(RING_SERVICE, service.serve_forwarded)
-    return Worker(node, service, runner, executor, pool, logs, place)
+    return Worker(node, service, runner, executor, pool, logs, device)
 
 
 @asynccontextmanager

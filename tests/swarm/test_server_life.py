@@ -33,6 +33,7 @@ from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, ServerState
+from petals.wire.header import RequestHeader
 from petals.wire.replies import Draining, SessionEnded
 from petals.wire.requests import Step
 from petals.wire.services import BLOCKS_SERVICE
@@ -229,7 +230,7 @@ async def test_a_server_whose_compute_thread_fails_leaves(
             talk = Talk(channel, server.info.blocks)
             await talk.open(model=server.info.model)
             monkeypatch.setattr(Scheduler, "ran", lambda *portions: 1 // 0)
-            step = Step(talk.session_id, 0, 0, (0,), (3,))
+            step = Step(RequestHeader(talk.session_id, 0, 0), (0,), (3,))
             assert (await talk.refused(step, torch.zeros(3, 32))).code == "peer_failed"
             with pytest.raises(PeerUnreachable):
                 while True:
