@@ -39,7 +39,12 @@ def open_director(
     ``spares`` are the spans with a second holder; by default all.
     """
     source = model_folder(name, folder)
-    config = LocalSwarmConfig(model=str(source), dtype="float32", num_threads=1)
+    config = LocalSwarmConfig(
+        model=str(source),
+        dtype="float32",
+        num_threads=1,
+        server_options=("--check-integrity",),
+    )
     spans = SPANS[name] + (SPANS[name] if spares is None else spares)
     arena = stack.enter_context(Arena(config, spans, lab))
     return Director(name, source, arena, SCALES[name])

@@ -125,12 +125,12 @@ class MemoryConfig(Settings):
             scale=MIB,
         ),
     ] = None
-
     check_integrity: Annotated[
         bool,
         Setting(
             "Compare the accounts of the KV memory with its rows whenever the compute thread is "
-            "idle (for tests)."
+            "idle, and stop the server if they differ (for tests).",
+            "--check-integrity/--no-check-integrity",
         ),
     ] = False
 

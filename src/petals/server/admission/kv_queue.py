@@ -68,8 +68,8 @@ class KVQueue:
                 message = f"No cache became free within {timeout_seconds:g} s."
                 granted.set_exception(_still_full(message))
 
-        place = (request, granted)
-        self._waiting.append(place)
+        entry = (request, granted)
+        self._waiting.append(entry)
         timer = self._clock.call_later(timeout_seconds, give_up)
         try:
             return await granted
@@ -80,8 +80,8 @@ class KVQueue:
             raise
         finally:
             timer.cancel()
-            if place in self._waiting:
-                self._waiting.remove(place)
+            if entry in self._waiting:
+                self._waiting.remove(entry)
                 self._grant()
 
     def _grant(self) -> None:

@@ -34,7 +34,7 @@ class SavedPasses:
         return len(self._saved)
 
     def slot(self, peer: PeerId, request: Forward) -> "PassSlot":
-        """The place of one client's pass."""
+        """The slot of one client's pass."""
         return PassSlot(self, peer, request)
 
     def expire(self) -> None:
@@ -48,7 +48,7 @@ class SavedPasses:
 
 @dataclass(frozen=True, slots=True)
 class PassSlot:
-    """The place of one client's pass among the saved ones, between its two halves."""
+    """Where one client's pass is kept between its forward and its backward."""
 
     passes: SavedPasses
     peer: PeerId

@@ -31,9 +31,9 @@ CACHE = DEFAULT_CACHE_TOKENS * 10_000
 
 
 def test_blocks_are_counted_at_the_price_of_the_dearest() -> None:
-    room = RESERVE_BYTES + 3 * (2 * GB + CACHE)
-    assert plan_capacity(BLOCKS, room) == Capacity(3, DEFAULT_CACHE_TOKENS)
-    assert plan_capacity(BLOCKS, room - 1).num_blocks == 2
+    free_bytes = RESERVE_BYTES + 3 * (2 * GB + CACHE)
+    assert plan_capacity(BLOCKS, free_bytes) == Capacity(3, DEFAULT_CACHE_TOKENS)
+    assert plan_capacity(BLOCKS, free_bytes - 1).num_blocks == 2
 
 
 def test_never_more_blocks_than_the_model_has() -> None:
@@ -41,13 +41,13 @@ def test_never_more_blocks_than_the_model_has() -> None:
 
 
 def test_a_number_of_blocks_is_kept_and_the_cache_gets_the_rest() -> None:
-    room = RESERVE_BYTES + 4 * 2 * GB + 4 * 5000 * 10_000
-    assert plan_capacity(BLOCKS, room, num_blocks=4) == Capacity(4, 5000)
+    free_bytes = RESERVE_BYTES + 4 * 2 * GB + 4 * 5000 * 10_000
+    assert plan_capacity(BLOCKS, free_bytes, num_blocks=4) == Capacity(4, 5000)
 
 
 def test_one_block_may_have_little_cache() -> None:
-    room = RESERVE_BYTES + 2 * GB + LEAST_CACHE_TOKENS * 10_000
-    assert plan_capacity(BLOCKS, room) == Capacity(1, LEAST_CACHE_TOKENS)
+    free_bytes = RESERVE_BYTES + 2 * GB + LEAST_CACHE_TOKENS * 10_000
+    assert plan_capacity(BLOCKS, free_bytes) == Capacity(1, LEAST_CACHE_TOKENS)
 
 
 @pytest.mark.parametrize("num_blocks", [None, 1, 4])
@@ -58,8 +58,8 @@ def test_what_does_not_fit_is_refused(num_blocks: int | None) -> None:
 
 
 def test_a_cache_that_was_asked_for_is_what_is_planned() -> None:
-    room = RESERVE_BYTES + 10 * 2 * GB
-    assert plan_capacity(BLOCKS, room, cache_tokens=100).cache_tokens == 100
+    free_bytes = RESERVE_BYTES + 10 * 2 * GB
+    assert plan_capacity(BLOCKS, free_bytes, cache_tokens=100).cache_tokens == 100
 
 
 def test_blocks_without_cache_can_be_planned() -> None:
