@@ -27,7 +27,7 @@ BACKGROUND_ROOTS = {
     "server/compute/thread.py": 1,
     "swarm/background.py": 1,
 }
-LISTENS_TO_STRANGERS = ("wire/", "swarm/", "server/network/handler.py", "server/session/session.py")
+LISTENS_TO_STRANGERS = ("wire/", "swarm/", "server/network/", "server/session/")
 CODE_FROM_BYTES = {"eval", "exec", "compile"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 

@@ -45,6 +45,7 @@ from petals.types import BlockSpan, PeerId
 from petals.wire import frames, tensors
 from petals.wire.frames import FrameKind
 from petals.wire.handshake import Hello, Refusal
+from petals.wire.header import RequestHeader
 from petals.wire.messages import decode_message, encode_message
 from petals.wire.replies import Info, SessionEnded, SessionOpened, StepResult
 from petals.wire.requests import CloseSession, GetInfo, OpenSession, Step
@@ -346,14 +347,14 @@ class TestBytes:
                     torch.zeros(4, HIDDEN),
                 )
                 for number, hidden in enumerate(nonsense):
-                    step = Step(SESSION, 0, number, (0,), (3,))
+                    step = Step(RequestHeader(SESSION, 0, number), (0,), (3,))
                     with refused(BadInput, "tates"):
                         await channel.request(step, (hidden,), expect=StepResult, timeout=5.0)
-                good = Step(SESSION, 0, len(nonsense), (0,), (3,))
+                good = Step(RequestHeader(SESSION, 0, len(nonsense)), (0,), (3,))
                 states = torch.zeros(3, HIDDEN)
                 _, (output,) = await channel.request(good, (states,), expect=StepResult)
                 assert output.shape == (3, HIDDEN)
-                await channel.request(CloseSession(SESSION), expect=SessionEnded)
+                await channel.request(CloseSession(RequestHeader(SESSION, 0)), expect=SessionEnded)
 
         client_loop.run(send_nonsense())
 
@@ -386,13 +387,15 @@ async def _open(
     world: World, channel: Channel, session_id: bytes, max_length: int = CACHE_TOKENS
 ) -> None:
     (info, *_) = await world.infos()
-    opening = OpenSession(session_id, 0, info.model, (0, 2), 1, max_length, "float32")
+    opening = OpenSession(
+        RequestHeader(session_id, 0), info.model, (0, 2), 1, max_length, "float32"
+    )
     await channel.request(opening, expect=SessionOpened, timeout=5.0)
 
 
 def _encoded_step(hidden: torch.Tensor) -> tuple[bytes, bytes]:
     spec, data = tensors.encode(hidden)
-    payload = encode_message(Step(SESSION, 0, 0, (0,), (len(hidden),)), (spec,))
+    payload = encode_message(Step(RequestHeader(SESSION, 0), (0,), (len(hidden),)), (spec,))
     return (
         frames.encode_frame(FrameKind.MESSAGE, payload),
         frames.encode_frame(FrameKind.CHUNK, bytes(data)),

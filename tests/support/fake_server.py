@@ -162,6 +162,7 @@ class ToyServer:
     held: asyncio.Event | None = None
     is_reading: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is not set, the server takes no messages and answers pings all the same."""
+    channels: list[Channel] = field(default_factory=list)
     sessions: dict[bytes, list[Tensor]] = field(default_factory=dict)
     calls: dict[bytes, PassCall] = field(default_factory=dict)
     """What each session was opened with."""
@@ -216,6 +217,7 @@ class ToyServer:
         mine: dict[bytes, BlockSpan] = {}
         tasks: set[asyncio.Task[None]] = set()
         turn = asyncio.Lock()
+        self.channels.append(channel)
         try:
             while True:
                 await self.is_reading.wait()

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from petals.client.routing.route import Needs
-from petals.client.session.hop import HopSession
 from petals.client.session.replies import Replies
 from petals.client.session.rows import SessionRows
 from petals.errors import (
@@ -23,6 +22,7 @@ from petals.errors import (
     SessionGap,
 )
 from petals.types import BlockSpan, Hop
+from petals.wire.replies import StepResult
 from support.fake_server import HIDDEN, expected, open_one, states, toy_swarm
 
 ALL = BlockSpan(0, 6)
@@ -462,21 +462,38 @@ async def test_what_one_server_refuses_another_runs_and_none_is_banned(
 async def test_a_reply_that_cannot_be_read_ends_the_hop_and_not_the_session(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with toy_swarm(*THREE, THREE[1]) as swarm:
+    async with toy_swarm(*THREE, *THREE) as swarm:
         session = SessionRows(swarm.access(6), ALL, max_length=20)
-        text, take, on_reply = states(6), [], Replies.on_reply
+        text, failed, take = states(6), [], Replies.take
 
-        def fail_once(replies: Replies, hop: HopSession, *reply: object) -> None:
-            if hop.blocks.start == 2 and not take:
-                take.append(hop.peer_id)
+        def fail_once(replies: Replies, *reply: object) -> None:
+            if not failed:
+                failed.append(reply)
                 raise RuntimeError("a bug of ours")
-            on_reply(replies, hop, *reply)
+            take(replies, *reply)
 
-        monkeypatch.setattr(Replies, "on_reply", fail_once)
+        monkeypatch.setattr(Replies, "take", fail_once)
         output = await session.step(text, (0,), (6,))
         torch.testing.assert_close(output, expected(text, ALL))
         (repair,) = session.trace.repairs
-        assert [repair.peer_id] == take and "could not be read" in repair.reason
+        assert failed and "could not be read" in repair.reason
+        await session.close()
+
+
+async def test_a_hop_cannot_answer_for_another() -> None:
+    """It knows the id of the hop behind it, since it forwards to it; the client here does, too."""
+    async with toy_swarm(*THREE) as swarm:
+        session = SessionRows(swarm.access(6, request_timeout=2.0), ALL, max_length=20)
+        text, (first, second, _) = states(4), swarm.servers
+        await session.step(text[:2], (0,), (2,))
+        second.held = asyncio.Event()
+        step = asyncio.create_task(session.step(text[2:], (2,), (2,)))
+        await second.until(lambda: len(second.steps) == 2)
+        forged = StepResult(second.steps[-1].header, 0.0, 0.0, 2)
+        await first.channels[-1].send(forged, [torch.ones(2, HIDDEN)])
+        await first.channels[-1].ping()
+        second.held.set()
+        torch.testing.assert_close(await step, expected(text, ALL)[2:])
         await session.close()
 
 

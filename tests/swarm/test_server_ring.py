@@ -18,7 +18,7 @@ from petals.wire.replies import ForwardFailed, SessionEnded, StepResult
 from petals.wire.requests import BeginEpoch, CloseSession, Forwarded, KeepSession, ReplayPart, Step
 from petals.wire.services import RING_SERVICE
 from support.linked_script import LinkedSession, linked, linked_servers
-from support.service import Answer, Worker, assert_close, states
+from support.service import Answer, Worker, assert_close, hold_compute, states
 
 THIRDS = ((10, 11), (11, 13), (13, 14))
 HALVES = ((10, 12), (12, 14))
@@ -247,7 +247,7 @@ class TestEpochs:
             session = await linked(swarm, *HALVES)
             await session.step([5])
             head, tail = swarm.workers
-            old = session.legs[1].header(1)
+            old = session.legs[1].header(20)
             await session.begin_epoch()
             await session.step([1])
             before = snapshot(tail)
@@ -257,6 +257,25 @@ class TestEpochs:
             await channel.send(KeepSession(old))  # refused: what was before it is read
             assert isinstance((await channel.receive(10.0))[0], Refusal)
             assert snapshot(tail) == before
+
+    async def test_what_was_run_while_an_epoch_began_is_not_forwarded(self) -> None:
+        """Its next hops are those of the old epoch. In the new one it is answered from the log."""
+        async with linked_servers(2) as swarm:
+            session = await linked(swarm, *HALVES)
+            await session.step([5])
+            release, batches = hold_compute(swarm), session.num_batches
+            new = session.take([1], [5], None)
+            await session.send(1, [5], new)
+            await settle()
+            await session.begin_epoch(session.legs[0])
+            await session.legs[0].channel.ping()
+            release()
+            for worker in swarm.workers:
+                await worker.check()
+            assert session.num_batches == [batches[0] + 1, batches[1]]
+            await session.begin_epoch(session.legs[1], newer=False)
+            session.check([5], await session.ask(1, [5], new))
+            assert session.num_batches == [batches[0] + 1, batches[1] + 1]
 
     async def test_a_source_of_the_old_epoch_is_none_of_the_new(self) -> None:
         async with linked_servers(3) as swarm:

@@ -1,18 +1,20 @@
 """Sessions of a server over a network in memory: the numbers are the model's in any company."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from petals.server.policies import SchedulerConfig
+from petals.testing.manual_clock import settle
 from petals.types import BlockSpan
 from petals.wire.header import RequestHeader
 from petals.wire.passes import Forward, ForwardResult
 from petals.wire.replies import Info, SessionOpened, StepResult
 from petals.wire.requests import BeginEpoch, GetInfo, KeepSession, ReplayPart, ReplayRequest
 from support.models import WIDTH
-from support.service import FussySpan, assert_close, hold_compute, served, states
+from support.service import FussySpan, Worker, assert_close, hold_compute, served, states
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom", "mistral", "qwen3_next"])
@@ -303,6 +305,27 @@ class TestEpochs:
             (output,) = await talk.step(0, [0], [text])
             assert_close(output, swarm.expected(text))
 
+    async def test_a_step_that_waits_while_an_epoch_begins_is_dropped(self) -> None:
+        """The one that runs already is kept: the client repeats it and is answered at once."""
+        async with served() as swarm:
+            talk, text = await swarm.talk(), states(6)
+            await talk.open()
+            release = hold_compute(swarm)
+            for step_id, part in enumerate((text[:4], text[4:])):
+                message = talk.message(step_id, (4 * step_id,), (len(part),))
+                await talk.channel.send(message, (part,))
+            await settle()
+            talk.epoch = 1
+            await talk.channel.send(BeginEpoch(talk.header(), ()))
+            await talk.channel.ping()
+            release()
+            await swarm.workers[0].check()
+            assert swarm.workers[0].session.rows.lengths == (4,)
+            num_batches = len(swarm.runner.batches)
+            (output,) = await talk.step(0, [0], [text[:4]])
+            assert len(swarm.runner.batches) == num_batches
+            assert_close(output, swarm.expected(text)[:4])
+
     async def test_a_refusal_of_an_older_epoch_is_not_sent(self) -> None:
         """It would have the id of a step that the client repeats in the new epoch."""
         async with served() as swarm:
@@ -312,6 +335,7 @@ class TestEpochs:
             release = hold_compute(swarm)
             poisoned = torch.full((1, WIDTH), FussySpan.poison)
             await talk.channel.send(talk.message(1, (5,), (1,)), (poisoned,))
+            await settle()  # it is with the executor now
             talk.epoch = 1
             await talk.channel.send(BeginEpoch(talk.header(), ()))
             await talk.channel.send(talk.message(1, (5,), (1,)), (text[5:],))
@@ -321,6 +345,47 @@ class TestEpochs:
             assert isinstance(answer, StepResult)
             assert answer.header == talk.header(1)
             assert_close(output, swarm.expected(text)[5:])
+
+
+def _cut_kv(worker: Worker) -> None:
+    worker.session.rows.kv.truncate(0, 2)
+
+
+def _cut_log(worker: Worker) -> None:
+    worker.session.rows.outputs.cut((2,))
+
+
+def _shorten(worker: Worker) -> None:
+    worker.session.rows.lengths = (2,)
+
+
+def _forget_a_step(worker: Worker) -> None:
+    worker.session.rows.history.last_id = -1
+
+
+def _reserve_without_a_session(worker: Worker) -> None:
+    worker.pool.reserve(1, 16, worker.runner.blocks)
+
+
+def _count_wrong(worker: Worker) -> None:
+    worker.logs.used_bytes += 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_cut_kv, _cut_log, _shorten, _forget_a_step, _reserve_without_a_session, _count_wrong],
+)
+async def test_books_that_are_wrong_are_found(spoil: Callable[[Worker], None]) -> None:
+    with pytest.raises(AssertionError):
+        async with served() as swarm:
+            talk, worker = await swarm.talk(), swarm.workers[0]
+            await talk.open()
+            await talk.step(0, [0], [states(5)])
+            await worker.check()
+            spoil(worker)
+            with pytest.raises(AssertionError):
+                await worker.check()
+            # ... and again when the scene ends.
 
 
 async def test_a_session_without_a_length_grows() -> None:

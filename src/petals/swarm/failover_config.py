@@ -121,6 +121,8 @@ class FailoverConfig:
     """Most bytes that are read from KV memory at once; batches of other sessions wait for it."""
     reaps_per_lease: float = 4.0
     """Searches for sessions with an expired lease within one lease."""
+    parting_seconds: float = 2.0
+    """Time for the clients of a server that stops to take the notice of it."""
     drain_look_seconds: float = 0.1
     """Pause between two looks at whether the sessions of a draining server have gone."""
 

@@ -91,9 +91,14 @@ class Situation:
     migrate_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRoute:
-    """Reserve hops for all blocks and fill them from the client's own log."""
+class Do(Enum):
+    """Actions that need no more to be said."""
+
+    OPEN_ROUTE = "reserve hops for all blocks, and feed them from the client's own log"
+    REBUILD = "give up all hops: their rows are unknown or cannot be handed on"
+    RUN = "run the pieces of the step"
+    COPY = "send the replacements of draining hops what they lack, while steps go on"
+    SWITCH = "send them the rest, and let them take over before the next step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +110,18 @@ class Redial:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Reserve hops in the place of legs [start, end), fill them, and switch over."""
+    """Reserve hops in the place of lost legs [start, end), fill them, and switch over."""
 
     start: int
     end: int
 
 
 @dataclass(frozen=True, slots=True)
-class Rebuild:
-    """Give up all hops: their rows are unknown or cannot be handed on."""
+class Migrate:
+    """Reserve hops that are to take the place of draining legs [start, end)."""
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Run the pieces of the step."""
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,25 +139,7 @@ class Raise:
     error: PetalsError
 
 
-@dataclass(frozen=True, slots=True)
-class Migrate:
-    """Reserve replacements for the draining legs [start, end)."""
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Send the replacements what they lack, while steps go on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """Send the replacements the rest, and let them take over, before the next step."""
-
-
-Action = OpenRoute | Redial | Replace | Rebuild | Run | Wait | Raise | Migrate | Copy | Switch
+Action = Do | Redial | Replace | Migrate | Wait | Raise
 
 
 def next_action(situation: Situation, config: FailoverConfig, now: float) -> Action | None:
@@ -184,10 +169,10 @@ def next_action(situation: Situation, config: FailoverConfig, now: float) -> Act
     if from_log and not situation.can_feed:
         return Raise(_not_kept())
     if situation.has_diverged or (legs and start == end and not situation.fits):
-        return Rebuild()
+        return Do.REBUILD
     if not legs:
-        return OpenRoute()
-    return Replace(start, end) if start < end else Run()
+        return Do.OPEN_ROUTE
+    return Replace(start, end) if start < end else Do.RUN
 
 
 def _wait(situation: Situation, failure: PetalsError, history: History) -> Action:
@@ -214,8 +199,8 @@ def _between_steps(situation: Situation, config: FailoverConfig, now: float) -> 
         return Wait(seconds) if seconds > 0 else Migrate(start, end)
     is_little = situation.missing_tokens <= config.migration_final_tokens
     if is_little or situation.num_copies >= config.migration_max_copies:
-        return Switch()
-    return Copy()
+        return Do.SWITCH
+    return Do.COPY
 
 
 def _first_run(legs: Iterable[LegState], has: Callable[[LegState], bool]) -> tuple[int, int]:

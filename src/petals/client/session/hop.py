@@ -10,12 +10,12 @@ import contextlib
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
 from petals.client.connection.tensor_checks import is_finite
 from petals.client.session.actions import LegState
+from petals.client.session.replies import Replies
 from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
 from petals.client.trace import HopTrace, StepTiming
 from petals.clock import Clock
@@ -27,9 +27,7 @@ from petals.errors import (
     PeerTimeout,
     PetalsError,
     ProtocolError,
-    RequestError,
     SessionClosed,
-    SessionError,
 )
 from petals.logs import get_logger
 from petals.swarm.node import SwarmNode
@@ -63,26 +61,6 @@ logger = get_logger(__name__)
 _KEPT_TIMINGS = 1024
 """Number of latest steps whose timings are kept."""
 
-ReplyMessage = StepResult | ReplayDone | ReplayPart | ForwardFailed
-
-
-class HopListener(Protocol):
-    """Receives what happens to hops."""
-
-    def on_reply(
-        self,
-        hop: "HopSession",
-        header: RequestHeader,
-        message: ReplyMessage | PetalsError,
-        tensors: Sequence[Tensor],
-    ) -> None:
-        """A message that answers a request, or the refusal of one."""
-        ...
-
-    def on_change(self, hop: "HopSession") -> None:
-        """``hop.state`` has changed: the hop is lost, or its server has announced that it stops."""
-        ...
-
 
 class HopSession:
     """A reservation at one server. ``open`` makes one; ``close`` frees it.
@@ -92,12 +70,7 @@ class HopSession:
     """
 
     def __init__(
-        self,
-        channel: Channel,
-        hop: Hop,
-        timeouts: HopTimeouts,
-        listener: HopListener,
-        clock: Clock,
+        self, channel: Channel, hop: Hop, timeouts: HopTimeouts, replies: Replies, clock: Clock
     ) -> None:
         self.hop = hop
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
@@ -111,7 +84,7 @@ class HopSession:
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self._channel = channel
         self._timeouts = timeouts
-        self._listener = listener
+        self._replies = replies
         self._clock = clock
         self._ended = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
@@ -138,22 +111,19 @@ class HopSession:
         spec: SessionSpec,
         timeouts: HopTimeouts,
         neighbours: HopNeighbours,
-        listener: HopListener,
+        replies: Replies,
     ) -> "HopSession":
         """Reserve cache at ``hop``, which will forward states between the client and its
         ``neighbours``. Raises the server's refusal or a PeerError, nothing held.
         """
         channel = await _open_channel(node, hop.peer_id, timeouts, timeouts.connect_seconds)
-        session = cls(channel, hop, timeouts, listener, node.clock)
+        session = cls(channel, hop, timeouts, replies, node.clock)
         try:
             async with asyncio.timeout(timeouts.request_seconds + timeouts.alloc_seconds):
                 await session._reserve(spec, neighbours)
         except TimeoutError:
             await session.close()
             raise PeerTimeout("The server did not answer in time.", peer_id=hop.peer_id) from None
-        except (RequestError, SessionError):
-            await session.close() if session.max_length else await channel.close()
-            raise
         except BaseException:
             await session.close()
             raise
@@ -258,7 +228,8 @@ class HopSession:
     def _change(self, state: LegState) -> None:
         if state is not self.state:
             self.state = state
-            self._listener.on_change(self)
+            if state.is_lost and state.error is not None:
+                self._replies.lose(self.session_id, state.error)
 
     async def _free(self) -> None:
         if self._channel.is_closed:
@@ -300,7 +271,7 @@ class HopSession:
                     opened = answer
                     self.lease_seconds, self.max_length = opened.lease_seconds, opened.max_length
                 case Draining():
-                    self._on_draining(answer)
+                    self._take(answer, [])
                 case Refusal():
                     raise answer.to_error(self.peer_id)
                 case _:
@@ -332,30 +303,27 @@ class HopSession:
             self.lose(PeerFailed("The replies of the server could not be read."))
 
     def _take(self, message: AnyMessage, tensors: list[Tensor]) -> None:
+        header = getattr(message, "header", None)
+        if isinstance(header, RequestHeader) and header.session_id != self.session_id:
+            return  # a hop knows the ids of the hops behind it, and must not answer for them
         match message:
             case StepResult() | ReplayDone() | ReplayPart() | ForwardFailed():
-                self._listener.on_reply(self, message.header, message, tensors)
+                self._replies.take(message.header, message, tensors)
             case Draining():
-                self._on_draining(message)
+                self._change(self.state.draining(self._clock.monotonic() + message.seconds))
+                self._replies.on_draining(self.peer_id, message.seconds)
             case Refusal(header=RequestHeader() as header):
-                self._listener.on_reply(self, header, message.to_error(self.peer_id), ())
+                self._replies.take(header, message.to_error(self.peer_id))
             case Refusal():
                 raise message.to_error(self.peer_id)
-            case SessionEnded() if message.header.session_id == self.session_id:
+            case SessionEnded():
                 self._ended.set()
-                error = SessionClosed(
-                    f"The session was ended: {message.reason or 'no reason given'}.",
-                    hint="Open a new session.",
-                    peer_id=self.peer_id,
-                )
+                reason = message.reason or "no reason given"
+                error = SessionClosed(f"The session was ended: {reason}.", peer_id=self.peer_id)
                 error.reported = True
                 raise error
             case _:
                 raise self._unexpected(message)
-
-    def _on_draining(self, message: Draining) -> None:
-        if message.header.session_id == self.session_id:
-            self._change(self.state.draining(self._clock.monotonic() + message.seconds))
 
     def _unexpected(self, message: AnyMessage) -> ProtocolError:
         return ProtocolError(

@@ -9,21 +9,22 @@ does.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
 
-from petals.client.routing.failure_policy import History
-from petals.client.routing.swarm_state import SwarmState
-from petals.client.session.actions import Copy, LegStatus, Migrate, Switch, Wait, next_action
-from petals.client.session.fill import FillGoal, FillOutcome, HopFiller
+from petals.client.session.actions import Do, LegStatus, Migrate, Wait, next_action
+from petals.client.session.context import SessionContext
+from petals.client.session.fill import FillGoal, FillOutcome, fill
 from petals.client.session.hop import HopSession
-from petals.client.session.replacement import HopReplacer
+from petals.client.session.replacement import book, drop, peer_before, reserve, switch
 from petals.client.session.reservation import ReplacementHints
-from petals.client.session.state import SessionMigration, SessionState
+from petals.client.session.state import SessionMigration
 from petals.client.session.types import ReplicaProgress
 from petals.client.trace import Repair
-from petals.errors import PetalsError
+from petals.errors import CacheFull, MissingBlocksError, NoCapacity, PetalsError
 from petals.logs import get_logger
 from petals.models.runtime.token_log import TokenLog
-from petals.types import BlockSpan, PeerId
+from petals.types import PeerId
 
 logger = get_logger(__name__)
 
@@ -31,19 +32,10 @@ logger = get_logger(__name__)
 class MigrationLoop:
     """Carries out what is to be done between steps, in a task of its own while there is any."""
 
-    def __init__(
-        self,
-        state: SessionState,
-        swarm: SwarmState,
-        replacer: HopReplacer,
-        filler: HopFiller,
-        note: Callable[[Repair], None],
-    ) -> None:
-        self._state = state
-        self._swarm = swarm
-        self._config = swarm.config.failover
-        self._replacer = replacer
-        self._filler = filler
+    def __init__(self, context: SessionContext, note: Callable[[Repair], None]) -> None:
+        self._context = context
+        self._state = context.state
+        self._config = context.config.failover
         self._note = note
         self._excluded: dict[PeerId, PetalsError] = {}
         self._no_kv: set[PeerId] = set()
@@ -56,7 +48,8 @@ class MigrationLoop:
         is_busy = self._task is not None and not self._task.done()
         is_needed = any(leg.state.status is LegStatus.DRAINING for leg in self._state.legs)
         if is_needed and not is_busy and not self._state.is_closed:
-            self._task = self._swarm.node.background.start(self._run(), "migrating a session")
+            background = self._context.swarm.node.background
+            self._task = background.start(self._run(), "migrating a session")
 
     def end(self) -> None:
         """Stop: the route changes. Replacements are freed in the background."""
@@ -78,44 +71,51 @@ class MigrationLoop:
         """What is to be done while steps go on; None: nothing any more."""
         while True:
             async with self._state.lock:
-                now = self._swarm.node.clock.monotonic()
+                now = self._context.now
                 match next_action(self._state.situation(now), self._config, now):
                     case Migrate(start, end):
                         return self._reserve(self._state.legs[start:end])
-                    case Copy():
+                    case Do.COPY:
                         return self._copy()
                     case Wait(seconds):
-                        return self._swarm.node.clock.sleep(seconds)
-                    case Switch():
+                        return self._context.swarm.node.clock.sleep(seconds)
+                    case Do.SWITCH:
                         await self._switch()
                     case _:
                         return None
 
     async def _reserve(self, old: list[HopSession]) -> None:
         legs = self._state.legs
-        start = legs.index(old[0])
         draining = (leg for leg in legs if leg.state.status is LegStatus.DRAINING)
         hints = ReplacementHints(
-            before=legs[start - 1].peer_id if start else None,
+            before=peer_before(self._context, old),
             excluded=self._excluded,
             unfit=frozenset(leg.peer_id for leg in draining),
             kv_donors={hop.blocks: hop.peer_id for hop in old if self._may_give_kv(hop)},
         )
-        blocks, num_rows = BlockSpan(old[0].blocks.start, old[-1].blocks.end), self._num_rows
         try:
-            hops = await self._replacer.reserve_reachable(blocks, num_rows, hints)
+            hops = await self._reserve_reachable(old, hints)
         except PetalsError as error:
             self._excluded.clear()
             self._postpone(error.message)
             return
-        have = ReplicaProgress.nothing(self._num_rows)
+        have = ReplicaProgress.nothing(self._state.num_rows)
         self._state.migration = SessionMigration(old, hops, have)
 
-    @property
-    def _num_rows(self) -> int:
-        """Rows that the session has now: during a step, after its reorder."""
-        step = self._state.step
-        return len((self._state.confirmed if step is None else step.inputs).lengths)
+    async def _reserve_reachable(
+        self, old: list[HopSession], hints: ReplacementHints
+    ) -> list[HopSession]:
+        """Replacements, if possible such that the server before them can forward to."""
+        context, num_rows = self._context, self._state.num_rows
+        if hints.before is not None and context.config.use_server_to_server:
+            peers = {candidate.peer_id for candidate in context.swarm.candidates()}
+            is_direct, before, now = context.swarm.edges.is_direct, hints.before, context.now
+            aside = frozenset(peer for peer in peers if not is_direct(before, peer, now))
+            if aside - hints.unfit - {before}:
+                fitting = replace(hints, unfit=hints.unfit | aside)
+                with suppress(MissingBlocksError, NoCapacity, CacheFull):
+                    return await reserve(context, old, num_rows, fitting)
+        return await reserve(context, old, num_rows, hints)
 
     def _copy(self) -> Awaitable[object]:
         """Work that brings the replacements to where the rows are now."""
@@ -129,45 +129,41 @@ class MigrationLoop:
         self, migration: SessionMigration, have: ReplicaProgress, rows: TokenLog
     ) -> bool:
         """Send the replacements what they lack of ``rows``; False if that failed."""
-        hops, goal = migration.hops, FillGoal(rows.lengths, next(self._state.ids))
-        if self._can_give_kv(migration, sum(have.missing(rows.lengths))):
-            for old, new in zip(migration.old, hops):
-                outcome = await self._filler.fill([new], have, goal, old, kv=True)
+        context, old, hops = self._context, migration.old, migration.hops
+        goal = FillGoal(rows.lengths, next(self._state.ids), have=have)
+        start = self._state.legs.index(old[0])
+        outcome = FillOutcome.DONOR_LOST
+        if self._can_give_kv(migration, goal.num_tokens):
+            for donor, hop in zip(old, hops):
+                outcome = await fill(context, [hop], goal, donor, kv=True)
                 if outcome is not FillOutcome.DONE:
-                    self._no_kv.add(old.peer_id)
+                    self._no_kv.add(donor.peer_id)
                     break
-        else:
-            start = self._state.legs.index(migration.old[0])
-            donor = self._state.legs[start - 1] if start else rows
-            outcome = FillOutcome.DONOR_LOST
-            if start or not rows.is_dropped:
-                outcome = await self._filler.fill(hops, have, goal, donor)
+        elif start or not rows.is_dropped:
+            donor_of_states = self._state.legs[start - 1] if start else rows
+            outcome = await fill(context, hops, goal, donor_of_states)
         if outcome is FillOutcome.DONE:
             return True
-        migration.have = ReplicaProgress.nothing(self._num_rows)
+        migration.have = ReplicaProgress.nothing(self._state.num_rows)
         if any(hop.state.is_lost for hop in hops):
-            history = History(holds_state=True)
-            for hop in hops:
-                self._replacer.book(hop, history, self._excluded)
-            self._postpone(f"a replacement is lost ({outcome.value})")
+            book(context, hops, self._excluded)
+            self._postpone(outcome.value)
         return False
 
     async def _switch(self) -> None:
         """Send what is still missing; then the replacements take the old hops' place."""
-        migration, clock = self._state.migration, self._swarm.node.clock
+        migration, began = self._state.migration, self._context.now
         assert migration is not None
-        began, old, hops = clock.monotonic(), migration.old, migration.hops
         if not await self._send(migration, migration.have, self._state.confirmed):
             if self._state.migration is not None:
                 self._postpone("the rows could not be copied")
             return
-        start = self._state.legs.index(old[0])
         self._state.migration = None
         self._pause_seconds = self._config.migration_pause_seconds
-        await self._replacer.switch(start, start + len(old), hops)
-        for hop in old:
-            by = tuple(new.hop for new in hops if new.blocks.overlaps(hop.blocks))
-            seconds = clock.monotonic() - began
+        await switch(self._context, migration.old, migration.hops)
+        for hop in migration.old:
+            by = tuple(new.hop for new in migration.hops if new.blocks.overlaps(hop.blocks))
+            seconds = self._context.now - began
             self._note(Repair(hop.peer_id, hop.blocks, "The server leaves.", by, seconds))
 
     def _can_give_kv(self, migration: SessionMigration, num_tokens: int) -> bool:
@@ -179,12 +175,12 @@ class MigrationLoop:
         )
 
     def _may_give_kv(self, hop: HopSession) -> bool:
-        return self._swarm.config.use_server_to_server and hop.peer_id not in self._no_kv
+        return self._context.config.use_server_to_server and hop.peer_id not in self._no_kv
 
     def _suits(self, old: HopSession, new: HopSession, num_tokens: int) -> bool:
-        info, now = old.info, self._swarm.node.clock.monotonic()
+        info, now = old.info, self._context.now
         is_alike = old.blocks == new.blocks and info.kv_format == new.info.kv_format != ""
-        is_direct = self._swarm.edges.is_direct(old.peer_id, new.peer_id, now)
+        is_direct = self._context.swarm.edges.is_direct(old.peer_id, new.peer_id, now)
         num_blocks = max(1, info.blocks[1] - info.blocks[0])
         num_bytes = num_tokens * info.kv_token_bytes * len(old.blocks) / num_blocks
         seconds = num_bytes / self._config.migration_bytes_per_second
@@ -195,11 +191,11 @@ class MigrationLoop:
         """Give the replacements up, and try again after a pause."""
         logger.info("migration has to wait: %s", why)
         self._drop()
-        self._state.migrate_at = self._swarm.node.clock.monotonic() + self._pause_seconds
+        self._state.migrate_at = self._context.now + self._pause_seconds
         longest = self._config.migration_max_pause_seconds
         self._pause_seconds = min(2 * self._pause_seconds, longest)
 
     def _drop(self) -> None:
         migration, self._state.migration = self._state.migration, None
         if migration is not None:
-            self._replacer.drop(migration.hops)
+            drop(self._context, migration.hops)

@@ -1,8 +1,7 @@
 """Which request a reply answers: the only place where replies are matched.
 
 A reply counts if its header (session id, epoch, request id) equals that of a request that is still
-waited for, and the hop that it came from is the one that has this session id. Knows hops; knows no
-routes and nothing of what replies mean.
+waited for; the session id names the hop. Knows nothing of what replies mean.
 """
 
 import asyncio
@@ -14,19 +13,21 @@ import torch
 from torch import Tensor
 
 from petals.client.connection.tensor_checks import is_finite
-from petals.client.session.hop import HopSession, ReplyMessage
 from petals.errors import PetalsError
 from petals.models.runtime.token_log import RowSlices, TokenLog
+from petals.types import PeerId
 from petals.wire.header import RequestHeader
-from petals.wire.replies import ForwardFailed
+from petals.wire.replies import ForwardFailed, ReplayDone, StepResult
 from petals.wire.requests import ReplayPart
+
+ReplyMessage = StepResult | ReplayDone | ReplayPart | ForwardFailed
 
 
 @dataclass(frozen=True, slots=True)
 class HopReply:
-    """What a hop has answered; a loss of the hop and a refusal are errors."""
+    """What the hop with this session id has answered; its loss, and a refusal, are errors."""
 
-    hop: HopSession
+    session_id: bytes
     message: ReplyMessage | PetalsError
     tensors: Sequence[Tensor] = ()
 
@@ -35,7 +36,7 @@ class HopReply:
 class ReplayBuffer:
     """The parts of a replay that the client itself receives, at most ``max_tokens`` of width
     ``hidden_size``. They begin at ``starts`` (empty: position 0). reordered: the rows stand as the
-    reorder of the step to follow leaves them.
+    reorder of the step to follow leaves them. wrong: why a part cannot be right; empty: none is.
     """
 
     max_tokens: int
@@ -43,52 +44,49 @@ class ReplayBuffer:
     dtype: torch.dtype
     starts: tuple[int, ...] = ()
     reordered: bool = False
-    num_rows: int = 0
-    _log: TokenLog = field(default_factory=lambda: TokenLog(0))
+    wrong: str = ""
+    log: TokenLog = field(default_factory=lambda: TokenLog(0))
     _num_parts: int = 0
 
-    def add(self, part: ReplayPart, tensors: Sequence[Tensor]) -> str:
-        """Take the next part. Returns what is wrong with it; empty if nothing is."""
+    def add(self, part: ReplayPart, tensors: Sequence[Tensor]) -> None:
+        """Take the next part, unless it is wrong."""
         if not self._num_parts:
-            self.num_rows = len(part.counts)
-            self._log = TokenLog(self.num_rows)
-        num_tokens, come = sum(part.counts), self._log.lengths
-        starts = self.starts or (0,) * self.num_rows
-        due = tuple(start + length for start, length in zip(starts, come))
-        if part.index != self._num_parts or part.starts != due or len(part.counts) != len(due):
-            return "rows that do not follow each other"
-        if sum(come) + num_tokens > self.max_tokens:
-            return "more rows than were asked for"
-        shapes = [tensor.shape for tensor in tensors]
-        if shapes != [(num_tokens, self.hidden_size)] or tensors[0].dtype != self.dtype:
-            return "rows of another shape"
-        if not is_finite(tensors[0]):
-            return "NaN or infinity"
-        self._log.append(part.counts, tensors[0])
-        self.reordered, self._num_parts = part.reordered, self._num_parts + 1
-        return ""
+            self.log = TokenLog(len(part.counts))
+            self.starts = self.starts or (0,) * len(part.counts)
+        num_tokens, come = sum(part.counts), self.log.lengths
+        due = tuple(start + length for start, length in zip(self.starts, come))
+        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        if part.index != self._num_parts or part.starts != due or len(part.counts) != len(come):
+            self.wrong = "rows that do not follow each other"
+        elif sum(come) + num_tokens > self.max_tokens:
+            self.wrong = "more rows than were asked for"
+        elif shapes != [((num_tokens, self.hidden_size), self.dtype)]:
+            self.wrong = "rows of another shape"
+        elif not is_finite(tensors[0]):
+            self.wrong = "NaN or infinity"
+        else:
+            self.log.append(part.counts, tensors[0])
+            self.reordered, self._num_parts = part.reordered, self._num_parts + 1
 
     @property
     def rows(self) -> RowSlices | None:
         """What has come; None for nothing."""
-        whole = self._log.whole()
-        if whole is None or not self.starts:
-            return whole
-        return RowSlices(self.starts, whole.counts, whole.hidden)
+        whole = self.log.whole()
+        return None if whole is None else RowSlices(self.starts, whole.counts, whole.hidden)
 
 
 class PendingReply:
-    """A request whose answer may come from any of ``hops``.
+    """A request whose answer may come from any of the hops with ``session_ids``.
 
     is_paced: ``limit`` may shorten the wait, since other pieces of the step have shown how long
     this one may take.
     """
 
-    def __init__(self, hops: Sequence[HopSession], buffer: ReplayBuffer | None) -> None:
-        self.hops = hops
+    def __init__(self, session_ids: Sequence[bytes], buffer: ReplayBuffer | None) -> None:
+        self.session_ids = session_ids
         self.is_paced = False
         self._buffer = buffer
-        self._reported: set[HopSession] = set()
+        self._reported: set[bytes] = set()
         self._reply: asyncio.Future[HopReply] = asyncio.get_running_loop().create_future()
         self._began = 0.0
         self._limit: asyncio.Timeout | None = None
@@ -97,12 +95,9 @@ class PendingReply:
         """``send`` the request and return the reply; None after ``seconds`` for both."""
         loop = asyncio.get_running_loop()
         self._reply, self._began = loop.create_future(), loop.time()
-        for hop in self.hops:
-            self.changed(hop)
         try:
             async with asyncio.timeout(seconds) as self._limit:
-                if not self._reply.done():
-                    await send()
+                await send()
                 return await self._reply
         except TimeoutError:
             return None
@@ -116,78 +111,63 @@ class PendingReply:
 
     def take(self, reply: HopReply) -> None:
         """A reply to this request."""
-        hop, message = reply.hop, reply.message
-        if self._reply.done() or hop not in self.hops:
+        if self._reply.done() or reply.session_id not in self.session_ids:
             return
-        if isinstance(message, ForwardFailed):
+        if isinstance(reply.message, ForwardFailed):
             # Counts once for every hop: one that reports losses for ever would hold up the step.
-            if hop in self._reported or hop is self.hops[-1]:
+            if reply.session_id in self._reported or reply.session_id == self.session_ids[-1]:
                 return
-            self._reported.add(hop)
-        elif isinstance(message, ReplayPart):
-            if self._buffer is None:
-                return
-            wrong = self._buffer.add(message, reply.tensors)
-            if wrong:
-                reply = HopReply(hop, hop.misbehaved(wrong))
-            elif not message.ends:
+            self._reported.add(reply.session_id)
+        elif isinstance(reply.message, ReplayPart) and self._buffer is not None:
+            self._buffer.add(reply.message, reply.tensors)
+            if not reply.message.ends and not self._buffer.wrong:
                 return
         self._reply.set_result(reply)
 
-    def changed(self, hop: HopSession) -> None:
-        """The state of ``hop`` has changed: if it is lost, that is the answer."""
-        if hop.state.is_lost and hop.state.error is not None:
-            self.take(HopReply(hop, hop.state.error))
-
 
 class Replies:
-    """All requests of one session that are waited for."""
+    """All requests of one session that are waited for.
 
-    def __init__(self, on_draining: Callable[[HopSession], None]) -> None:
-        self._waiting: dict[RequestHeader, tuple[HopSession, PendingReply]] = {}
-        self._on_draining = on_draining
+    on_draining: called with a peer that stops, and the seconds until then.
+    """
+
+    def __init__(self, on_draining: Callable[[PeerId, float], None]) -> None:
+        self.on_draining = on_draining
+        self._waiting: dict[RequestHeader, PendingReply] = {}
 
     @contextmanager
     def expect(
-        self, hops: Sequence[HopSession], request_id: int, buffer: ReplayBuffer | None = None
+        self, headers: Sequence[RequestHeader], buffer: ReplayBuffer | None = None
     ) -> Iterator[PendingReply]:
-        """Wait for answers to a request that passes ``hops``. ``buffer``: for rows sent to us."""
-        pending = PendingReply(hops, buffer)
-        headers = {hop.header(request_id): (hop, pending) for hop in hops}
-        self._waiting.update(headers)
+        """Wait for answers to a request with these headers, one for every hop that it passes.
+        ``buffer``: for rows that are sent to us.
+        """
+        pending = PendingReply([header.session_id for header in headers], buffer)
+        self._waiting.update(dict.fromkeys(headers, pending))
         try:
             yield pending
         finally:
             for header in headers:
                 del self._waiting[header]
 
-    def limit(self, seconds: float) -> None:
-        """No paced request waits longer than ``seconds`` in all."""
-        for _, pending in self._waiting.values():
-            pending.limit(seconds)
-
-    def take(self, reply: HopReply, header: RequestHeader) -> None:
-        """Pass a reply on to the request that it answers; drop it if there is none."""
-        hop, pending = self._waiting.get(header, (None, None))
-        if pending is not None and hop is reply.hop:
-            pending.take(reply)
-
-    # What hops report (``hop.HopListener``)
-
-    def on_reply(
+    def take(
         self,
-        hop: HopSession,
         header: RequestHeader,
         message: ReplyMessage | PetalsError,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor] = (),
     ) -> None:
-        """See ``HopListener``."""
-        self.take(HopReply(hop, message, tensors), header)
+        """Pass a reply on to the request that it answers; drop it if there is none."""
+        pending = self._waiting.get(header)
+        if pending is not None:
+            pending.take(HopReply(header.session_id, message, tensors))
 
-    def on_change(self, hop: HopSession) -> None:
-        """See ``HopListener``."""
-        if not hop.state.is_lost:
-            self._on_draining(hop)
-        for _, pending in list(self._waiting.values()):
-            if hop in pending.hops:
-                pending.changed(hop)
+    def lose(self, session_id: bytes, error: PetalsError) -> None:
+        """A hop is lost: that answers all its requests."""
+        for header, pending in list(self._waiting.items()):
+            if header.session_id == session_id:
+                pending.take(HopReply(session_id, error))
+
+    def limit(self, seconds: float) -> None:
+        """No paced request waits longer than ``seconds`` in all."""
+        for pending in self._waiting.values():
+            pending.limit(seconds)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from petals.client.routing.failure_policy import History, Reaction, decide
 from petals.client.routing.route import Needs
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.session.hop import HopListener, HopSession
+from petals.client.session.hop import HopSession
+from petals.client.session.replies import Replies
 from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
 from petals.errors import CacheFull, NoCapacity, PetalsError, UnknownAdapter
 from petals.logs import get_logger
@@ -46,7 +47,7 @@ async def reserve_route(
     swarm: SwarmState,
     blocks: BlockSpan,
     spec: SessionSpec,
-    listener: HopListener,
+    replies: Replies,
     hints: ReplacementHints | None = None,
 ) -> list[HopSession]:
     """Reserve a route through ``blocks``.
@@ -55,7 +56,7 @@ async def reserve_route(
     is left. Raises MissingBlocksError, CacheFull after ``alloc_timeout``, the last refusal if all
     servers have refused, and, unless it is a replacement, a PeerError after ``max_retries``.
     """
-    hops = await _RouteReservation(swarm, blocks, spec, listener, hints).run()
+    hops = await _RouteReservation(swarm, blocks, spec, replies, hints).run()
     for hop in hops:
         swarm.note_success(hop.peer_id, hop.info)
     return hops
@@ -69,13 +70,13 @@ class _RouteReservation:
         swarm: SwarmState,
         blocks: BlockSpan,
         spec: SessionSpec,
-        listener: HopListener,
+        replies: Replies,
         hints: ReplacementHints | None,
     ) -> None:
         config = swarm.config
         self._swarm = swarm
         self._spec = spec
-        self._listener = listener
+        self._replies = replies
         self._is_replacement = hints is not None
         self._hints = hints or ReplacementHints()
         self._needs = Needs(blocks=blocks, model=swarm.model, cache_tokens=spec.cache_tokens)
@@ -177,7 +178,7 @@ class _RouteReservation:
             close_seconds=config.failover.close_seconds,
         )
         adapter = None if spec.tuning.adapter is None else spec.tuning.adapter.within(hop.blocks)
-        parts = (node, hop, spec, timeouts, neighbours, self._listener)
+        parts = (node, hop, spec, timeouts, neighbours, self._replies)
         if adapter is None:
             return await HopSession.open(*parts)
         await self._swarm.adapters.deliver(hop.peer_id, adapter)

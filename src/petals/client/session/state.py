@@ -46,8 +46,7 @@ class PendingStep:
 
     inputs: the rows as the step finds them, then with the tokens of finished pieces. rest: what
     remains. reorder: what the servers must do to their ``server_rows`` rows first. cuts_rows: the
-    step reorders rows or cuts some. excluded: servers that refused this step, in the order of their
-    refusals. num_repairs: attempts to reserve other hops since the last
+    step reorders rows or cuts some. num_repairs: attempts to reserve other hops since the last
     progress. has_warned: the user was told that the step waits for servers.
     """
 
@@ -59,7 +58,6 @@ class PendingStep:
     history: History
     pieces: list[StepPiece] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
-    excluded: dict[PeerId, PetalsError] = field(default_factory=dict)
     last_error: PetalsError | None = None
     num_repairs: int = 0
     has_warned: bool = False
@@ -106,14 +104,13 @@ class SessionMigration:
     """``hops`` are to take the place of the draining ``old`` ones.
 
     have: what they have, or will have once the copy under way has arrived, of the rows as they are
-    now. no_kv: the old hops' keys and values did not arrive; states are sent instead.
+    now.
     """
 
     old: list[HopSession]
     hops: list[HopSession]
     have: ReplicaProgress
     num_copies: int = 0
-    no_kv: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +120,8 @@ class SessionState:
     confirmed: the rows that every server holds between two steps; its lengths are the only answer
     to how many they hold. has_diverged: a failed step may have changed them (I6), or a server
     cannot hand them on. joining: hops that are reserved and not part of the route yet. losses: hops
-    that are lost and not replaced yet, and why. failure: why the last search for servers for the
+    that are lost and not replaced yet, and why. excluded: servers that refused the step under way,
+    in the order of their refusals. failure: why the last search for servers for the
     blocks ``sought`` found none.
     """
 
@@ -138,10 +136,16 @@ class SessionState:
     migration: SessionMigration | None = None
     migrate_at: float = 0.0
     losses: dict[Hop, str] = field(default_factory=dict)
+    excluded: dict[PeerId, PetalsError] = field(default_factory=dict)
     failure: PetalsError | None = None
     sought: BlockSpan = BlockSpan(0, 0)
     ids: Iterator[int] = field(default_factory=lambda: count(1))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the session has now: during a step, after its reorder."""
+        return len((self.confirmed if self.step is None else self.step.inputs).lengths)
 
     @property
     def max_step_tokens(self) -> int:
@@ -151,7 +155,8 @@ class SessionState:
 
     def begin(self, step: PendingStep) -> None:
         """A step begins, which first reorders and cuts the rows."""
-        self.step = step
+        self.step, self.failure = step, None
+        self.excluded.clear()
         if self.migration is not None:
             self.migration.have = self.migration.have.after(step.reorder, step.rest.starts)
 
@@ -178,15 +183,23 @@ class SessionState:
             migrate_at=self.migrate_at,
         )
 
-    def switch(self, start: int, end: int, hops: Sequence[HopSession]) -> list[HopSession]:
-        """Put ``hops`` in the place of legs [start, end) and begin an epoch (I5); the first hops of
-        a route join in the present one. Returns the old legs.
+    def switch(self, old: Sequence[HopSession], hops: Sequence[HopSession]) -> None:
+        """Put ``hops`` in the place of ``old`` legs and begin an epoch (I5); the first hops of a
+        route join in the present one.
         """
-        old = self.legs[start:end]
+        start = self.legs.index(old[0]) if old else 0
         self.epoch += bool(self.legs)
-        self.legs[start:end] = hops
+        self.legs[start : start + len(old)] = hops
         self.joining = [hop for hop in self.joining if hop not in hops]
-        return old
+
+    def take_unused(self) -> list[HopSession]:
+        """Hops that a repair has left when it was interrupted; they join no more. Also what a
+        closed session has reserved since.
+        """
+        kept = [] if self.migration is None else self.migration.hops
+        unused = [hop for hop in self.joining if hop not in kept]
+        self.joining = list(kept)
+        return [*unused, *self.legs] if self.is_closed else unused
 
     async def announce_epoch(self) -> None:
         """Tell the epoch, and whom to accept states from, to all legs that do not know it (I5)."""

@@ -7,7 +7,7 @@ is raised. Knows rows of hidden states and reservations; knows no text and no sa
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,22 +18,13 @@ from petals.client.routing.failure_policy import LOOK_AGAIN_SECONDS, History, de
 from petals.client.routing.latency import StepTimeouts, redial_seconds
 from petals.client.routing.stragglers import StragglerDetector
 from petals.client.routing.swarm_state import SwarmState, show
-from petals.client.session.actions import (
-    Action,
-    OpenRoute,
-    Raise,
-    Rebuild,
-    Redial,
-    Replace,
-    Run,
-    Wait,
-    next_action,
-)
-from petals.client.session.fill import FillGoal, FillOutcome, HopFiller
+from petals.client.session.actions import Action, Do, Raise, Redial, Replace, Wait, next_action
+from petals.client.session.context import SessionContext
+from petals.client.session.fill import FillGoal, FillOutcome, fill
 from petals.client.session.hop import HopSession
 from petals.client.session.migration import MigrationLoop
-from petals.client.session.pipeline import DirectSegments, HopPipeline
-from petals.client.session.replacement import HopReplacer
+from petals.client.session.pipeline import run_pieces
+from petals.client.session.replacement import book, drop, peer_before, reserve, switch
 from petals.client.session.replies import Replies
 from petals.client.session.reservation import ReplacementHints, release
 from petals.client.session.state import PendingStep, SessionState
@@ -43,7 +34,7 @@ from petals.errors import PetalsError
 from petals.logs import get_logger
 from petals.models.runtime.token_log import RowSlices
 from petals.swarm.background import BackgroundTasks
-from petals.types import BlockSpan
+from petals.types import BlockSpan, PeerId
 
 logger = get_logger(__name__)
 
@@ -58,21 +49,13 @@ class SessionSupervisor:
     """The owner of one session's state. ``close`` it; ``swarm.close`` does so, too."""
 
     def __init__(self, swarm: SwarmState, blocks: BlockSpan, spec: SessionSpec) -> None:
-        self.state = SessionState(blocks, swarm.log_budget.open(spec.num_rows))
+        self.state = state = SessionState(blocks, swarm.log_budget.open(spec.num_rows))
         self.repairs: deque[Repair] = deque(maxlen=_KEPT_REPAIRS)
-        self._swarm = swarm
-        self._spec = spec
-        self._replies = Replies(self._on_draining)
-        config = swarm.config
+        config, replies = swarm.config, Replies(self._on_draining)
         timeouts = StepTimeouts(config.failover, config.step_timeout)
-        self._segments = DirectSegments(swarm)
-        parts = (self._replies, timeouts, self._segments)
-        self._pipeline = HopPipeline(self.state, swarm, *parts)
-        self._filler = HopFiller(self.state, swarm, spec, *parts)
-        self._replacer = HopReplacer(self.state, swarm, spec, self._replies)
-        self._migration = MigrationLoop(
-            self.state, swarm, self._replacer, self._filler, self.repairs.append
-        )
+        self._context = SessionContext(state, swarm, spec, replies, timeouts)
+        self._config, self._swarm = config, swarm
+        self._migration = MigrationLoop(self._context, self.repairs.append)
         self._stragglers = StragglerDetector(config.failover)
         self._tasks = BackgroundTasks()
         self._was_open = False
@@ -83,7 +66,7 @@ class SessionSupervisor:
     @property
     def edges(self) -> tuple[EdgeTrace, ...]:
         """How states get from hop to hop now."""
-        return self._segments.edges(self.state.legs)
+        return self._context.edges()
 
     @property
     def max_length(self) -> int:
@@ -98,29 +81,24 @@ class SessionSupervisor:
         ``repair_timeout``; the last refusal once all servers have refused; PeerError once more than
         ``max_retries`` servers have failed; RouteError if ``max_kept_bytes`` was too little.
         """
-        state, config = self.state, self._swarm.config
+        state, config = self.state, self._config.failover
         async with state.lock:
             step = self._begin(rows, reorder)
             try:
                 while not (state.legs and step.is_done):
-                    now = self._now()
-                    action = next_action(state.situation(now), config.failover, now)
-                    assert action is not None
-                    await self._perform(action, step)
+                    now = self._context.now
+                    await self._perform(next_action(state.situation(now), config, now), step)
             except BaseException:
                 state.has_diverged = state.has_diverged or step.cuts_rows
+                await release(state.take_unused())
                 raise
             finally:
                 state.step = None
-                # What a closed session has reserved since is not freed by ``close``.
-                unused = [*state.legs, *state.joining] if state.is_closed else self._unused
-                state.joining = [hop for hop in state.joining if hop not in unused]
-                await release(unused)
             was_dropped = state.confirmed.is_dropped
             state.confirmed.take(step.inputs)
             if state.confirmed.is_dropped and not was_dropped:
                 logger.warning("a session is too long to be kept here: it survives fewer failures")
-            if config.failover.check_integrity:
+            if config.check_integrity:
                 state.check_integrity()
         self._migration.look()
         return torch.cat(step.outputs) if step.outputs else rows.hidden
@@ -137,10 +115,9 @@ class SessionSupervisor:
         self.state.confirmed.drop()
 
     def _begin(self, rows: RowSlices, reorder: tuple[int, ...] | None) -> PendingStep:
-        state, config = self.state, self._swarm.config
-        inputs = state.confirmed.branch(rows.starts, reorder)
+        state, config = self.state, self._config
         step = PendingStep(
-            inputs=inputs,
+            inputs=state.confirmed.branch(rows.starts, reorder),
             rest=rows,
             reorder=reorder,
             cuts_rows=reorder is not None or rows.starts != state.confirmed.lengths,
@@ -151,46 +128,46 @@ class SessionSupervisor:
                 max_wait_seconds=config.repair_timeout if self._was_open else 0.0,
             ),
         )
-        state.failure, self._progress_at = None, self._now()
+        self._progress_at = self._context.now
         state.begin(step)
         return step
 
-    async def _perform(self, action: Action, step: PendingStep) -> None:
+    async def _perform(self, action: Action | None, step: PendingStep) -> None:
         match action:
-            case OpenRoute():
+            case Do.RUN:
+                await self._run_pieces(step)
+            case Do.OPEN_ROUTE:
                 await self._open_route(step)
+            case Do.REBUILD:
+                await self._give_up_route(step)
+            case Replace(start, end):
+                await self._replace(self.state.legs[start:end], step)
             case Redial(legs):
                 for leg in (self.state.legs[index] for index in legs):
-                    assert leg.state.error is not None
-                    decision = decide(leg.state.error, step.history)
-                    step.history = step.history.after(leg.state.error, decision)
+                    if leg.state.error is not None:
+                        decision = decide(leg.state.error, step.history)
+                        step.history = step.history.after(leg.state.error, decision)
                 await self._redial(legs)
             case Wait(seconds, legs):
                 await self._wait(seconds, legs, step)
-            case Replace(start, end):
-                await self._replace(start, end, step)
-            case Rebuild():
-                await self._give_up_route(step)
-            case Run():
-                await self._run_pieces(step)
             case Raise(error):
+                if step.history.waiting_since is not None and error is self.state.failure:
+                    error.message += f" It has been so since {self._waiting_since(step)}."
                 cause = step.last_error if step.last_error is not error else error.__cause__
-                raise self._explained(error, step) from cause
-            case _:
-                raise AssertionError(f"{action} in a step")
+                raise error from cause
 
     async def _open_route(self, step: PendingStep) -> None:
         """Reserve hops for all blocks; those of a rebuild are fed with the session's inputs."""
-        state, is_first = self.state, not self._was_open
-        num_rows = self._spec.num_rows if is_first else len(step.inputs.lengths)
-        hints = None if is_first else ReplacementHints(excluded=step.excluded)
-        hops = await self._reserve(state.blocks, num_rows, hints)
+        is_first = not self._was_open
+        num_rows = self._context.spec.num_rows if is_first else len(step.inputs.lengths)
+        hints = None if is_first else ReplacementHints(excluded=self.state.excluded)
+        hops = await self._reserve((), num_rows, hints)
         if not hops:
             return
-        await self._replacer.switch(0, 0, hops)
+        await switch(self._context, (), hops)
         if is_first:
             self._was_open = True
-            seconds = self._swarm.config.repair_timeout
+            seconds = self._config.repair_timeout
             step.history = replace(step.history, max_wait_seconds=seconds)
             self._tasks.start(self._keep_alive(), "keeping a session alive")
         else:
@@ -206,14 +183,13 @@ class SessionSupervisor:
         if whole is not None:
             parts = whole.parts(self._piece_tokens)
             pieces = [StepPiece(next(self.state.ids), part) for part in parts]
-            await self._pipeline.run(pieces)
-            self.state.has_diverged = any(piece.output is None for piece in pieces)
+            self.state.has_diverged = not await run_pieces(self._context, pieces)
 
     async def _redial(self, indices: Iterable[int]) -> None:
         """Open new streams to lost legs, all at the same time."""
 
         async def redial(leg: HopSession) -> None:
-            seconds = redial_seconds(leg.trace.overhead_seconds, self._swarm.config.failover)
+            seconds = redial_seconds(leg.trace.overhead_seconds, self._config.failover)
             await leg.redial(self._swarm.node, seconds)
             logger.debug("a stream to …%s broke and was opened anew", leg.peer_id[-6:])
             self.state.losses.pop(leg.hop, None)
@@ -228,7 +204,7 @@ class SessionSupervisor:
     async def _wait(self, seconds: float, legs: tuple[int, ...], step: PendingStep) -> None:
         """No server was found: pause, call lost hops, look for servers again."""
         state, swarm = self.state, self._swarm
-        failure, now = state.failure, self._now()
+        failure, now = state.failure, self._context.now
         assert failure is not None
         history = replace(step.history, now=now)
         step.history, state.failure = history.after(failure, decide(failure, history)), None
@@ -243,49 +219,53 @@ class SessionSupervisor:
         if not legs or any(state.legs[index].state.is_lost for index in legs):
             await swarm.look_again(state.sought, LOOK_AGAIN_SECONDS)
 
-    async def _replace(self, start: int, end: int, step: PendingStep) -> None:
+    async def _replace(self, lost: list[HopSession], step: PendingStep) -> None:
         """Put other hops in the place of lost ones, filled from the hop before, or from us."""
-        state = self.state
+        context, state = self._context, self.state
         self._migration.end()
         self._cut(step)
-        lost = state.legs[start:end]
-        self._book(lost, step)
+        book(context, lost, state.excluded)
+        start = state.legs.index(lost[0])
         donor = state.legs[start - 1] if start else step.inputs
         num_rows = step.server_rows if start else len(step.inputs.lengths)
-        blocks = BlockSpan(lost[0].blocks.start, lost[-1].blocks.end)
-        before = state.legs[start - 1].peer_id if start else None
-        hops = await self._reserve(blocks, num_rows, ReplacementHints(before, step.excluded))
+        hints = ReplacementHints(peer_before(context, lost), state.excluded)
+        hops = await self._reserve(lost, num_rows, hints)
         if not hops:
             return
         goal = FillGoal(step.needed_lengths, step.pieces[0].request_id, step.reorder)
-        outcome = await self._filler.fill(hops, None, goal, donor)
-        if outcome is FillOutcome.DONE:
+        if await fill(context, hops, goal, donor) is FillOutcome.DONE:
             step.history = replace(step.history, waiting_since=None)
-            await self._replacer.switch(start, end, hops)
+            await switch(context, lost, hops)
             return
-        self._book(hops, step)
-        self._replacer.drop(hops)
-        if not any(hop.state.is_lost for hop in (*state.legs[:start], *hops)):
-            # A hop that is lost is replaced. But here one cannot hand on what it has put out.
-            state.has_diverged = True
+        book(context, hops, state.excluded)
+        drop(context, hops)
+        # A hop that is lost is replaced. Without one, a hop cannot hand on what it has put out.
+        is_lost = any(hop.state.is_lost for hop in (*state.legs[:start], *hops))
+        state.has_diverged = state.has_diverged or not is_lost
 
     async def _reserve(
-        self, blocks: BlockSpan, num_rows: int, hints: ReplacementHints | None
+        self, old: Sequence[HopSession], num_rows: int, hints: ReplacementHints | None
     ) -> list[HopSession]:
-        """Hops for ``blocks``; none, and the reason in ``state.failure``, if there are none."""
-        assert self.state.step is not None
-        self.state.step.num_repairs += 1
+        """Hops in the place of ``old``; none, and the reason in ``state.failure``, if there are
+        none.
+        """
+        state = self.state
+        if state.step is not None:
+            state.step.num_repairs += 1
         try:
-            return await self._replacer.reserve(blocks, num_rows, hints)
+            return await reserve(self._context, old, num_rows, hints)
         except PetalsError as error:
-            self.state.failure, self.state.sought = error, blocks
+            state.failure = error
+            state.sought = (
+                BlockSpan(old[0].blocks.start, old[-1].blocks.end) if old else state.blocks
+            )
             return []
 
     async def _give_up_route(self, step: PendingStep) -> None:
         """Free all hops; a new route follows."""
         state = self.state
         self._migration.end()
-        self._book([leg for leg in state.legs if leg.state.is_lost], step)
+        book(self._context, state.legs, state.excluded)
         await release(state.legs)
         state.legs, state.has_diverged, step.pieces = [], False, []
 
@@ -293,13 +273,13 @@ class SessionSupervisor:
         self._cut(step)
         self._note_repairs()
         await self.state.announce_epoch()
-        await self._pipeline.run(step.pieces)
+        await run_pieces(self._context, step.pieces)
         if step.settle():
             step.history, step.num_repairs = step.history.progressed(), 0
-            self._progress_at = self._now()
+            self._progress_at = self._context.now
         if step.is_done:
             self._leave_stragglers()
-            if self._now() >= self._warm_spares_at:
+            if self._context.now >= self._warm_spares_at:
                 self._warm_spares()
 
     def _cut(self, step: PendingStep) -> None:
@@ -311,21 +291,12 @@ class SessionSupervisor:
         """Tokens of a piece that all hops take and can work on at the same time; 0: no limit."""
         limits = [self.state.max_step_tokens]
         if len(self.state.legs) > 1:
-            limits.append(self._swarm.config.prefill_chunk_tokens)
+            limits.append(self._config.prefill_chunk_tokens)
         return min((limit for limit in limits if limit), default=0)
-
-    def _book(self, hops: Iterable[HopSession], step: PendingStep) -> None:
-        """Enter losses into bans, exclusions and the next repairs."""
-        for hop in hops:
-            if hop.state.error is not None:
-                step.last_error = hop.state.error
-                if hop in self.state.legs:
-                    self.state.losses.setdefault(hop.hop, hop.state.error.message)
-                step.history = self._replacer.book(hop, step.history, step.excluded)
 
     def _note_repairs(self) -> None:
         """All hops are there again: tell what took the place of those that were lost."""
-        seconds = self._now() - self._progress_at
+        seconds = self._context.now - self._progress_at
         for lost, reason in self.state.losses.items():
             peer, blocks = lost.peer_id, lost.blocks
             by = tuple(leg.hop for leg in self.state.legs if leg.blocks.overlaps(blocks))
@@ -336,12 +307,6 @@ class SessionSupervisor:
             self.state.losses.clear()
             self._warm_spares()
 
-    def _explained(self, error: PetalsError, step: PendingStep) -> PetalsError:
-        """The error, and since when servers were searched for in vain."""
-        if step.history.waiting_since is not None and error is self.state.failure:
-            error.message += f" It has been so since {self._waiting_since(step)}."
-        return error
-
     def _waiting_since(self, step: PendingStep) -> str:
         clock = self._swarm.node.clock
         waited = clock.monotonic() - (step.history.waiting_since or clock.monotonic())
@@ -349,32 +314,25 @@ class SessionSupervisor:
 
     def _leave_stragglers(self) -> None:
         """Give up hops that others would outrun; the next step replaces them like dead ones."""
-        swarm, now = self._swarm, self._now()
+        swarm, now = self._swarm, self._context.now
         for leg in self.state.legs:
             expected_seconds = (
                 partial(swarm.promised_seconds, leg.hop),
-                partial(swarm.alternative_seconds, leg.hop, self._spec.cache_tokens),
+                partial(swarm.alternative_seconds, leg.hop, self._context.spec.cache_tokens),
             )
             if self._stragglers.should_leave(leg.blocks, leg.timings, expected_seconds, now):
                 leg.leave_as_slow("It is slow: others would take less than half the time.")
 
     def _warm_spares(self) -> None:
         """Ask possible replacements how they are, so that a repair finds them ready."""
-        self._warm_spares_at = self._now() + self._swarm.config.update_period
+        self._warm_spares_at = self._context.now + self._config.update_period
         route = tuple(leg.hop for leg in self.state.legs)
-        work = self._swarm.warm_spares(route, self._spec.cache_tokens)
+        work = self._swarm.warm_spares(route, self._context.spec.cache_tokens)
         self._swarm.node.background.start(work, "measuring spares")
-
-    @property
-    def _unused(self) -> list[HopSession]:
-        """Hops that joined for a repair which did not come to its end."""
-        migration = self.state.migration
-        kept = [] if migration is None else migration.hops
-        return [hop for hop in self.state.joining if hop not in kept]
 
     async def _keep_alive(self) -> None:
         """Signs of life to all servers, so that leases go on while the session rests."""
-        config = self._swarm.config.failover
+        config = self._config.failover
         while True:
             hops = [*self.state.legs, *self.state.joining]
             lease = min((hop.lease_seconds for hop in hops), default=0.0)
@@ -383,11 +341,7 @@ class SessionSupervisor:
                 # Not one after the other: a server that takes no data must not hold up the rest.
                 self._tasks.start(hop.keep(), "sign of life")
 
-    def _on_draining(self, hop: HopSession) -> None:
+    def _on_draining(self, peer: PeerId, seconds: float) -> None:
         """A server has announced that it stops."""
-        seconds = max(0.0, hop.state.drains_at - self._now())
-        self._swarm.note_leaving(hop.peer_id, seconds)
+        self._swarm.note_leaving(peer, seconds)
         self._migration.look()
-
-    def _now(self) -> float:
-        return self._swarm.node.clock.monotonic()

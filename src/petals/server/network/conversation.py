@@ -132,8 +132,10 @@ class Conversation:
         try:
             await self._answer(self._client, message, tensors)
         except PetalsError as error:
-            header = message.header if isinstance(message, OpenSession) else None
-            await self._client.send(Refusal.of(error, header))
+            if isinstance(message, OpenSession):
+                await self._client.reply(message.header, partial(Refusal.of, error))
+            else:
+                await self._client.send(Refusal.of(error))
 
     def _find(self, header: RequestHeader) -> Session:
         """This client's session of that id. Raises SessionClosed."""

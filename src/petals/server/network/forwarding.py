@@ -4,9 +4,9 @@ All steps run here, whether their client or another server has sent them. How ep
 agreement without talking to each other:
 
 - Only the client knows which hops make up the session, so only the client begins epochs.
-- It tells every hop on that hop's own channel, so two hops learn of an epoch at different times. A
-  hop that knows may forward a step to a hop that does not know yet. That step is *held* for a
-  moment instead of refused: the client's announcement is on its way.
+- It announces an epoch to every hop on that hop's own channel, so two hops learn of it at different
+  times. A hop that knows may forward a step to a hop that does not know yet. That step is *held*
+  for a moment instead of refused: the client's announcement is on its way.
 - A hop that was replaced does not know that it is out. What it still forwards has an old epoch, or
   comes from a peer that is no source any more, and is dropped or refused here.
 - A step is forwarded only if its epoch is still the session's once it has run: its next hops belong
@@ -167,7 +167,7 @@ class StepForwarder:
     # -- what comes in
 
     def _take(self, inbound: InboundMessage) -> "asyncio.Task[None] | None":
-        """Run a message, hold it (None) or drop it (None). Raises what its sender is refused with.
+        """Run a message, or hold it (None). Raises what its sender is refused with.
 
         A peer that is no source gets the same answer as for a session that does not exist, so that
         it does not learn which sessions do.
@@ -182,8 +182,6 @@ class StepForwarder:
             return None
         if inbound.peer not in session.sources:
             raise _not_here()
-        if session.is_outdated(header):
-            return None
         if isinstance(message, Step):
             relayed = (*message.relayed, inbound.channel.is_relayed)
             message = msgspec.structs.replace(message, relayed=relayed)
@@ -192,7 +190,7 @@ class StepForwarder:
     def _hold(self, key: SessionKey, inbound: InboundMessage) -> None:
         if self._num_held[inbound.peer] >= self._limits.max_held_per_peer:
             raise PeerBusy("Too many messages wait for their epoch.", hint="Begin the epoch first.")
-        # Until the epoch begins, nothing says that the client wants this peer's messages: they
+        # Until the epoch begins, it is unknown whether the client wants this peer's messages: they
         # count against the peer itself.
         self._bytes.reserve(inbound.peer, inbound.num_bytes)
         self._num_held[inbound.peer] += 1
@@ -299,7 +297,7 @@ class StepForwarder:
         header = msgspec.structs.replace(message.header, session_id=next_hop.session_id)
         onward = msgspec.structs.replace(message, header=header, next_hops=tuple(rest))
         forwarded = Forwarded(session.key.peer_id, onward)
-        # If the link breaks later, the client is told in the name of the request that we received.
+        # If the link breaks later, the report carries the header of the request received here.
         on_lost = partial(session.reply, message.header, ForwardFailed)
         replay_of = session.key if isinstance(message, ReplayPart) else None
         try:

@@ -40,7 +40,7 @@ from petals.wire.requests import GetInfo, OpenSession
 
 
 class BlocksService:
-    """Serves one span to every peer that opens a channel; ``state`` says what it takes.
+    """Serves one span to every peer that opens a channel; ``state`` is what it announces.
 
     Use it as an async context manager around serving.
     """
@@ -144,7 +144,8 @@ class BlocksService:
             self._passes.expire()
             await self.sessions.end_silent()
             if self._failover.check_integrity:
-                await self.check_integrity()
+                # In a task of its own, so that a failure is logged and sessions are still freed.
+                self._tasks.start(self.check_integrity(), "check of integrity")
 
     # -- requests that are made in no session
 

@@ -179,7 +179,7 @@ class PeerLinks:
                 self._break(link, channel)
             for on_lost in sent.lost(channel):
                 # In tasks of their own: a client that does not read holds up no other's news.
-                self._tasks.start(on_lost(), "telling what broke with a link")
+                self._tasks.start(on_lost(), "report of a broken link")
         finally:
             if link.channel is channel:
                 link.channel = None

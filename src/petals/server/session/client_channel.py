@@ -26,7 +26,7 @@ MakeReply = Callable[[RequestHeader], Message]
 
 
 class ClientChannel:
-    """One channel of a client. ``number`` grows with every channel that a server accepts.
+    """One channel of a client. ``number``: how many channels the server accepted before it.
 
     No method raises because the client is gone: the client's sessions wait for it to come back. A
     client that does not take a message in time loses the channel, so that it cannot hold a step or
@@ -34,7 +34,7 @@ class ClientChannel:
     """
 
     def __init__(self, channel: Channel, number: int, limits: FailoverConfig, clock: Clock) -> None:
-        self.number = number
+        self._number = number
         self._channel = channel
         self._limits = limits
         self._clock = clock
@@ -48,6 +48,10 @@ class ClientChannel:
     @property
     def is_open(self) -> bool:
         return not self._channel.is_closed
+
+    def is_newer_than(self, other: "ClientChannel") -> bool:
+        """Whether this channel is open and was opened after ``other``."""
+        return self.is_open and self._number > other._number
 
     async def reply(
         self, header: RequestHeader, make: MakeReply, tensors: Sequence[Tensor] = ()

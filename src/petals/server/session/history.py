@@ -94,7 +94,7 @@ class InboundReplay:
 
     Requests of a session have ids that grow. A replay is older than every request that has touched
     the rows since, so a late part of it must not touch them again: it would overwrite rows that are
-    right by rows that were right once, and no length would tell.
+    right by rows that were right once, and the lengths would not show it.
     """
 
     def __init__(self) -> None:

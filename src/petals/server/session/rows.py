@@ -228,7 +228,7 @@ class CachedRows:
         write = partial(write_kv, kv=self.kv, plan=plan, values=values, outputs=outputs)
         try:
             await self._executor.call_on_device(write)
-        except RuntimeError as error:  # the device is out of memory, say
+        except RuntimeError as error:  # for example, the device is out of memory
             self._cut(plan, begin)
             raise PeerFailed("The server could not keep the keys and values.") from error
         self._cut(plan, begin)

@@ -105,7 +105,7 @@ class Session:
 
     @property
     def rows(self) -> CachedRows:
-        """For those who look on: only requests change them."""
+        """What the session holds. To be read only: requests change it, one at a time."""
         return self._rows
 
     @property
@@ -145,11 +145,12 @@ class Session:
         """The client has given a sign of life on a channel: replies go there from now on.
 
         A client that has lost its channel opens a new one, and what it had sent on the old one may
-        be read after that. So a channel that was opened earlier does not take over. Returns whether
-        the channel has changed.
+        be read after that. So a channel that was opened earlier does not take over from one that is
+        open. Returns whether the channel has changed.
         """
         self._touch()
-        if self._client is not None and client.number <= self._client.number:
+        current = self._client
+        if current is not None and (current is client or current.is_newer_than(client)):
             return False
         self._client = client
         return True
@@ -182,17 +183,15 @@ class Session:
 
         Raises PeerBusy if too many requests are under way, SessionClosed.
         """
-        try:
-            if self._is_closed:
-                raise SessionClosed("The session was closed.", hint="Open a new one.")
-            if len(self._tasks) >= MAX_REQUESTS:
-                raise PeerBusy(
-                    f"{MAX_REQUESTS} requests of this session are under way.",
-                    hint="Wait for answers before sending more.",
-                )
-        except (SessionClosed, PeerBusy):
+        if self._is_closed:
             work.close()
-            raise
+            raise SessionClosed("The session was closed.", hint="Open a new one.")
+        if len(self._tasks) >= MAX_REQUESTS:
+            work.close()
+            raise PeerBusy(
+                f"{MAX_REQUESTS} requests of this session are under way.",
+                hint="Wait for answers before sending more.",
+            )
         task = self._tasks.start(work, name)
         task.add_done_callback(lambda _: self._touch())
         return task

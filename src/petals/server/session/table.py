@@ -1,4 +1,4 @@
-"""All sessions of a server: opened once, found by client and id, told that it leaves, ended.
+"""All sessions of a server: opened once, found by client and id, drained, ended.
 
 Knows no messages but those a server sends unasked, no steps and no blocks' insides.
 """
@@ -25,9 +25,6 @@ logger = get_logger(__name__)
 _MAX_REPETITIONS = 4
 """Requests for one session that may wait until it is opened."""
 
-_PARTING_SECONDS = 2.0
-"""Time for the clients of a server that stops to take the news."""
-
 
 @dataclass(slots=True, eq=False)
 class _Opening:
@@ -47,7 +44,7 @@ class SessionTable:
         self._sessions: dict[SessionKey, Session] = {}
         self._openings: dict[SessionKey, _Opening] = {}
         self._leaves_at: float | None = None
-        self._news = BackgroundTasks()
+        self._notices = BackgroundTasks()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -93,10 +90,10 @@ class SessionTable:
     def attach(self, session: Session, client: ClientChannel) -> None:
         """The client of a session has given a sign of life on a channel."""
         if session.attach(client) and self._leaves_at is not None:
-            self._tell_draining(session, self._leaves_at)
+            self._announce_draining(session, self._leaves_at)
 
     async def end(self, session: Session, reason: str = "") -> None:
-        """Close a session, free its memory and, with a reason, tell its client. Idempotent."""
+        """Close a session, free its memory and, with a reason, notify its client. Idempotent."""
         if self._sessions.get(session.key) is not session:
             return
         del self._sessions[session.key]
@@ -104,29 +101,29 @@ class SessionTable:
         if reason:
             # In a task of its own: a client that takes nothing holds up no other session's end.
             ended = partial(SessionEnded, reason=reason)
-            self._news.start(session.notify(ended), "telling that a session has ended")
+            self._notices.start(session.notify(ended), "notice of an ended session")
 
     async def end_silent(self) -> None:
-        """End the sessions whose client has not been heard for longer than the lease."""
+        """End the sessions whose client gave no sign of life for longer than the lease."""
         for session in self:
             if session.silent_seconds > self._limits.lease_seconds:
                 logger.info("session %s is freed: its client is silent", session.key)
                 await self.end(session, "No sign of life for longer than the lease.")
 
     async def end_all(self, reason: str) -> None:
-        """End every session and give the clients a moment to take the news."""
+        """End every session and give the clients a moment to take the notice."""
         for session in self:
             await self.end(session, reason)
-        await self._news.wait(_PARTING_SECONDS)
+        await self._notices.wait(self._failover.parting_seconds)
 
     async def drain(self, seconds: float) -> None:
-        """Tell the clients that the server leaves, and wait until their sessions are gone.
+        """Notify the clients that the server leaves, and wait until their sessions are gone.
 
         At most ``seconds``, and not for sessions whose client has no open channel.
         """
         self._leaves_at = leaves_at = self._clock.monotonic() + seconds
         for session in self:
-            self._tell_draining(session, leaves_at)
+            self._announce_draining(session, leaves_at)
         while self._clock.monotonic() < leaves_at and any(s.has_client for s in self):
             await self._clock.sleep(self._failover.drain_look_seconds)
 
@@ -135,8 +132,8 @@ class SessionTable:
         await asyncio.gather(*(session.finish(timeout_seconds) for session in self))
 
     async def close(self) -> None:
-        """End what is still being told."""
-        await self._news.close()
+        """Drop the notices that were not taken yet."""
+        await self._notices.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError if sessions contradict each other or themselves; while idle only."""
@@ -156,7 +153,7 @@ class SessionTable:
                 hint="Close some, or use another server.",
             )
 
-    def _tell_draining(self, session: Session, leaves_at: float) -> None:
+    def _announce_draining(self, session: Session, leaves_at: float) -> None:
         seconds = max(0.0, leaves_at - self._clock.monotonic())
         draining = partial(Draining, seconds=seconds)
-        self._news.start(session.notify(draining), "telling that the server leaves")
+        self._notices.start(session.notify(draining), "notice of draining")

@@ -7,18 +7,14 @@ import pytest
 from petals.client.routing.failure_policy import LOOK_AGAIN_SECONDS, History
 from petals.client.session.actions import (
     Action,
-    Copy,
+    Do,
     LegState,
     LegStatus,
     Migrate,
-    OpenRoute,
     Raise,
-    Rebuild,
     Redial,
     Replace,
-    Run,
     Situation,
-    Switch,
     Wait,
     next_action,
 )
@@ -81,9 +77,9 @@ def idle(*legs: LegState, **more: object) -> Situation:
 
 
 IN_A_STEP: dict[str, tuple[Situation, Action]] = {
-    "first step": (step(history=FIRST), OpenRoute()),
-    "all well": (step(OK, OK, OK), Run()),
-    "draining hops serve": (step(OK, DRAINS, OK), Run()),
+    "first step": (step(history=FIRST), Do.OPEN_ROUTE),
+    "all well": (step(OK, OK, OK), Do.RUN),
+    "draining hops serve": (step(OK, DRAINS, OK), Do.RUN),
     # Losses.
     "a broken stream": (step(OK, BROKEN, OK), Redial((1,))),
     "two broken streams": (step(BROKEN, OK, BROKEN), Redial((0, 2))),
@@ -109,10 +105,10 @@ IN_A_STEP: dict[str, tuple[Situation, Action]] = {
         Raise(SILENT.error),
     ),
     # The servers' rows are unknown, or of no use.
-    "diverged": (step(OK, OK, has_diverged=True), Rebuild()),
-    "diverged: no stream is dialled": (step(OK, BROKEN, has_diverged=True), Rebuild()),
-    "given up": (step(), OpenRoute()),
-    "new hops take shorter pieces": (step(OK, OK, fits=False), Rebuild()),
+    "diverged": (step(OK, OK, has_diverged=True), Do.REBUILD),
+    "diverged: no stream is dialled": (step(OK, BROKEN, has_diverged=True), Do.REBUILD),
+    "given up": (step(), Do.OPEN_ROUTE),
+    "new hops take shorter pieces": (step(OK, OK, fits=False), Do.REBUILD),
     "a loss before that": (step(OK, SILENT, fits=False), Replace(1, 2)),
     # No server was found.
     "nobody serves them, at the first step": (step(history=FIRST, failure=MISSING), Raise(MISSING)),
@@ -177,11 +173,11 @@ BETWEEN_STEPS: dict[str, tuple[Situation, Action | None]] = {
     "neighbours drain": (idle(DRAINS, DRAINS, OK), Migrate(0, 2)),
     "two apart drain": (idle(DRAINS, OK, DRAINS), Migrate(0, 1)),
     "not yet": (idle(DRAINS, migrate_at=NOW + 2), Wait(2.0)),
-    "nothing has been copied": (idle(DRAINS, num_copies=0, missing_tokens=99), Copy()),
-    "there is nothing to copy": (idle(DRAINS, num_copies=0), Switch()),
-    "little is missing": (idle(DRAINS, num_copies=1, missing_tokens=LITTLE), Switch()),
-    "much is missing": (idle(DRAINS, num_copies=1, missing_tokens=LITTLE + 1), Copy()),
-    "it never catches up": (idle(DRAINS, num_copies=MANY, missing_tokens=99), Switch()),
+    "nothing has been copied": (idle(DRAINS, num_copies=0, missing_tokens=99), Do.COPY),
+    "there is nothing to copy": (idle(DRAINS, num_copies=0), Do.SWITCH),
+    "little is missing": (idle(DRAINS, num_copies=1, missing_tokens=LITTLE), Do.SWITCH),
+    "much is missing": (idle(DRAINS, num_copies=1, missing_tokens=LITTLE + 1), Do.COPY),
+    "it never catches up": (idle(DRAINS, num_copies=MANY, missing_tokens=99), Do.SWITCH),
     "a repair comes first": (idle(DRAINS, SILENT), None),
     "the draining one is dead": (idle(OK, FORGOT), None),
     "a rebuild comes first": (idle(DRAINS, num_copies=1, has_diverged=True), None),
