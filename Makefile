@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test nemesis check format clean
+.PHONY: install demo test nemesis check docs format clean
 
 install: $(STAMP)
 
@@ -39,6 +39,9 @@ check: $(STAMP)         ## style, types, layers and the unit tests: under two mi
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(IN_WORKERS) -m "not slow" tests/unit tests/compat tests/test_house.py
+
+docs: $(STAMP)          ## the documentation site, warnings as errors, in build/docs
+	$(BIN)/sphinx-build --builder html --fresh-env --fail-on-warning --quiet docs build/docs
 
 format: $(STAMP)        ## let ruff rewrite
 	$(BIN)/ruff check --fix src tests examples benchmarks
