@@ -4,13 +4,14 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
 import petals.wire
-from petals.wire import frames
+from petals.wire import frames, messages
 from petals.wire.fields import Message
+from petals.wire.messages import AnyMessage
 from petals_docs.markdown import code, docstring, table
 from petals_docs.type_words import type_words
 
@@ -42,19 +43,20 @@ def _frames() -> str:
 
 
 def _overview() -> str:
-    from petals.wire import messages
-
     return f"## Messages\n\n{docstring(messages)}\n"
 
 
 def _by_module() -> dict[str, list[type[Message]]]:
-    found: dict[str, list[type[Message]]] = {}
+    """Modules in the order in which the protocol lists their messages; parts of messages with the
+    messages of their module, in the order of its text.
+    """
+    found: dict[str, list[type[Message]]] = {kind.__module__: [] for kind in get_args(AnyMessage)}
     for kind in _subclasses(Message):
         found.setdefault(kind.__module__, []).append(kind)
     return found
 
 
-def _subclasses(kind: type) -> Iterator[type[Message]]:
+def _subclasses(kind: type[Message]) -> Iterator[type[Message]]:
     for child in kind.__subclasses__():
         yield child
         yield from _subclasses(child)

@@ -14,6 +14,8 @@ from petals_docs.type_words import type_words
 ROOTS: tuple[type, ...] = (ClientConfig, TuningConfig, LoraConfig, ServerConfig)
 """What users make; the classes of their fields are found from them."""
 
+_CONFIG_NAMES = ("Config", "Limits", "Policy")
+
 
 def render() -> str:
     """One section for each class, one row for each field."""
@@ -31,16 +33,15 @@ def config_classes() -> list[type]:
 def _walk(kind: type) -> Iterator[type]:
     yield kind
     for hint in get_type_hints(kind).values():
-        if dataclasses.is_dataclass(hint) and hint.__name__.endswith(
-            ("Config", "Limits", "Policy")
-        ):
+        is_config = isinstance(hint, type) and hint.__name__.endswith(_CONFIG_NAMES)
+        if is_config and dataclasses.is_dataclass(hint):
             yield from _walk(hint)
 
 
 def _section(kind: type) -> str:
     hints = get_type_hints(kind, include_extras=True)
     rows = [_row(field, hints[field.name]) for field in dataclasses.fields(kind)]
-    head = ("field", "type", "default", "meaning")
+    head: tuple[str, ...] = ("field", "type", "default", "meaning")
     if not any(row[3] for row in rows):
         head, rows = head[:3], [row[:3] for row in rows]
     where = f"In {code(kind.__module__)}."

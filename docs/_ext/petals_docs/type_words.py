@@ -35,8 +35,10 @@ def _bounds(meta: Any) -> str:
     return f" {_number(meta.ge)}..{_number(meta.le)}"
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
     """Large powers of two as powers, other numbers as they are."""
+    if value is None:
+        return ""
     for exact, words in ((value, "2^{}"), (value + 1, "2^{}-1")):
         if isinstance(exact, int) and exact > 2**20 and exact & (exact - 1) == 0:
             return words.format(exact.bit_length() - 1)
