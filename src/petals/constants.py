@@ -18,8 +18,8 @@ user's cache folder, ``~/.cache/petals`` on Linux.
 """
 
 ENV_INITIAL_PEERS = "PETALS_INITIAL_PEERS"
-"""Addresses of members of the swarm, separated by commas or spaces; used where no ``--join`` or
-``initial_peers`` is given.
+"""Addresses of members of the swarm, separated by commas or spaces, for clients and ``petals
+status`` where no ``--join`` or ``initial_peers`` is given. Servers join only with ``--join``.
 """
 
 ENV_SWARM_KEY = "PETALS_SWARM_KEY"
