@@ -1,7 +1,6 @@
 """The walk of a token in ARCHITECTURE.md, beside what really runs while one token is decoded."""
 
 import re
-from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ MAX_TOUCHED = 60
 """Files that may run code for every decoded token, at the client and at all servers together."""
 
 PROMPT = torch.tensor([[11, 54, 7, 11, 54, 23, 90]])
-NUM_STEPS = 6
+NUM_TOKENS = 8
 
 
 class OneStepAtATime:
@@ -38,42 +37,47 @@ class OneStepAtATime:
 
 
 @pytest.fixture(scope="module")
-def touched(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Files that run code in every decode step, in the order of their first calls.
-
-    What only some steps run (heartbeats, announcements) belongs to no token.
-    """
+def steps(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """For each decode step the files that ran code, in the order of their first calls."""
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "llama")
     files = CalledFiles()
     with files.installed(), model_swarm(folder, BlockSpan(0, 2), BlockSpan(2, 5)) as swarm:
         streamer = OneStepAtATime(files)
         model = swarm.client()
         with model.inference_session(max_length=32) as session:
-            model.generate(PROMPT, session=session, max_new_tokens=NUM_STEPS, streamer=streamer)
+            model.generate(PROMPT, session=session, max_new_tokens=NUM_TOKENS, streamer=streamer)
     # The first call brings the prompt, the second the token after it: what follows is decoding.
-    steps = streamer.steps[2:]
-    assert len(steps) >= NUM_STEPS - 2
-    always = reduce(set.intersection, map(set, steps))
-    return [name for name in steps[0] if name in always and not name.startswith("testing/")]
+    assert len(streamer.steps) == 1 + NUM_TOKENS
+    return streamer.steps[2:]
+
+
+@pytest.fixture(scope="module")
+def touched(steps: list[list[str]]) -> set[str]:
+    """Files that run code in every step; heartbeats and announcements, which do not, are no part of
+    a token.
+    """
+    always = set.intersection(*map(set, steps))
+    return {name for name in always if not name.startswith("testing/")}
 
 
 @pytest.fixture(scope="module")
 def walk() -> list[str]:
     """The files that the section names, in its order."""
     text = ARCHITECTURE.read_text(encoding="utf-8")
-    section = text.partition("### A token\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+    section = text.partition("## A token\n")[2].partition("\n## ")[0]
     return list(dict.fromkeys(re.findall(r"`((?:\w+/)+\w+\.py)`", section)))
 
 
-def test_every_file_of_the_walk_runs(walk: list[str], touched: list[str]) -> None:
+def test_every_file_of_the_walk_runs(walk: list[str], touched: set[str]) -> None:
     assert 5 < len(walk) <= MAX_NAMED
     assert [name for name in walk if name not in touched] == []
 
 
-def test_the_walk_is_in_the_order_of_the_calls(walk: list[str], touched: list[str]) -> None:
-    assert walk == sorted(walk, key=touched.index)
+def test_the_walk_is_in_the_order_of_the_calls(walk: list[str], steps: list[list[str]]) -> None:
+    # In some steps a server still does the book-keeping of the step before.
+    assert any(walk == sorted(walk, key=step.index) for step in steps)
 
 
-def test_a_token_touches_few_files(touched: list[str]) -> None:
-    print(f"{len(touched)} files run code for one decoded token: {', '.join(touched)}")
+def test_a_token_touches_few_files(touched: set[str]) -> None:
+    print(f"{len(touched)} files run code for one decoded token: {', '.join(sorted(touched))}")
     assert len(touched) <= MAX_TOUCHED
