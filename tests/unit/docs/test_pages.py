@@ -1,5 +1,6 @@
 """Pages of the site: markers are replaced, and links lead where they led in the repository."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,21 @@ def test_what_is_included_exists() -> None:
 def test_every_part_is_used_on_a_page() -> None:
     pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     assert all(f"<!-- petals: {name} -->" in pages for name in PARTS)
+
+
+def test_make_targets_in_pages_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
+    for page in pages:
+        code = re.findall(r"```.*?```|`[^`]*`", page.read_text(encoding="utf-8"), re.DOTALL)
+        named = set(re.findall(r"\bmake (\w+)", "\n".join(code)))
+        assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_tests_named_by_the_list_of_faults_exist() -> None:
+    text = (ROOT / "docs" / "reference" / "faults.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)*test_\w+)`", text))
+    assert len(named) > 10
+    for name in named:
+        folder = ROOT / "tests" if "/" in name else ROOT / "tests" / "swarm"
+        assert (folder / f"{name}.py").is_file(), name
