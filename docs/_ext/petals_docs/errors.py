@@ -1,29 +1,23 @@
 """The reference of errors, from the tree in `petals.errors`."""
 
-from petals.errors import PetalsError
+from petals.errors import ERRORS_BY_CODE, PetalsError
 from petals_docs.markdown import code, docstring, sentence, table
 
 
 def render() -> str:
     """One section for each family of errors, one row for each class."""
-    return "\n".join(_family(family) for family in PetalsError.__subclasses__())
+    kinds = ERRORS_BY_CODE.values()
+    families = [kind for kind in kinds if PetalsError in kind.__bases__]
+    return "\n".join(_section([k for k in kinds if issubclass(k, family)]) for family in families)
 
 
-def _family(family: type[PetalsError]) -> str:
+def _section(kinds: list[type[PetalsError]]) -> str:
+    """A family, its root first."""
     rows = [
-        (code(kind.code), code(kind.__name__), _meaning(kind), kind.default_hint)
-        for kind in _descendants(family)
+        (code(kind.code), code(kind.__name__), _meaning(kind), kind.default_hint) for kind in kinds
     ]
-    heading = f"## {family.__name__}\n\n"
     head = ("code", "class", "meaning", "hint")
-    return heading + table(head, rows)
-
-
-def _descendants(kind: type[PetalsError]) -> list[type[PetalsError]]:
-    found = [kind]
-    for child in kind.__subclasses__():
-        found += _descendants(child)
-    return found
+    return f"## {kinds[0].__name__}\n\n" + table(head, rows)
 
 
 def _meaning(kind: type[PetalsError]) -> str:
