@@ -8,13 +8,12 @@ from petals.client.config import ClientConfig
 from petals.client.tuning.prompts import TuningConfig
 from petals.models.adapters.config import LoraConfig
 from petals.server.config import ServerConfig
+from petals.settings import Setting, Settings
 from petals_docs.markdown import code, docstring, table
 from petals_docs.type_words import type_words
 
 ROOTS: tuple[type, ...] = (ClientConfig, TuningConfig, LoraConfig, ServerConfig)
 """What users make; the classes of their fields are found from them."""
-
-_CONFIG_NAMES = ("Config", "Limits", "Policy")
 
 
 def render() -> str:
@@ -33,25 +32,23 @@ def config_classes() -> list[type]:
 def _walk(kind: type) -> Iterator[type]:
     yield kind
     for hint in get_type_hints(kind).values():
-        is_config = isinstance(hint, type) and hint.__name__.endswith(_CONFIG_NAMES)
-        if is_config and dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and issubclass(hint, Settings):
             yield from _walk(hint)
 
 
 def _section(kind: type) -> str:
     hints = get_type_hints(kind, include_extras=True)
     rows = [_row(field, hints[field.name]) for field in dataclasses.fields(kind)]
-    head: tuple[str, ...] = ("field", "type", "default", "meaning")
-    if not any(row[3] for row in rows):
-        head, rows = head[:3], [row[:3] for row in rows]
+    head = ("field", "type", "default", "meaning, option")
     where = f"In {code(kind.__module__)}."
     return "\n\n".join((f"## {kind.__name__}", docstring(kind), where, table(head, rows)))
 
 
 def _row(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, ...]:
     extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    helps = [extra.help for extra in extras if hasattr(extra, "help")]
-    return code(field.name), code(type_words(hint)), _default(field), "".join(helps)
+    setting = next((extra for extra in extras if isinstance(extra, Setting)), Setting(""))
+    meaning = f"{setting.help} {code(setting.flag)}"
+    return code(field.name), code(type_words(hint)), _default(field), meaning
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
