@@ -6,9 +6,18 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a cell's line breaks become spaces, its bars are escaped."""
+    """A Markdown table; a cell's line breaks become spaces, its bars are escaped. Columns without
+    any content are left out.
+    """
+    rows = list(rows)
+    filled = [index for index in range(len(head)) if any(row[index].strip() for row in rows)]
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(_cell(line[index]) for index in filled) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 def code(text: str) -> str:

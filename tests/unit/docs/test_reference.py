@@ -104,6 +104,7 @@ def test_tables_escape_what_would_end_a_cell() -> None:
     assert (
         table(("a", "b"), [("1 | 2", "two\nlines")]).splitlines()[-1] == "| 1 \\| 2 | two lines |"
     )
+    assert table(("a", "b", "c"), [("1", " ", "3")]).splitlines()[0] == "| a | c |"
     assert code("a`b") == "``a`b``"
     assert code("") == ""
 
