@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 import petals
-from petals.client.connection.event_loop import bridge
+from petals.client.connection.event_loop import client_loop
 
 SRC = Path(petals.__file__).parent
 
@@ -35,11 +35,11 @@ class CalledFiles:
     def installed(self) -> Iterator["CalledFiles"]:
         threading.setprofile(self._note)
         sys.setprofile(self._note)
-        bridge.run(_set_profile(self._note))
+        client_loop.run(_set_profile(self._note))
         try:
             yield self
         finally:
-            bridge.run(_set_profile(None))
+            client_loop.run(_set_profile(None))
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]
 
