@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import petals
 from petals_docs.pages import INCLUDED_IN, PARTS, Repository, write_result_pages
 
 ROOT = Path(__file__).parents[3]
@@ -84,3 +85,10 @@ def test_tests_named_by_the_list_of_faults_exist() -> None:
     for name in named:
         folder = ROOT / "tests" if "/" in name else ROOT / "tests" / "swarm"
         assert (folder / f"{name}.py").is_file(), name
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    families = {name for name in petals.__all__ if re.match("Distributed[A-Z]", name)}
+    missing = [name for name in petals.__all__ if f"petals.{name}" not in text]
+    assert set(missing) <= families
