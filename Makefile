@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test nemesis check format clean
+.PHONY: install demo test nemesis check docs format clean
 
 install: $(STAMP)
 
@@ -18,10 +18,14 @@ demo: $(STAMP)          ## three servers on this machine answer a question
 # Tests inside one process share the cores; those that start processes have the machine to themselves.
 IN_WORKERS := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test: $(STAMP)          ## every test, real processes included; ARGS= chooses some
+SITE := $(BIN)/sphinx-build --builder html --fresh-env --fail-on-warning --quiet docs build/docs
+PYTHON_CODE := src tests examples benchmarks docs/_ext docs/conf.py
+
+test: $(STAMP)          ## every test, real processes and the site included; ARGS= chooses some
 ifeq ($(strip $(ARGS)),)
 	$(IN_WORKERS) -m "not e2e"
 	$(BIN)/python -m pytest -q -m e2e
+	$(SITE)
 else
 	$(BIN)/python -m pytest -q $(ARGS)
 endif
@@ -34,15 +38,18 @@ nemesis: $(STAMP)       ## faults by a seeded schedule; SEED=, MINUTES=, ONLY=, 
 		$(if $(NETWORK),--network) $(if $(WRITE),--write benchmarks/results) $(ARGS)
 
 check: $(STAMP)         ## style, types, layers and the unit tests: under two minutes
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check $(PYTHON_CODE)
+	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(IN_WORKERS) -m "not slow" tests/unit tests/compat tests/test_house.py
 
+docs: $(STAMP)          ## the documentation site, warnings as errors, in build/docs
+	$(SITE)
+
 format: $(STAMP)        ## let ruff rewrite
-	$(BIN)/ruff check --fix src tests examples benchmarks
-	$(BIN)/ruff format src tests examples benchmarks
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
+	$(BIN)/ruff format $(PYTHON_CODE)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -13,9 +13,20 @@ PUBLIC_INITIAL_PEERS: tuple[str, ...] = ()
 """Peers dialled when none are named. Empty: no public swarm is operated."""
 
 ENV_CACHE = "PETALS_CACHE"
+"""Folder for converted models, measured throughput, remembered peers and demo data. Default: the
+user's cache folder, ``~/.cache/petals`` on Linux.
+"""
+
 ENV_INITIAL_PEERS = "PETALS_INITIAL_PEERS"
+"""Addresses of members of the swarm, separated by commas or spaces, for clients and ``petals
+status`` where no ``--join`` or ``initial_peers`` is given. Servers join only with ``--join``.
+"""
+
 ENV_SWARM_KEY = "PETALS_SWARM_KEY"
+"""Key file of a closed swarm; used where no ``--swarm-key`` or ``swarm_key`` is given."""
+
 ENV_MAX_RETRIES = "PETALS_MAX_RETRIES"
+"""Further attempts of a client after the first when servers fail; a whole number. Default: 3."""
 
 DTYPE_NAMES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 

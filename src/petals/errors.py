@@ -69,58 +69,85 @@ class PetalsError(Exception):
 
 
 class ConfigError(PetalsError, ValueError):
+    """An option, an address, a key file or a config field is not allowed."""
+
     code = "config"
     default_hint = "Each command lists its options with --help."
 
 
 class ModelNotFound(ConfigError):
+    """There is no such folder or repository, or the hub cannot be reached."""
+
     code = "model_not_found"
     default_hint = "Name a repository as OWNER/NAME, or give the path of a local folder."
 
 
 class ModelNotSupported(ConfigError):
+    """The architecture cannot be split, or needs code of its own; the message says why."""
+
     code = "model_not_supported"
     default_hint = "petals models check lists the architectures that work."
 
 
 class PickleCheckpointRefused(ConfigError):
+    """The weights are pickled (``.bin``, ``.pt``); unpickling can run code from the file."""
+
     code = "pickle_refused"
     default_hint = "petals models convert MODEL TARGET turns it into safetensors, safely."
 
 
 class ModelFilesBroken(ConfigError):
+    """A weight file, an index, a config or the tokenizer is missing or damaged."""
+
     code = "model_files_broken"
     default_hint = "Download the model again."
 
 
 class NotEnoughDisk(ConfigError):
+    """There is no room for a download or a conversion; no partial file is left."""
+
     code = "not_enough_disk"
     default_hint = "Free some space, or use a larger disk."
 
 
 class SwarmError(PetalsError):
+    """The swarm as a whole cannot do it: a local swarm did not start or has ended, or a client was
+    shut down while a call waited.
+    """
+
     code = "swarm"
     default_hint = "petals status --join ADDR shows whether the swarm is alive."
 
 
 class BootstrapFailed(SwarmError):
+    """None of the initial peers answered within ``connect_timeout``."""
+
     code = "bootstrap_failed"
     default_hint = "Check the address, that the peer runs, and that its port is open."
 
 
 class AdmissionDenied(SwarmError):
+    """The swarm is closed and the key is wrong or missing, or the clocks differ by more than the
+    10 minutes for which a ticket is valid.
+    """
+
     code = "admission_denied"
     default_hint = "Use the key file of this swarm: --swarm-key FILE."
 
 
 class RecordInvalid(SwarmError):
+    """A record of the directory is forged, expired or malformed; it is ignored and logged."""
+
     code = "record_invalid"
     default_hint = "Update Petals on the peer that announced it; others ignore the entry."
 
 
 class RouteError(PetalsError):
-    """Nobody can serve, after all the waiting. ``generated`` is what `generate` has made so far:
-    token ids [rows, columns] in the shape of its answer, or None.
+    """No server can serve the session after the time that the client waits, or the inputs for a
+    repair did not fit into ``max_kept_bytes``.
+
+    ``generated`` is what `generate` has produced up to then: token ids [rows, columns] in the shape
+    of its result, or None.
     """
 
     code = "route"
@@ -129,113 +156,151 @@ class RouteError(PetalsError):
 
 
 class MissingBlocksError(RouteError):
+    """No server holds the blocks that the message names."""
+
     code = "missing_blocks"
     default_hint = "Start a server for them: petals serve MODEL --blocks A:B --join ADDR."
 
 
 class NoCapacity(RouteError):
+    """Servers hold the blocks, and all of them refused this request."""
+
     code = "no_capacity"
     default_hint = "Wait until other sessions end, ask for less, or start another server."
 
 
 class PeerError(PetalsError):
+    """One peer failed; another one may do better."""
+
     code = "peer"
     retryable = True
     default_hint = "Try again: another server is used if there is one."
 
 
 class PeerUnreachable(PeerError):
+    """No connection to the peer could be made, or it was lost."""
+
     code = "peer_unreachable"
     default_hint = "petals status --join ADDR shows who is online; is a firewall in the way?"
 
 
 class PeerTimeout(PeerError):
+    """No answer, or no sign of life, within the time limit."""
+
     code = "peer_timeout"
     default_hint = "Try again: the server may be overloaded, or its connection slow."
 
 
 class PeerBusy(PeerError):
+    """The peer has too many sessions, streams or bytes of this client or in all, or is draining."""
+
     code = "peer_busy"
     default_hint = "Wait a little, or use another server."
 
 
 class PeerFailed(PeerError):
-    """The peer met an error of its own (a bug, memory) while serving the request."""
+    """The peer met an error of its own (a bug, memory) while it served the request; only that
+    request failed.
+    """
 
     code = "peer_failed"
     default_hint = "The server's own log says why; try again, another server may do better."
 
 
 class ProtocolError(PeerError):
+    """Bytes that are not this protocol, or that exceed a bound; the stream is closed."""
+
     code = "protocol"
     default_hint = "Update Petals on both sides; something else may answer on that port."
 
 
 class VersionMismatch(PeerError):
+    """The peer speaks another version of the protocol, or none (Petals 2)."""
+
     code = "version_mismatch"
     default_hint = "Update Petals on both sides."
 
 
 class PeerMisbehaved(PeerError):
+    """A well-formed answer that cannot be right: a wrong shape or dtype, or NaN."""
+
     code = "peer_misbehaved"
     default_hint = "The server is avoided from now on; tell whoever runs the swarm."
 
 
 class RequestError(PetalsError, ValueError):
+    """The request itself is not possible. Repeating it gives the same answer. A session is still
+    usable after a step that was refused, and stands where it stood.
+    """
+
     code = "request"
     default_hint = "Change the request; repeating it gives the same answer."
 
 
 class BadInput(RequestError):
+    """An empty prompt, a token id outside the vocabulary, states or gradients of a wrong shape or
+    dtype (integers are refused, not rounded), NaN or infinity.
+    """
+
     code = "bad_input"
     default_hint = "Token ids are [batch, tokens], hidden states finite floats [.., hidden_size]."
 
 
 class LengthExceeded(RequestError):
+    """More tokens than the session was opened for, or than its servers allow."""
+
     code = "length_exceeded"
     default_hint = "Open the session with a larger max_length, or send less."
 
 
 class BatchTooLarge(RequestError):
+    """More rows, or tokens in one step or pass, than a server allows."""
+
     code = "batch_too_large"
     default_hint = "Split the batch."
 
 
 class RequestTooLarge(RequestError):
-    """A request that can never fit this server, however long one waits."""
+    """The request would not fit even into an empty server, so waiting cannot help."""
 
     code = "request_too_large"
     default_hint = "Ask for a smaller max_length or batch."
 
 
 class UnknownAdapter(RequestError):
+    """No server of these blocks has the adapter that ``active_adapter`` names."""
+
     code = "unknown_adapter"
     default_hint = "Leave active_adapter out, or use a server that has the adapter."
 
 
 class AdapterRefused(RequestError):
-    """An adapter whose names, shapes or kind do not fit the blocks, or that is too large."""
+    """An adapter that is not a LoRA in safetensors, whose names or shapes do not fit the blocks,
+    that holds NaN, or that is larger than a server allows.
+    """
 
     code = "adapter_refused"
     default_hint = "Adapters are LoRA in peft's safetensors format, made for this very model."
 
 
 class TrainingRefused(RequestError):
-    """A server that gives no gradients: its operator forbids it, or its kernels have none."""
+    """The server gives no gradients: its operator forbids them, its int8 kernels have none, or
+    those that it has differ from the model's own.
+    """
 
     code = "training_refused"
     default_hint = "Train through other servers; this one can still be read from."
 
 
 class UnknownModel(RequestError):
+    """The server runs another model."""
+
     code = "unknown_model"
     default_hint = "petals status --join ADDR shows the names of the models served."
 
 
 class BlocksNotServed(RequestError):
-    """The server does not hold the blocks it was asked for (its record was read before it
-    moved).
-    """
+    """The server does not hold these blocks any more; the client reads the directory again."""
 
     code = "blocks_not_served"
     retryable = True
@@ -243,40 +308,56 @@ class BlocksNotServed(RequestError):
 
 
 class NotSupported(RequestError, NotImplementedError):
+    """A mode that this version does not offer; the hint names the alternative, if there is one."""
+
     code = "not_supported"
     default_hint = "The documentation says what this version offers."
 
 
 class SessionError(PetalsError):
+    """The session cannot continue as asked."""
+
     code = "session"
     default_hint = "Open a new session."
 
 
 class CacheFull(SessionError):
+    """No server had KV memory for the session within ``alloc_timeout``."""
+
     code = "cache_full"
     retryable = True
     default_hint = "Wait (alloc_timeout), ask for a smaller max_length, or use another server."
 
 
 class SessionClosed(SessionError):
+    """The session was used after ``close``, after its server left, or after a silence longer than
+    the lease.
+    """
+
     code = "session_closed"
     default_hint = "Open a new session."
 
 
 class SessionGap(SessionError):
+    """A step begins behind the end of its row, or a position was never reached."""
+
     code = "session_gap"
     default_hint = "Go on where the row ends, or before; the session is still usable."
 
 
 class PassExpired(SessionError):
-    """A backward pass came for a forward pass whose activations are no longer kept."""
+    """A backward pass came after the server had dropped the activations of its forward pass. The
+    client sends the inputs again by itself.
+    """
 
     code = "pass_expired"
     default_hint = "The client mends this by itself: it sends the inputs again."
 
 
 class OutboxLost(SessionError):
-    """The server has dropped the session's outputs to make room; its rows themselves stand."""
+    """The server has dropped the session's outputs to make room, and cannot refill another server
+    with them. The client uses its own inputs instead, by itself.
+    """
 
     code = "outbox_lost"
     default_hint = "The client mends this by itself, with its own inputs."

@@ -18,7 +18,6 @@ from petals.swarm.identity import Identity, load_or_create_identity
 from petals.swarm.known_peers import PeerMemory
 from petals.swarm.membership import Admission
 from petals.swarm.reachability import (
-    NODE_SERVICE,
     Reachability,
     check_reachability,
     choose_relays,
@@ -30,6 +29,7 @@ from petals.swarm.rpc.receive_buffer import Budget
 from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Transport
 from petals.types import PeerId
 from petals.wire.handshake import DialBack, DialedBack
+from petals.wire.services import NODE_SERVICE
 
 logger = get_logger(__name__)
 

@@ -18,9 +18,7 @@ from petals.swarm.rpc.dispatcher import Service
 from petals.swarm.transport import Transport
 from petals.types import PeerId
 from petals.wire.handshake import DialBack, DialedBack
-
-NODE_SERVICE = "node"
-"""Every peer offers it: pings, clock, dialling back."""
+from petals.wire.services import NODE_SERVICE
 
 _PROBE_TIMEOUT_SECONDS = 3.0
 """Time limit for dialling one address back."""

@@ -5,3 +5,6 @@ BLOCKS_SERVICE = "blocks"
 
 RING_SERVICE = "ring"
 """Steps that one server forwards to the next."""
+
+NODE_SERVICE = "node"
+"""Questions to any peer, whether or not it serves a model: can it dial us back?"""

@@ -2,14 +2,12 @@
 
 A field's ``Setting`` holds the option's name, help text and unit; its type and default are the
 field's own. ``with_config`` gives a command the options of a whole config class, ``option_of``
-those of single fields, and ``describe_options`` lists them for the reference. Loads no torch and
-opens no connection.
+those of single fields. Loads no torch and opens no connection.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -23,39 +21,6 @@ from petals.server.config import ComputeConfig, ServerConfig
 from petals.settings import SettingField, Settings, alternatives, build, fields_of
 
 _PLAIN_TYPES = (bool, int, float, Path)
-
-
-@dataclass(frozen=True, slots=True)
-class OptionInfo:
-    """One option of a command, for the reference. ``field`` is the path of the config's field,
-    ``unit`` what its value is called; ``default`` is empty where the help text says it.
-    """
-
-    option: str
-    type: str
-    unit: str
-    default: str
-    help: str
-    field: str
-    heading: str
-
-
-def describe_options(kind: type[Settings] = ServerConfig) -> list[OptionInfo]:
-    """All options of ``petals serve`` (ServerConfig), or of commands with another config class
-    (ClientConfig for generate and chat, NodeConfig for bootstrap), in the order of --help.
-    """
-    return [
-        OptionInfo(
-            option=field.setting.flag,
-            type=plain_type(field).__name__ + (", repeatable" if is_list(field) else ""),
-            unit=field.setting.metavar,
-            default=_shown_default(field),
-            help=_help(field),
-            field=field.path,
-            heading=_heading(field),
-        )
-        for field in _fields_with_options(kind)
-    ]
 
 
 def with_config(
@@ -162,15 +127,11 @@ def _value(field: SettingField, typed: Any) -> object:
     return typed * field.setting.scale if field.setting.scale != 1 else typed
 
 
-def _help(field: SettingField) -> str:
-    listed = f" One of {', '.join(field.choices)}." if field.choices else ""
-    return field.setting.help + listed
-
-
 def _help_with_default(field: SettingField) -> str:
     default, env = _shown_default(field), field.setting.env
+    choices = f" One of {', '.join(field.choices)}." if field.choices else ""
     notes = [f"default: {default}"] * bool(default) + [f"env: {env}"] * bool(env)
-    return _help(field) + (f" [{'; '.join(notes)}]" if notes else "")
+    return field.setting.help + choices + (f" [{'; '.join(notes)}]" if notes else "")
 
 
 def _heading(field: SettingField) -> str:

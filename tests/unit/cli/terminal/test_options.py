@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from petals.cli.main import app
 from petals.cli.terminal import options
-from petals.cli.terminal.options import GroupedCommand, OptionInfo, describe_options, with_config
+from petals.cli.terminal.options import GroupedCommand, with_config
 from petals.client.config import ClientConfig
 from petals.server.config import (
     ClientLimits,
@@ -115,21 +115,3 @@ def test_help_lists_options_by_group_with_defaults_and_variables() -> None:
     assert "[env: PETALS_SWARM_KEY]" in text
     assert "[default: 60]" in text
     assert "--training / --no-training" in text
-
-
-def test_options_are_described_for_the_reference() -> None:
-    found = {info.option: info for info in describe_options()}
-    assert found["--training-cache"] == OptionInfo(
-        option="--training-cache",
-        type="int",
-        unit="MIB",
-        default="",
-        help=found["--training-cache"].help,
-        field="memory.training_bytes",
-        heading="Memory",
-    )
-    assert found["--adapter-memory"].default == "1024"
-    assert found["--join"].type == "str, repeatable"
-    assert found["--relay/--no-relay"].default == ""
-    assert found["--rebalance/--no-rebalance"].default == "rebalance"
-    assert "--max-retries" in {info.option for info in describe_options(ClientConfig)}
