@@ -120,7 +120,7 @@ class TestFaults:
     async def test_the_client_carries_on_behind_a_link_that_fails(self) -> None:
         async with linked_servers(3) as swarm:
             ring, text = await linked(swarm, *THIRDS), states(6)
-            swarm.workers[1].node.stop_serving(RING_SERVICE)
+            swarm.net.hide(swarm.workers[1].peer_id)
             await ring.send(0, [0], [text])
             answer, (hidden,) = await ring.legs[0].hear()
             assert isinstance(answer, StepResult) and len(answer.undelivered) == 2

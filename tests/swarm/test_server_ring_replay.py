@@ -7,7 +7,6 @@ import torch
 
 from petals.wire.replies import ReplayDone, StepResult
 from petals.wire.requests import ReplayPart
-from petals.wire.services import RING_SERVICE
 from support.linked_script import (
     HISTORIES,
     PARTS,
@@ -231,7 +230,7 @@ async def test_a_replay_that_reaches_nobody_says_so() -> None:
         await session.step([9])
         new = await session.replace(slice(1, 2), swarm.workers[3:])
         head, request = session.legs[0], session.replay(session.legs[0], new, 7)
-        swarm.workers[4].node.stop_serving(RING_SERVICE)
+        swarm.net.hide(swarm.workers[4].peer_id)
         await head.channel.send(request)
         answer, _ = await new[0].hear()
         header = new[0].header(request.header.request_id)
