@@ -169,7 +169,7 @@ class KeepSession(Message, frozen=True):
 
 
 class CloseSession(Message, frozen=True):
-    """Free the cache of this reservation, in whatever epoch. Answered by SessionEnded. Idempotent."""
+    """Free the cache of this reservation, in any epoch. Answered by SessionEnded. Idempotent."""
 
     header: RequestHeader
 
