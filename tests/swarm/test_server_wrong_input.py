@@ -403,7 +403,7 @@ NUM_ANSWERS = WINDOW_BYTES // states(512).nbytes + 3
 class TestClientsThatGiveNoCredit:
     """They answer pings and read nothing."""
 
-    LIMITS = FailoverConfig(send_seconds=1.0, min_send_bytes_per_second=MIB)
+    LIMITS = FailoverConfig(send_seconds=1.0)
 
     async def stuck(self, swarm: Served) -> Talk:
         """A client whose steps are run and whose last answers wait for credit."""
@@ -422,7 +422,7 @@ class TestClientsThatGiveNoCredit:
         async with served(clock=clock, failover=self.LIMITS, log_bytes=64 * MIB) as swarm:
             talk, worker = await self.stuck(swarm), swarm.workers[0]
             num_batches = worker.num_batches
-            await clock.advance(2.0)
+            await clock.advance(3.0)
             await worker.check()
             assert not worker.session.has_client
             # The session waits for its client, which finds the answers on a new channel.
