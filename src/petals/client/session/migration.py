@@ -16,8 +16,14 @@ from petals.client.session.actions import Do, LegStatus, Migrate, Wait, next_act
 from petals.client.session.context import SessionContext
 from petals.client.session.fill import FillGoal, FillOutcome, fill
 from petals.client.session.hop import HopSession
-from petals.client.session.replacement import book, drop, peer_before, reserve, switch
-from petals.client.session.reservation import ReplacementHints
+from petals.client.session.reservation import (
+    ReplacementHints,
+    book,
+    drop,
+    peer_before,
+    reserve,
+    switch,
+)
 from petals.client.session.state import SessionMigration
 from petals.client.session.types import ReplicaProgress
 from petals.client.trace import Repair

@@ -24,9 +24,16 @@ from petals.client.session.fill import FillGoal, FillOutcome, fill
 from petals.client.session.hop import HopSession
 from petals.client.session.migration import MigrationLoop
 from petals.client.session.pipeline import run_pieces
-from petals.client.session.replacement import book, drop, peer_before, reserve, switch
 from petals.client.session.replies import Replies
-from petals.client.session.reservation import ReplacementHints, release
+from petals.client.session.reservation import (
+    ReplacementHints,
+    book,
+    drop,
+    peer_before,
+    release,
+    reserve,
+    switch,
+)
 from petals.client.session.state import PendingStep, SessionState
 from petals.client.session.types import SessionSpec, StepPiece
 from petals.client.trace import EdgeTrace, Repair
