@@ -99,8 +99,8 @@ def measure(world: World, path: Path, options: argparse.Namespace) -> str:
     model = AutoDistributedModelForCausalLM.from_pretrained(
         str(path), initial_peers=[world.address], dtype=torch.float32, show_route=False
     )
-    for name in ("recovery", "path"):
-        logger = logging.getLogger(f"petals.client.{name}")
+    for name in ("supervisor", "context"):
+        logger = logging.getLogger(f"petals.client.session.{name}")
         logger.setLevel(logging.DEBUG)
         logger.addHandler(tape)
     with model.inference_session(max_length=ids.shape[1] + options.tokens) as session:

@@ -53,6 +53,9 @@ class PetalsError(Exception):
     reported: bool = False
     """True for an error that a peer has reported: ``message`` is the peer's claim, not ours."""
 
+    reported_hint: str = ""
+    """The hint of that peer, shown as the peer's words."""
+
     def __init__(self, message: str, *, hint: str = "", peer_id: str = "") -> None:
         super().__init__(message)
         self.message = message
@@ -63,6 +66,7 @@ class PetalsError(Exception):
         text = self.message
         if self.reported:
             text = f"Peer …{self.peer_id[-6:]} says: {text}"
+            text += f" ({self.reported_hint})" if self.reported_hint else ""
         elif self.peer_id:
             text += f" (peer …{self.peer_id[-6:]})"
         return f"{text}\nhint: {self.hint}" if self.hint else text
@@ -377,13 +381,11 @@ ERRORS_BY_CODE: dict[str, type[PetalsError]] = _tree(PetalsError)
 def from_wire(code: str, message: str, hint: str, peer_id: str) -> PetalsError:
     """The typed error a peer reported; an unknown code (a newer peer) becomes PeerFailed.
 
-    All words of the peer, its hint included, become part of the message, which is shown as the
-    peer's. The hint is the one that this version gives for such an error.
+    Message and hint of the peer are shown as the peer's words. The error's own hint is the one that
+    this version gives for such an error.
     """
     error = ERRORS_BY_CODE.get(code, PeerFailed)(_printable(message), peer_id=peer_id)
-    if hint:
-        error.message += f" ({_printable(hint)})"
-    error.reported = True
+    error.reported, error.reported_hint = True, _printable(hint)
     return error
 
 

@@ -5,9 +5,11 @@ segments they pass through the client. A piece is answered by whichever hop has 
 stops a piece is written into the state of the hop that is to blame. Repairs nothing.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from math import inf
 
 from torch import Tensor
 
@@ -29,20 +31,24 @@ async def run_pieces(context: SessionContext, pieces: Sequence[StepPiece]) -> bo
     """
     timeouts, began, num_done = context.timeouts, context.now, 0
     timeouts.begin(sum(piece.num_tokens for piece in pieces))
+    order = _PieceOrder(len(pieces))
 
-    async def run(piece: StepPiece) -> None:
+    async def run(number: int, piece: StepPiece) -> None:
         nonlocal num_done
         piece.output = None
-        await _run_piece(context, piece)
+        try:
+            await _run_piece(context, piece, partial(order.turn, number))
+        finally:
+            order.end(number)
         if piece.output is not None:
             num_done += piece.num_tokens
             timeouts.note_progress(num_done, context.now - began)
             context.replies.limit(timeouts.seconds())
 
     if len(pieces) == 1:
-        await run(pieces[0])
+        await run(0, pieces[0])
     else:
-        works = [partial(run, piece) for piece in pieces]
+        works = [partial(run, number, piece) for number, piece in enumerate(pieces)]
         await gather_bounded(works, len(context.state.legs) + 1)
     is_done = all(piece.output is not None for piece in pieces)
     if is_done:
@@ -50,11 +56,40 @@ async def run_pieces(context: SessionContext, pieces: Sequence[StepPiece]) -> bo
     return is_done
 
 
-async def _run_piece(context: SessionContext, piece: StepPiece) -> None:
+class _PieceOrder:
+    """Lets the client send pieces to each hop in their order, also when it takes over from a direct
+    link that has failed with several pieces under way.
+    """
+
+    def __init__(self, num_pieces: int) -> None:
+        self._reached = [-1.0] * num_pieces
+        """The last hop that each piece has been sent to."""
+        self._moved = asyncio.Event()
+
+    async def turn(self, number: int, hop: int) -> None:
+        """Return once the piece before has been sent to ``hop``; the next thing is to send this."""
+        while number and self._reached[number - 1] < hop:
+            self._moved = asyncio.Event() if self._moved.is_set() else self._moved
+            await self._moved.wait()
+        self._reach(number, hop)
+
+    def end(self, number: int) -> None:
+        """A piece is sent to no hop any more."""
+        self._reach(number, inf)
+
+    def _reach(self, number: int, hop: float) -> None:
+        self._reached[number] = max(self._reached[number], hop)
+        self._moved.set()
+
+
+async def _run_piece(
+    context: SessionContext, piece: StepPiece, turn: Callable[[int], Awaitable[None]]
+) -> None:
     legs, hidden, at = context.state.legs, piece.rows.hidden, 0
     ids = [leg.session_id for leg in legs]
     with context.replies.expect([leg.header(piece.request_id) for leg in legs]) as pending:
         while at < len(legs):
+            await turn(at)
             if any(leg.state.is_lost for leg in legs[at:]):
                 return
             began, end = context.now, context.segment_end(legs, at)

@@ -1,4 +1,4 @@
-"""Reserving a whole route, or a part of one.
+"""Changing a session's hops: reserve a route or a part of one, switch over, free, book losses.
 
 No hop is held while another one is waited for: all are asked without waiting; on a refusal all are
 released, and only then another route is taken, or a full server is waited for. Knows servers and
@@ -13,11 +13,9 @@ from dataclasses import dataclass, field, replace
 from petals.client.routing.bans import Cause
 from petals.client.routing.failure_policy import History, Reaction, decide
 from petals.client.routing.route import Needs
-from petals.client.routing.swarm_state import SwarmState
 from petals.client.session.actions import LegStatus
 from petals.client.session.context import SessionContext
 from petals.client.session.hop import HopSession
-from petals.client.session.replies import Replies
 from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
 from petals.errors import CacheFull, NoCapacity, PetalsError, UnknownAdapter
 from petals.logs import get_logger
@@ -46,23 +44,77 @@ class ReplacementHints:
     kv_donors: Mapping[BlockSpan, PeerId] = field(default_factory=dict)
 
 
-async def reserve_route(
-    swarm: SwarmState,
-    blocks: BlockSpan,
-    spec: SessionSpec,
-    replies: Replies,
-    hints: ReplacementHints | None = None,
+async def reserve(
+    context: SessionContext,
+    old: Sequence[HopSession],
+    num_rows: int,
+    hints: ReplacementHints | None,
 ) -> list[HopSession]:
-    """Reserve a route through ``blocks``.
+    """Hops for the blocks of ``old`` legs (none: for all blocks) in the present epoch. They join
+    the session.
 
     A replacement (with ``hints``) never calls a server that is banned, and goes on until no server
     is left. Raises MissingBlocksError, CacheFull after ``alloc_timeout``, the last refusal if all
     servers have refused, and, unless it is a replacement, a PeerError after ``max_retries``.
     """
-    hops = await _RouteReservation(swarm, blocks, spec, replies, hints).run()
+    state, blocks = context.state, context.state.blocks
+    if old:
+        blocks = BlockSpan(old[0].blocks.start, old[-1].blocks.end)
+    spec = replace(context.spec, num_rows=num_rows, epoch=state.epoch)
+    hops = await _RouteReservation(context, blocks, spec, hints).run()
     for hop in hops:
-        swarm.note_success(hop.peer_id, hop.info)
+        context.swarm.note_success(hop.peer_id, hop.info)
+    state.joining += hops
     return hops
+
+
+def peer_before(context: SessionContext, old: Sequence[HopSession]) -> PeerId | None:
+    """The server before these legs; None if the client is."""
+    start = context.state.legs.index(old[0])
+    return context.state.legs[start - 1].peer_id if start else None
+
+
+async def switch(
+    context: SessionContext, old: Sequence[HopSession], hops: Sequence[HopSession]
+) -> None:
+    """Let ``hops`` take the place of ``old`` legs, and free these."""
+    context.state.switch(old, hops)
+    if old:
+        context.swarm.node.background.start(release(old), "freeing replaced hops")
+    await context.state.announce_epoch()
+
+
+def drop(context: SessionContext, hops: Sequence[HopSession]) -> None:
+    """Free hops that do not take part after all."""
+    context.state.joining = [hop for hop in context.state.joining if hop not in hops]
+    if hops:
+        context.swarm.node.background.start(release(hops), "freeing unused hops")
+
+
+def book(
+    context: SessionContext, hops: Iterable[HopSession], excluded: dict[PeerId, PetalsError]
+) -> None:
+    """Enter the losses among ``hops``, once each: ban servers, or add them to ``excluded``, as the
+    failure policy says, and remember what is to be repaired.
+    """
+    state, step = context.state, context.state.step
+    for hop in hops:
+        error = hop.state.error
+        if error is None or hop.state.is_booked:
+            continue
+        history = History(holds_state=True) if step is None else step.history
+        decision = decide(error, history)
+        if decision.cause is not None:
+            is_slow = hop.state.status is LegStatus.SLOW
+            cause = Cause.SLOW if is_slow else decision.cause
+            context.swarm.note_failure(hop.peer_id, error, cause)
+        if decision.reaction is Reaction.EXCLUDE:
+            excluded[hop.peer_id] = error
+        if step is not None:
+            step.history, step.last_error = history.after(error, decision), error
+        if hop in state.legs:
+            state.losses[hop.hop] = error.message
+        hop.book()
 
 
 class _RouteReservation:
@@ -70,16 +122,15 @@ class _RouteReservation:
 
     def __init__(
         self,
-        swarm: SwarmState,
+        context: SessionContext,
         blocks: BlockSpan,
         spec: SessionSpec,
-        replies: Replies,
         hints: ReplacementHints | None,
     ) -> None:
-        config = swarm.config
+        swarm, config = context.swarm, context.config
         self._swarm = swarm
         self._spec = spec
-        self._replies = replies
+        self._replies = context.replies
         self._is_replacement = hints is not None
         self._hints = hints or ReplacementHints()
         self._needs = Needs(blocks=blocks, model=swarm.model, cache_tokens=spec.cache_tokens)
@@ -128,7 +179,7 @@ class _RouteReservation:
         if seconds <= 0:
             waited = self._swarm.config.alloc_timeout
             raise CacheFull(
-                f"The servers of blocks {full.blocks} have had no room for {waited:g} s.",
+                f"The servers of blocks {full.blocks} have had no free cache for {waited:g} s.",
                 peer_id=full.peer_id,
             )
         try:
@@ -216,70 +267,3 @@ class _RouteReservation:
 
 def _opened(tasks: Sequence["asyncio.Task[HopSession]"]) -> list[HopSession]:
     return [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
-
-
-def peer_before(context: SessionContext, old: Sequence[HopSession]) -> PeerId | None:
-    """The server before these legs; None if the client is."""
-    start = context.state.legs.index(old[0])
-    return context.state.legs[start - 1].peer_id if start else None
-
-
-async def reserve(
-    context: SessionContext,
-    old: Sequence[HopSession],
-    num_rows: int,
-    hints: ReplacementHints | None,
-) -> list[HopSession]:
-    """Hops for the blocks of ``old`` legs (none: for all blocks) in the present epoch. They join
-    the session. Raises what ``reserve_route`` raises.
-    """
-    state, blocks = context.state, context.state.blocks
-    if old:
-        blocks = BlockSpan(old[0].blocks.start, old[-1].blocks.end)
-    spec = replace(context.spec, num_rows=num_rows, epoch=state.epoch)
-    hops = await reserve_route(context.swarm, blocks, spec, context.replies, hints)
-    state.joining += hops
-    return hops
-
-
-async def switch(
-    context: SessionContext, old: Sequence[HopSession], hops: Sequence[HopSession]
-) -> None:
-    """Let ``hops`` take the place of ``old`` legs, and free these."""
-    context.state.switch(old, hops)
-    if old:
-        context.swarm.node.background.start(release(old), "freeing replaced hops")
-    await context.state.announce_epoch()
-
-
-def drop(context: SessionContext, hops: Sequence[HopSession]) -> None:
-    """Free hops that do not take part after all."""
-    context.state.joining = [hop for hop in context.state.joining if hop not in hops]
-    if hops:
-        context.swarm.node.background.start(release(hops), "freeing unused hops")
-
-
-def book(
-    context: SessionContext, hops: Iterable[HopSession], excluded: dict[PeerId, PetalsError]
-) -> None:
-    """Enter the losses among ``hops``, once each: ban servers, or add them to ``excluded``, as the
-    failure policy says, and remember what is to be repaired.
-    """
-    state, step = context.state, context.state.step
-    for hop in hops:
-        error = hop.state.error
-        if error is None or hop.state.is_booked:
-            continue
-        history = History(holds_state=True) if step is None else step.history
-        decision = decide(error, history)
-        if decision.cause is not None:
-            is_slow = hop.state.status is LegStatus.SLOW
-            cause = Cause.SLOW if is_slow else decision.cause
-            context.swarm.note_failure(hop.peer_id, error, cause)
-        if decision.reaction is Reaction.EXCLUDE:
-            excluded[hop.peer_id] = error
-        if step is not None:
-            step.history, step.last_error = history.after(error, decision), error
-        if hop in state.legs:
-            state.losses[hop.hop] = error.message
-        hop.book()

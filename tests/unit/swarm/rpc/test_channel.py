@@ -216,7 +216,7 @@ async def test_own_messages_are_bounded(pair):
 async def test_request_raises_what_the_peer_refused_with(pair):
     a, b = pair
     refusing = asyncio.create_task(b.send(Refusal("session_gap", "There is a gap.", "Go back.")))
-    with pytest.raises(SessionGap, match="gap") as caught:
+    with pytest.raises(SessionGap, match="gap. \\(Go back.\\)") as caught:
         await a.request(MESSAGE, expect=KeepSession)
     assert caught.value.hint == SessionGap.default_hint
     assert caught.value.peer_id == B

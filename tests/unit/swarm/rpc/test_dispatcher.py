@@ -285,5 +285,5 @@ async def test_who_floods_is_not_even_refused(server, client):
 def test_the_words_of_a_peer_cannot_command_a_terminal():
     error = Refusal("bad_input", "a\x1b[2Jb", "c\x07").to_error("peer")
     assert isinstance(error, BadInput)
-    assert error.message == "a [2Jb (c )"
+    assert (error.message, error.reported_hint) == ("a [2Jb", "c ")
     assert error.hint == BadInput.default_hint
