@@ -25,8 +25,12 @@ logger = get_logger(__name__)
 
 
 async def release(hops: Sequence[HopSession]) -> None:
-    """Free reservations, all at the same time."""
-    await asyncio.gather(*(hop.close() for hop in hops))
+    """Free reservations, all at the same time. A caller that is cancelled meanwhile stops waiting;
+    the reservations are freed all the same.
+    """
+    closing = [asyncio.create_task(hop.close(), name="freeing a hop") for hop in hops]
+    if closing:
+        await asyncio.wait(closing)
 
 
 @dataclass(frozen=True, slots=True)
