@@ -273,8 +273,10 @@ class SessionSupervisor:
         state = self.state
         self._migration.end()
         book(self._context, state.legs, state.excluded)
-        await release(state.legs)
-        state.legs, state.has_diverged, step.pieces = [], False, []
+        # First out of the state, then freed: a step that is cancelled meanwhile must not leave hops
+        # behind that the client itself has closed.
+        legs, state.legs, state.has_diverged, step.pieces = state.legs, [], False, []
+        await release(legs)
 
     async def _run_pieces(self, step: PendingStep) -> None:
         self._cut(step)
