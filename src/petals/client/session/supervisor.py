@@ -234,7 +234,10 @@ class SessionSupervisor:
         book(context, lost, state.excluded)
         start = state.legs.index(lost[0])
         donor = state.legs[start - 1] if start else step.inputs
-        num_rows = step.server_rows if start else len(step.inputs.lengths)
+        # The log brings rows as the step reorders them. Empty rows are not brought at all, so the
+        # step itself reorders them.
+        is_reordered = not start and any(step.inputs.lengths)
+        num_rows = len(step.inputs.lengths) if is_reordered else step.server_rows
         hints = ReplacementHints(peer_before(context, lost), state.excluded)
         hops = await self._reserve(lost, num_rows, hints)
         if not hops:
