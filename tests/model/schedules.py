@@ -69,9 +69,7 @@ def schedules(kinds: tuple[FaultKind, ...], max_rounds: int) -> st.SearchStrateg
     return st.builds(_schedule, settings_of_swarms(), turns(), rounds)
 
 
-def _schedule(
-    setting: Setting, first: Turn, rounds: list[tuple[list[Fault], Event]]
-) -> Schedule:
+def _schedule(setting: Setting, first: Turn, rounds: list[tuple[list[Fault], Event]]) -> Schedule:
     events: list[Event] = [first]
     for some, deed in rounds:
         events += [*some, deed]

@@ -192,9 +192,7 @@ class SimNetwork:
     def transmit(self, pipe: "SimPipe", message: Message, tensors: Sequence[Tensor]) -> None:
         """Send a message on its way."""
         self.num_sent += 1
-        sent = Sent(
-            self.num_sent, self.now(), pipe.source, pipe.target, pipe.stream, message
-        )
+        sent = Sent(self.num_sent, self.now(), pipe.source, pipe.target, pipe.stream, message)
         self.story.note_sent(sent)
         fate = self.on_send(sent) or _DELIVERED
         message, tensors = self.rewrite(pipe.source, message, tensors)

@@ -181,9 +181,7 @@ class _Alarms(logging.Handler):
 class _Play:
     """One simulation."""
 
-    def __init__(
-        self, schedule: Schedule, story: Story, outcome: Outcome, alarms: _Alarms
-    ) -> None:
+    def __init__(self, schedule: Schedule, story: Story, outcome: Outcome, alarms: _Alarms) -> None:
         asyncio.get_running_loop().set_exception_handler(alarms.on_loop)
         self._schedule = schedule
         self._setting = setting = schedule.setting
@@ -193,13 +191,16 @@ class _Play:
         self._directory = SimDirectory()
         self._client = SimNode(self._net, CLIENT, self._directory)
         self._servers = [
-            self._server(number, SimServerOptions(
-                blocks=BlockSpan(start, end),
-                rate=rate,
-                log_bytes=setting.log_bytes or 1 << 20,
-                kv_format="toy" if setting.has_kv_format else "",
-                replay_tokens=setting.chunk_tokens,
-            ))
+            self._server(
+                number,
+                SimServerOptions(
+                    blocks=BlockSpan(start, end),
+                    rate=rate,
+                    log_bytes=setting.log_bytes or 1 << 20,
+                    kv_format="toy" if setting.has_kv_format else "",
+                    replay_tokens=setting.chunk_tokens,
+                ),
+            )
             for number, (start, end, rate) in enumerate(LAYOUTS[setting.layout])
         ]
         self._directory.servers = self._servers
@@ -334,9 +335,7 @@ class _Play:
         after: Sequence[Sequence[int]],
     ) -> None:
         assert len(output) == sum(counts)
-        for number, (row, start, part) in enumerate(
-            zip(after, starts, output.split(list(counts)))
-        ):
+        for number, (row, start, part) in enumerate(zip(after, starts, output.split(list(counts)))):
             expected = run_whole(token_states(row), self._blocks)[start:]
             assert torch.equal(part, expected), f"row {number} has wrong outputs from {start} on"
 

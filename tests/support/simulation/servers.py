@@ -97,9 +97,7 @@ class SimServer:
             lease_seconds=LEASE_SECONDS, replay_chunk_tokens=options.replay_tokens
         )
         memory = SessionMemory(self.pool, self.logs)
-        self.service = BlocksService(
-            offer, self.executor, memory, self.node, limits, self.failover
-        )
+        self.service = BlocksService(offer, self.executor, memory, self.node, limits, self.failover)
         await self.service.__aenter__()
         self.service.state = ServerState.ONLINE
         self.node.serve(BLOCKS_SERVICE, self.service.serve)
