@@ -31,6 +31,7 @@ from petals import AutoDistributedModelForCausalLM
 from petals.client.connection.event_loop import bridge
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
+from petals.swarm.failover_config import FailoverConfig
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import LocalServer
 from petals.types import PeerId
@@ -195,6 +196,7 @@ class Director:
             dtype=torch.float32,
             prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
             show_route=False,
+            failover=FailoverConfig(check_integrity=True),
         )
         manager = manager_of(model)
         try:

@@ -46,7 +46,9 @@ class TestEach:
         sent = Refusal.of(kind("It went wrong.", hint="Do this."))
         received = sent.to_error("12D3KooWabcdef")
         assert type(received) is kind
-        assert str(received) == "It went wrong. (peer …abcdef)\nhint: Do this."
+        assert received.reported
+        words = "Peer …abcdef says: It went wrong. (Do this.)"
+        assert str(received) == f"{words}\nhint: {kind.default_hint}", "the hint is ours"
 
 
 def test_a_code_from_the_future() -> None:

@@ -162,8 +162,10 @@ class HopSession:
         """From now on states come from ``sources`` and the client, and older messages are dropped;
         replies come on this channel.
         """
+        header = RequestHeader(self.session_id, epoch)
+        await self._tell(BeginEpoch(header, tuple(sources)))
+        # Only now: a call that was cancelled before has told nothing, and is repeated.
         self.epoch, self.sources = epoch, tuple(sources)
-        await self._tell(BeginEpoch(self.header(), self.sources))
 
     async def keep(self) -> None:
         """A sign of life, so that the lease begins anew."""

@@ -190,6 +190,7 @@ class SessionSupervisor:
         if whole is not None:
             parts = whole.parts(self._piece_tokens)
             pieces = [StepPiece(next(self.state.ids), part) for part in parts]
+            self.state.has_diverged = True  # until all have been run; what comes may be a cancel
             self.state.has_diverged = not await run_pieces(self._context, pieces)
 
     async def _redial(self, indices: Iterable[int]) -> None:

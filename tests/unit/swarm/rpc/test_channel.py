@@ -24,13 +24,14 @@ from petals.types import PeerId
 from petals.wire import frames
 from petals.wire.frames import FrameKind
 from petals.wire.handshake import Refusal
+from petals.wire.header import RequestHeader
 from petals.wire.messages import encode_message
 from petals.wire.requests import GetInfo, KeepSession
 from petals.wire.specs import Codec, TensorSpec
 
 A, B = PeerId("peer a"), PeerId("peer b")
 LIMITS = ChannelLimits(max_tensor_bytes=64 * 2**20)
-MESSAGE = KeepSession(b"s" * 16)
+MESSAGE = KeepSession(RequestHeader(b"s" * 16, 0))
 
 
 def streams(net: MemoryNet) -> tuple[MemoryStream, MemoryStream]:
@@ -171,9 +172,9 @@ async def test_own_messages_are_bounded(pair):
 async def test_request_raises_what_the_peer_refused_with(pair):
     a, b = pair
     refusing = asyncio.create_task(b.send(Refusal("session_gap", "There is a gap.", "Go back.")))
-    with pytest.raises(SessionGap, match="gap") as caught:
+    with pytest.raises(SessionGap, match="gap. \\(Go back.\\)") as caught:
         await a.request(MESSAGE, expect=KeepSession)
-    assert caught.value.hint == "Go back."
+    assert caught.value.hint == SessionGap.default_hint
     assert caught.value.peer_id == B
     await refusing
 

@@ -25,6 +25,7 @@ from petals.testing.manual_clock import settle
 from petals.wire import frames
 from petals.wire.frames import PROTOCOL_VERSION, FrameKind
 from petals.wire.handshake import Hello, Refusal, Welcome
+from petals.wire.header import RequestHeader
 from petals.wire.messages import decode_message, encode_message
 from petals.wire.passes import Forward, ForwardResult
 from petals.wire.requests import GetInfo, KeepSession
@@ -187,7 +188,7 @@ async def test_versions_differ_at_the_opening_side(net, clock, client):
         b"GET / HTTP/1.1\r\n\r\n",
         frames.encode_header(FrameKind.MESSAGE, 200_000),
         frames.encode_frame(FrameKind.PING, b"12345678"),
-        frame(KeepSession(b"s" * 16)),
+        frame(KeepSession(RequestHeader(b"s" * 16, 0))),
         frames.encode_frame(FrameKind.MESSAGE, b"\xc1" * 20),
         frames.encode_frame(FrameKind.MESSAGE, b"\x91" * 10_000),
     ],
@@ -285,4 +286,4 @@ async def test_who_floods_is_not_even_refused(server, client):
 def test_the_words_of_a_peer_cannot_command_a_terminal():
     error = Refusal("bad_input", "a\x1b[2Jb", "c\x07").to_error("peer")
     assert isinstance(error, BadInput)
-    assert (error.message, error.hint) == ("a [2Jb", "c ")
+    assert (error.message, error.hint) == ("a [2Jb (c )", BadInput.default_hint)
