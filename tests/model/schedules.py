@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from support.simulation.faults import CODES, KINDS_OF_MESSAGES, LIES, Fault, FaultKind
+from support.simulation.faults import CODES, LIES, Fault, FaultKind
 from support.simulation.play import LAYOUTS, Event, Rest, Schedule, Setting, Turn
 
 ADVERSARIAL = (FaultKind.LOSE, FaultKind.REPEAT, FaultKind.OVERTAKE)
@@ -61,21 +61,30 @@ def faults(kinds: tuple[FaultKind, ...]) -> st.SearchStrategy[Fault]:
 
 
 def schedules(kinds: tuple[FaultKind, ...], max_rounds: int) -> st.SearchStrategy[Schedule]:
-    """A first step, then rounds of faults of these kinds and the step that they strike."""
+    """A first step, then rounds of faults of these kinds and the step that they strike; in some
+    schedules the user closes the session during the last step.
+    """
     some = st.lists(faults(kinds), max_size=3)
     rest = st.builds(Rest, st.sampled_from((0.1, 1.0, 9.0)))
     deed: st.SearchStrategy[Event] = st.one_of(turns(), turns(), turns(), rest)
     rounds = st.lists(st.tuples(some, deed), min_size=2, max_size=max_rounds)
-    return st.builds(_schedule, settings_of_swarms(), turns(), rounds)
+    close = st.builds(Fault, st.just(FaultKind.CLOSE), at=_AT)
+    end = st.one_of(st.none(), st.none(), st.none(), close)
+    return st.builds(_schedule, settings_of_swarms(), turns(), rounds, end)
 
 
-def _schedule(setting: Setting, first: Turn, rounds: list[tuple[list[Fault], Event]]) -> Schedule:
+def _schedule(
+    setting: Setting,
+    first: Turn,
+    rounds: list[tuple[list[Fault], Event]],
+    end: Fault | None,
+) -> Schedule:
     events: list[Event] = [first]
-    for some, deed in rounds:
-        events += [*some, deed]
+    for number, (some, deed) in enumerate(rounds):
+        is_last = number == len(rounds) - 1
+        events += [*some, *([end] if end is not None and is_last else []), deed]
     return Schedule(setting, tuple(events))
 
 
-REALISTIC = tuple(kind for kind in FaultKind if kind not in ADVERSARIAL)
-ALL_KINDS = tuple(FaultKind)
-assert set(ADVERSARIAL) < set(KINDS_OF_MESSAGES)
+REALISTIC = tuple(kind for kind in FaultKind if kind not in (*ADVERSARIAL, FaultKind.CLOSE))
+ALL_KINDS = (*REALISTIC, *ADVERSARIAL)

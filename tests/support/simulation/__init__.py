@@ -1,1 +1,1 @@
-"""A whole swarm in one event loop with virtual time: real sessions, simulated network and blocks."""
+"""A swarm in one event loop with virtual time: real sessions, simulated network and blocks."""

@@ -291,5 +291,6 @@ def seeded_latencies(net: SimNetwork, peers: Sequence[PeerId], seed: int) -> Non
     chance = random.Random(seed)
     for one in peers:
         for other in peers:
-            seconds = chance.choice((0.001, 0.01, 0.05)) if seed else 0.01
+            seconds = chance.choice((0.001, 0.01, 0.05, 0.05 if seed < 4 else 0.4))
+            seconds = seconds if seed else 0.01
             net.latency_seconds[one, other] = seconds

@@ -73,6 +73,7 @@ class SimServer:
     executor: InlineExecutor = field(init=False)
     pool: KVPool = field(init=False)
     logs: LogBudget = field(init=False)
+    _starting: asyncio.Lock = field(default_factory=asyncio.Lock)
     _ending: list["asyncio.Task[None]"] = field(default_factory=list)
 
     async def start(self) -> None:
@@ -131,10 +132,11 @@ class SimServer:
             self._ending.append(asyncio.create_task(self._leave(self.service, seconds)))
 
     async def revive(self) -> None:
-        """Start again, if it has died."""
-        if not self.is_alive:
-            await self.ended()
-            await self.start()
+        """Start again, if it has died. One call at a time starts it."""
+        async with self._starting:
+            if not self.is_alive:
+                await self.ended()
+                await self.start()
 
     async def ended(self) -> None:
         """Wait until nothing of earlier processes is left."""

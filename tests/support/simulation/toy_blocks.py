@@ -1,9 +1,9 @@
 """Blocks whose outputs show every token, and the compute thread of a server without a thread.
 
-A toy block keeps its inputs like keys and values are kept. The output of a token is an integer below
-a prime that depends on all tokens of the row up to it and on their positions, so that one token
-that is lost, doubled or misplaced changes the outputs of all tokens after it. Sums are exact, so
-outputs are compared bit by bit.
+A toy block keeps its inputs like keys and values are kept. The output of a token is an integer
+below a prime that depends on all tokens of the row up to it and on their positions, so that one
+token that is lost, doubled or misplaced changes the outputs of all tokens after it. Sums are exact,
+so outputs are compared bit by bit.
 """
 
 import asyncio
