@@ -27,6 +27,7 @@ class ChannelPool:
         self._node = node
         self._silence_seconds = silence_seconds
         self._idle: dict[tuple[PeerId, str], list[Channel]] = {}
+        self._is_closed = False
 
     async def take(self, peer: PeerId, service: str, timeout: float) -> Channel:
         """A channel for the caller alone: ``give`` it back without pending replies, or close it.
@@ -63,13 +64,14 @@ class ChannelPool:
     async def give(self, channel: Channel) -> None:
         """Take back a channel without pending replies."""
         idle = self._idle.setdefault((channel.peer_id, channel.service), [])
-        if len(idle) < _KEPT_PER_PEER:
+        if len(idle) < _KEPT_PER_PEER and not self._is_closed:
             idle.append(channel)
         else:
             await channel.close()
 
     async def close(self) -> None:
-        """Close all idle channels."""
+        """Close all idle channels, and those that are given back later."""
+        self._is_closed = True
         channels = [channel for idle in self._idle.values() for channel in idle]
         self._idle.clear()
         await asyncio.gather(*(channel.close() for channel in channels))

@@ -25,8 +25,12 @@ logger = get_logger(__name__)
 
 
 async def release(hops: Sequence[HopSession]) -> None:
-    """Free reservations, all at the same time."""
-    await asyncio.gather(*(hop.close() for hop in hops))
+    """Free reservations, all at the same time. A caller that is cancelled meanwhile stops waiting;
+    the reservations are freed all the same.
+    """
+    closing = [asyncio.create_task(hop.close(), name="freeing a hop") for hop in hops]
+    if closing:
+        await asyncio.wait(closing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +203,9 @@ class _RouteReservation:
             if tasks:
                 await asyncio.wait(tasks)
         except asyncio.CancelledError:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            await release([*held, *_opened(tasks)])
+            # Not here: who is cancelled once may be cancelled twice.
+            work = _give_up(tasks, held)
+            self._swarm.node.background.start(work, "freeing hops that nobody waits for")
             raise
         errors = [(hop, task.exception()) for hop, task in zip(missing, tasks) if task.exception()]
         if not errors:
@@ -263,6 +266,13 @@ class _RouteReservation:
                 raise error
         if decision.refresh:
             await swarm.refresh()
+
+
+async def _give_up(tasks: Sequence["asyncio.Task[HopSession]"], held: Sequence[HopSession]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    await release([*held, *_opened(tasks)])
 
 
 def _opened(tasks: Sequence["asyncio.Task[HopSession]"]) -> list[HopSession]:

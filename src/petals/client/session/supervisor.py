@@ -235,7 +235,10 @@ class SessionSupervisor:
         book(context, lost, state.excluded)
         start = state.legs.index(lost[0])
         donor = state.legs[start - 1] if start else step.inputs
-        num_rows = step.server_rows if start else len(step.inputs.lengths)
+        # The log brings rows as the step reorders them. Empty rows are not brought at all, so the
+        # step itself reorders them.
+        is_reordered = not start and any(step.inputs.lengths)
+        num_rows = len(step.inputs.lengths) if is_reordered else step.server_rows
         hints = ReplacementHints(peer_before(context, lost), state.excluded)
         hops = await self._reserve(lost, num_rows, hints)
         if not hops:
@@ -274,8 +277,10 @@ class SessionSupervisor:
         state = self.state
         self._migration.end()
         book(self._context, state.legs, state.excluded)
-        await release(state.legs)
-        state.legs, state.has_diverged, step.pieces = [], False, []
+        # First out of the state, then freed: a step that is cancelled meanwhile must not leave hops
+        # behind that the client itself has closed.
+        legs, state.legs, state.has_diverged, step.pieces = state.legs, [], False, []
+        await release(legs)
 
     async def _run_pieces(self, step: PendingStep) -> None:
         self._cut(step)

@@ -43,6 +43,7 @@ class SessionTable:
         self._clock = clock
         self._sessions: dict[SessionKey, Session] = {}
         self._openings: dict[SessionKey, _Opening] = {}
+        self._num_ending = 0
         self._leaves_at: float | None = None
         self._notices = BackgroundTasks()
 
@@ -54,8 +55,9 @@ class SessionTable:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way in any session, and none is being opened."""
-        return not self._openings and all(session.is_idle for session in self)
+        """Whether no request is under way in any session, and none is being opened or ended."""
+        is_changing = bool(self._openings or self._num_ending)
+        return not is_changing and all(session.is_idle for session in self)
 
     def get(self, key: SessionKey) -> Session | None:
         return self._sessions.get(key)
@@ -97,7 +99,11 @@ class SessionTable:
         if self._sessions.get(session.key) is not session:
             return
         del self._sessions[session.key]
-        await session.close()
+        self._num_ending += 1
+        try:
+            await session.close()
+        finally:
+            self._num_ending -= 1
         if reason:
             # In a task of its own: a client that takes nothing holds up no other session's end.
             ended = partial(SessionEnded, reason=reason)

@@ -1,0 +1,1 @@
+"""A swarm in one event loop with virtual time: real sessions, simulated network and blocks."""

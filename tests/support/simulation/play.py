@@ -1,0 +1,397 @@
+"""Plays a schedule of steps and faults in a simulated swarm, and checks what must hold.
+
+- Outputs equal those of whole rows run without cache, bit by bit.
+- A step ends within ``STEP_BOUND_SECONDS`` of virtual time, with outputs or with a typed error; it
+  fails only if a fault has struck, and then it has changed nothing.
+- Both ends' ``check_integrity`` holds whenever they are idle.
+- Once all servers and links work again, the next step succeeds, unless the session says that it is
+  closed or that it was not kept.
+- A session that is closed leaves no reservation at a server that lives, no stream and no task.
+"""
+
+import asyncio
+import gc
+import logging
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from petals.client.config import ClientConfig
+from petals.client.routing.sequence_manager import SwarmConnection
+from petals.client.session.rows import SessionRows
+from petals.errors import PetalsError, RequestError, RouteError, SessionClosed
+from petals.swarm.failover_config import FailoverConfig
+from petals.types import BlockSpan, PeerId
+from support.simulation.faults import (
+    KINDS_THAT_LOSE_NOTHING,
+    Fault,
+    FaultKind,
+    Nemesis,
+    seeded_latencies,
+)
+from support.simulation.network import SimNetwork, SimNode
+from support.simulation.servers import (
+    LEASE_SECONDS,
+    MODEL,
+    SimDirectory,
+    SimServer,
+    SimServerOptions,
+)
+from support.simulation.story import Story
+from support.simulation.toy_blocks import run_whole, token_states
+from support.simulation.virtual_time import run_virtually
+
+STEP_BOUND_SECONDS = 120.0
+CALM_SECONDS = 25.0
+"""Longer than any ban and than the time for which a direct link is not used."""
+
+MAX_LENGTH = 48
+CLIENT = PeerId("client")
+
+FAILOVER = FailoverConfig(
+    check_integrity=True,
+    hung_seconds=2.0,
+    link_retry_seconds=3.0,
+    max_ban_seconds=20.0,
+    link_dial_seconds=1.0,
+    link_rest_seconds=0.5,
+    silence_seconds=1.0,
+    send_seconds=2.0,
+    migration_max_pause_seconds=2.0,
+    parts_ahead=2,
+    replay_link_idle_seconds=5.0,
+)
+
+LAYOUTS: dict[str, tuple[tuple[int, int, float], ...]] = {
+    # (first block, end, blocks per second)
+    "one hop": ((0, 3, 1000.0), (0, 3, 900.0)),
+    "two hops": ((0, 2, 1000.0), (2, 4, 1000.0), (0, 2, 900.0), (2, 4, 900.0)),
+    "three hops": (
+        (0, 1, 1000.0),
+        (1, 3, 1000.0),
+        (3, 4, 1000.0),
+        (0, 1, 900.0),
+        (1, 3, 900.0),
+        (3, 4, 900.0),
+    ),
+    "one spare for all": ((0, 2, 1000.0), (2, 4, 1000.0), (0, 4, 9.0)),
+    "no spares": ((0, 2, 1000.0), (2, 4, 1000.0)),
+    "overlapping": ((0, 3, 1000.0), (3, 4, 1000.0), (1, 4, 700.0), (0, 2, 700.0), (2, 4, 600.0)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A step. New row r continues old row ``order[r]`` (None: the rows stay), loses its last
+    ``cuts[r]`` tokens and gets ``counts[r]`` new ones.
+    """
+
+    counts: tuple[int, ...]
+    cuts: tuple[int, ...] = (0,)
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The user does nothing."""
+
+    seconds: float
+
+
+Event = Turn | Rest | Fault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """The swarm, and how the client and the servers are set up. 0 bytes: without limit."""
+
+    layout: str = "two hops"
+    num_rows: int = 2
+    is_direct: bool = True
+    has_max_length: bool = True
+    latencies: int = 0
+    kept_bytes: int = 0
+    log_bytes: int = 0
+    has_kv_format: bool = True
+    chunk_tokens: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What is played."""
+
+    setting: Setting
+    events: tuple[Event, ...]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a play has seen. longest_seconds: of a step, in virtual time."""
+
+    num_steps: int = 0
+    num_messages: int = 0
+    num_repairs: int = 0
+    longest_seconds: float = 0.0
+    faults: Counter[FaultKind] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+def play(schedule: Schedule) -> Outcome:
+    """Play a schedule. Raises AssertionError, with the story, if anything is wrong."""
+    random.seed(0)
+    story, outcome = Story(), Outcome()
+    alarms = _Alarms()
+    logger = logging.getLogger("petals")
+    logger.addHandler(alarms)
+    try:
+
+        async def work() -> None:
+            await _Play(schedule, story, outcome, alarms).run()
+
+        run_virtually(work)
+        assert not alarms.heard, "\n".join(alarms.heard)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}\n{schedule}\n{story.told()}"
+        raise AssertionError(told) from error
+    finally:
+        logger.removeHandler(alarms)
+    return outcome
+
+
+class _Alarms(logging.Handler):
+    """What the program reports as a defect of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        formatter = logging.Formatter()
+        trace = formatter.formatException(record.exc_info) if record.exc_info else ""
+        self.heard.append(f"{record.getMessage()} {trace}")
+
+    def on_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        error = context.get("exception")
+        self.heard.append(f"{context.get('message')}: {error!r}")
+
+
+class _Play:
+    """One simulation."""
+
+    def __init__(self, schedule: Schedule, story: Story, outcome: Outcome, alarms: _Alarms) -> None:
+        asyncio.get_running_loop().set_exception_handler(alarms.on_loop)
+        self._schedule = schedule
+        self._setting = setting = schedule.setting
+        self._story = story
+        self._outcome = outcome
+        self._net = SimNetwork(story)
+        self._directory = SimDirectory()
+        self._client = SimNode(self._net, CLIENT, self._directory)
+        self._servers = [
+            self._server(
+                number,
+                SimServerOptions(
+                    blocks=BlockSpan(start, end),
+                    rate=rate,
+                    log_bytes=setting.log_bytes or 1 << 20,
+                    kv_format="toy" if setting.has_kv_format else "",
+                    replay_tokens=setting.chunk_tokens,
+                ),
+            )
+            for number, (start, end, rate) in enumerate(LAYOUTS[setting.layout])
+        ]
+        self._directory.servers = self._servers
+        self._blocks = BlockSpan(0, max(end for _, end, _ in LAYOUTS[setting.layout]))
+        self._nemesis = Nemesis(self._net, CLIENT, self._servers, self._on_user)
+        self._access = SwarmConnection(self._config(), MODEL, self._blocks.end, self._client)
+        self._session = SessionRows(
+            self._access,
+            self._blocks,
+            max_length=MAX_LENGTH if setting.has_max_length else None,
+            num_rows=setting.num_rows,
+        )
+        self._rows: list[list[int]] = [[] for _ in range(setting.num_rows)]
+        self._num_tokens = 0
+        self._step: asyncio.Task[torch.Tensor] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._is_lost = False
+        """The client was allowed too little memory to feed the session again."""
+
+    async def run(self) -> None:
+        peers = [CLIENT, *(server.peer_id for server in self._servers)]
+        seeded_latencies(self._net, peers, self._setting.latencies)
+        for server in self._servers:
+            await server.start()
+        for event in self._schedule.events:
+            match event:
+                case Turn():
+                    await self._turn(event)
+                case Rest(seconds):
+                    self._note(f"rests for {seconds:g} s")
+                    await self._net.clock.sleep(seconds)
+                case Fault():
+                    self._nemesis.arm(event)
+            await self._check_servers()
+        await self._end()
+
+    # -- inside
+
+    def _server(self, number: int, options: SimServerOptions) -> SimServer:
+        peer = PeerId("ABCDEFGH"[number])
+        return SimServer(self._net, self._directory, peer, options, FAILOVER)
+
+    def _config(self) -> ClientConfig:
+        setting = self._setting
+        return ClientConfig(
+            initial_peers=(),
+            show_route=False,
+            use_server_to_server=setting.is_direct,
+            connect_timeout=2.0,
+            request_timeout=6.0,
+            alloc_timeout=2.0,
+            silence_timeout=1.0,
+            step_timeout=0.3,
+            repair_timeout=8.0,
+            max_kept_bytes=setting.kept_bytes or 1 << 30,
+            update_period=20.0,
+            max_retries=3,
+            min_backoff=0.2,
+            max_backoff=1.0,
+            ban_timeout=2.0,
+            ping_timeout=1.0,
+            prefill_chunk_tokens=setting.chunk_tokens,
+            failover=FAILOVER,
+        )
+
+    def _note(self, what: str) -> None:
+        self._story.note(self._net.now(), "user", what)
+
+    def _on_user(self, kind: FaultKind) -> None:
+        if kind is FaultKind.CANCEL and self._step is not None:
+            self._step.cancel()
+        elif kind is FaultKind.CLOSE and self._closing is None:
+            self._closing = asyncio.create_task(self._session.close())
+
+    async def _turn(self, turn: Turn) -> None:
+        """One step, whatever comes of it."""
+        order = None
+        if turn.order is not None:
+            order = tuple(row % len(self._rows) for row in turn.order)
+        rows = self._rows if order is None else [self._rows[row] for row in order]
+        starts, news = [], []
+        for number, row in enumerate(rows):
+            start = max(0, len(row) - turn.cuts[number % len(turn.cuts)])
+            count = turn.counts[number % len(turn.counts)]
+            starts.append(start if start + count <= MAX_LENGTH else 0)
+            news.append([self._new_token() for _ in range(count)])
+        after = [row[:start] + new for row, start, new in zip(rows, starts, news)]
+        self._note(f"step: starts {starts} counts {[len(new) for new in news]} order {order}")
+        if await self._run(starts, news, order, after):
+            self._rows = after
+
+    def _new_token(self) -> int:
+        self._num_tokens += 1
+        return self._num_tokens
+
+    async def _run(
+        self,
+        starts: Sequence[int],
+        news: Sequence[Sequence[int]],
+        order: Sequence[int] | None,
+        after: Sequence[Sequence[int]],
+    ) -> bool:
+        """Whether the step has come to its end; its outputs are right then."""
+        began, counts = self._net.now(), [len(new) for new in news]
+        hidden = token_states([token for new in news for token in new])
+        was_closed = self._closing is not None
+        work = self._session.step(hidden, starts, counts, order)
+        self._step = asyncio.create_task(work)
+        done, _ = await asyncio.wait({self._step}, timeout=STEP_BOUND_SECONDS)
+        seconds = self._net.now() - began
+        assert done, f"a step has not ended within {seconds:g} s"
+        self._outcome.num_steps += 1
+        self._outcome.longest_seconds = max(self._outcome.longest_seconds, seconds)
+        step, self._step = self._step, None
+        if step.cancelled():
+            self._note("has given the step up")
+            return False
+        error = step.exception()
+        if error is not None:
+            self._check_error(error)
+            return False
+        assert not was_closed, "a step of a closed session has outputs"
+        self._check_outputs(step.result(), starts, counts, after)
+        self._note(f"has outputs after {seconds:.3f} s")
+        return True
+
+    def _check_outputs(
+        self,
+        output: torch.Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        after: Sequence[Sequence[int]],
+    ) -> None:
+        assert len(output) == sum(counts)
+        for number, (row, start, part) in enumerate(zip(after, starts, output.split(list(counts)))):
+            expected = run_whole(token_states(row), self._blocks)[start:]
+            assert torch.equal(part, expected), f"row {number} has wrong outputs from {start} on"
+
+    def _check_error(self, error: BaseException) -> None:
+        self._note(f"gets {type(error).__name__}: {error}")
+        self._outcome.errors[type(error).__name__] += 1
+        if not isinstance(error, PetalsError):
+            raise error
+        if isinstance(error, SessionClosed) and not error.reported:
+            assert self._closing is not None, "the session says that it is closed"
+            return
+        if type(error) is RouteError and not error.reported:
+            assert self._setting.kept_bytes, "the inputs were not kept"
+            self._is_lost = True
+            return
+        assert self._nemesis.num_struck, "a step failed although nothing has happened"
+        assert error.reported or not isinstance(error, RequestError), "the user is blamed"
+
+    async def _check_servers(self) -> None:
+        for server in self._servers:
+            await server.check_integrity()
+
+    async def _end(self) -> None:
+        """Everything works again: the session does, too; then it leaves nothing behind."""
+        await self._nemesis.calm()
+        await self._net.clock.sleep(CALM_SECONDS)
+        struck = self._nemesis.num_struck
+        if self._closing is None and not self._is_lost:
+            self._nemesis.num_struck = Counter()
+            await self._turn(Turn((1,)))
+        self._outcome.faults = struck
+        self._outcome.num_repairs = len(self._session.trace.repairs)
+        await self._check_servers()
+        self._note("closes the session")
+        await self._session.close()
+        await self._access.close()
+        await self._net.clock.sleep(1.0)
+        if not set(struck) - set(KINDS_THAT_LOSE_NOTHING):
+            self._check_nothing_held()
+        await self._net.clock.sleep(2 * LEASE_SECONDS)
+        self._check_nothing_held()
+        await self._check_servers()
+        await self._client.background.close()
+        left = [channel for channel in self._net.channels if channel.outbound.source == CLIENT]
+        assert not left, f"{len(left)} streams of the client are open"
+        for server in self._servers:
+            server.kill()
+            await server.ended()
+        await self._net.clock.sleep(1.0)
+        assert not self._net.channels, "streams of servers are open"
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not others, f"tasks are left: {others}"
+        self._outcome.num_messages = self._net.num_sent
+        del others, left
+        gc.collect(0)
+
+    def _check_nothing_held(self) -> None:
+        for server in self._servers:
+            server.check_nothing_held()

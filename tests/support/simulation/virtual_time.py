@@ -1,0 +1,99 @@
+"""An event loop in virtual time: while no task can run, the clock jumps to the next timer.
+
+Nothing sleeps for real, so minutes of waiting take milliseconds, and equal runs take equal turns.
+Knows nothing of what runs in it.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from petals.clock import Timer
+
+T = TypeVar("T")
+
+_START_SECONDS = 1000.0
+"""Virtual time at which a loop begins; not 0, since some times are differences from 0."""
+
+_MAX_TURNS = 20_000
+"""Turns of the loop at one moment of virtual time before it counts as a busy loop."""
+
+_MIN_DELAY_SECONDS = 1e-6
+"""A shorter one would round to nothing, and a loop that waits for a deadline would never reach it.
+"""
+
+_WALL_CLOCK_OFFSET_SECONDS = 1.7e9
+
+
+class BusyLoop(AssertionError):
+    """Tasks run without end and without waiting for anything."""
+
+
+class VirtualTimeLoop(asyncio.BaseEventLoop):
+    """Run it with ``run_virtually``. It has no sockets, no threads and no signals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = _START_SECONDS
+        self._num_turns = 0
+        # The base class waits by asking a selector for events; here waiting moves the clock.
+        self._selector = self
+
+    def time(self) -> float:
+        return self._now
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """As everywhere, but however short the delay is, time passes."""
+        return super().call_later(max(delay, _MIN_DELAY_SECONDS), callback, *args, context=context)
+
+    def select(self, timeout: float | None) -> list[Any]:
+        """Wait for ``timeout`` seconds (None: for ever) of virtual time."""
+        if timeout is None:
+            raise AssertionError("every task waits for something that nothing will bring")
+        if timeout > 0:
+            self._now += timeout
+            self._num_turns = 0
+        else:
+            self._num_turns += 1
+            if self._num_turns > _MAX_TURNS:
+                raise BusyLoop(f"{_MAX_TURNS} turns at {self._now:.3f} s: {self._running()}")
+        return []
+
+    def _running(self) -> str:
+        """Where the tasks stand."""
+        stacks = [task.get_stack(limit=1) for task in asyncio.all_tasks(self)]
+        frames = [frame for stack in stacks for frame in stack]
+        return ", ".join(f"{frame.f_code.co_qualname}:{frame.f_lineno}" for frame in frames)
+
+    def _process_events(self, events: list[Any]) -> None:
+        """There are none."""
+
+    def _write_to_self(self) -> None:
+        """Nobody waits in another thread."""
+
+
+class VirtualClock:
+    """``petals.clock.Clock`` of a VirtualTimeLoop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def now(self) -> float:
+        return _WALL_CLOCK_OFFSET_SECONDS + self._loop.time()
+
+    def monotonic(self) -> float:
+        return self._loop.time()
+
+    def call_later(self, delay_seconds: float, callback: Callable[[], object]) -> Timer:
+        return self._loop.call_later(delay_seconds, callback)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def run_virtually(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run ``work`` in a loop of its own, to its end."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(work())
