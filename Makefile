@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test nemesis check docs format clean
+.PHONY: install demo test chaos bench check docs format clean
 
 install: $(STAMP)
 
@@ -19,7 +19,7 @@ demo: $(STAMP)          ## three servers on this machine answer a question
 IN_WORKERS := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 SITE := $(BIN)/sphinx-build --builder html --fresh-env --fail-on-warning --quiet docs build/docs
-PYTHON_CODE := src tests examples benchmarks docs/_ext docs/conf.py
+PYTHON_CODE := src tests tools examples benchmarks docs/_ext docs/conf.py
 
 test: $(STAMP)          ## every test, real processes and the site included; ARGS= chooses some
 ifeq ($(strip $(ARGS)),)
@@ -30,12 +30,18 @@ else
 	$(BIN)/python -m pytest -q $(ARGS)
 endif
 
+# The chaos tests and some benchmarks use each other's parts and the network laboratory.
+WITH_TOOLS := PYTHONPATH=tests:tools OMP_NUM_THREADS=1 $(BIN)/python
+
 SEED    ?= 1
 MINUTES ?= 5
-nemesis: $(STAMP)       ## faults by a seeded schedule; SEED=, MINUTES=, ONLY=, MODELS=, NETWORK=1
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m nemesis --seed $(SEED) --minutes $(MINUTES) \
+chaos: $(STAMP)         ## faults by a seeded schedule; SEED=, MINUTES=, ONLY=, MODELS=, NETWORK=1
+	$(WITH_TOOLS) -m chaos --seed $(SEED) --minutes $(MINUTES) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS)) \
 		$(if $(NETWORK),--network) $(if $(WRITE),--write benchmarks/results) $(ARGS)
+
+bench: $(STAMP)         ## one benchmark: RUN="ring.py --out FILE"
+	$(WITH_TOOLS) benchmarks/$(RUN)
 
 check: $(STAMP)         ## style, types, layers and the unit tests: under two minutes
 	$(BIN)/ruff check $(PYTHON_CODE)

@@ -1,11 +1,11 @@
 """What a sentence notices when relays end their circuits under it.
 
-    PYTHONPATH=tests python benchmarks/circuits.py --out benchmarks/results/circuits_<where>.md
+    make bench RUN="circuits.py --out benchmarks/results/circuits_<where>.md"
 
 Two servers and a client behind symmetric NATs, through which nothing is punched, and a single
 member that can be dialled. Nobody confirms that it can, so its daemon keeps to go-libp2p's own
 limits: 128 KiB and two minutes for a circuit, where others allow 4 GiB and 30 minutes. So circuits
-end all the time. The laboratory of the nemesis: root and /dev/net/tun.
+end all the time. It runs in a network laboratory: root and /dev/net/tun.
 """
 
 import argparse
@@ -18,13 +18,12 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from machine import describe_machine
-from nemesis.netlab import NetLab
+from netlab import Host, NetLab, Topology
 from petals import AutoDistributedModelForCausalLM
 from petals.testing.equality import assert_same_tokens
 from petals.testing.tiny_models import PUBLISHED, write_tiny_model
@@ -40,7 +39,7 @@ def main() -> None:
     """Parse, measure, print, write."""
     options = _options()
     if ENV_LAB not in os.environ:
-        with NetLab(topology=_topology()) as lab:
+        with NetLab(_topology()) as lab:
             words = [sys.executable, *sys.argv]
             lab.run(CLIENT, words, env={**os.environ, ENV_LAB: lab.name}, check=True)
         return
@@ -56,17 +55,10 @@ def main() -> None:
         options.out.write_text(text, encoding="utf-8")
 
 
-def _topology() -> dict[str, Any]:
-    hosts = [
-        {"name": name, "nat": nat, "up": "100mbit", "down": "100mbit"}
-        for name, nat in (
-            (BOOT, "none"),
-            (CLIENT, "symmetric"),
-            ("one", "symmetric"),
-            ("two", "symmetric"),
-        )
-    ]
-    return {"subnet": SUBNET, "hosts": hosts, "defaults": {"rtt_ms": RTT_MS}}
+def _topology() -> Topology:
+    nats = {BOOT: "none", CLIENT: "symmetric", "one": "symmetric", "two": "symmetric"}
+    hosts = [Host(name, up="100mbit", down="100mbit", nat=nat) for name, nat in nats.items()]
+    return Topology(tuple(hosts), rtt_ms=RTT_MS, subnet=SUBNET)
 
 
 class Tape(logging.Handler):

@@ -1,6 +1,6 @@
 """How long a sentence pauses when one of its servers dies, hangs or leaves.
 
-    PYTHONPATH=tests python benchmarks/failover.py --out benchmarks/results/failover_<where>.md
+    make bench RUN="failover.py --out benchmarks/results/failover_<where>.md"
 
 SmolLM2 in three spans with two one-thread servers each, so that a spare holds every span; with root
 and /dev/net/tun on hosts of a network laboratory with 5 ms between all (``--loopback``: without).
@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
+from chaos.client_run import ClientRun
+from chaos.cluster import CLIENT_HOST, Cluster, laboratory
+from chaos.report import percentile
+from chaos.runner import Runner
+from chaos.swarms import open_runner
+from chaos.workload import Generation, greedy
 from machine import describe_machine
-from nemesis.arena import Arena
-from nemesis.netlab import NetLab
-from nemesis.play import Director
-from nemesis.report import percentile
-from nemesis.stages import LAB_HOSTS, open_director
-from nemesis.workload import Call, Performance
+from netlab import NetLab
 from petals.testing.equality import assert_same_tokens
 
 RTT_MS = 5
@@ -64,14 +65,14 @@ class Run:
 def main() -> int:
     options = _options()
     if not options.loopback and ENV_LAB not in os.environ:
-        with NetLab(hosts=list(LAB_HOSTS), rtt_ms=RTT_MS, up="1gbit", down="1gbit") as lab:
-            words = [sys.executable, *sys.argv]
-            return int(lab.run("client", words, env={**os.environ, ENV_LAB: lab.name}).returncode)
+        with laboratory(RTT_MS) as lab:
+            words, variables = [sys.executable, *sys.argv], {**os.environ, ENV_LAB: lab.name}
+            return int(lab.run(CLIENT_HOST, words, env=variables).returncode)
     torch.set_num_threads(1)
     lab = None if options.loopback else NetLab.attach(os.environ[ENV_LAB])
     with tempfile.TemporaryDirectory(prefix="failover-") as folder, ExitStack() as stack:
-        director = open_director("smollm2", stack, folder=Path(folder), lab=lab)
-        runs = list(_all_runs(director, options))
+        runner = open_runner("smollm2", stack, folder=Path(folder), lab=lab)
+        runs = list(_all_runs(runner, options))
     text = report(runs, "loopback" if options.loopback else f"{RTT_MS} ms between all, 1 Gbit/s")
     print(text)
     if options.out:
@@ -79,15 +80,15 @@ def main() -> int:
     return 1 if any(run.problem for run in runs) else 0
 
 
-def _all_runs(director: Director, options: argparse.Namespace) -> Iterator[Run]:
+def _all_runs(runner: Runner, options: argparse.Namespace) -> Iterator[Run]:
     """``repeats`` runs of every case, the hops in turn, the moment within a step at random."""
     cases = [Case(fault, context) for fault in options.faults for context in options.contexts]
     generator = random.Random(options.seed)
     answers = {case.context: _call(case.context) for case in cases}
-    expected = {context: call.run(director.local) for context, call in answers.items()}
+    expected = {context: call.run(runner.local) for context, call in answers.items()}
     for repeat in range(options.repeats):
         for case in cases:
-            run = _run(director, case, repeat % 3, generator, (answers, expected))
+            run = _run(runner, case, repeat % 3, generator, (answers, expected))
             print(
                 f"{case.fault} at hop {run.hop}, context {case.context}: "
                 f"{run.gap_seconds:.2f} s (a step: {run.step_seconds:.3f} s, prefill of the span: "
@@ -97,84 +98,78 @@ def _all_runs(director: Director, options: argparse.Namespace) -> Iterator[Run]:
             yield run
 
 
-def _call(context: int) -> Call:
+def _call(context: int) -> Generation:
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(5, 20_000, (1, context - TOKENS_BEFORE), generator=generator)
-    options = {
-        "max_new_tokens": TOKENS_BEFORE + TOKENS_AFTER,
-        "do_sample": False,
-        "eos_token_id": 49_152,
-        "pad_token_id": 0,
-    }
-    return Call(ids, torch.ones_like(ids), options)
+    return greedy(ids, TOKENS_BEFORE + TOKENS_AFTER, vocab_size=49_152)
 
 
 def _run(
-    director: Director,
+    runner: Runner,
     case: Case,
     hop: int,
     generator: random.Random,
-    known: tuple[dict[int, Call], dict[int, torch.Tensor]],
+    known: tuple[dict[int, Generation], dict[int, torch.Tensor]],
 ) -> Run:
-    director.arena.restore()
-    performance = Performance(known[0][case.context])
-    struck = _Strike(director.arena, performance, case.fault, hop, generator.random())
-    with director.client() as model:
-        performance.start(model, struck.on_step)
-        ended = performance.join(time.monotonic() + 120)
-        struck.undo()
-        gaps, problem = performance.tape.gaps, ""
-        if not ended or performance.error is not None:
-            problem = repr(performance.error or "hangs")
+    runner.cluster.restore()
+    client_run = ClientRun(known[0][case.context])
+    fault = _Fault(runner.cluster, client_run, case.fault, hop, generator.random())
+    with runner.client() as model:
+        client_run.start(model, fault.on_step)
+        ended = client_run.join(time.monotonic() + 120)
+        fault.undo()
+        gaps, problem = client_run.timeline.gaps, ""
+        if not ended or client_run.error is not None:
+            problem = repr(client_run.error or "hangs")
         else:
-            problem = _difference(director, known[1][case.context], performance.output)
-        performance.session.close()
+            problem = _difference(runner, known[1][case.context], client_run.output)
+        client_run.session.close()
     return Run(
         case,
         hop,
         max(gaps[TOKENS_BEFORE:], default=float("nan")),
-        performance.tape.step_seconds,
-        struck.prefill_seconds,
+        client_run.timeline.step_seconds,
+        fault.prefill_seconds,
         problem,
     )
 
 
-class _Strike:
+class _Fault:
     """The fault, once, after TOKENS_BEFORE tokens and a share of a step."""
 
     def __init__(
-        self, arena: Arena, performance: Performance, fault: str, hop: int, delay: float
+        self, cluster: Cluster, run: ClientRun, fault: str, hop: int, delay: float
     ) -> None:
         self.prefill_seconds = 0.0
-        self._arena, self._performance = arena, performance
+        self._cluster, self._run = cluster, run
         self._fault, self._hop, self._delay = fault, hop, delay
         self._paused: Any = None
 
     def on_step(self, num_done: int) -> None:
         if num_done != TOKENS_BEFORE:
             return
-        hop = self._performance.session.trace.hops[self._hop]
-        victim = self._arena.of(hop.peer_id)
+        hop = self._run.session.trace.hops[self._hop]
+        victim = self._cluster.server(hop.peer_id)
         long = [step for step in hop.steps if step.num_tokens > 1]
         self.prefill_seconds = sum(step.compute_seconds for step in long)
         time.sleep(self._delay * 0.01)
         if self._fault == "kill":
-            self._arena.signal(victim, signal.SIGKILL)
+            self._cluster.kill(victim)
         elif self._fault == "pause":
-            self._arena.signal(victim, signal.SIGSTOP)
+            victim.process.signal(signal.SIGSTOP)
             self._paused = victim
         else:
-            self._arena.ask_to_leave(victim)
+            self._cluster.ask_to_leave(victim)
 
     def undo(self) -> None:
         if self._paused is not None:
-            self._arena.signal(self._paused, signal.SIGCONT)
+            self._paused.process.signal(signal.SIGCONT)
 
 
-def _difference(director: Director, expected: torch.Tensor, actual: torch.Tensor | None) -> str:
+def _difference(runner: Runner, expected: torch.Tensor, actual: torch.Tensor | None) -> str:
     assert actual is not None
     try:
-        assert_same_tokens(director.local, expected[0], actual[0])
+        assert_same_tokens(runner.local, expected[0], actual[0])
     except AssertionError as error:
         return f"tokens differ: {error}"
     return ""

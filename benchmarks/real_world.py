@@ -1,6 +1,6 @@
 """A swarm as people have it: servers in twelve cities, four of them and the client behind NATs.
 
-    PYTHONPATH=tests python benchmarks/real_world.py --out benchmarks/results/real_world_<where>.md
+    make bench RUN="real_world.py --out benchmarks/results/real_world_<where>.md"
 
 The ``real-world-14`` preset of the network laboratory (root and /dev/net/tun), the client behind a
 NAT of its own, addresses that look public. Blocks are dealt so that every route leads through the
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from machine import describe_machine
-from nemesis.netlab import NetLab, preset_topology
+from netlab import Host, NetLab, Topology, real_world
 from petals import AutoDistributedModelForCausalLM
 from petals.client.trace import SessionTrace, Way
 from petals.testing.equality import assert_same_tokens
@@ -136,24 +136,24 @@ class World:
 
     def nat(self, host: str) -> str:
         """ "none", or what keeps others from dialling this host."""
-        return str(self.lab.model.host(host, {})["nat"])
+        return self.lab.topology.host(host).nat
 
     def relays_of(self, host: str) -> tuple[str, ...]:
         """Whom a server is reached through, as it has said when it started."""
-        by_ip = {self.lab.ip(name): name for name in self.lab.model.hosts}
+        by_ip = {self.lab.ip(name): name for name in self.lab.hosts}
         log = (self.folder / f"{host}.log").read_text(encoding="utf-8")
         said = re.findall(r"to be reached through (.*)", log)
         return tuple(by_ip[ip] for ip in re.findall(r"/ip4/([\d.]+)/", said[-1])) if said else ()
 
     def rtt_ms(self, one: str, other: str) -> float:
         """What the laboratory is set to."""
-        return float(self.lab.link(one, other)["rtt_ms"])
+        return self.lab.link(one, other).rtt_ms
 
 
 def main() -> None:
     options = _options()
     if ENV_LAB not in os.environ:
-        with NetLab(topology=_topology()) as lab:
+        with NetLab(_topology()) as lab:
             words = [sys.executable, *sys.argv]
             lab.run(CLIENT, words, env={**os.environ, ENV_LAB: lab.name}, check=True)
         return
@@ -177,14 +177,12 @@ def main() -> None:
         options.out.write_text(text, encoding="utf-8")
 
 
-def _topology() -> dict[str, Any]:
-    """The preset; the client is at home, too, and somebody is there to be met first."""
-    topology = preset_topology("real-world-14")
-    for host in topology["hosts"]:
-        if host["name"] == CLIENT:
-            host["nat"] = "restricted"
-    boot = {"name": BOOT, "region": "fra", "up": "1gbit", "down": "1gbit", "access_ms": 0.3}
-    return {**topology, "subnet": SUBNET, "hosts": [*topology["hosts"], boot]}
+def _topology() -> Topology:
+    """The real world; the client is behind a NAT, too, and a bootstrap peer is not."""
+    world = real_world(subnet=SUBNET)
+    hosts = [replace(h, nat="restricted") if h.name == CLIENT else h for h in world.hosts]
+    boot = Host(BOOT, "fra", up="1gbit", down="1gbit", access_ms=0.3)
+    return replace(world, hosts=(*hosts, boot))
 
 
 def measure(world: World, path: Path, options: argparse.Namespace) -> str:
@@ -336,7 +334,7 @@ def _through(world: World, near: str, far: str) -> str:
 
 
 def _footer(world: World, options: argparse.Namespace, compute: float) -> list[str]:
-    stats = world.lab.stats()["forwarder"]
+    stats = world.lab.stats()
     return [
         "",
         "Direct, dialled back: the far end cannot be dialled, but has made the connection itself. "

@@ -1,6 +1,6 @@
 """What it saves that states travel from server to server, and that it costs nothing at home.
 
-    PYTHONPATH=tests python benchmarks/ring.py --out benchmarks/results/ring_<machine>_<date>.md
+    make bench RUN="ring.py --out benchmarks/results/ring_<machine>_<date>.md"
 
 The same three one-thread servers of SmolLM2 driven as a ring and as a star, round by round: first
 on loopback, then (root and /dev/net/tun) on hosts of a network laboratory with 100 ms between all.
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from chaos.cluster import CLIENT_HOST, Cluster, laboratory
 from machine import describe_machine
-from nemesis.arena import BOOTSTRAP_HOST, CLIENT_HOST, Arena
-from nemesis.netlab import NetLab
+from netlab import NetLab
 from petals import AutoDistributedModelForCausalLM
 from petals.demo.model import get_demo_model
 from petals.models.loading.cost import split_evenly
@@ -52,9 +52,14 @@ def main() -> None:
 def measure(options: argparse.Namespace, lab: NetLab | None) -> Samples:
     """Seconds of a token, by way: medians of rounds that take turns."""
     path = str(get_demo_model("smollm2"))
-    config = LocalSwarmConfig(model=path, dtype="float32", num_threads=1)
+    config = LocalSwarmConfig(
+        model=path, spans=split_evenly(30, NUM_HOPS), dtype="float32", num_threads=1
+    )
     samples: Samples = {way: [] for way in WAYS}
-    with Arena(config, split_evenly(30, NUM_HOPS), lab) as swarm:
+    with (
+        tempfile.TemporaryDirectory(prefix="ring-") as folder,
+        Cluster(config, Path(folder), lab) as swarm,
+    ):
         models = {
             way: AutoDistributedModelForCausalLM.from_pretrained(
                 path,
@@ -96,10 +101,9 @@ def _seconds_per_token(model: Any, options: argparse.Namespace) -> float:
 
 
 def _in_a_laboratory(options: argparse.Namespace) -> Samples:
-    hosts = [CLIENT_HOST, BOOTSTRAP_HOST, *(f"s{number}" for number in range(1, NUM_HOPS + 1))]
     with (
         tempfile.TemporaryDirectory(prefix="ring-") as folder,
-        NetLab(hosts=hosts, rtt_ms=options.rtt_ms, up="100mbit", down="100mbit") as lab,
+        laboratory(options.rtt_ms, "100mbit") as lab,
     ):
         file = Path(folder) / "samples.json"
         environment = {**os.environ, ENV_LAB: lab.name, ENV_FILE: str(file)}

@@ -44,20 +44,19 @@ def test_users_do_not_notice_each_other(tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         return peft.PeftModel.from_pretrained(model, str(adapter), **options).eval()
 
-    with LocalSwarm(config) as swarm:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn) as users, LocalSwarm(config) as swarm:
         peers = list(swarm.initial_peers)
         chatter = AutoDistributedModelForCausalLM.from_pretrained(
             str(source), initial_peers=peers, dtype=torch.float32, active_adapter="poems"
         )
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, mp_context=spawn) as users:
-            courses = [
-                users.submit(learn, source, peers, adapter, ids, NUM_STEPS)
-                for adapter, ids in zip(mine, texts)
-            ]
-            options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": -1}
-            answers = [chatter.generate(PROMPT, **options) for _ in range(4)]
-            found = [course.result() for course in courses]
+        courses = [
+            users.submit(learn, source, peers, adapter, ids, NUM_STEPS)
+            for adapter, ids in zip(mine, texts)
+        ]
+        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": -1}
+        answers = [chatter.generate(PROMPT, **options) for _ in range(4)]
+        found = [course.result() for course in courses]
     expected = local(poems).generate(input_ids=PROMPT, **options)
     for answer in answers:
         assert_same_tokens(local(poems), expected[0], answer[0])

@@ -13,6 +13,9 @@ import psutil
 import pytest
 import torch
 
+from petals.testing.tiny_models import write_tiny_model
+from support.tiny_tokenizer import write_tokenizer
+
 UNREACHABLE = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHCFSQDHRotPdtmYRoyA1zHivs92tCoRFk9Z7bHe7DRNj"
 PROMPT = "Name a colour of the sky."
 TOKEN_VARIABLE = "PETALS_TEST_TOKEN"
@@ -25,9 +28,11 @@ class Terminal:
         self.token = uuid.uuid4().hex
         self.environment = {**os.environ, TOKEN_VARIABLE: self.token}
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str, in_background: bool = False) -> "subprocess.Popen[str]":
+        """``in_background``: as a shell starts a job that is followed by &, with SIGINT ignored."""
+        shell = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh") if in_background else ()
         return subprocess.Popen(
-            [sys.executable, "-m", "petals.cli", *arguments],
+            [*shell, sys.executable, "-m", "petals.cli", *arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -36,9 +41,11 @@ class Terminal:
         )
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        process = self.start(*arguments)
+        return self.result(self.start(*arguments))
+
+    def result(self, process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
         out, err = process.communicate(timeout=240)
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def family(self) -> list[psutil.Process]:
         found = []
@@ -75,7 +82,7 @@ def test_demo_answers_like_the_local_model_and_stops(
     terminal: Terminal, smollm2_path, smollm2_local, tokenizer
 ) -> None:
     arguments = ("--prompt", PROMPT, "--max-new-tokens", "12", "--dtype", "float32", "--keep")
-    process = terminal.start("demo", *arguments)
+    process = terminal.start("demo", *arguments, in_background=True)
     told = read_until(process, "Ctrl-C stops everything")
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
@@ -97,34 +104,35 @@ def test_demo_answers_like_the_local_model_and_stops(
 
 
 @pytest.mark.slow
-def test_a_closed_swarm_serves_members_only(
-    terminal: Terminal, smollm2_path: Path, tmp_path: Path
-) -> None:
+def test_a_closed_swarm_serves_members_only(terminal: Terminal, tmp_path: Path) -> None:
     key, state_file = str(tmp_path / "lab.key"), tmp_path / "state.json"
+    model = write_tiny_model(tmp_path / "tiny", "llama", num_hidden_layers=4)
+    write_tokenizer(model)
     assert terminal.run("swarm", "new-key", key).returncode == 0
-    model = str(smollm2_path)
     swarm = terminal.start(
-        *("swarm", "up", model, "--servers", "2", "--dtype", "float32"),
+        *("swarm", "up", str(model), "--servers", "2", "--dtype", "float32"),
         *("--swarm-key", key, "--state-file", str(state_file)),
     )
     read_until(swarm, "Ctrl-C stops everything")
     state = json.loads(state_file.read_text())
-    address = state["initial_peers"][0]
-    assert [server["blocks"] for server in state["servers"]] == [[0, 15], [15, 30]]
+    join = ("--join", state["initial_peers"][0])
+    assert [server["blocks"] for server in state["servers"]] == [[0, 2], [2, 4]]
     assert all(psutil.pid_exists(server["pid"]) for server in state["servers"])
 
-    status = terminal.run("status", "--join", address, "--swarm-key", key, "--json")
+    ask = ("generate", str(model), *join, "--prompt", "one two", "--max-new-tokens", "3", "--json")
+    started = [
+        terminal.start("status", *join, "--swarm-key", key, "--json"),
+        terminal.start(*ask, "--swarm-key", key),
+        terminal.start(*ask),
+    ]
+    status, answer, refused = (terminal.result(process) for process in started)
     (model_map,) = json.loads(status.stdout)["models"]
     assert model_map["complete"]
     assert model_map["thinnest"]["num_servers"] == 1
     assert {s["peer_id"] for s in model_map["servers"]} == {s["peer_id"] for s in state["servers"]}
-
-    ask = ("generate", model, "--join", address, "--prompt", "One, two,", "--max-new-tokens", "3")
-    answer = json.loads(terminal.run(*ask, "--swarm-key", key, "--json").stdout)
-    assert answer["num_new_tokens"] == 3
-    assert [hop["blocks"] for hop in answer["route"]] == [[0, 15], [15, 30]]
-
-    refused = terminal.run(*ask, "--json")
+    told = json.loads(answer.stdout)
+    assert told["num_new_tokens"] == 3
+    assert [hop["blocks"] for hop in told["route"]] == [[0, 2], [2, 4]]
     assert refused.returncode == 1
     assert refused.stdout == ""
     assert "--swarm-key" in refused.stderr
@@ -133,7 +141,7 @@ def test_a_closed_swarm_serves_members_only(
     family = terminal.family()
     swarm.kill()
     _, alive = psutil.wait_procs(family, timeout=30)
-    assert alive == [], "servers must not outlive whoever started them"
+    assert alive == [], "servers must not outlive the process that started them"
 
 
 def test_a_bootstrap_that_does_not_answer(terminal: Terminal) -> None:

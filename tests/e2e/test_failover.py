@@ -1,29 +1,11 @@
-"""A sentence outlives its servers: one is killed in the middle, the words stay the same."""
+"""A generation outlives its servers: one is killed in the middle, the tokens stay the same."""
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petals.testing.equality import assert_same_tokens
-from petals.testing.local_swarm import LocalServer, LocalSwarm
+from petals.testing.local_swarm import LocalSwarm
 from petals.types import BlockSpan
-
-
-class KillAfter:
-    """A streamer that kills the server of the session's second hop at its ``count``-th call."""
-
-    def __init__(self, swarm: LocalSwarm, session: object, count: int) -> None:
-        self._swarm, self._session, self._left = swarm, session, count
-        self.victim: LocalServer | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        self._left -= 1
-        if self._left == 0:
-            peer_id = self._session.trace.hops[1].peer_id
-            self.victim = next(s for s in self._swarm.servers if s.peer_id == peer_id)
-            self._swarm.kill(self.victim)
-
-    def end(self) -> None:
-        assert self.victim is not None
+from support.streamers import AtToken
 
 
 def test_kill_in_mid_sentence(
@@ -35,13 +17,16 @@ def test_kill_in_mid_sentence(
     prompt = tokenizer("The old lighthouse keeper looked at the sea and", return_tensors="pt")
     ids = prompt["input_ids"]
     expected = smollm2_local.generate(ids, max_new_tokens=24, do_sample=False)
-    smollm2_swarm.add_server(BlockSpan(10, 20))
+    smollm2_swarm.add_servers(BlockSpan(10, 20))
     with smollm2.inference_session(max_length=ids.shape[1] + 24) as session:
-        killer = KillAfter(smollm2_swarm, session, count=9)
+        killed = []
+
+        def kill() -> None:
+            killed.append(session.trace.hops[1].peer_id)
+            smollm2_swarm.kill(smollm2_swarm.server(killed[0]))
+
         actual = smollm2.generate(
-            ids, session=session, max_new_tokens=24, do_sample=False, streamer=killer
+            ids, session=session, max_new_tokens=24, do_sample=False, streamer=AtToken(9, kill)
         )
         assert_same_tokens(smollm2_local, expected[0], actual[0])
-        (repair,) = session.trace.repairs
-        assert killer.victim is not None and repair.peer_id == killer.victim.peer_id
-    smollm2_swarm.servers.remove(killer.victim)
+        assert [repair.peer_id for repair in session.trace.repairs] == killed

@@ -1,4 +1,4 @@
-"""Fifty steps of training a real model through real processes, two of which are killed."""
+"""A real model is trained through real processes, two of which are killed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,8 @@ from petals.testing.local_swarm import LocalSwarm
 from petals.types import BlockSpan
 from support.tuned_reference import TunedReference
 
-NUM_STEPS = 50
+NUM_STEPS = 24
+KILLS = (("backward", 8), ("forward", 16))
 NUM_TOKENS = 12
 MIDDLE = BlockSpan(10, 20)
 TEXTS = (
@@ -63,11 +64,10 @@ def test_a_loss_curve_outlives_servers(
     swarm, kills = smollm2_swarm, []
 
     def happens(when: str, step: int) -> None:
-        if (when, step) in (("backward", 15), ("forward", 35)):
+        if (when, step) in KILLS:
             (victim,) = (server for server in swarm.servers if server.blocks == MIDDLE)
-            swarm.add_server(MIDDLE)
+            swarm.add_servers(MIDDLE)
             swarm.kill(victim)
-            swarm.servers.remove(victim)
             kills.append(victim)
 
     def local_loss(batch: Tensor) -> Tensor:
@@ -80,4 +80,4 @@ def test_a_loss_curve_outlives_servers(
     assert len(kills) == 2
     worst = max(abs(one - other) for one, other in zip(actual, expected, strict=True))
     assert worst < 1e-4, f"{worst:.1e}"
-    assert expected[-1] < expected[0] - 0.05
+    assert expected[-1] < expected[0] - 0.02

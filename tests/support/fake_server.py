@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
@@ -18,7 +18,6 @@ import torch.distributed.tensor  # noqa: F401  assert_close imports it late and 
 from torch import Tensor
 
 from petals.client.block_runner import PassCall
-from petals.client.config import ClientConfig
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.errors import (
@@ -32,7 +31,6 @@ from petals.errors import (
 )
 from petals.swarm.config import NodeConfig
 from petals.swarm.directory.records import ServerRecord
-from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.testing.memory_net import MemoryNet
@@ -47,6 +45,7 @@ from petals.wire.passes import (
     ForwardResult,
     PutAdapter,
 )
+from support.clients import config
 
 HIDDEN = 6
 MODEL = "toy"
@@ -490,15 +489,6 @@ class ToySwarm:
         """True once no server holds a session."""
         await asyncio.sleep(0)
         return not any(server.sessions for server in self.servers)
-
-
-def config(**options: object) -> ClientConfig:
-    """A client's settings for tests; options of FailoverConfig are taken as well."""
-    names = {field.name for field in fields(FailoverConfig)} & options.keys()
-    chosen = {"check_integrity": True} | {name: options.pop(name) for name in names}
-    values = {"initial_peers": (), "min_backoff": 0.0, "request_timeout": 10.0}
-    values |= {"repair_timeout": 0.1, "failover": FailoverConfig(**chosen)}
-    return ClientConfig(**(values | options))
 
 
 @asynccontextmanager

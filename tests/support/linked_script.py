@@ -15,14 +15,8 @@ from petals.types import BlockSpan
 from petals.wire.header import NextHop
 from petals.wire.replies import ReplayDone, StepResult
 from petals.wire.requests import BeginEpoch, ReplayRequest, Step
-from support.service import (
-    Served,
-    Talk,
-    Worker,
-    assert_close,
-    served,
-    states,
-)
+from support.reference import assert_close, states
+from support.service import Served, Talk, Worker, served
 
 Blocks = tuple[int, int]
 PARTS = ((10, 11), (11, 13), (13, 14))

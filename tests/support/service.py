@@ -266,17 +266,6 @@ class Talk:
         await self.channel.close()
 
 
-def states(num_tokens: int, seed: int = 0) -> torch.Tensor:
-    """Random hidden states [num_tokens, WIDTH]."""
-    return torch.randn(num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal within 1e-5 of the largest value."""
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 def hold_compute(swarm: Served) -> Callable[[], None]:
     """Keep the first server's compute thread busy until the returned function is called."""
     free = threading.Event()

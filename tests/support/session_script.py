@@ -13,8 +13,8 @@ from torch import Tensor
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.types import BlockSpan, PeerId
-from support.service import assert_close
-from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm, states
+from support.reference import assert_close, states
+from support.swarm import ALL, HIDDEN, RealSwarm, real_swarm
 
 SPANS = (BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(4, 5))
 STATE_BYTES = HIDDEN * 4
@@ -52,17 +52,15 @@ class Fault:
 def strike(swarm: RealSwarm, victim: PeerId, kind: str) -> None:
     match kind:
         case "kill":
-            swarm.net.kill(victim)
+            swarm.kill(victim)
         case "drain":
             swarm.stop(victim)
         case "pause":
-            swarm.net.pause(victim)
+            swarm.pause(victim)
         case "cut":
-            for other in list(swarm.net.transports):
-                swarm.net.cut(victim, other)
+            swarm.partition(victim)
         case "mute":
-            for other in list(swarm.net.transports):
-                swarm.net.cut(victim, other, one_way=True)
+            swarm.partition(victim, one_way=True)
 
 
 def is_rebuilt(session: SessionRows) -> bool:
@@ -167,7 +165,7 @@ async def story_in(
 ) -> AsyncIterator[Story]:
     """A story that has not begun, in a swarm of ``spans``. servers: options of ``real_swarm``."""
     async with real_swarm(folder, *spans, **(servers or {})) as swarm:
-        access = swarm.access(**(IMPATIENT | {"repair_timeout": 20.0} | options))
+        access = swarm.connection(**(IMPATIENT | {"repair_timeout": 20.0} | options))
         story = Story.begin(swarm, access)
         yield story
         await story.session.close()

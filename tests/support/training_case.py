@@ -1,4 +1,4 @@
-"""Passes of a tiny model as a trainer makes them, and what local blocks make of the same."""
+"""Forward and backward passes as a trainer asks for them, and what the local model gives."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ import torch
 from petals.models.runtime.span import Span
 from petals.types import BlockSpan
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
-from support.service import Served, Talk, states
+from support.reference import assert_close, states
+from support.service import Served, Talk
 
 COUNTS = (9, 4, 13)
 PASS_ID = b"p" * 16
 
 
 @dataclass
-class Lesson:
-    """A pass, the gradients that its user has for its outputs, and what comes of it."""
+class TrainingCase:
+    """A pass, the gradients of its outputs, and what a server and the local model make of them."""
 
     request: Forward
     inputs: list[torch.Tensor]
@@ -36,7 +37,7 @@ class Lesson:
         return answer, found
 
     def expected(self, span: Span) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Outputs and gradients by each row's own way through the model, block after block."""
+        """Outputs and gradients, each row for itself and block after block."""
         leaves = [tensor.float().requires_grad_() for tensor in self.inputs]
         hidden, prompts = (*leaves, None)[:2]
         outputs: list[list[torch.Tensor]] = []
@@ -44,7 +45,7 @@ class Lesson:
             if not len(state):
                 continue
             mine = None if prompts is None else prompts[:, row if prompts.shape[1] > 1 else 0]
-            passed = list(way(span, state, mine, self.request.blocks))
+            passed = list(block_outputs(span, state, mine, self.request.blocks))
             first = self.request.blocks[0]
             outputs.append([passed[-1], *(passed[tap - first] for tap in self.request.taps)])
         packed = [torch.cat(parts) for parts in zip(*outputs)]
@@ -52,15 +53,15 @@ class Lesson:
         return [output.detach() for output in packed], list(found)
 
 
-def way(
+def block_outputs(
     span: Span, state: torch.Tensor, prompts: torch.Tensor | None, blocks: tuple[int, int]
 ) -> Iterator[torch.Tensor]:
-    """What one row [n, H] is after each block; prompts: [len(blocks), P, H]."""
+    """One row [n, H] after each of the blocks; deep prompts: [len(blocks), P, H]."""
     for block in range(*blocks):
         if prompts is not None:
             prompt = prompts[block - blocks[0]][: len(state)]
             state = torch.cat([state[: len(prompt)] + prompt, state[len(prompt) :]])
-        state = through_one(span, block, state)
+        state = span.reference(state, BlockSpan(block, block + 1))
         yield state
 
 
@@ -71,16 +72,11 @@ def prompted(
     prompts: torch.Tensor | None,
     blocks: tuple[int, int] = (10, 14),
 ) -> torch.Tensor:
-    """What the blocks make of one row [n, H] with deep prompts [len(blocks), P, H]."""
-    return list(way(span, text, prompts, blocks))[-1]
+    """One row [n, H] after all of the blocks, with deep prompts [len(blocks), P, H]."""
+    return list(block_outputs(span, text, prompts, blocks))[-1]
 
 
-def through_one(span: Span, block: int, hidden: torch.Tensor) -> torch.Tensor:
-    """One block, by the model's own attention and without a cache."""
-    return span.reference(hidden, BlockSpan(block, block + 1))
-
-
-def lesson(
+def training_case(
     *,
     counts: tuple[int, ...] = COUNTS,
     blocks: tuple[int, int] = (10, 14),
@@ -88,7 +84,7 @@ def lesson(
     taps: tuple[int, ...] = (),
     pass_id: bytes | None = PASS_ID,
     seed: int = 0,
-) -> Lesson:
+) -> TrainingCase:
     """``prompts``: (rows or 1, tokens)."""
     random = torch.Generator().manual_seed(seed)
     total = sum(counts)
@@ -105,23 +101,16 @@ def lesson(
         pass_id=pass_id,
     )
     gradients = [states(total, seed=seed + 50 + index) for index in range(1 + len(taps))]
-    return Lesson(request, inputs, gradients)
+    return TrainingCase(request, inputs, gradients)
 
 
-def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor], error: float) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected):
-        assert one.shape == other.shape
-        assert (one.float() - other).norm() <= error * other.norm()
-
-
-async def assert_right(swarm: Served, task: Lesson, kept: bool, error: float = 1e-5) -> None:
+async def assert_right(swarm: Served, task: TrainingCase, kept: bool, error: float = 1e-5) -> None:
     talk = await swarm.talk()
     outputs, gradients = task.expected(swarm.reference)
     answer, found = await task.forward(talk)
     assert answer.kept == kept
-    assert_equal(found, outputs, error)
+    assert_close(found, outputs, error)
     result, back = await task.backward(talk, kept=kept)
     assert result.recomputed != kept
-    assert_equal(back, gradients, error)
+    assert_close(back, gradients, error)
     await swarm.at_rest()

@@ -47,12 +47,13 @@ async def info(asker: SwarmNode, swarm: RealSwarm) -> list[Info]:
 async def test_a_client_that_is_away_keeps_its_sessions_for_the_lease(folder: Path) -> None:
     async with story_in(folder, *SPANS, servers={"lease_seconds": 2.0}) as story:
         swarm = story.swarm
-        initial = NodeConfig(initial_peers=swarm.base.network.initial_peers, client_mode=True)
+        peers = swarm.server_config.network.initial_peers
+        initial = NodeConfig(initial_peers=peers, client_mode=True)
         async with SwarmNode(initial, engine=swarm.net.engine) as other:
             free = [each.tokens_free for each in await info(other, swarm)]
             await story.prefill()
             for peer in swarm.peers:
-                swarm.net.cut(swarm.client.peer_id, peer)
+                swarm.net.cut(swarm.node.peer_id, peer)
             held = await info(other, swarm)
             assert [each.num_sessions for each in held] == [1, 1, 1]
             async with asyncio.timeout(30):
@@ -61,7 +62,7 @@ async def test_a_client_that_is_away_keeps_its_sessions_for_the_lease(folder: Pa
                     held = await info(other, swarm)
             assert [each.tokens_free for each in held] == free
             for peer in swarm.peers:
-                swarm.net.heal(swarm.client.peer_id, peer)
+                swarm.net.heal(swarm.node.peer_id, peer)
             await story.reorder()
             await story.decode()
 
@@ -87,7 +88,7 @@ async def test_the_oldest_session_is_kept_no_more_and_again_once_it_begins_anew(
     folder: Path,
 ) -> None:
     async with real_swarm(folder, *SPANS, *SPANS) as swarm:
-        access = swarm.access(**IMPATIENT, max_kept_bytes=40 * TOKEN_BYTES)
+        access = swarm.connection(**IMPATIENT, max_kept_bytes=40 * TOKEN_BYTES)
         old, young = (Story.begin(swarm, access) for _ in range(2))
         await old.prefill()
         await young.prefill()  # does not fit beside the other

@@ -17,9 +17,9 @@ from petals.types import PeerId
 from petals.wire.fields import Message
 from petals.wire.replies import StepResult
 from petals.wire.requests import Forwarded, Step
-from support.service import assert_close
+from support.reference import assert_close, states
 from support.session_script import IMPATIENT, SPANS, Fault, Story, logged, story_in, strike
-from support.swarm import ALL, RealSwarm, real_swarm, states
+from support.swarm import ALL, RealSwarm, real_swarm
 
 LARGE = 1024
 """Bytes of a write that only states can fill: eight tokens."""
@@ -67,7 +67,7 @@ async def test_no_state_in_between_crosses_the_client(folder: Path) -> None:
     async with story_in(folder, *SPANS) as story:
         traffic = Traffic(story.swarm)
         await long_steps(story)
-        assert traffic.edges == ring_of(story.session, story.swarm.client.peer_id)
+        assert traffic.edges == ring_of(story.session, story.swarm.node.peer_id)
         trace = story.session.trace
         assert {edge.way for edge in trace.edges} == {Way.DIRECT}
         assert all(len(hop.steps) == 4 for hop in trace.hops)
@@ -117,7 +117,7 @@ async def prompt_through_the_client(story: Story) -> None:
 async def test_pieces_that_came_tell_how_long_the_others_may_take(folder: Path) -> None:
     async with story_in(folder, *SPANS, step_timeout=0.2, unmeasured_factor=NEVER) as story:
         await story.open()
-        net, client = story.swarm.net, story.swarm.client.peer_id
+        net, client = story.swarm.net, story.swarm.node.peer_id
         _, two, three = story.peers
 
         def cut(source: PeerId, target: PeerId, num_bytes: int) -> None:
@@ -133,7 +133,7 @@ async def test_a_first_prompt_does_not_wait_for_a_pace_that_nobody_has_measured(
 ) -> None:
     servers = {"silence_seconds": 0.5}
     async with story_in(folder, *SPANS, servers=servers, unmeasured_factor=NEVER) as story:
-        net, client = story.swarm.net, story.swarm.client.peer_id
+        net, client = story.swarm.net, story.swarm.node.peer_id
 
         def cut(source: PeerId, target: PeerId, num_bytes: int) -> None:
             if num_bytes > LARGE and source != client:
@@ -168,7 +168,7 @@ async def test_states_that_the_next_hop_refuses_are_looked_at_by_the_client(
         monkeypatch.setattr(Channel, "send", spoil)
         await story.decode()
         swarm = await story.access.view()
-        banned = swarm.bans.at(story.swarm.client.clock.monotonic())
+        banned = swarm.bans.at(story.swarm.node.clock.monotonic())
         if is_liar:
             assert story.repaired == [first] and banned == {first}
         else:
@@ -215,7 +215,7 @@ async def test_rows_pass_through_the_client_where_servers_cannot_reach_each_othe
         (spare,) = set(swarm.peers) - {first, victim, last}
         swarm.net.cut(first, spare, one_way=kind == "mute")
         swarm.net.kill(victim)
-        traffic, client = Traffic(swarm), swarm.client.peer_id
+        traffic, client = Traffic(swarm), swarm.node.peer_id
         await story.decode()
         assert story.peers == [first, spare, last]
         assert traffic.edges - {(first, spare)} == {(first, client), (client, spare)}
@@ -276,7 +276,7 @@ async def test_who_should_refill_a_spare_and_is_silent_is_replaced_too(folder: P
 
 async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
     async with real_swarm(folder, *SPANS, *SPANS, cache_tokens=2048) as swarm:
-        access = swarm.access(**IMPATIENT, repair_timeout=20.0)
+        access = swarm.connection(**IMPATIENT, repair_timeout=20.0)
         stories = [Story.begin(swarm, access, 40) for _ in range(4)]
         await asyncio.gather(*(story.prefill() for story in stories))
         victim = stories[0].peers[1]
@@ -292,7 +292,7 @@ async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
 async def test_the_clients_own_network_was_away(folder: Path) -> None:
     async with story_in(folder, *SPANS, SPANS[0]) as story:
         await story.prefill()
-        before, net, client = story.peers, story.swarm.net, story.swarm.client.peer_id
+        before, net, client = story.peers, story.swarm.net, story.swarm.node.peer_id
         for peer in story.swarm.peers:
             net.cut(client, peer)
         async with logged("waiting up to", "petals.client.session.supervisor"):

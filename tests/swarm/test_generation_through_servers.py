@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from petals.errors import LengthExceeded, MissingBlocksError
-from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
-from support.model_swarm import ModelSwarm, model_swarm
+from support.models import WriteModel
+from support.reference import assert_close
+from support.swarm import RealSwarm, real_swarm
 
 PROMPT = torch.tensor([[11, 54, 7, 11, 54, 23, 90]])
 FAMILIES = ("llama", "bloom", "mixtral", "gemma3_text")
@@ -20,7 +21,7 @@ FAMILIES = ("llama", "bloom", "mixtral", "gemma3_text")
 
 @dataclass
 class Pair:
-    swarm: ModelSwarm
+    swarm: RealSwarm
     remote: PreTrainedModel
 
     @property
@@ -29,12 +30,10 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / request.param, request.param)
-    with model_swarm(folder, BlockSpan(0, 2), BlockSpan(2, 5)) as swarm:
-        yield Pair(swarm, swarm.client())
+def pair(request: pytest.FixtureRequest, tiny_folder: WriteModel) -> Iterator[Pair]:
+    folder = tiny_folder(request.param)
+    with real_swarm(folder, BlockSpan(0, 2), BlockSpan(2, 5), cache_tokens=1024) as swarm:
+        yield Pair(swarm, swarm.model())
 
 
 def test_every_mode_gives_the_local_tokens(pair: Pair) -> None:
@@ -62,10 +61,7 @@ def test_padded_batches(pair: Pair) -> None:
         assert torch.equal(pair.remote.generate(ids, **options, **more), expected)
     expected = pair.local(ids, attention_mask=mask).logits
     actual = pair.remote(ids, attention_mask=mask).logits
-    scale = expected.abs().max()
-    torch.testing.assert_close(
-        actual[mask.bool()] / scale, expected[mask.bool()] / scale, rtol=0, atol=1e-5
-    )
+    assert_close(actual[mask.bool()], expected[mask.bool()])
 
 
 def test_a_conversation(pair: Pair) -> None:
@@ -87,9 +83,7 @@ def test_a_cache_that_grows(pair: Pair) -> None:
         first = pair.remote(PROMPT[:, :4], use_cache=True)
         with first.past_key_values as cache:
             rest = pair.remote(PROMPT[:, 4:], past_key_values=cache)
-    actual = torch.cat([first.logits, rest.logits], dim=1)
-    scale = expected.abs().max()
-    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+    assert_close(torch.cat([first.logits, rest.logits], dim=1), expected)
 
 
 def test_a_path_of_ones_own(pair: Pair) -> None:
@@ -103,8 +97,7 @@ def test_a_path_of_ones_own(pair: Pair) -> None:
             steps = [part(blocks[:1](hidden)[:, :3]), part(blocks[:1](hidden)[:, 3:])]
             assert session.position == 4
         stepped = blocks[4:](torch.cat(steps, dim=1))
-    for other in (parts, stepped):
-        torch.testing.assert_close(other, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+    assert_close([parts, stepped], [whole, whole])
 
 
 def test_threads_do_not_meet(pair: Pair) -> None:
@@ -121,6 +114,6 @@ def test_too_long_for_the_servers(pair: Pair) -> None:
 
 
 def test_a_model_nobody_serves_says_so(pair: Pair) -> None:
-    remote = pair.swarm.client(dht_prefix="nobody-serves-this")
+    remote = pair.swarm.model(dht_prefix="nobody-serves-this")
     with pytest.raises(MissingBlocksError, match="0:5"):
         remote.generate(PROMPT, max_new_tokens=4)

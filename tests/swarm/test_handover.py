@@ -17,8 +17,9 @@ from petals.types import BlockSpan, PeerId
 from petals.wire.fields import Message
 from petals.wire.requests import ReplayRequest
 from support import session_script
+from support.reference import states
 from support.session_script import IMPATIENT, SPANS, STATE_BYTES, Fault, Story, logged
-from support.swarm import RealSwarm, real_swarm, states
+from support.swarm import RealSwarm, real_swarm
 
 LEAVES = "The server leaves."
 PATIENT = {"silence_timeout": 10.0, "repair_timeout": 20.0}
@@ -66,7 +67,7 @@ async def test_a_server_that_leaves_is_not_missed(folder: Path, phase: str, inde
         event = Fault(story.swarm, victim, "drain", "asked")
         await story.tell(phase, event.arm)
         assert event.happened.is_set()
-        await decode_until(story, [story.swarm.stopped(victim)])
+        await decode_until(story, [story.swarm.life(victim)])
         assert victim not in story.peers
         assert reasons(story) == [LEAVES]
         await story.reorder()
@@ -332,7 +333,7 @@ async def test_closing_the_connection_ends_the_migration(folder: Path) -> None:
 
 async def test_many_sessions_leave_the_same_server(folder: Path) -> None:
     async with real_swarm(folder, *SPANS, *SPANS, cache_tokens=2048) as swarm:
-        access = swarm.access(**(IMPATIENT | PATIENT))
+        access = swarm.connection(**(IMPATIENT | PATIENT))
         stories = [Story.begin(swarm, access) for _ in range(4)]
         await asyncio.gather(*(story.prefill() for story in stories))
         victim = stories[0].peers[1]

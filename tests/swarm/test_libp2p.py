@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import subprocess
 import sys
 import textwrap
@@ -24,8 +25,10 @@ from petals.swarm.directory import records
 from petals.swarm.directory.records import ServerRecord
 from petals.swarm.identity import Identity
 from petals.swarm.libp2p.daemon import Daemon
+from petals.swarm.libp2p.engine import Libp2pTransport
 from petals.swarm.membership import SwarmKey
 from petals.swarm.node import SwarmNode
+from petals.swarm.reachability import NODE_SERVICE
 from petals.swarm.rpc.dispatcher import answering
 from petals.swarm.rpc.receive_buffer import WINDOW_BYTES
 from petals.types import BlockSpan, ServerState
@@ -345,12 +348,20 @@ async def test_a_reader_that_stops_holds_its_sender_and_nobody_else(quic):
 
 
 async def test_more_streams_than_the_process_has_sockets_for():
-    async with SwarmNode(config()) as one:
+    """A node takes half as many inbound streams as its process may open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+    try:
+        one = SwarmNode(config(), engine=Libp2pTransport)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    async with one:
         async with SwarmNode(config(initial_peers=await one.addresses())) as other:
-            allowed, one.transport._daemon._max_inbound = one.transport._daemon._max_inbound, 0
-            with pytest.raises(PeerUnreachable):
-                await other.ping(one.peer_id)
-            one.transport._daemon._max_inbound = allowed
+            async with contextlib.AsyncExitStack() as channels:
+                with pytest.raises(PeerUnreachable):
+                    for _ in range(21):
+                        channel = await other.open_channel(one.peer_id, NODE_SERVICE)
+                        await channels.enter_async_context(channel)
             assert await other.ping(one.peer_id) > 0
 
 

@@ -1,16 +1,15 @@
 """A running server goes to the blocks that need it more, and takes nobody's session down."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from petals.server.config import AnnounceConfig, MovingConfig
 from petals.server.policies import MovePolicy
-from petals.server.server import OnlineInfo, Server, Watchers
-from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId, ServerState
 from support.session_script import IMPATIENT, Story
 from support.swarm import HIDDEN, NUM_BLOCKS, RealSwarm, real_swarm
@@ -26,51 +25,21 @@ EAGER = MovingConfig(
     ),
     propagation_seconds=0.2,
 )
-RIGHT = BlockSpan(3, 5)
+LEFT, RIGHT = BlockSpan(0, 2), BlockSpan(3, 5)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("bloom"), "bloom", num_hidden_layers=5)
-
-
-class Restless:
-    """A server that chose its blocks itself, and where it has been online."""
-
-    def __init__(self, swarm: RealSwarm, moving: MovingConfig) -> None:
-        self.stays: list[OnlineInfo] = []
-        self.online = asyncio.Event()
-        config = replace(
-            swarm.base,
-            num_blocks=2,
-            moving=moving,
-            announce=AnnounceConfig(throughput=30.0),
-        )
-        self.server = Server(config, Watchers(on_online=self._on_online), engine=swarm.net.engine)
-        self.life = asyncio.create_task(self.server.run())
-
-    def _on_online(self, info: OnlineInfo) -> None:
-        self.stays.append(info)
-        self.online.set()
-
-    async def is_online(self, times: int) -> None:
-        while len(self.stays) < times:
-            self.online.clear()
-            await self.online.wait()
-
-    async def leave(self) -> None:
-        self.server.stop()
-        await self.life
+async def add_restless(swarm: RealSwarm, moving: MovingConfig) -> PeerId:
+    """A server that chooses its blocks itself."""
+    announce = AnnounceConfig(throughput=30.0)
+    return await swarm.add(num_blocks=2, moving=moving, announce=announce)
 
 
 async def states_of(swarm: RealSwarm) -> dict[PeerId, tuple[ServerState, tuple[BlockSpan, ...]]]:
-    assert swarm.client is not None
-    view = await swarm.client.directory.view(swarm.model, NUM_BLOCKS, whole=True)
+    view = await swarm.node.directory.view(swarm.model_id, NUM_BLOCKS, whole=True)
     return {peer: (record.state, record.block_spans) for peer, record in view.records.items()}
 
 
 async def becomes(swarm: RealSwarm, peer: PeerId, state: ServerState) -> None:
-    assert swarm.client is not None
     while True:
         if (await states_of(swarm))[peer][0] is state:
             return
@@ -78,8 +47,16 @@ async def becomes(swarm: RealSwarm, peer: PeerId, state: ServerState) -> None:
 
 
 async def add(swarm: RealSwarm, span: BlockSpan, throughput: float) -> PeerId:
-    swarm.base = replace(swarm.base, announce=AnnounceConfig(throughput=throughput))
-    return await swarm.add(span)
+    return await swarm.add(span, announce=AnnounceConfig(throughput=throughput))
+
+
+@asynccontextmanager
+async def a_story(swarm: RealSwarm) -> AsyncIterator[Story]:
+    story = Story.begin(swarm, swarm.connection())
+    try:
+        yield story
+    finally:
+        await story.session.close()
 
 
 async def decode_in_place(story: Story) -> None:
@@ -87,66 +64,53 @@ async def decode_in_place(story: Story) -> None:
     await story.step([9, 9], [torch.ones(1, HIDDEN), torch.zeros(1, HIDDEN)])
 
 
-async def test_one_of_three_moves_and_sessions_go_on(folder: Path) -> None:
-    async with real_swarm(folder) as swarm:
-        restless = Restless(swarm, EAGER)
-        await restless.is_online(1)
-        assert restless.stays[0].blocks == BlockSpan(0, 2)
+async def test_one_of_three_moves_and_sessions_go_on(bloom: Path) -> None:
+    async with real_swarm(bloom, client=PATIENT) as swarm:
+        restless = await add_restless(swarm, EAGER)
+        assert swarm.info(restless).blocks == LEFT
         await add(swarm, BlockSpan(2, 5), 30.0)
-        access = swarm.access(**PATIENT)
-        story = Story.begin(swarm, access)
-        session = story.session
-        await story.prefill()
-        assert restless.stays[0].peer_id in {hop.peer_id for hop in session.trace.hops}
-        # Only now are there two who can take its place: the right end is the weaker one then.
-        await add(swarm, BlockSpan(0, 3), 300.0)
-        await add(swarm, BlockSpan(0, 3), 300.0)
-        while len(restless.stays) < 2:
-            await decode_in_place(story)
-        first, second = restless.stays
-        assert (second.peer_id, second.blocks) == (first.peer_id, RIGHT)
-        assert (await states_of(swarm))[first.peer_id] == (ServerState.ONLINE, (RIGHT,))
-        assert first.peer_id not in {hop.peer_id for hop in session.trace.hops}
-        assert {repair.reason for repair in session.trace.repairs} == {"The server leaves."}
-        await story.reorder()
-        await story.decode()
-        await session.close()
-        # Who comes now may be served by it again.
-        await asyncio.gather(*(server.stop() or task for server, task in swarm.running[:1]))
-        story = Story.begin(swarm, swarm.access(**PATIENT))
-        again = story.session
-        await story.prefill()
-        assert first.peer_id in {hop.peer_id for hop in again.trace.hops}
-        await again.close()
-        await access.close()
-        await restless.leave()
+        async with a_story(swarm) as story:
+            session = story.session
+            await story.prefill()
+            assert restless in story.peers
+            # Only now are there two who can take its place: the right end is the weaker one then.
+            others = [await add(swarm, BlockSpan(0, 3), 300.0) for _ in range(2)]
+            while len(swarm.infos(restless)) < 2:
+                await decode_in_place(story)
+            assert swarm.info(restless).blocks == RIGHT
+            assert (await states_of(swarm))[restless] == (ServerState.ONLINE, (RIGHT,))
+            assert restless not in story.peers
+            assert {repair.reason for repair in session.trace.repairs} == {"The server leaves."}
+            await story.reorder()
+            await story.decode()
+        # A session that is opened now may be served by it again.
+        await swarm.stop(swarm.peers[1])
+        async with a_story(swarm) as story:
+            await story.prefill()
+            assert [peer in others for peer in story.peers] == [True, False]
+            assert restless in story.peers
 
 
-async def test_it_stays_if_nobody_would_hold_its_blocks(folder: Path) -> None:
+async def test_it_stays_if_nobody_would_hold_its_blocks(bloom: Path) -> None:
     """Those it relied on die while it waits to be heard."""
-    async with real_swarm(folder) as swarm:
-        restless = Restless(swarm, replace(EAGER, propagation_seconds=1.0))
-        await restless.is_online(1)
-        peer = restless.stays[0].peer_id
+    async with real_swarm(bloom) as swarm:
+        peer = await add_restless(swarm, replace(EAGER, propagation_seconds=1.0))
         await add(swarm, BlockSpan(2, 5), 30.0)
         strong = [await add(swarm, BlockSpan(0, 3), 300.0) for _ in range(2)]
         await becomes(swarm, peer, ServerState.DRAINING)
         for other in strong:
-            swarm.net.kill(other)
+            swarm.kill(other)
         await becomes(swarm, peer, ServerState.ONLINE)
-        assert (await states_of(swarm))[peer] == (ServerState.ONLINE, (BlockSpan(0, 2),))
-        assert len(restless.stays) == 1
-        await restless.leave()
+        assert (await states_of(swarm))[peer] == (ServerState.ONLINE, (LEFT,))
+        assert len(swarm.infos(peer)) == 1
 
 
-async def test_who_may_not_move_stays(folder: Path) -> None:
-    async with real_swarm(folder) as swarm:
-        restless = Restless(swarm, replace(EAGER, enabled=False))
-        await restless.is_online(1)
+async def test_who_may_not_move_stays(bloom: Path) -> None:
+    async with real_swarm(bloom) as swarm:
+        peer = await add_restless(swarm, replace(EAGER, enabled=False))
         await add(swarm, BlockSpan(2, 5), 30.0)
         await add(swarm, BlockSpan(0, 3), 300.0)
         await add(swarm, BlockSpan(0, 3), 300.0)
-        await asyncio.sleep(0.5)
-        peer = restless.stays[0].peer_id
-        assert (await states_of(swarm))[peer] == (ServerState.ONLINE, (BlockSpan(0, 2),))
-        await restless.leave()
+        # Six looks of one that may move.
+        await asyncio.sleep(6 * EAGER.policy.look_seconds)
+        assert (await states_of(swarm))[peer] == (ServerState.ONLINE, (LEFT,))

@@ -25,7 +25,8 @@ from petals.wire.passes import (
     PutAdapter,
 )
 from support.models import WIDTH
-from support.service import MODEL, Served, Talk, assert_close, served, states
+from support.reference import assert_close, states
+from support.service import MODEL, Served, Talk, served
 
 FORWARD = Forward(MODEL, (10, 14), (6,))
 

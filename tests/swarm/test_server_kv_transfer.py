@@ -20,7 +20,8 @@ from support.linked_script import (
     linked_servers,
     plain,
 )
-from support.service import Served, Worker, states
+from support.reference import states
+from support.service import Served, Worker
 
 
 async def successor(session: LinkedSession, *, is_named: bool = True) -> Leg:

@@ -18,7 +18,8 @@ from petals.wire.replies import ForwardFailed, SessionEnded, StepResult
 from petals.wire.requests import BeginEpoch, CloseSession, Forwarded, KeepSession, ReplayPart, Step
 from petals.wire.services import RING_SERVICE
 from support.linked_script import LinkedSession, linked, linked_servers
-from support.service import Answer, Worker, assert_close, hold_compute, states
+from support.reference import assert_close, states
+from support.service import Answer, Worker, hold_compute
 
 THIRDS = ((10, 11), (11, 13), (13, 14))
 HALVES = ((10, 12), (12, 14))

@@ -16,7 +16,8 @@ from support.linked_script import (
     linked_servers,
 )
 from support.models import WIDTH
-from support.service import FussySpan, Served, assert_close, states
+from support.reference import assert_close, states
+from support.service import FussySpan, Served
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])

@@ -14,7 +14,8 @@ from petals.wire.passes import Forward, ForwardResult
 from petals.wire.replies import Info, SessionOpened, StepResult
 from petals.wire.requests import BeginEpoch, GetInfo, KeepSession, ReplayPart, ReplayRequest
 from support.models import WIDTH
-from support.service import FussySpan, Worker, assert_close, hold_compute, served, states
+from support.reference import assert_close, states
+from support.service import FussySpan, Worker, hold_compute, served
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom", "mistral", "qwen3_next"])
@@ -420,4 +421,4 @@ async def test_info_says_how_it_is_now() -> None:
         assert isinstance(info, Info)
         assert (info.model, info.blocks, info.state) == ("tiny", (10, 14), "online")
         assert (info.num_sessions, info.tokens_free) == (1, 4 * 256)
-        assert (info.max_length, info.hidden_size) == (256, 48)
+        assert (info.max_length, info.hidden_size) == (256, WIDTH)

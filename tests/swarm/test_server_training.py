@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from petals.server.policies import SchedulerConfig
-from support.service import served, states
-from support.training_case import COUNTS, assert_equal, assert_right, lesson
+from support.reference import assert_close, states
+from support.service import served
+from support.training_case import COUNTS, assert_right, training_case
 
 MODELS = (
     "llama",
@@ -26,13 +27,13 @@ MODELS = (
 async def test_gradients_are_those_of_the_whole_model(model: str) -> None:
     async with served(model) as swarm:
         for prompts in (None, (1, 5), (3, 5)):
-            await assert_right(swarm, lesson(prompts=prompts, taps=(11, 13, 10)), kept=True)
+            await assert_right(swarm, training_case(prompts=prompts, taps=(11, 13, 10)), kept=True)
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom", "qwen3_next"])
 async def test_without_room_they_are_the_same(model: str) -> None:
     async with served(model, training_bytes=0) as swarm:
-        await assert_right(swarm, lesson(prompts=(1, 5), taps=(12,)), kept=False)
+        await assert_right(swarm, training_case(prompts=(1, 5), taps=(12,)), kept=False)
 
 
 @pytest.mark.parametrize("model", ["llama", "mixtral", "gemma2"])
@@ -42,25 +43,27 @@ async def test_cut_into_the_smallest_units_they_are_the_same(
 ) -> None:
     scheduling = SchedulerConfig(max_batch_tokens=2, min_chunk_tokens=1)
     async with served(model, scheduling=scheduling, training_bytes=training_bytes) as swarm:
-        task = lesson(prompts=(3, 5), taps=(12, 11))
+        task = training_case(prompts=(3, 5), taps=(12, 11))
         await assert_right(swarm, task, kept=training_bytes > 0)
         assert len(swarm.runner.batches) >= 3 * len(COUNTS)
 
 
 async def test_a_part_of_the_span_has_gradients_too() -> None:
     async with served() as swarm:
-        await assert_right(swarm, lesson(blocks=(11, 13), prompts=(1, 20), taps=(11,)), kept=True)
+        await assert_right(
+            swarm, training_case(blocks=(11, 13), prompts=(1, 20), taps=(11,)), kept=True
+        )
 
 
 async def test_what_was_not_to_be_kept_is_not_kept() -> None:
     async with served() as swarm:
-        await assert_right(swarm, lesson(pass_id=None), kept=False)
+        await assert_right(swarm, training_case(pass_id=None), kept=False)
 
 
 async def test_rows_without_tokens_take_part_in_silence() -> None:
     async with served() as swarm:
-        await assert_right(swarm, lesson(counts=(0, 3, 0, 5, 0), prompts=(5, 2)), kept=True)
-        talk, nothing = await swarm.talk(), lesson(counts=(0, 0), prompts=(2, 3))
+        await assert_right(swarm, training_case(counts=(0, 3, 0, 5, 0), prompts=(5, 2)), kept=True)
+        talk, nothing = await swarm.talk(), training_case(counts=(0, 0), prompts=(2, 3))
         answer, outputs = await nothing.forward(talk)
         _, found = await nothing.backward(talk, kept=answer.kept)
         assert [len(tensor) for tensor in (*outputs, *found)] == [0, 0, 4]
@@ -70,7 +73,7 @@ async def test_rows_without_tokens_take_part_in_silence() -> None:
 
 async def test_half_precision_travels_and_comes_back() -> None:
     async with served() as swarm:
-        task = lesson(prompts=(1, 4), taps=(11,))
+        task = training_case(prompts=(1, 4), taps=(11,))
         task.inputs = [tensor.bfloat16() for tensor in task.inputs]
         task.gradients = [tensor.bfloat16() for tensor in task.gradients]
         await assert_right(swarm, task, kept=True, error=1e-2)
@@ -81,15 +84,18 @@ async def test_half_precision_travels_and_comes_back() -> None:
 async def test_sessions_go_on_between_the_units_of_passes() -> None:
     scheduling = SchedulerConfig(max_batch_tokens=16, min_chunk_tokens=1)
     async with served(scheduling=scheduling) as swarm:
-        expected, texts = lesson(prompts=(1, 5)).expected(swarm.reference)[1], states(30)
+        expected, texts = training_case(prompts=(1, 5)).expected(swarm.reference)[1], states(30)
         whole = swarm.expected(texts)
 
         async def train(number: int) -> None:
-            talk, task = await swarm.talk(), lesson(prompts=(1, 5), pass_id=bytes([number]) * 16)
+            talk, task = (
+                await swarm.talk(),
+                training_case(prompts=(1, 5), pass_id=bytes([number]) * 16),
+            )
             for _ in range(3):
                 answer, _ = await task.forward(talk)
                 _, found = await task.backward(talk, kept=answer.kept)
-                assert_equal(found, expected, 1e-5)
+                assert_close(found, expected)
 
         async def write(number: int) -> None:
             talk = await swarm.talk()
@@ -98,7 +104,7 @@ async def test_sessions_go_on_between_the_units_of_passes() -> None:
             outputs = []
             for step in range(len(texts)):
                 outputs += await talk.step(step, [step], [texts[step : step + 1]])
-            assert_equal([torch.cat(outputs)], [whole], 1e-5)
+            assert_close([torch.cat(outputs)], [whole])
             await talk.close()
 
         await asyncio.gather(*(train(n) for n in range(3)), *(write(n) for n in range(3)))
@@ -121,10 +127,10 @@ async def test_readers_who_never_rest_do_not_starve_a_pass() -> None:
 
         async def train() -> None:
             try:
-                talk, task = await swarm.talk(), lesson()
+                talk, task = await swarm.talk(), training_case()
                 answer, _ = await task.forward(talk)
                 _, found = await task.backward(talk, kept=answer.kept)
-                assert_equal(found, task.expected(swarm.reference)[1], 1e-5)
+                assert_close(found, task.expected(swarm.reference)[1])
             finally:
                 trained.set()
 

@@ -25,7 +25,8 @@ from petals.wire.passes import Forward, ForwardResult
 from petals.wire.replies import Draining, SessionEnded, SessionOpened, StepResult
 from petals.wire.requests import CloseSession, KeepSession, ReplayPart, ReplayRequest
 from support.models import WIDTH
-from support.service import FussySpan, Served, Talk, assert_close, hold_compute, served, states
+from support.reference import assert_close, states
+from support.service import FussySpan, Served, Talk, hold_compute, served
 
 
 async def still_serves(swarm: Served) -> None:

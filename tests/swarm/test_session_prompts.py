@@ -9,8 +9,9 @@ from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
 from petals.types import BlockSpan
 from support.models import WIDTH
-from support.service import Served, served, states
-from support.training_case import assert_equal, lesson, prompted
+from support.reference import assert_close, states
+from support.service import Served, served
+from support.training_case import prompted, training_case
 
 PROMPTS = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(3))
 
@@ -27,10 +28,10 @@ async def write(swarm: Served, prompts: torch.Tensor | None, number: int) -> Non
     for step in range(9, 16):
         outputs += await talk.step(step, [step], [text[step : step + 1]])
     expected = prompted(swarm.reference, text, prompts)
-    assert_equal([torch.cat(outputs)], [expected], 1e-5)
+    assert_close([torch.cat(outputs)], [expected])
     # A rollback into the prompted positions adds them again, once.
     (again,) = await talk.step(20, [2], [text[2:]])
-    assert_equal([again], [expected[2:]], 1e-5)
+    assert_close([again], [expected[2:]])
     await talk.close()
 
 
@@ -46,12 +47,12 @@ async def test_sessions_with_and_without_prompts_and_passes_share_a_server() -> 
     async with served(scheduling=scheduling) as swarm:
 
         async def train() -> None:
-            talk, task = await swarm.talk(), lesson(prompts=(1, 5))
+            talk, task = await swarm.talk(), training_case(prompts=(1, 5))
             expected = task.expected(swarm.reference)[1]
             for _ in range(3):
                 answer, _ = await task.forward(talk)
                 _, found = await task.backward(talk, kept=answer.kept)
-                assert_equal(found, expected, 1e-5)
+                assert_close(found, expected)
 
         prompts = [PROMPTS, None, -PROMPTS[:, :2], 2 * PROMPTS[:, :1]]
         await asyncio.gather(train(), *(write(swarm, p, n) for n, p in enumerate(prompts)))
@@ -66,7 +67,7 @@ async def test_prompts_belong_to_the_blocks_of_the_session() -> None:
         await talk.ask(talk.opening(num_prompt_tokens=5), PROMPTS[:2])
         outputs = await talk.step(0, [0], [text])
         expected = prompted(swarm.reference, text, PROMPTS[:2], (11, 13))
-        assert_equal(outputs, [expected], 1e-5)
+        assert_close(outputs, [expected])
 
 
 @pytest.mark.parametrize(

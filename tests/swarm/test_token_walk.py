@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.testing.tiny_models import write_tiny_model
+from petals.testing.in_process_swarm import InProcessSwarm
 from petals.types import BlockSpan
-from support.model_swarm import model_swarm
 from support.traced_calls import CalledFiles
 
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
@@ -37,13 +36,12 @@ class OneStepAtATime:
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+def steps(llama: Path) -> list[list[str]]:
     """For each decode step the files that ran code, in the order of their first calls."""
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "llama")
     files = CalledFiles()
-    with files.installed(), model_swarm(folder, BlockSpan(0, 2), BlockSpan(2, 5)) as swarm:
+    with files.installed(), InProcessSwarm(llama, BlockSpan(0, 2), BlockSpan(2, 5)) as swarm:
         streamer = OneStepAtATime(files)
-        model = swarm.client()
+        model = swarm.model()
         with model.inference_session(max_length=32) as session:
             model.generate(PROMPT, session=session, max_new_tokens=NUM_TOKENS, streamer=streamer)
     # The first call brings the prompt, the second the token after it: what follows is decoding.

@@ -1,18 +1,18 @@
 """Gradients through real servers, over a network in memory, are those of the whole local model."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from petals.client.connection.event_loop import client_loop
 from petals.errors import TrainingRefused
-from petals.server.config import LimitsConfig
-from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
-from support.model_swarm import ModelSwarm, model_swarm
+from support.models import WriteModel
+from support.reference import assert_close
+from support.swarm import RealSwarm, real_swarm
 from support.tuned_reference import TunedReference
 
 pytestmark = pytest.mark.slow
@@ -32,32 +32,23 @@ FAMILIES = (
     "qwen3_next",
 )
 SPANS = (BlockSpan(0, 2), BlockSpan(1, 4), BlockSpan(3, 5))
+ROOM = {"cache_tokens": 1024, "max_step_tokens": 8192}
 IDS = torch.randint(5, 60, (3, 29), generator=torch.Generator().manual_seed(2))
 LEFT = (torch.arange(29) >= torch.tensor([[0], [9], [4]])).long()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def swarm(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ModelSwarm]:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / request.param, request.param)
-    with model_swarm(folder, *SPANS) as swarm:
+def swarm(request: pytest.FixtureRequest, tiny_folder: WriteModel) -> Iterator[RealSwarm]:
+    with real_swarm(tiny_folder(request.param), *SPANS, **ROOM) as swarm:
         yield swarm
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    assert actual.shape == expected.shape
-    scale = float(expected.abs().max())
-    assert scale > 0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 def embedded(model: torch.nn.Module) -> Tensor:
     return model.get_input_embeddings()(IDS).detach().requires_grad_()
 
 
-def test_gradients_of_inputs_and_of_all_hidden_states(swarm: ModelSwarm) -> None:
-    remote, found = swarm.client(), []
+def test_gradients_of_inputs_and_of_all_hidden_states(swarm: RealSwarm) -> None:
+    remote, found = swarm.model(), []
     for model in (swarm.local, remote):
         embeds = embedded(model)
         output = model(inputs_embeds=embeds, attention_mask=LEFT, output_hidden_states=True)
@@ -73,9 +64,9 @@ def test_gradients_of_inputs_and_of_all_hidden_states(swarm: ModelSwarm) -> None
     assert_close(found[1][1], found[0][1])
 
 
-def test_gradients_of_prompts(swarm: ModelSwarm) -> None:
+def test_gradients_of_prompts(swarm: RealSwarm) -> None:
     torch.manual_seed(4)
-    remote = swarm.client({"tuning_mode": "deep_ptune", "pre_seq_len": 4})
+    remote = swarm.model(tuning_mode="deep_ptune", pre_seq_len=4)
     host = remote.blocks_host
     torch.nn.init.normal_(host.intermediate_prompt_embeddings.weight, std=0.1)
     reference = TunedReference.of(swarm.local, remote)
@@ -99,22 +90,18 @@ def gradient(model: torch.nn.Module, before_backward: Callable[[], None]) -> Ten
     return embeds.grad
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return write_tiny_model(tmp_path / "llama", "llama")
-
-
 @pytest.mark.parametrize("when", ["there", "back"])
 def test_a_death_changes_no_gradient(llama: Path, when: str) -> None:
-    with model_swarm(llama, BlockSpan(0, 1), BlockSpan(1, 4), BlockSpan(4, 5)) as swarm:
-        remote = swarm.client(repair_timeout=30.0)
+    with real_swarm(llama, BlockSpan(0, 1), BlockSpan(1, 4), BlockSpan(4, 5), **ROOM) as swarm:
+        remote = swarm.model(repair_timeout=30.0)
         expected = gradient(swarm.local, lambda: None)
         assert_close(gradient(remote, lambda: None), expected)
-        swarm.add(BlockSpan(0, 3))
-        swarm.add(BlockSpan(2, 5))
+        victim = swarm.peers[1]
+        for span in (BlockSpan(0, 3), BlockSpan(2, 5)):
+            swarm.run(swarm.add(span))
 
         def kill() -> None:
-            client_loop.loop.call_soon_threadsafe(swarm.net.kill, swarm.peers[1])
+            swarm.kill(victim)
 
         if when == "there":
             kill()
@@ -122,23 +109,23 @@ def test_a_death_changes_no_gradient(llama: Path, when: str) -> None:
 
 
 def test_bf16(llama: Path) -> None:
-    with model_swarm(llama, *SPANS, dtype="bfloat16") as swarm:
-        found = gradient(swarm.client(), lambda: None)
+    with real_swarm(llama, *SPANS, dtype="bfloat16", **ROOM) as swarm:
+        found = gradient(swarm.model(dtype=torch.bfloat16), lambda: None)
         assert found.dtype == torch.bfloat16
         assert_close(found.float(), gradient(swarm.local, lambda: None).float(), tolerance=0.05)
 
 
 def test_servers_that_do_not_train(llama: Path) -> None:
-    forbidden = LimitsConfig(max_length=64, allow_training=False)
-    with model_swarm(llama, BlockSpan(0, 5)) as swarm:
-        swarm.add(BlockSpan(0, 5), limits=forbidden)
-        remote = swarm.client()
-        for _ in range(4):
-            gradient(remote, lambda: None)
-    with model_swarm(llama) as swarm:
-        swarm.add(BlockSpan(0, 5), limits=forbidden)
-        remote = swarm.client()
+    whole = BlockSpan(0, 5)
+    with real_swarm(llama, **ROOM) as swarm:
+        limits = replace(swarm.server_config.limits, allow_training=False)
+        swarm.run(swarm.add(whole, limits=limits))
+        remote = swarm.model()
         with torch.no_grad():
             remote(IDS)
         with pytest.raises(TrainingRefused, match="0:5"):
+            gradient(remote, lambda: None)
+        swarm.run(swarm.add(whole))
+        remote = swarm.model()
+        for _ in range(4):
             gradient(remote, lambda: None)

@@ -1,25 +1,22 @@
 """A tuned model over real servers: gradients, tokens and classes as by hand, also after a death."""
 
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 
-from petals.client.connection.event_loop import client_loop
 from petals.client.model.auto import (
+    AutoDistributedModel,
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
 )
-from petals.client.routing.sequence_manager import RemoteSequenceManager
-from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
-from support.fake_server import config
-from support.swarm import ALL, RealSwarm, real_swarm
+from support.models import WriteModel
+from support.reference import assert_close
+from support.swarm import RealSwarm, real_swarm
 from support.tuned_reference import TunedReference
 
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -31,43 +28,27 @@ CUTS = (BlockSpan(0, 2), BlockSpan(1, 4), BlockSpan(3, 5), BlockSpan(0, 3), Bloc
 @dataclass
 class World:
     swarm: RealSwarm
-    folder: Path
-    manager: RemoteSequenceManager
 
-    def tuned(self, mode: str, kind: type = AutoDistributedModelForCausalLM) -> PreTrainedModel:
+    def tuned(
+        self, mode: str, kind: type[AutoDistributedModel] = AutoDistributedModelForCausalLM
+    ) -> PreTrainedModel:
         torch.manual_seed(5)
-        remote = kind.from_pretrained(
-            str(self.folder), tuning_mode=mode, pre_seq_len=NUM_PROMPTS, num_labels=3
-        )
+        options = {"tuning_mode": mode, "pre_seq_len": NUM_PROMPTS, "num_labels": 3}
+        settings = {"prefill_chunk_tokens": 3, "repair_timeout": 30.0}
+        remote = self.swarm.model(kind, **options, **settings)
         if mode == "deep_ptune":
             with torch.no_grad():
                 remote.intermediate_prompt_embeddings.weight.normal_(std=0.3)
-        remote.remote_blocks.sequence_manager = self.manager
         return remote
 
     def reference(self, remote: PreTrainedModel) -> TunedReference:
-        return TunedReference.of(AutoModelForCausalLM.from_pretrained(self.folder), remote)
+        return TunedReference.of(self.swarm.local, remote)
 
 
 @pytest.fixture(params=["llama", "bloom"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    folder = write_tiny_model(tmp_path / request.param, request.param)
-    stack = AsyncExitStack()
-    try:
-        swarm = client_loop.run(
-            stack.enter_async_context(real_swarm(folder, *CUTS, max_step_tokens=64))
-        )
-        settings = config(dht_prefix=swarm.model, prefill_chunk_tokens=3, repair_timeout=30.0)
-        with RemoteSequenceManager(settings, ALL, node=swarm.client) as manager:
-            yield World(swarm, folder, manager)
-    finally:
-        client_loop.run(stack.aclose())
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    scale = expected.abs().max()
-    assert scale > 0
-    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+def world(request: pytest.FixtureRequest, tiny_folder: WriteModel) -> Iterator[World]:
+    with real_swarm(tiny_folder(request.param), *CUTS, max_step_tokens=64) as swarm:
+        yield World(swarm)
 
 
 def prompts_of(remote: PreTrainedModel) -> list[torch.Tensor]:
@@ -101,18 +82,13 @@ def test_training_and_generation(world: World, mode: str) -> None:
 class KillAt(StoppingCriteria):
     """Kills a server of the running session when a sequence has a given number of tokens."""
 
-    def __init__(self, world: World, remote: PreTrainedModel, length: int) -> None:
-        self.world, self.remote, self.length = world, remote, length
+    def __init__(self, swarm: RealSwarm, remote: PreTrainedModel, length: int) -> None:
+        self.swarm, self.remote, self.length = swarm, remote, length
         self.num_killed = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         if input_ids.shape[1] == self.length and not self.num_killed:
-            victim = self.remote.active_session.trace.hops[-1].peer_id
-
-            async def kill() -> None:
-                self.world.swarm.net.kill(victim)
-
-            client_loop.run(kill())
+            self.swarm.kill(self.remote.active_session.trace.hops[-1].peer_id)
             self.num_killed = 1
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
@@ -124,7 +100,7 @@ def test_a_server_dies_while_a_tuned_model_speaks(world: World) -> None:
     with remote.inference_session(max_length=30) as session:
         remote.generate(IDS[:1], max_new_tokens=1)
         session.position = 0
-        killer = KillAt(world, remote, IDS.shape[1] + 3)
+        killer = KillAt(world.swarm, remote, IDS.shape[1] + 3)
         actual = remote.generate(IDS[:1], max_new_tokens=8, stopping_criteria=[killer])
         assert killer.num_killed == 1
         assert session.trace.repairs
@@ -139,11 +115,7 @@ def test_a_server_dies_while_a_model_is_tuned(world: World) -> None:
     for step in range(4):
         loss = remote(IDS, labels=IDS).loss
         if step == 1:
-
-            async def kill() -> None:
-                world.swarm.net.kill(world.swarm.peers[1])
-
-            client_loop.run(kill())
+            world.swarm.kill(world.swarm.peers[1])
         expected = reference.logits(IDS)
         wanted = cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
         assert loss.item() == pytest.approx(wanted.item(), abs=1e-4)

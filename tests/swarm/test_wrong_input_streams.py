@@ -13,13 +13,13 @@ from petals.server.config import ClientLimits
 from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL
 from petals.testing.manual_clock import settle
 from petals.types import BlockSpan
-from petals.wire import frames, tensors
+from petals.wire import frames
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
 from petals.wire.handshake import Hello
 from petals.wire.header import RequestHeader
-from petals.wire.messages import encode_message
 from petals.wire.passes import Forward
+from petals.wire.replies import SessionOpened
 from petals.wire.requests import (
     BeginEpoch,
     CloseSession,
@@ -30,8 +30,12 @@ from petals.wire.requests import (
     ReplayRequest,
     Step,
 )
-from support.fake_server import config, open_one, toy_swarm
-from support.service import Served, assert_close, served, states
+from support.clients import config
+from support.fake_server import open_one, toy_swarm
+from support.models import WIDTH
+from support.raw_streams import admitted_stream, encoded, read_message
+from support.reference import assert_close, states
+from support.service import Served, served
 
 LEASE_SECONDS = 0.1
 DOOR = ClientLimits(lease_seconds=LEASE_SECONDS)
@@ -59,7 +63,7 @@ def a_message(dice: random.Random) -> tuple[Message, torch.Tensor | None]:
     blocks = dice.choice([(10, 14), (11, 13), (14, 10), (0, 2**31 - 1)])
     rows, count = dice.choice([0, 1, 2, 9]), dice.choice([0, 1, 3, 300])
     dtype = dice.choice([torch.float32, torch.float16, torch.int64, torch.bool])
-    hidden = torch.zeros(rows * count, dice.choice([0, 47, 48]), dtype=dtype)
+    hidden = torch.zeros(rows * count, dice.choice([0, WIDTH - 1, WIDTH]), dtype=dtype)
     match dice.randrange(7):
         case 0 | 1:
             length = dice.choice([0, 1, 64, 2**31 - 1])
@@ -96,12 +100,8 @@ def a_message(dice: random.Random) -> tuple[Message, torch.Tensor | None]:
             return dice.choice([GetInfo(), Hello(1, "blocks")]), None
 
 
-def encoded(message: Message, hidden: torch.Tensor | None) -> bytes:
-    if hidden is None:
-        return frames.encode_frame(FrameKind.MESSAGE, encode_message(message))
-    spec, data = tensors.encode(hidden)
-    head = frames.encode_frame(FrameKind.MESSAGE, encode_message(message, (spec,)))
-    return head + (frames.encode_frame(FrameKind.CHUNK, bytes(data)) if len(data) else b"")
+def opening(session: bytes) -> OpenSession:
+    return OpenSession(RequestHeader(session, 0), "tiny", (10, 14), 1, 64, "float32")
 
 
 def a_conversation(dice: random.Random) -> bytes:
@@ -109,9 +109,7 @@ def a_conversation(dice: random.Random) -> bytes:
     session = dice.choice([b"s" * 16, b"t" * 16])
     said = bytearray()
     if dice.random() < 0.7:  # something to lose
-        said += encoded(
-            OpenSession(RequestHeader(session, 0), "tiny", (10, 14), 1, 64, "float32"), None
-        )
+        said += encoded(opening(session))
     said += b"".join(encoded(*a_message(dice)) for _ in range(dice.randrange(4)))
     if dice.random() < 0.7:
         said += encoded(Step(RequestHeader(session, 0, 5), (0,), (6,)), states(6))
@@ -133,12 +131,12 @@ async def test_whatever_is_said_every_page_comes_back(seed: int) -> None:
     opened: list[int] = []
     async with served(door=DOOR, num_tokens=256) as swarm:
         for _ in range(25):
-            talk = await swarm.talk()
-            talk.channel._stream.write(a_conversation(dice))
+            stream = await admitted_stream(swarm.client, swarm.server.peer_id)
+            stream.write(a_conversation(dice))
             for _ in range(20):
                 await swarm.executor.call(swarm.pool.check_integrity)
             opened.append(len(swarm.service.sessions))
-            await talk.channel.close()
+            await stream.close()
         assert any(opened) and swarm.runner.batches, "else this proves little"
         await until_at_rest(swarm)
         await still_right(swarm)
@@ -148,6 +146,9 @@ async def test_whatever_is_said_every_page_comes_back(seed: int) -> None:
 async def test_strangers_that_never_greet(seed: int) -> None:
     dice = random.Random(seed)
     async with served() as swarm:
+        await still_right(swarm)
+        await settle()
+        before = len(asyncio.all_tasks())
         transport = swarm.client.transport
         for _ in range(25):
             stream = await transport.open_stream(swarm.server.peer_id, STREAM_PROTOCOL, 1.0)
@@ -156,16 +157,17 @@ async def test_strangers_that_never_greet(seed: int) -> None:
         assert swarm.pool.reserved_bytes == 0
         await still_right(swarm)
         await settle()
-        assert not swarm.server._server.num_streams
+        assert len(asyncio.all_tasks()) == before
 
 
 async def test_a_tensor_that_breaks_off() -> None:
     async with served(door=DOOR) as swarm:
-        talk = await swarm.talk()
-        await talk.open()
-        whole = encoded(talk.message(0, (0,), (6,)), states(6))
-        talk.channel._stream.write(whole[: len(whole) // 2])
-        await talk.channel.close()
+        stream = await admitted_stream(swarm.client, swarm.server.peer_id)
+        stream.write(encoded(opening(b"s" * 16)))
+        assert isinstance(await read_message(stream), SessionOpened)
+        whole = encoded(Step(RequestHeader(b"s" * 16, 0, 0), (0,), (6,)), states(6))
+        stream.write(whole[: len(whole) // 2])
+        await stream.close()
         await until_at_rest(swarm)
         await still_right(swarm)
 

@@ -13,8 +13,9 @@ from petals.wire.handshake import Refusal
 from petals.wire.passes import Backward, Forward
 from petals.wire.requests import GetInfo
 from support.models import WIDTH
-from support.service import FussySpan, Served, served, states
-from support.training_case import Lesson, assert_equal, assert_right, lesson
+from support.reference import assert_close, states
+from support.service import FussySpan, Served, served
+from support.training_case import TrainingCase, assert_right, training_case
 
 
 def nan(num_tokens: int) -> torch.Tensor:
@@ -60,7 +61,7 @@ async def test_passes_that_cannot_be(
         assert (await talk.refused(request, *tensors)).code == code
         gradients = [states(N)] * (1 + len(request.taps))
         assert (await talk.refused(Backward(request), *gradients, *tensors)).code == code
-        await assert_right(swarm, lesson(), kept=True)
+        await assert_right(swarm, training_case(), kept=True)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -81,24 +82,24 @@ async def test_passes_that_cannot_be(
 async def test_gradients_that_cannot_be(gradients: list[torch.Tensor], kept: bool) -> None:
     """Nothing is lost: the kept pass still serves the right ones."""
     async with served() as swarm:
-        talk, task = await swarm.talk(), lesson(taps=(12,), prompts=(1, 3))
+        talk, task = await swarm.talk(), training_case(taps=(12,), prompts=(1, 3))
         await task.forward(talk)
         inputs = [] if kept else task.inputs
         refusal = await talk.refused(Backward(task.request, kept=kept), *gradients, *inputs)
         assert refusal.code == "bad_input"
         _, found = await task.backward(talk, kept=True)
-        assert_equal(found, task.expected(swarm.reference)[1], 1e-5)
+        assert_close(found, task.expected(swarm.reference)[1])
         await swarm.at_rest()
 
 
 async def test_a_kept_pass_serves_once_and_its_own_peer() -> None:
     async with served() as swarm:
-        mine, theirs, task = await swarm.talk(), await swarm.talk(swarm.server), lesson()
+        mine, theirs, task = await swarm.talk(), await swarm.talk(swarm.server), training_case()
         kept = Backward(task.request, kept=True)
         assert (await mine.refused(kept, *task.gradients)).code == "pass_expired"
         await task.forward(mine)
         assert (await theirs.refused(kept, *task.gradients)).code == "pass_expired"
-        other = lesson(counts=(4, 9, 13)).request
+        other = training_case(counts=(4, 9, 13)).request
         assert (await mine.refused(Backward(other, kept=True), *task.gradients)).code == "bad_input"
         refusal = await mine.refused(kept, *task.gradients, *task.inputs)
         assert refusal.code == "bad_input"
@@ -109,7 +110,7 @@ async def test_a_kept_pass_serves_once_and_its_own_peer() -> None:
 
 async def test_a_repeated_forward_keeps_one_pass() -> None:
     async with served() as swarm:
-        talk, task = await swarm.talk(), lesson()
+        talk, task = await swarm.talk(), training_case()
         await task.forward(talk)
         once = swarm.device.activation_budget.used_bytes
         await task.forward(talk)
@@ -122,7 +123,7 @@ async def test_a_repeated_forward_keeps_one_pass() -> None:
 async def test_saved_activations_are_dropped_after_the_lease() -> None:
     clock = ManualClock()
     async with served(clock=clock, door=ClientLimits(lease_seconds=60.0)) as swarm:
-        talk, task = await swarm.talk(), lesson(prompts=(1, 4))
+        talk, task = await swarm.talk(), training_case(prompts=(1, 4))
         answer, _ = await task.forward(talk)
         assert answer.kept and answer.lease_seconds == 60.0
         talk.channel.abort(PeerUnreachable("gone"))
@@ -139,7 +140,7 @@ async def test_saved_activations_are_dropped_after_the_lease() -> None:
 async def test_a_client_that_goes_away_takes_its_passes_along() -> None:
     scheduling = SchedulerConfig(max_batch_tokens=1, min_chunk_tokens=1)
     async with served(scheduling=scheduling) as swarm:
-        talk, task = await swarm.talk(), lesson(counts=(64,) * 8)
+        talk, task = await swarm.talk(), training_case(counts=(64,) * 8)
         await talk.channel.send(task.request, task.inputs)
         await talk.channel.send(Backward(task.request), (*task.gradients, *task.inputs))
         async with asyncio.timeout(20):
@@ -156,51 +157,51 @@ async def test_a_client_that_goes_away_takes_its_passes_along() -> None:
 async def test_a_pass_that_fails_half_way_leaves_nothing() -> None:
     scheduling = SchedulerConfig(max_batch_tokens=4, min_chunk_tokens=1)
     async with served(scheduling=scheduling) as swarm:
-        talk, task = await swarm.talk(), lesson()
+        talk, task = await swarm.talk(), training_case()
         task.inputs[0][-1] = FussySpan.poison
         assert (await talk.refused(task.request, *task.inputs)).code == "peer_failed"
         refusal = await talk.refused(Backward(task.request), *task.gradients, *task.inputs)
         assert refusal.code == "peer_failed"
-        await assert_right(swarm, lesson(), kept=True)
+        await assert_right(swarm, training_case(), kept=True)
 
 
 async def test_a_full_cache_keeps_no_more_and_says_so() -> None:
     async with served() as swarm:
-        talk, first = await swarm.talk(), lesson()
+        talk, first = await swarm.talk(), training_case()
         await first.forward(talk)
         swarm.device.activation_budget.cap_bytes = swarm.device.activation_budget.used_bytes
-        second = lesson(seed=1, pass_id=b"2" * 16)
+        second = training_case(seed=1, pass_id=b"2" * 16)
         answer, _ = await second.forward(talk)
         assert (answer.kept, answer.lease_seconds) == (False, 0.0)
         _, found = await second.backward(talk)
-        assert_equal(found, second.expected(swarm.reference)[1], 1e-5)
+        assert_close(found, second.expected(swarm.reference)[1])
         await first.backward(talk, kept=True)
         await swarm.at_rest()
 
 
 async def test_a_server_may_give_no_gradients() -> None:
     async with served(no_training="its operator does not allow training") as swarm:
-        talk, task = await swarm.talk(), lesson()
+        talk, task = await swarm.talk(), training_case()
         info, _ = await talk.ask(GetInfo())
         assert not info.trains
         refusal = await talk.refused(task.request, *task.inputs)
         assert refusal.code == "training_refused" and "operator" in refusal.message
         refusal = await talk.refused(Backward(task.request), *task.gradients, *task.inputs)
         assert refusal.code == "training_refused"
-        reading = lesson(pass_id=None, taps=(11,), prompts=(1, 2))
+        reading = training_case(pass_id=None, taps=(11,), prompts=(1, 2))
         _, outputs = await reading.forward(talk)
-        assert_equal(outputs, reading.expected(swarm.reference)[0], 1e-5)
+        assert_close(outputs, reading.expected(swarm.reference)[0])
 
 
 async def test_a_peer_has_only_its_share_of_bytes() -> None:
     async with served(door=ClientLimits(max_bytes_per_peer=4 * WIDTH * 100)) as swarm:
-        talk, task = await swarm.talk(), lesson(taps=(10, 11, 12, 13))
+        talk, task = await swarm.talk(), training_case(taps=(10, 11, 12, 13))
         answer = await talk.refused(task.request, *task.inputs)
         assert answer.code == "peer_busy"
-        await assert_right(swarm, lesson(pass_id=None), kept=False)
+        await assert_right(swarm, training_case(pass_id=None), kept=False)
 
 
-async def burst(swarm: Served, tasks: list[Lesson]) -> None:
+async def burst(swarm: Served, tasks: list[TrainingCase]) -> None:
     """Many halves at once over one channel, answered in order of work."""
     talk = await swarm.talk()
     for task in tasks:
@@ -208,15 +209,15 @@ async def burst(swarm: Served, tasks: list[Lesson]) -> None:
     answers = [await talk.channel.receive(20.0) for _ in tasks]
     assert not any(isinstance(answer, Refusal) for answer, _ in answers)
     for task, (_, outputs) in zip(tasks, answers):
-        assert_equal(outputs, task.expected(swarm.reference)[0], 1e-5)
+        assert_close(outputs, task.expected(swarm.reference)[0])
 
 
 async def test_passes_of_one_client_are_answered_in_order() -> None:
     async with served() as swarm:
-        tasks = [lesson(seed=n, pass_id=bytes([n]) * 16) for n in range(4)]
+        tasks = [training_case(seed=n, pass_id=bytes([n]) * 16) for n in range(4)]
         await burst(swarm, tasks)
         talk = await swarm.talk()
         for task in reversed(tasks):
             _, found = await task.backward(talk, kept=True)
-            assert_equal(found, task.expected(swarm.reference)[1], 1e-5)
+            assert_close(found, task.expected(swarm.reference)[1])
         await swarm.at_rest()

@@ -1,9 +1,9 @@
-"""The promise of equality, as a check: the swarm's tokens are the local model's tokens.
+"""A check that the swarm's tokens are the local model's tokens.
 
-In f32 two runs may differ only where the local model itself all but ties: packing and replay change
-the shapes of matrix products, so sums differ in their last bits. At the first difference the gap
-between the two best local logits is computed and printed; above ``MAX_TIE_GAP`` it is a failure.
-Knows a local model and token ids; knows no swarm.
+In f32 two runs may differ only where the two best logits of the local model are almost equal:
+packing and replay change the shapes of matrix products, so sums differ in their last bits. At the
+first different token the difference of the two best local logits is computed and printed; above
+``MAX_TIE_GAP`` the check fails. Must not know swarms.
 """
 
 from typing import TYPE_CHECKING
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_TIE_GAP = 1e-4
-"""Largest difference of the two best logits at which the order of the two may change."""
+"""Largest difference of the two best logits (f32) at which a swarm may choose the other token."""
 
 
 def first_difference(expected: torch.Tensor, actual: torch.Tensor) -> int | None:
-    """Index of the first token in which two id sequences [n] and [m] differ; None if equal."""
+    """Index of the first token in which two int64 sequences [n] and [m] differ; None if equal."""
     shared = min(len(expected), len(actual))
     unequal = (expected[:shared] != actual[:shared]).nonzero()
     if len(unequal):
@@ -27,7 +27,7 @@ def first_difference(expected: torch.Tensor, actual: torch.Tensor) -> int | None
 
 
 def top_two_gap(model: "PreTrainedModel", prefix: torch.Tensor) -> float:
-    """Best minus second-best logit of the local model after the ids ``prefix`` [n]."""
+    """Best minus second-best logit of the local ``model`` after the int64 ids ``prefix`` [n]."""
     with torch.inference_mode():
         logits = model(prefix[None]).logits[0, -1].float()
     best, second = logits.topk(2).values.tolist()
@@ -37,9 +37,9 @@ def top_two_gap(model: "PreTrainedModel", prefix: torch.Tensor) -> float:
 def assert_same_tokens(
     model: "PreTrainedModel", expected: torch.Tensor, actual: torch.Tensor
 ) -> None:
-    """Greedy ids [n] of the local ``model`` and of the swarm, prompt included, are the same.
+    """Check greedy ids [n] (int64, prompt included) of the local ``model`` and of the swarm.
 
-    Raises AssertionError unless they are equal up to a tie of the local model.
+    Raises AssertionError unless they are equal up to the first tie of the local model.
     """
     index = first_difference(expected, actual)
     if index is None:

@@ -1,7 +1,7 @@
 """A clock that stands still until a test moves it.
 
-Implements ``petals.clock.Clock``. ``advance`` fires every timer that comes due, in order, and lets
-the event loop run between them. Knows nothing of what it drives.
+Implements ``petals.clock.Clock``. ``advance`` calls every timer that comes due, in order, and lets
+the event loop run between them. Must not know what waits for the clock.
 """
 
 import asyncio
@@ -10,10 +10,11 @@ import itertools
 from collections.abc import Callable
 
 _SETTLE_ROUNDS = 50
+"""Rounds of the event loop after which a chain of ready tasks counts as finished."""
 
 
 class ManualTimer:
-    """A callback waiting for the hands to reach it."""
+    """A callback that is called when the clock reaches its time."""
 
     def __init__(self, callback: Callable[[], object]) -> None:
         self.callback: Callable[[], object] | None = callback
@@ -23,7 +24,10 @@ class ManualTimer:
 
 
 class ManualClock:
-    """Time that moves only by ``advance``; wall clock and monotonic clock move together."""
+    """Time that moves only by ``advance``; wall clock and monotonic clock move together.
+
+    ``start_seconds``: the wall clock's first value, in seconds since 1970.
+    """
 
     def __init__(self, start_seconds: float = 1_700_000_000.0) -> None:
         self._elapsed = 0.0
@@ -48,7 +52,7 @@ class ManualClock:
         await over.wait()
 
     async def advance(self, seconds: float) -> None:
-        """Move the hands ``seconds`` forward, firing what comes due on the way."""
+        """Move the clock ``seconds`` forward and call every timer that comes due on the way."""
         target = self._elapsed + seconds
         await settle()
         while self._timers and self._timers[0][0] <= target:
@@ -62,6 +66,6 @@ class ManualClock:
 
 
 async def settle() -> None:
-    """Let every task that can run do so."""
+    """Let every task run that can: ``_SETTLE_ROUNDS`` rounds of the event loop."""
     for _ in range(_SETTLE_ROUNDS):
         await asyncio.sleep(0)

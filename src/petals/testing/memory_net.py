@@ -1,12 +1,11 @@
-"""A network in memory: the second engine behind ``swarm.transport``, with latency and faults under
-control.
+"""A network in memory: a transport beside libp2p, with latency and faults that a test controls.
 
-Streams have backpressure and arrive in order after ``latency_seconds`` of the given clock. ``cut``
-makes a link swallow bytes, one way or both (the peers notice only by silence), ``pause`` holds what
-a peer sends and is sent until ``resume``, ``kill`` makes a peer vanish (everybody notices at once).
-``on_write`` sees every write before it passes. Records live in one dictionary per swarm key and
-expire by the clock. A peer that is ``hide``-den is reached only through relays, once it uses them.
-Knows no frames and no messages.
+Streams have back-pressure and deliver in order, ``latency_seconds`` of the given clock after each
+write. ``cut`` drops what a link carries (the peers notice only by silence), ``pause`` holds what a
+peer sends and receives until ``resume``, ``kill`` removes a peer (its streams break at once).
+``on_write`` is called before each write. Records are kept in one dictionary per swarm key and
+expire by the clock. A peer after ``hide`` is reached only through relays, once it uses them.
+Must not know frames and messages.
 """
 
 import asyncio
@@ -24,7 +23,10 @@ _HIGH_WATER_BYTES = 256 * 1024
 
 
 class MemoryNet:
-    """All peers of a test, and the weather between them."""
+    """All peers of a test and the links between them.
+
+    ``clock``: what latencies and record lifetimes are measured by; the system's by default.
+    """
 
     def __init__(self, clock: Clock | None = None, latency_seconds: float = 0.0) -> None:
         self.clock: Clock = clock or SystemClock()
@@ -42,36 +44,34 @@ class MemoryNet:
         return MemoryTransport(self, parts)
 
     def cut(self, one: PeerId, other: PeerId, *, one_way: bool = False) -> None:
-        """From now on nothing passes from ``one`` to ``other`` nor, unless ``one_way``, back;
-        nobody is told.
-        """
+        """Drop bytes from ``one`` to ``other``, unless ``one_way`` also back. No stream breaks."""
         self._cut.add((one, other))
         if not one_way:
             self._cut.add((other, one))
 
     def heal(self, one: PeerId, other: PeerId) -> None:
-        """New bytes pass again; what was swallowed is lost, so streams cut before stay broken."""
+        """End a cut. The dropped bytes stay lost, so streams from before do not recover."""
         self._cut -= {(one, other), (other, one)}
 
     def hide(self, peer: PeerId) -> None:
-        """The peer is behind a NAT: it dials, but is not dialled."""
+        """The peer is behind a NAT: it can dial, but cannot be dialled."""
         self._hidden.add(peer)
 
     def is_hidden(self, peer: PeerId) -> bool:
-        """True if nobody can dial the peer directly."""
+        """True if the peer cannot be dialled directly."""
         return peer in self._hidden
 
     def pause(self, peer: PeerId) -> None:
-        """The peer stands still, as far as others can see."""
+        """Hold every byte that the peer sends or receives, until `resume`."""
         self._paused.setdefault(peer, [])
 
     def resume(self, peer: PeerId) -> None:
-        """The peer goes on: what was held is delivered in order."""
+        """End a pause: the held bytes are delivered in order."""
         for source, target, action in self._paused.pop(peer, []):
             self.pass_on(source, target, action)
 
     def pass_on(self, source: PeerId, target: PeerId, action: Callable[[], None]) -> None:
-        """Let something reach ``target`` when the latency is over and nobody is paused."""
+        """Call ``action``, a delivery to ``target``, after the latency, or hold it in a pause."""
         for peer in (source, target):
             if peer in self._paused:
                 self._paused[peer].append((source, target, action))
@@ -82,17 +82,17 @@ class MemoryNet:
             action()
 
     def kill(self, peer: PeerId) -> None:
-        """The peer's process dies: its streams break at once, new ones cannot be opened."""
+        """Remove the peer: its streams break at once and new ones cannot be opened."""
         transport = self.transports.pop(peer, None)
         if transport is not None:
             transport.break_streams()
 
     def is_cut(self, source: PeerId, target: PeerId) -> bool:
-        """True if nothing passes from ``source`` to ``target``."""
+        """True if bytes from ``source`` to ``target`` are dropped."""
         return (source, target) in self._cut
 
     def is_mute(self, one: PeerId, other: PeerId) -> bool:
-        """True if the two cannot greet each other now."""
+        """True if the two cannot open a stream now: a cut or a pause keeps them silent."""
         is_cut = self.is_cut(one, other) or self.is_cut(other, one)
         return is_cut or one in self._paused or other in self._paused
 
@@ -244,10 +244,10 @@ class MemoryTransport:
         return [_peer_of(a) for a in addresses if _peer_of(a) in self._net.transports]
 
     async def join(self, peers: Sequence[PeerId]) -> None:
-        """The records are there already."""
+        """All records are shared: there is nothing to fetch."""
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Every peer knows every address here; these can be remembered."""
+        """Note addresses for `known`; dialling does not need them here."""
         self._known[peer] = tuple(addresses)
 
     def known(self) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ class MemoryTransport:
     async def connect(self, address: str) -> PeerId:
         peer = _peer_of(address)
         if peer not in self._net.transports:
-            raise PeerUnreachable("Nobody listens there.", peer_id=peer)
+            raise PeerUnreachable("No peer listens there.", peer_id=peer)
         return peer
 
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> MemoryStream:
@@ -322,7 +322,7 @@ class MemoryTransport:
 
 
 class MemoryRecords:
-    """The record store all peers of one swarm share."""
+    """The record store that all peers of one swarm share."""
 
     def __init__(self, net: MemoryNet, swarm: bytes) -> None:
         self._net, self._swarm = net, swarm

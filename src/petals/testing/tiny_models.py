@@ -1,7 +1,7 @@
 """Random tiny checkpoints of any architecture, in the naming and sharding of published ones.
 
-Norms and biases are perturbed too, so that a tensor left at its initial value shows in the output.
-For tests and examples; no product code imports it.
+Norms and biases are perturbed, too: a tensor that a loader leaves at its initial value then changes
+the output. For tests and examples; product code must not import it.
 """
 
 import json
@@ -28,10 +28,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointLayout:
-    """How a checkpoint is written: ``rename`` maps saved names to published ones.
+    """How a checkpoint is written: ``rename`` maps the names of tensors to published ones.
 
-    With ``num_shards`` > 1 the tensors go, in the order of their blocks, into files of about equal
-    count with an index beside them, so that each block lies in one or two files.
+    With ``num_shards`` > 1 the tensors are divided, in the order of their blocks, into that many
+    files of about equal numbers of tensors, with an index beside them: each block is in one or two
+    files.
     """
 
     rename: Callable[[str], str] = lambda name: name
@@ -43,7 +44,7 @@ PUBLISHED: dict[str, CheckpointLayout] = {
     "mixtral": CheckpointLayout(num_shards=5),
     "deepseek_v3": CheckpointLayout(num_shards=5),
 }
-"""Layouts of the hub's checkpoints: BLOOM without prefix, experts one by one, several files."""
+"""Layouts of the hub's checkpoints: BLOOM's names have no prefix, and there are several files."""
 
 
 def write_tiny_model(
@@ -54,9 +55,10 @@ def write_tiny_model(
     seed: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Write a random checkpoint of ``model_type`` into ``folder``; returns the folder.
+    """Write a random f32 checkpoint of ``model_type`` into ``folder``; returns the folder.
 
-    ``overrides`` change the (text) config, for example ``num_hidden_layers=7``.
+    ``overrides`` change the (text) config, for example ``num_hidden_layers=7``. Raises
+    ModelNotSupported if the installed transformers does not know the type.
     """
     model = tiny_model(tiny_config(model_type, **overrides), seed=seed)
     model.save_pretrained(folder)
@@ -66,7 +68,7 @@ def write_tiny_model(
 
 
 def tiny_model(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
-    """The whole model in f32 with random weights, in eval mode."""
+    """The whole model of a config, in f32 with random weights, in eval mode."""
     wraps_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto_class = AutoModelForImageTextToText if wraps_text else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +88,7 @@ def perturb(model: PreTrainedModel) -> None:
 
 
 def rewrite(folder: Path, layout: CheckpointLayout) -> None:
-    """Write a saved checkpoint again in another layout, its old weight files removed."""
+    """Write the weights of a saved checkpoint in another layout; the old files are removed."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)

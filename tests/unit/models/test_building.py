@@ -5,12 +5,12 @@ from torch.nn import init
 from transformers import PreTrainedModel
 
 from petals.models.checkpoint.arch import build_on_meta, describe
-from support.models import CONFIGS
+from petals.models.verify.tiny import tiny_config
 
 
 def test_threads_that_build_at_once_leave_nothing_behind() -> None:
     before = (init.normal_, PreTrainedModel.init_weights)
-    config = CONFIGS["llama"]
+    config = tiny_config("llama")
     base_class = describe(config).base_class
     start = threading.Barrier(4)
 

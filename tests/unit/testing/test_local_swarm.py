@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -86,17 +87,33 @@ def test_a_server_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_killed_server_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, tmp_path)
     with LocalSwarm(CONFIG) as swarm:
-        swarm.kill(swarm.servers[0])
+        os.kill(swarm.servers[0].pid, signal.SIGKILL)
         os.waitid(os.P_PID, swarm.servers[0].pid, os.WEXITED | os.WNOWAIT)
         assert swarm.exited() == {"server-1"}
+
+
+def test_what_is_ended_on_purpose_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend(monkeypatch, tmp_path)
+    with LocalSwarm(CONFIG) as swarm:
+        killed, ended = swarm.servers
+        swarm.kill(killed)
+        swarm.end(ended)
+        swarm.kill_bootstrap()
+        assert not any(is_running(server.pid) for server in (killed, ended))
+        assert (swarm.servers, swarm.processes, swarm.exited()) == ([], (), set())
+        swarm.restart_bootstrap()
+        assert [process.name for process in swarm.processes] == ["bootstrap-3"]
 
 
 def test_one_more_server_can_join(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, tmp_path)
     with LocalSwarm(CONFIG) as swarm:
-        server = swarm.add_server(BlockSpan(0, 2))
+        (server,) = swarm.add_servers(BlockSpan(0, 2))
         assert is_running(server.pid)
         assert len(swarm.servers) == 3
+        assert swarm.server(server.peer_id).blocks == BlockSpan(0, 2)
     assert not is_running(server.pid)
 
 

@@ -12,7 +12,7 @@ from petals.cli.commands.swarm import introduce, spans_of, stay_up
 from petals.cli.terminal import options
 from petals.cli.terminal.answer import WordStream, ask, describe, encode_chat
 from petals.cli.terminal.client_model import open_client
-from petals.cli.terminal.console import interrupted_by_sigterm, say, stage
+from petals.cli.terminal.console import interruptible, say, stage
 from petals.client.config import ClientConfig
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
@@ -35,7 +35,7 @@ def demo(
 
     Fetches a small model, starts servers for it, and stops them after the answer.
     """
-    with interrupted_by_sigterm():
+    with interruptible():
         source = model or _demo_model()
         with stage("Starting the swarm") as change:
             swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=change)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from petals.cli.terminal import options
-from petals.cli.terminal.console import interrupted_by_sigterm, print_data, say, stage
+from petals.cli.terminal.console import interruptible, print_data, say, stage
 from petals.errors import SwarmError
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan
@@ -43,7 +43,7 @@ def up(
     config = LocalSwarmConfig(model=model, dtype=dtype, swarm_key=swarm_key, num_threads=threads)
     if state_file is not None:
         state_file.unlink(missing_ok=True)
-    with interrupted_by_sigterm():
+    with interruptible():
         with stage(f"Starting a swarm for {Path(model).name}") as change:
             swarm = LocalSwarm(config, say=change)
             swarm.start(lambda: spans_of(model, servers, blocks))
@@ -90,7 +90,7 @@ def stay_up(swarm: LocalSwarm) -> None:
 
 def _watch(swarm: LocalSwarm) -> None:
     reported: set[str] = set()
-    while len(reported) <= len(swarm.servers):
+    while len(reported) < len(swarm.processes):
         time.sleep(_CHECK_SECONDS)
         for name in swarm.exited() - reported:
             say(f"{name} ended by itself; the others stay up.")

@@ -80,14 +80,18 @@ def stage(text: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM unwinds the stack like Ctrl-C does, so that what was started is stopped."""
+def interruptible() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, so that every child process is stopped.
+
+    Also where SIGINT was ignored before, as in a background job: `petals serve` obeys it, too.
+    """
 
     def unwind(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, unwind)
+    before = {signum: signal.signal(signum, unwind) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from petals import constants
 from petals.client.config import ClientConfig
 from petals.errors import ConfigError
-from petals.swarm.config import NodeConfig
+from petals.swarm.config import Engine, NodeConfig
 from petals.swarm.identity import load_swarm_key
 from petals.swarm.node import SwarmNode
 
@@ -27,6 +27,8 @@ class NodePool:
 
     def __init__(self) -> None:
         self._nodes: dict[_Key, _Shared] = {}
+        self.engines: dict[str, Engine] = {}
+        """Networks other than libp2p, by the initial peer that is reached through them."""
 
     async def acquire(self, config: ClientConfig) -> SwarmNode:
         """A running node; call ``release`` after use.
@@ -46,7 +48,7 @@ class NodePool:
         )
         shared = self._nodes.get(key)
         if shared is None:
-            shared = self._nodes[key] = _Shared(asyncio.create_task(_start(config)))
+            shared = self._nodes[key] = _Shared(asyncio.create_task(self._start(config)))
         shared.num_users += 1
         try:
             # Shielded: a caller that is cancelled must not end the start for the other users.
@@ -54,6 +56,18 @@ class NodePool:
         except BaseException:
             await self._leave(key, shared)
             raise
+
+    async def _start(self, config: ClientConfig) -> SwarmNode:
+        key = None if config.swarm_key is None else load_swarm_key(config.swarm_key)
+        engine = self.engines.get(config.initial_peers[0])
+        network = NodeConfig(
+            initial_peers=config.initial_peers,
+            swarm_key=key,
+            client_mode=True,
+            # Only addresses of libp2p outlive this process.
+            peer_memory=constants.peers_dir() if engine is None else None,
+        )
+        return await SwarmNode(network, engine=engine).__aenter__()
 
     async def release(self, node: SwarmNode) -> None:
         """Close the node if the caller was its last user."""
@@ -77,19 +91,6 @@ class NodePool:
 
 def _result(task: "asyncio.Task[SwarmNode]") -> SwarmNode | None:
     return None if task.cancelled() or task.exception() is not None else task.result()
-
-
-async def _start(config: ClientConfig) -> SwarmNode:
-    key = None if config.swarm_key is None else load_swarm_key(config.swarm_key)
-    node = SwarmNode(
-        NodeConfig(
-            initial_peers=config.initial_peers,
-            swarm_key=key,
-            client_mode=True,
-            peer_memory=constants.peers_dir(),
-        )
-    )
-    return await node.__aenter__()
 
 
 nodes = NodePool()

@@ -13,10 +13,11 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from petals.errors import ModelNotSupported
 
 NUM_BLOCKS = 5
+HIDDEN_SIZE = 32
 VOCAB_SIZE = 96
 
 _SIZES: dict[str, Any] = {
-    "hidden_size": 32,
+    "hidden_size": HIDDEN_SIZE,
     "num_hidden_layers": NUM_BLOCKS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -68,6 +69,7 @@ _SIZES: dict[str, Any] = {
 _WINDOWED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 _HYBRID = ["linear_attention", "linear_attention", "full_attention"] * 2
 _CONVOLUTIONS = ["conv", "conv", "full_attention", "conv", "full_attention"]
+"""Kinds of layers in their order, cut to the number of blocks."""
 _NO_EARLY_END = {"eos_token_id": None}
 """Without an end token, generation with random weights runs to its full length."""
 _LATENT = {"num_key_value_heads": 4}
@@ -75,24 +77,24 @@ _LATENT = {"num_key_value_heads": 4}
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
-    "gemma2": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
-    "gemma3_text": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
+    "gemma2": {"layer_types": _WINDOWED},
+    "gemma3_text": {"layer_types": _WINDOWED},
     "gemma4_text": {
-        "layer_types": _WINDOWED[:NUM_BLOCKS],
+        "layer_types": _WINDOWED,
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
         "global_head_dim": 8,
     },
-    "gpt_oss": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
-    "cohere2": {"layer_types": _WINDOWED[:NUM_BLOCKS]},
+    "gpt_oss": {"layer_types": _WINDOWED},
+    "cohere2": {"layer_types": _WINDOWED},
     "llama4_text": {"no_rope_layers": [1, 1, 0, 1, 0], "interleave_moe_layer_step": 2},
-    "qwen3_next": {"layer_types": _HYBRID[:NUM_BLOCKS]},
+    "qwen3_next": {"layer_types": _HYBRID},
     "lfm2": {"layer_types": _CONVOLUTIONS},
     "lfm2_moe": {"layer_types": _CONVOLUTIONS, "num_dense_layers": 1},
     "bamba": {"attn_layer_indices": [1, 4]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba", "attention"]},
-    "qwen3_5_text": {"layer_types": _HYBRID[:NUM_BLOCKS]},
+    "qwen3_5_text": {"layer_types": _HYBRID},
     "deepseek_v2": {"topk_method": "greedy"},
     "dots1": {"n_shared_experts": 1},
     "phi3": {"pad_token_id": 0},
@@ -126,9 +128,9 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
         )
     config_class = CONFIG_MAPPING[model_type]
     if "text_config" not in config_class.sub_configs:
-        return config_class(**_tiny_settings(config_class, model_type) | overrides)
+        return config_class(**_tiny_settings(config_class, model_type, overrides))
     text_class = type(config_class().get_text_config(decoder=True))
-    text = text_class(**_tiny_settings(text_class, text_class.model_type) | overrides)
+    text = text_class(**_tiny_settings(text_class, text_class.model_type, overrides))
     settings: dict[str, Any] = {"text_config": text.to_dict()}
     if "vision_config" in config_class.sub_configs:
         settings["vision_config"] = dict(_VISION)
@@ -137,12 +139,18 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     return config_class(**settings)
 
 
-def _tiny_settings(config_class: type[PretrainedConfig], model_type: str) -> dict[str, Any]:
+def _tiny_settings(
+    config_class: type[PretrainedConfig], model_type: str, overrides: dict[str, Any]
+) -> dict[str, Any]:
     known = _settable_names(config_class)
     sizes = {name: value for name, value in _SIZES.items() if name in known}
     if "kv_lora_rank" in known:
         sizes |= _LATENT
-    return sizes | _NO_EARLY_END | _SPECIAL.get(model_type, {})
+    settings = sizes | _NO_EARLY_END | _SPECIAL.get(model_type, {}) | overrides
+    if "layer_types" in settings:
+        num_blocks = settings.get("num_hidden_layers", NUM_BLOCKS)
+        settings["layer_types"] = settings["layer_types"][:num_blocks]
+    return settings
 
 
 def _settable_names(config_class: type[PretrainedConfig]) -> set[str]:

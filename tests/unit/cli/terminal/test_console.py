@@ -11,7 +11,7 @@ from petals.cli.terminal import options
 from petals.cli.terminal.console import (
     EXIT_FAILED,
     EXIT_WRONG_INPUT,
-    interrupted_by_sigterm,
+    interruptible,
     print_json,
     report,
     stage,
@@ -55,11 +55,18 @@ def test_stages_are_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "first\nsecond\n"
 
 
-def test_sigterm_unwinds_like_ctrl_c() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), interrupted_by_sigterm():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signals_unwind_also_in_a_background_job(
+    signum: signal.Signals,
+) -> None:
+    """A shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(signum)
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 def test_a_ready_file_names_the_process(tmp_path: Path) -> None:

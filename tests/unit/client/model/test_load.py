@@ -11,15 +11,11 @@ from petals.models.checkpoint.arch import describe
 from petals.models.loading.head import HeadKind
 from petals.models.verify.tiny import tiny_config
 from support.local_blocks import tiny_pair
+from support.reference import assert_close
 
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 LEFT = torch.tensor([[0] * 4 + [1] * 5, [0] + [1] * 8, [1] * 9])
 PADDED_FAMILIES = ("llama", "bloom", "gpt2", "opt", "falcon", "mpt", "gemma3_text", "qwen3_next")
-
-
-def assert_close(actual, expected):
-    scale = expected.abs().max()
-    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from petals import LoraConfig
 from petals.errors import AdapterRefused, ModelNotFound
 from petals.models.loading.head import HeadKind
 from support.local_blocks import tiny_pair
+from support.reference import assert_close
 
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 ARCHITECTURES = {
@@ -26,10 +27,6 @@ ARCHITECTURES = {
     "deepseek_v3": ["kv_b_proj", "o_proj"],
     "qwen3_next": ["q_proj", "out_proj"],
 }
-
-
-def assert_close(found, expected):
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def scatter(model, seed=0):

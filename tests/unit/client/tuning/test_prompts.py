@@ -8,6 +8,7 @@ from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.errors import ConfigError, NotSupported
 from petals.models.loading.head import HeadKind
 from support.local_blocks import tiny_pair
+from support.reference import assert_close
 from support.tuned_reference import TunedReference
 
 pytestmark = pytest.mark.slow
@@ -49,12 +50,6 @@ def tuned_pair(family, mode, kind=HeadKind.CAUSAL_LM):
 
 def prompts_of(remote):
     return [p for name, p in remote.named_parameters() if "prompt_embeddings" in name]
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    scale = expected.abs().max()
-    assert scale > 0
-    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 def causal_loss(logits, ids):

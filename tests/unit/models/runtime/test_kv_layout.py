@@ -5,7 +5,7 @@ from petals.errors import LengthExceeded, SessionGap
 from petals.models.runtime.kv_layout import MIN_SLAB_TOKENS, BlockLayout, KVLayout, SlabRow
 from petals.models.runtime.recurrent import RecurrentRow
 from petals.types import BlockSpan
-from support.models import whole_model
+from support.models import WIDTH, whole_model
 
 SPAN = BlockSpan(3, 5)
 
@@ -23,15 +23,15 @@ class TestLearnedLayout:
 
     def test_latent_attention_keeps_the_latent(self) -> None:
         layout = whole_model("deepseek_v3").layout
-        assert layout.of(10).key_shape == (1, 12)
+        assert layout.of(10).key_shape == (1, 16)
         assert layout.of(10).value_shape == (1, 8)
 
     def test_recurrent_blocks_keep_a_state_and_no_tokens(self) -> None:
         layout = whole_model("qwen3_next").layout
-        recurrent, attending = layout.of(10), layout.of(13)
+        recurrent, attending = layout.of(10), layout.of(12)
         assert recurrent.token_bytes == 0 and recurrent.state_bytes > 0
         assert attending.token_bytes > 0 and attending.state_bytes == 0
-        assert layout.input_bytes == 48 * 4
+        assert layout.input_bytes == WIDTH * 4
 
     def test_keys_and_values_of_a_token_have_a_fixed_width(self) -> None:
         layout = whole_model("llama").layout

@@ -15,6 +15,7 @@ from petals.models.runtime.span import Span
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
 from support.peft_adapters import peft_model, save_adapter, through_blocks, token_ids
+from support.reference import assert_close
 
 ALL = BlockSpan(0, 5)
 KINDS = ("llama", "bloom", "gpt2", "mixtral")
@@ -28,11 +29,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def span_of(folder: Path, blocks: BlockSpan = ALL, **options) -> Span:
     return Span(load_blocks(str(folder), blocks, LoadOptions(**options)))
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,11 +1,12 @@
-"""The swarms that are tormented: which models, cut into which spans."""
+"""The models under test and the spans that they are cut into."""
 
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemesis.arena import BOOTSTRAP_HOST, CLIENT_HOST, NUM_LAB_HOSTS, Arena
-from nemesis.netlab import NetLab
-from nemesis.play import Director
+from chaos.cluster import Cluster
+from chaos.leak_checks import LEASE_SECONDS
+from chaos.runner import Runner
+from netlab import NetLab
 from petals.demo.model import get_demo_model
 from petals.testing.local_swarm import LocalSwarmConfig
 from petals.testing.tiny_models import PUBLISHED, write_tiny_model
@@ -16,7 +17,7 @@ SPANS = {
     "smollm2": (BlockSpan(0, 10), BlockSpan(10, 20), BlockSpan(20, 30)),
 }
 SCALES = {"bloom": 2, "smollm2": 1}
-LAB_HOSTS = (CLIENT_HOST, BOOTSTRAP_HOST, *(f"s{n}" for n in range(1, NUM_LAB_HOSTS + 1)))
+"""Factor of the number of tokens: a step of the larger model takes longer."""
 
 
 def model_folder(name: str, folder: Path) -> Path:
@@ -26,25 +27,21 @@ def model_folder(name: str, folder: Path) -> Path:
     return write_tiny_model(folder / name, name, layout=PUBLISHED[name], num_hidden_layers=5)
 
 
-def open_director(
+def open_runner(
     name: str,
     stack: ExitStack,
     *,
     folder: Path,
-    spares: tuple[BlockSpan, ...] | None = None,
     lab: NetLab | None = None,
-) -> Director:
-    """A director with its swarm online; both end with ``stack``.
-
-    ``spares`` are the spans with a second holder; by default all.
-    """
+) -> Runner:
+    """A runner with its cluster online, two servers for each span; both end with ``stack``."""
     source = model_folder(name, folder)
     config = LocalSwarmConfig(
         model=str(source),
+        spans=2 * SPANS[name],
         dtype="float32",
         num_threads=1,
-        server_options=("--check-integrity",),
+        server_options=("--check-integrity", "--lease", str(LEASE_SECONDS)),
     )
-    spans = SPANS[name] + (SPANS[name] if spares is None else spares)
-    arena = stack.enter_context(Arena(config, spans, lab))
-    return Director(name, source, arena, SCALES[name])
+    cluster = stack.enter_context(Cluster(config, folder, lab))
+    return Runner(name, source, cluster, SCALES[name])

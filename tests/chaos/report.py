@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from nemesis.play import Outcome
+from chaos.runner import Outcome
 
 HEADER = ("fault", "phase", "model", "runs", "failed", "median s", "p95 s", "max s")
 
@@ -19,9 +19,9 @@ def stall_table(outcomes: Iterable[Outcome]) -> str:
     """Stalls by fault and phase, of faults that met their phase; failures of all."""
     groups: dict[tuple[str, str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        scene = outcome.scene
-        groups[scene.label, str(scene.phase), scene.model].append(outcome)
-        groups[scene.label, "all", scene.model].append(outcome)
+        scenario = outcome.scenario
+        groups[scenario.label, str(scenario.phase), scenario.model].append(outcome)
+        groups[scenario.label, "all", scenario.model].append(outcome)
     lines = [_line(HEADER), _line(["---"] * len(HEADER))]
     for key in sorted(groups):
         group = groups[key]
@@ -36,11 +36,11 @@ def stall_table(outcomes: Iterable[Outcome]) -> str:
 
 
 def failure_list(outcomes: Iterable[Outcome]) -> str:
-    """Each failed scene with what repeats it and the last line of each problem."""
+    """Each failed scenario with its schedule and the last line of each problem."""
     lines = []
     for outcome in outcomes:
         if outcome.problems:
-            lines.append(f"- {outcome.scene}")
+            lines.append(f"- {outcome.scenario}")
             lines += [f"  - {problem.strip().splitlines()[-1]}" for problem in outcome.problems]
     return "\n".join(lines) or "None."
 

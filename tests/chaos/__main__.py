@@ -1,6 +1,6 @@
-"""The long run: `make nemesis SEED=1 MINUTES=5`, `ONLY=17` to repeat one scene.
+"""The long run: `make chaos SEED=1 MINUTES=5`, `ONLY=17` to repeat one scenario.
 
-With root and /dev/net/tun everything runs in a network laboratory, and links fail, too.
+With root and /dev/net/tun everything can run in a network laboratory, where links fail, too.
 """
 
 import argparse
@@ -12,19 +12,24 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from nemesis.netlab import NetLab
-from nemesis.play import Director, Outcome
-from nemesis.report import failure_list, stall_table
-from nemesis.schedule import ON_PROCESSES, Fault, Phase, Scene, Stage, draw
-from nemesis.stages import LAB_HOSTS, SPANS, open_director
+from chaos.cluster import CLIENT_HOST, laboratory
+from chaos.report import failure_list, stall_table
+from chaos.runner import Outcome, Runner
+from chaos.schedule import ON_PROCESSES, FaultKind, Phase, Scenario, ScenarioSpace, draw
+from chaos.swarms import SPANS, open_runner
+from netlab import NetLab
 
-MAX_SCENES = 100_000
+MAX_SCENARIOS = 100_000
+WEIGHTS = {"bloom": 4, "smollm2": 1}
+"""Shares of the time, and of the draws, that each model gets."""
+
 RTT_MS = 5
-ENV_LAB = "NEMESIS_LAB"
+ENV_LAB = "CHAOS_LAB"
 """Name of the laboratory, for the child that runs on its client's host."""
 
 
@@ -33,7 +38,7 @@ def main() -> int:
     if options.network and ENV_LAB not in os.environ:
         return _inside_a_laboratory()
     torch.set_num_threads(1)
-    outcomes = _run(options)
+    outcomes = _run_all(options)
     table = f"{stall_table(outcomes)}\n\n## Failures\n\n{failure_list(outcomes)}\n"
     print(table)
     if options.write:
@@ -43,41 +48,42 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _run(options: argparse.Namespace) -> list[Outcome]:
-    weights = {"bloom": 4, "smollm2": 1}
-    models = [(name, weights[name]) for name in options.models]
+def _run_all(options: argparse.Namespace) -> list[Outcome]:
+    models = [(name, WEIGHTS[name]) for name in options.models]
     lab = NetLab.attach(os.environ[ENV_LAB]) if options.network else None
-    faults = tuple(Fault) if lab is not None else ON_PROCESSES
-    faults = tuple(f for f in faults if not options.faults or f.name in options.faults)
-    phases = tuple(p for p in Phase if not options.phases or p.name in options.phases)
-    stage = Stage(models=models, num_hops=3, faults=faults, phases=phases)
-    numbers = range(options.start, MAX_SCENES) if options.only is None else [options.only]
+    kinds = tuple(FaultKind) if lab is not None else ON_PROCESSES
+    space = ScenarioSpace(
+        models=models,
+        num_hops=3,
+        kinds=tuple(k for k in kinds if not options.faults or k.name in options.faults),
+        phases=tuple(p for p in Phase if not options.phases or p.name in options.phases),
+    )
+    numbers = range(options.start, MAX_SCENARIOS) if options.only is None else [options.only]
     ends_at = time.monotonic() + 60 * options.minutes
     outcomes: list[Outcome] = []
     # One model after the other: two swarms would not fit on a small machine.
-    scenes = (draw(stage, options.seed, number) for number in numbers)
-    with tempfile.TemporaryDirectory(prefix="nemesis-") as folder:
+    scenarios = (draw(space, options.seed, number) for number in numbers)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         for index, (name, weight) in enumerate(models):
             shares = sum(w for _, w in models[index:])
             until = time.monotonic() + (ends_at - time.monotonic()) * weight / shares
             with ExitStack() as stack:
                 print(f"starting the swarm of {name}", flush=True)
-                director = open_director(name, stack, folder=Path(folder), lab=lab)
-                for scene in scenes:
-                    outcomes.append(_play(director, scene, name))
+                runner = open_runner(name, stack, folder=Path(folder), lab=lab)
+                for scenario in scenarios:
+                    outcomes.append(_run(runner, replace(scenario, model=name)))
                     if time.monotonic() > until:
                         break
-                _settle(director, outcomes)
+                _check_leases(runner, outcomes)
             if options.only is not None:
                 break
     return outcomes
 
 
-def _play(director: Director, scene: Scene, model: str) -> Outcome:
-    scene = Scene(scene.seed, scene.number, model, scene.phase, scene.strikes)
+def _run(runner: Runner, scenario: Scenario) -> Outcome:
     began = time.monotonic()
-    print(scene, flush=True)
-    outcome = director.play(scene)
+    print(scenario, flush=True)
+    outcome = runner.run(scenario)
     stall = max(outcome.stalls, default=0.0)
     landed = "" if outcome.landed else ", came too late"
     verdict = "FAILED" if outcome.problems else "ok"
@@ -87,24 +93,25 @@ def _play(director: Director, scene: Scene, model: str) -> Outcome:
     for problem in outcome.problems:
         print(f"  PROBLEM {problem}")
     if outcome.problems:
-        print(f"  repeat: make nemesis SEED={scene.seed} ONLY={scene.number} MODELS={model}")
+        number, model = scenario.number, scenario.model
+        print(f"  repeat: make chaos SEED={scenario.seed} ONLY={number} MODELS={model}")
     sys.stdout.flush()
     return outcome
 
 
-def _settle(director: Director, outcomes: list[Outcome]) -> None:
-    leaks = director.settle()
+def _check_leases(runner: Runner, outcomes: list[Outcome]) -> None:
+    leaks = [f"after all leases: {leak}" for leak in runner.leaks_after_leases()]
     for leak in leaks:
-        print(f"PROBLEM after all leases: {leak}", flush=True)
+        print(f"PROBLEM {leak}", flush=True)
     if leaks and outcomes:
-        outcomes[-1].problems += [f"after all leases: {leak}" for leak in leaks]
+        outcomes[-1].problems += leaks
 
 
 def _inside_a_laboratory() -> int:
     """Run this program again on the client's host of a new laboratory."""
-    with NetLab(hosts=list(LAB_HOSTS), rtt_ms=RTT_MS, up="1gbit", down="1gbit") as lab:
-        words = [sys.executable, "-m", "nemesis", *sys.argv[1:]]
-        return lab.run("client", words, env={**os.environ, ENV_LAB: lab.name}).returncode
+    with laboratory(RTT_MS) as lab:
+        words = [sys.executable, "-m", "chaos", *sys.argv[1:]]
+        return lab.run(CLIENT_HOST, words, env={**os.environ, ENV_LAB: lab.name}).returncode
 
 
 def _write(options: argparse.Namespace, outcomes: list[Outcome], table: str) -> None:
@@ -116,13 +123,13 @@ def _write(options: argparse.Namespace, outcomes: list[Outcome], table: str) -> 
     network = f"laboratory, {RTT_MS} ms between all" if options.network else "loopback"
     late = sum(not outcome.landed for outcome in outcomes)
     head = (
-        f"# Nemesis, {machine}, {today}\n\n"
+        f"# Chaos tests, {machine}, {today}\n\n"
         f"Commit {commit}, seed {options.seed}, {len(outcomes)} runs, network: {network}.\n"
         f"Stall: the longest gap between two tokens minus the median gap (or the delay of the "
         f"first token), of the client that was hit hardest. {late} faults came after the last "
         f"token and count only as runs.\n\n"
     )
-    path = Path(options.write) / f"nemesis_{machine}_{today}.md"
+    path = Path(options.write) / f"chaos_{machine}_{today}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + table, encoding="utf-8")
     print(f"written: {path}")
@@ -132,13 +139,13 @@ def _options() -> argparse.Namespace:
     def words(text: str) -> list[str]:
         return text.replace(",", " ").split()
 
-    parser = argparse.ArgumentParser(prog="nemesis", description=__doc__)
+    parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--start", type=int, default=0, help="number of the first scene")
-    parser.add_argument("--only", type=int, help="number of the only scene")
+    parser.add_argument("--start", type=int, default=0, help="number of the first scenario")
+    parser.add_argument("--only", type=int, help="number of the only scenario")
     parser.add_argument("--models", type=words, default=list(SPANS))
-    parser.add_argument("--faults", type=words, default=[], help="names of Fault, else all")
+    parser.add_argument("--faults", type=words, default=[], help="names of FaultKind, else all")
     parser.add_argument("--phases", type=words, default=[], help="names of Phase, else all")
     parser.add_argument("--network", action="store_true", help="in a network laboratory (root)")
     parser.add_argument("--write", help="folder for the table of stalls")

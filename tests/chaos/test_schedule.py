@@ -1,0 +1,27 @@
+"""The schedule is repeatable and complete."""
+
+from chaos.schedule import ON_PROCESSES, PAIRABLE, TWO_AT_ONCE, Phase, ScenarioSpace, draw
+
+SPACE = ScenarioSpace(models=(("tiny", 3), ("large", 1)), num_hops=3, kinds=ON_PROCESSES)
+NUM_PAIRS = (len(ON_PROCESSES) + 1) * len(Phase)
+
+
+def test_a_scenario_follows_from_seed_and_number() -> None:
+    assert [draw(SPACE, 7, n) for n in range(20)] == [draw(SPACE, 7, n) for n in range(20)]
+    assert [draw(SPACE, 7, n) for n in range(20)] != [draw(SPACE, 8, n) for n in range(20)]
+
+
+def test_a_round_holds_every_fault_in_every_phase() -> None:
+    scenarios = [draw(SPACE, 1, number) for number in range(2 * NUM_PAIRS)]
+    for round_ in (scenarios[:NUM_PAIRS], scenarios[NUM_PAIRS:]):
+        assert len({(scenario.label, scenario.phase) for scenario in round_}) == NUM_PAIRS
+    assert [s.label for s in scenarios[:NUM_PAIRS]] != [s.label for s in scenarios[NUM_PAIRS:]]
+
+
+def test_two_at_once_hit_two_hops_in_the_same_step() -> None:
+    scenarios = [draw(SPACE, 3, number) for number in range(NUM_PAIRS)]
+    pairs = [scenario.faults for scenario in scenarios if scenario.label == TWO_AT_ONCE]
+    assert len(pairs) == len(Phase)
+    for one, other in pairs:
+        assert one.hop != other.hop and one.at == other.at
+        assert {one.kind, other.kind} <= set(PAIRABLE)
