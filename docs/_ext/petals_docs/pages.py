@@ -28,6 +28,7 @@ INCLUDED_IN = {
     "README.md": "index.md",
     "SECURITY.md": "contributing/security.md",
     "benchmarks/METHODOLOGY.md": "performance/methodology.md",
+    "tools/netlab/README.md": "contributing/netlab.md",
 }
 """Files outside ``docs`` -> the pages that show them."""
 
