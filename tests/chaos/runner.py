@@ -24,6 +24,7 @@ from petals import AutoDistributedModelForCausalLM
 from petals.client.connection.event_loop import client_loop
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
+from petals.swarm.failover_config import FailoverConfig
 from petals.testing.equality import assert_same_tokens
 
 SCENARIO_SECONDS = 120.0
@@ -106,6 +107,7 @@ class Runner:
             dtype=torch.float32,
             prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
             show_route=False,
+            failover=FailoverConfig(check_integrity=True),
         )
         manager = manager_of(model)
         try:
