@@ -104,7 +104,7 @@ async def real_swarm(
             limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
             clients=ClientLimits(replay_chunk_tokens=16, lease_seconds=lease_seconds),
             network=NodeConfig(initial_peers=initial_peers),
-            failover=FailoverConfig(**({"check_integrity": True} | failover)),
+            failover=FailoverConfig(**failover),
             drain_seconds=drain_seconds,
         )
         swarm = RealSwarm(net, base, Span(load_blocks(str(folder), ALL)))
