@@ -156,7 +156,7 @@ def refused(
     with pytest.raises(error, match=match) as caught:
         yield
     assert time.monotonic() - began < soon
-    assert caught.value.message.endswith((".", "server)"))
+    assert caught.value.message.endswith((".", ".)", "server)"))
     assert caught.value.hint
 
 
@@ -190,7 +190,7 @@ def test_a_full_cache_is_waited_for_and_then_told(world: World, model: PreTraine
     with world.model().inference_session(max_length=CACHE_TOKENS) as holder:
         holder.step(torch.zeros(1, 1, HIDDEN))
         began = time.monotonic()
-        with refused(CacheFull, "cache"):
+        with refused(CacheFull, "cache|room"):
             model.generate(PROMPT, max_new_tokens=2)
         assert time.monotonic() - began >= 0.5
         # Both servers still have nothing but the holder.
@@ -219,7 +219,7 @@ def test_states_that_cannot_be(model: PreTrainedModel, hidden: torch.Tensor) -> 
     with refused(BadInput, "[Hh]idden"):
         model.remote_blocks(hidden)
     with model.inference_session(max_length=8) as session:
-        with refused(BadInput, "Hidden states"):
+        with refused(BadInput, "idden states"):
             session.step(hidden)
         assert session.step(torch.zeros(1, 3, HIDDEN)).isfinite().all()
 
