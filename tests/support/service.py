@@ -304,9 +304,9 @@ async def _worker(stack: AsyncExitStack, node: SwarmNode, options: WorkerOptions
     executor = await stack.enter_async_context(Executor(Scheduler(options.scheduling)))
     budget = ActivationBudget(options.training_bytes)
     device = DeviceContext(runner, span.device, span.dtype, budget)
-    executor.attach(device)
     logs = LogBudget(options.log_bytes)
-    memory = SessionMemory(pool, logs)
+    memory = SessionMemory(pool, logs, is_checked=True)
+    executor.attach(device, memory.check_when_idle)
     service = BlocksService(offer, executor, memory, node, options.door, options.failover)
     service.state = ServerState.ONLINE
     node.serve(BLOCKS_SERVICE, service.serve)

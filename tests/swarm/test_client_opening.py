@@ -55,10 +55,8 @@ async def test_only_servers_that_are_online_count(state: ServerState) -> None:
 
 async def test_a_server_that_joined_since_is_found() -> None:
     async with toy_swarm((0, 2)) as swarm:
-        access = swarm.access(4)
-        view = await access.view()
-        await view.records()
-        view._read_at -= 2.0
+        access = swarm.access(4, fresh_seconds=0.0)
+        await (await access.view()).records()
         await swarm.add(2, 4)
         session = await open_one(access)
         await session.close()

@@ -6,8 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from petals.errors import PeerFailed
+from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
-from petals.testing.manual_clock import settle
+from petals.swarm.failover_config import FailoverConfig
+from petals.testing.manual_clock import ManualClock, settle
 from petals.types import BlockSpan
 from petals.wire.header import RequestHeader
 from petals.wire.passes import Forward, ForwardResult
@@ -387,6 +390,22 @@ async def test_books_that_are_wrong_are_found(spoil: Callable[[Worker], None]) -
             with pytest.raises(AssertionError):
                 await worker.check()
             # ... and again when the scene ends.
+
+
+async def test_a_server_that_checks_its_books_ends_if_they_are_wrong() -> None:
+    clock = ManualClock()
+    with pytest.raises(PeerFailed):
+        async with served(clock=clock) as swarm:
+            talk, worker = await swarm.talk(), swarm.workers[0]
+            await talk.open()
+            await talk.step(0, [0], [states(5)])
+            _shorten(worker)
+            await clock.advance(ClientLimits().lease_seconds / FailoverConfig().reaps_per_lease)
+            with pytest.raises(PeerFailed, match="compute thread"):
+                await worker.until(lambda: False)
+            assert (
+                await talk.refused(talk.message(1, (2,), (1,)), states(1))
+            ).code == "peer_failed"
 
 
 async def test_a_session_without_a_length_grows() -> None:

@@ -128,8 +128,8 @@ class MemoryConfig(Settings):
     check_integrity: Annotated[
         bool,
         Setting(
-            "Compare the accounts of the KV memory with its rows whenever the compute thread is "
-            "idle, and stop the server if they differ (for tests).",
+            "Compare the accounts of sessions and of the KV memory with the rows whenever the "
+            "server is idle, and stop it if they differ (for tests).",
             "--check-integrity/--no-check-integrity",
         ),
     ] = False

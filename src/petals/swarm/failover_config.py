@@ -21,7 +21,9 @@ class FailoverConfig:
     """
 
     check_integrity: bool = False
-    """Assert the invariants of a session whenever it is idle (tests and experiments)."""
+    """Assert the invariants of a client's session whenever it is idle (tests and experiments). A
+    server has ``MemoryConfig.check_integrity``.
+    """
 
     # -- steps of a session (client)
     timeout_factor: float = 4.0
@@ -113,9 +115,8 @@ class FailoverConfig:
     max_unconfirmed: int = 1024
     """Messages on a link whose arrival is not confirmed, of which a loss is reported."""
     send_seconds: float = 10.0
-    min_send_bytes_per_second: int = 128 * 1024
-    """A peer that does not take a message of n bytes within
-    ``send_seconds + n / min_send_bytes_per_second`` loses the stream.
+    """Base of the time limit of a message in a session, see ``Channel.send``. A peer that does not
+    take the message within it loses the stream.
     """
     kv_part_bytes: int = 4 * 1024 * 1024
     """Most bytes that are read from KV memory at once; batches of other sessions wait for it."""
@@ -125,7 +126,3 @@ class FailoverConfig:
     """Time for the clients of a server that stops to take the notice of it."""
     drain_look_seconds: float = 0.1
     """Pause between two looks at whether the sessions of a draining server have gone."""
-
-    def send_limit_seconds(self, num_bytes: int) -> float:
-        """Longest time (s) that a message of ``num_bytes`` may take to be sent."""
-        return self.send_seconds + num_bytes / self.min_send_bytes_per_second

@@ -65,7 +65,7 @@ _KEPT_TIMINGS = 1024
 class HopSession:
     """A reservation at one server. ``open`` makes one; ``close`` frees it.
 
-    state: how it is; only this class changes it. epoch, sources: what the server was told last.
+    state: how it is; only this class changes it. epoch, sources: those announced last.
     cache_tokens: what was asked for in each block.
     """
 
@@ -164,7 +164,7 @@ class HopSession:
         """
         header = RequestHeader(self.session_id, epoch)
         await self._tell(BeginEpoch(header, tuple(sources)))
-        # Only now: a call that was cancelled before has told nothing, and is repeated.
+        # Only now: a call that was cancelled has announced nothing, and is repeated.
         self.epoch, self.sources = epoch, tuple(sources)
 
     async def keep(self) -> None:
@@ -214,7 +214,7 @@ class HopSession:
         """The error for an answer that cannot be right."""
         return PeerMisbehaved(
             f"The server of blocks {self.blocks} answered with {what}.",
-            hint="It is avoided from now on; report it to whoever runs the swarm.",
+            hint="It is avoided from now on; report it to the operators of the swarm.",
             peer_id=self.peer_id,
         )
 

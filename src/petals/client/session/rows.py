@@ -62,7 +62,7 @@ class SessionRows:
         self._dtype, self._hidden_size = torch.float32, 0
         self._supervisor: SessionSupervisor | None = None
         self._reorder: tuple[int, ...] | None = None
-        """What servers have not been told yet: new row r continues their row ``_reorder[r]``."""
+        """The reorder that the next step brings: new row r continues row ``_reorder[r]``."""
         self._turn = asyncio.Lock()
         self._end: PetalsError | None = None
         self._step_seconds: deque[float] = deque(maxlen=_KEPT_STEPS)

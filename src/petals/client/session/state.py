@@ -12,10 +12,10 @@ I3. A hop is filled by one replay at a time. Every replay has an id of its own, 
 I4. Hops join in the current epoch, under an id that no other reservation has, and are filled
     before they take part in a step. A repair ends a migration under way first.
 I5. The hops of a route and its epoch change together, without a pause in between. A hop that has
-    not been told the epoch yet is told before the next step.
+    not received the epoch yet receives it before the next step.
 I6. A step that cuts or reorders rows and does not come to its end leaves rows at the servers that
-    nobody knows: the session has diverged, and the next step begins with a rebuild. A step that
-    only appends does not: the next step cuts off what it has left.
+    the client does not know: the session has diverged, and the next step begins with a rebuild. A
+    step that only appends does not: the next step cuts off what it has left.
 I7. A step reorders rows once, however often it is repeated: a hop that has been filled with rows in
     their new order (``reordered``) does not reorder them again.
 I8. A replay begins with where the rows stand at the receiver (``reorder``, ``starts``), so it may
@@ -47,7 +47,7 @@ class PendingStep:
     inputs: the rows as the step finds them, then with the tokens of finished pieces. rest: what
     remains. reorder: what the servers must do to their ``server_rows`` rows first. cuts_rows: the
     step reorders rows or cuts some. num_repairs: attempts to reserve other hops since the last
-    progress. has_warned: the user was told that the step waits for servers.
+    progress. has_warned: a warning was logged that the step waits for servers.
     """
 
     inputs: TokenLog
@@ -202,13 +202,13 @@ class SessionState:
         return [*unused, *self.legs] if self.is_closed else unused
 
     async def announce_epoch(self) -> None:
-        """Tell the epoch, and whom to accept states from, to all legs that do not know it (I5)."""
+        """Announce the epoch, and the sources of states in it, to all legs that lack it (I5)."""
         for leg in self.legs:
             if leg.epoch != self.epoch and not leg.state.is_lost:
                 await self.announce_to(leg)
 
     async def announce_to(self, leg: HopSession) -> None:
-        """Tell a leg the epoch and whom to accept states from, on the stream that it has now."""
+        """Announce the epoch and the sources of states to a leg, on its present stream."""
         index = self.legs.index(leg)
         await leg.begin_epoch(self.epoch, [self.legs[index - 1].peer_id] if index else [])
 
@@ -227,6 +227,6 @@ class SessionState:
         assert all(hop.epoch == self.epoch for hop in self.joining), "of another epoch (I4)"
         for before, leg in zip([None, *self.legs], self.legs):
             if leg.state.status in (LegStatus.CONNECTED, LegStatus.DRAINING):
-                assert leg.epoch == self.epoch, "the epoch was not told (I5)"
+                assert leg.epoch == self.epoch, "the epoch was not announced (I5)"
                 sources = () if before is None else (before.peer_id,)
                 assert set(sources) <= set(leg.sources), "the sources are of another route (I9)"

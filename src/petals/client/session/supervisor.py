@@ -308,7 +308,7 @@ class SessionSupervisor:
         return min((limit for limit in limits if limit), default=0)
 
     def _note_repairs(self) -> None:
-        """All hops are there again: tell what took the place of those that were lost."""
+        """All hops are there again: record which ones replace those that were lost."""
         seconds = self._context.now - self._progress_at
         for lost, reason in self.state.losses.items():
             peer, blocks = lost.peer_id, lost.blocks

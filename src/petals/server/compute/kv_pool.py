@@ -21,7 +21,7 @@ PAGE_TOKENS = 16
 class KVPool:
     """All KV memory that a span may use.
 
-    The rows of its sessions belong to the compute thread. KVQueue are also made and returned
+    The rows of its sessions belong to the compute thread. Reservations are also made and returned
     on the event loop, so the accounts (and nothing else) are guarded by a lock.
     """
 

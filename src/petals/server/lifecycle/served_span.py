@@ -144,10 +144,11 @@ class ServedSpan:
         context.scheduler.expect(loaded.speed.batch_cost())
         self.mode = str(loaded.test.mode)
         self.pool = self._make_pool(loaded.span.layout)
-        check = self.pool.check_integrity if config.memory.check_integrity else None
-        executor.attach(self._device_context(loaded.span), check)
         self.offer = self._make_offer(loaded)
-        memory_ = SessionMemory(self.pool, self._make_logs())
+        is_checked = config.memory.check_integrity
+        memory_ = SessionMemory(self.pool, self._make_logs(), is_checked)
+        check = memory_.check_when_idle if is_checked else None
+        executor.attach(self._device_context(loaded.span), check)
         self.service = BlocksService(
             self.offer, executor, memory_, node, config.clients, config.failover
         )

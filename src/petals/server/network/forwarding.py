@@ -36,7 +36,6 @@ from petals.swarm.background import BackgroundTasks
 from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
-from petals.swarm.rpc.sending import send_or_abort
 from petals.types import PeerId, SessionId
 from petals.wire.handshake import Refusal
 from petals.wire.header import NextHops, RequestHeader
@@ -216,7 +215,7 @@ class StepForwarder:
 
     async def _refuse(self, inbound: InboundMessage, error: PetalsError) -> None:
         refusal = Refusal.of(error, inbound.header)
-        await send_or_abort(inbound.channel, refusal, (), self._limits, self._node.clock)
+        await inbound.channel.send(refusal)
 
     def _check_next_hops(self, message: Step | ReplayPart | ReplayRequest) -> None:
         """Raises BadInput."""

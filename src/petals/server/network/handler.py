@@ -97,7 +97,7 @@ class BlocksService:
         if self._closed:
             raise PeerBusy("This server is about to serve other blocks.", hint="Use another one.")
         number = next(self._channel_numbers)
-        client = ClientChannel(channel, number, self._failover, self._clock)
+        client = ClientChannel(channel, number, self._failover.send_seconds)
         conversation = Conversation(client, self.sessions, self._forwarder, self._answer)
         self._channels.add(channel)
         try:
@@ -143,9 +143,18 @@ class BlocksService:
             self.adapters.drop_unused()
             self._passes.expire()
             await self.sessions.end_silent()
-            if self._failover.check_integrity:
-                # In a task of its own, so that a failure is logged and sessions are still freed.
-                self._tasks.start(self.check_integrity(), "check of integrity")
+            if self._memory.is_checked:
+                self._tasks.start(self._check_or_stop(), "check of integrity")
+
+    async def _check_or_stop(self) -> None:
+        """End the server if its books are wrong, so that a chaos run does not pass over it."""
+        try:
+            await self.check_integrity()
+        except AssertionError as error:
+            self._memory.failure = error
+            # An order, after which the compute thread is idle again and finds the failure.
+            self._executor.post(lambda: None)
+            raise
 
     # -- requests that are made in no session
 

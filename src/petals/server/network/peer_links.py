@@ -20,7 +20,6 @@ from petals.logs import get_logger
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.rpc.channel import Channel
-from petals.swarm.rpc.sending import send_or_abort
 from petals.types import PeerId
 from petals.wire.fields import Message
 from petals.wire.handshake import Refusal
@@ -111,10 +110,11 @@ class PeerLinks:
             for is_last_try in (link.channel is None, True):
                 channel = link.channel or await self._dial(link)
                 try:
-                    await send_or_abort(channel, message, tensors, self._limits, self._clock)
-                except PeerTimeout:
+                    await channel.send(message, tensors)
+                except PeerTimeout as error:
                     # The peer lives and takes nothing: a new channel would wait as long.
                     self._break(link, channel)
+                    channel.abort(error)
                     raise
                 except PeerError:
                     link.channel = None
@@ -155,6 +155,7 @@ class PeerLinks:
             reason = f"No channel to the next hop: {error.message}"
             raise PeerUnreachable(reason, peer_id=link.peer) from error
         channel.silence_seconds = self._limits.silence_seconds
+        channel.send_seconds = self._limits.send_seconds
         link.channel, link.used_at = channel, self._clock.monotonic()
         link.sent = UnackedSends(self._limits.max_unconfirmed)
         self._tasks.start(self._listen(link, channel, link.sent), "listening to a next hop")

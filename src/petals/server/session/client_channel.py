@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from petals.clock import Clock
-from petals.errors import PeerError
+from petals.errors import PeerError, PeerTimeout
 from petals.logs import get_logger
-from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.rpc.channel import Channel
-from petals.swarm.rpc.sending import send_or_abort
 from petals.types import PeerId
 from petals.wire.fields import Message
 from petals.wire.header import RequestHeader
@@ -27,18 +24,18 @@ MakeReply = Callable[[RequestHeader], Message]
 
 class ClientChannel:
     """One channel of a client. ``number``: how many channels the server accepted before it.
+    ``send_seconds``: base of the time limit of a message, see ``Channel.send``.
 
     No method raises because the client is gone: the client's sessions wait for it to come back. A
     client that does not take a message in time loses the channel, so that it cannot hold a step or
     the memory of its answer.
     """
 
-    def __init__(self, channel: Channel, number: int, limits: FailoverConfig, clock: Clock) -> None:
+    def __init__(self, channel: Channel, number: int, send_seconds: float) -> None:
         self._number = number
         self._channel = channel
-        self._limits = limits
-        self._clock = clock
-        # The deadline of a message counts from the moment when the messages before it are sent.
+        channel.send_seconds = send_seconds
+        # The time limit of a message counts from the moment when the messages before it are sent.
         self._in_order = asyncio.Lock()
 
     @property
@@ -63,6 +60,10 @@ class ClientChannel:
         """Send a message that belongs to no session. Raises RequestTooLarge."""
         try:
             async with self._in_order:
-                await send_or_abort(self._channel, message, tensors, self._limits, self._clock)
+                await self._channel.send(message, tensors)
+        except PeerTimeout as error:
+            # The channel ends, not only the message: what is sent on a channel arrives completely
+            # and in order, or the client sees that the channel has ended.
+            self._channel.abort(error)
         except PeerError as error:
             logger.debug("%s did not reach its client: %s", type(message).__name__, error.message)

@@ -11,7 +11,7 @@ from petals.server.compute.kv_pool import KVPool
 from petals.server.session.session import Session
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SessionMemory:
     """``pool`` belongs to the compute thread, ``logs`` to the event loop.
 
@@ -21,6 +21,16 @@ class SessionMemory:
 
     pool: KVPool
     logs: LogBudget
+    is_checked: bool = False
+    """Whether the server compares the books with the memory whenever it is idle."""
+    failure: AssertionError | None = None
+    """What the event loop has found wrong. The compute thread raises it, which ends the server."""
+
+    def check_when_idle(self) -> None:
+        """For the compute thread: raise AssertionError if the books are wrong."""
+        if self.failure is not None:
+            raise self.failure
+        self.pool.check_integrity()
 
     def check_pool(self) -> int:
         """Raise AssertionError if the pool is in disorder. Returns the number of reservations."""

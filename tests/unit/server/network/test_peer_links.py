@@ -31,7 +31,7 @@ class FakeChannel:
         self.sent: list[Message] = []
         self.is_broken = self.is_closed = self.is_full = False
         self.confirmed_at = 0.0
-        self.silence_seconds = 0.0
+        self.silence_seconds = self.send_seconds = 0.0
         self.end: asyncio.Future[PeerError] = asyncio.get_running_loop().create_future()
 
     async def send(self, message: Message, tensors: Sequence[object]) -> None:
@@ -39,7 +39,8 @@ class FakeChannel:
         if self.is_broken:
             raise PeerUnreachable("broken")
         if self.is_full:
-            raise await asyncio.shield(self.end)
+            await self.clock.sleep(self.send_seconds)
+            raise PeerTimeout("It takes nothing.")
         self.sent.append(message)
 
     async def receive(self, timeout: float) -> tuple[Message, list[object]]:
