@@ -39,10 +39,9 @@ from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan, PeerId
 from petals.wire import frames
-from petals.wire.frames import FrameKind
+from petals.wire.frames import FrameKind, encode_message
 from petals.wire.handshake import Hello, Refusal
 from petals.wire.header import RequestHeader
-from petals.wire.messages import encode_message
 from petals.wire.replies import Info, SessionOpened
 from petals.wire.requests import GetInfo, OpenSession
 from support.raw_streams import (

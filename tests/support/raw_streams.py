@@ -11,9 +11,8 @@ from petals.swarm.transport import Stream
 from petals.types import PeerId
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
-from petals.wire.frames import PROTOCOL_VERSION, FrameKind
+from petals.wire.frames import PROTOCOL_VERSION, FrameKind, decode_message, encode_message
 from petals.wire.handshake import Hello, Welcome
-from petals.wire.messages import decode_message, encode_message
 from petals.wire.services import BLOCKS_SERVICE
 
 

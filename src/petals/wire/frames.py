@@ -1,4 +1,4 @@
-"""Frames: the units of every stream.
+"""The bytes of every stream: frames, and the messages and the list of tensors in them.
 
 ::
 
@@ -7,17 +7,26 @@
     | u8   | u32 big-end | length bytes     |
     +------+-------------+------------------+
 
-A MESSAGE frame carries a typed message (``wire.messages``) and the list of the tensors that follow
-it; their bytes follow in CHUNK frames, in order. CREDIT allows the sender that number of further
-bytes: a chunk costs its length, a message its payload and ``MESSAGE_COST_BYTES``. PING and PONG
-carry an 8-byte nonce. CANCEL ends the message that is being sent (its remaining chunks will not
-come). Must not know sockets and torch.
+A MESSAGE frame carries a typed message (``wire.messages``) and the specs of the tensors that follow
+it; their bytes (``wire.tensors``) follow in CHUNK frames, in order. CREDIT allows the sender that
+number of further bytes: a chunk costs its length, a message its payload and ``MESSAGE_COST_BYTES``.
+PING and PONG carry an 8-byte nonce. CANCEL ends the message that is being sent (its remaining
+chunks will not come). Everything is checked before memory is allocated for it. Must not know
+sockets and torch.
 """
 
+import math
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from petals.errors import ProtocolError
+from petals.wire.fields import MAX_TENSORS, Message
+from petals.wire.messages import AnyMessage
 
 PROTOCOL_VERSION = 8
 """Incremented with every change of ``wire`` that an older peer would misread."""
@@ -34,6 +43,21 @@ not wait long behind one.
 """
 
 HEADER = struct.Struct("!BI")
+
+MAX_DIMS = 8
+"""Most dimensions of a tensor that travels."""
+
+ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""The dtypes that travel, and the size of one value in bytes."""
 
 
 class FrameKind(IntEnum):
@@ -91,3 +115,53 @@ def encode_credit(num_bytes: int) -> bytes:
 def decode_credit(payload: bytes) -> int:
     """Payload of a CREDIT frame -> bytes granted."""
     return int(_U32.unpack(payload)[0])
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Shape and dtype of one tensor that follows a message."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the wire."""
+        return self.num_values * ITEM_BYTES[self.dtype]
+
+
+Specs = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[AnyMessage, Specs])
+
+
+def encode_message(message: Message, specs: tuple[TensorSpec, ...] = ()) -> bytes:
+    """Payload of a MESSAGE frame."""
+    return _encoder.encode((message, specs))
+
+
+def decode_message(payload: bytes) -> tuple[AnyMessage, tuple[TensorSpec, ...]]:
+    """Payload of a MESSAGE frame -> message and specs of the tensors that follow. Raises
+    ProtocolError.
+    """
+    try:
+        return _decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"A message could not be read: {error}") from error
+
+
+def check_specs(specs: Sequence[TensorSpec], max_bytes: int) -> int:
+    """Total bytes of what a peer announces. Raises ProtocolError if it is out of bounds."""
+    total = 0
+    for spec in specs:
+        if spec.dtype not in ITEM_BYTES:
+            raise ProtocolError(f"Tensors of dtype {spec.dtype[:32]!r} do not travel.")
+        if len(spec.shape) > MAX_DIMS or any(not 0 <= n < 2**40 for n in spec.shape):
+            raise ProtocolError("A tensor's shape is out of bounds.")
+        total += spec.num_bytes
+        if total > max_bytes:
+            raise ProtocolError(f"A message may carry at most {max_bytes} bytes of tensors.")
+    return total

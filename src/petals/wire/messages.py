@@ -1,4 +1,4 @@
-"""The protocol: every message, and how messages become bytes and typed values again.
+"""The protocol: every message.
 
 A stream begins with ``Hello`` -> ``Welcome`` or ``Refusal``; then the service named in the hello
 speaks. Messages are frozen structs, one file per receiver, whose bounds are checked while they are
@@ -18,14 +18,9 @@ decoded: ``handshake`` (any peer), ``requests`` (a server in a session), ``repli
 |         | ids per reservation; replays have ids and numbered parts; new names    |
 """
 
-from typing import Annotated
-
-import msgspec
-from msgspec import Meta
-
 from petals.errors import ProtocolError
 from petals.types import BlockSpan
-from petals.wire.fields import MAX_TENSORS, Message, WireBlocks
+from petals.wire.fields import WireBlocks
 from petals.wire.handshake import DialBack, DialedBack, Hello, Refusal, Welcome
 from petals.wire.passes import (
     AdapterKept,
@@ -55,7 +50,6 @@ from petals.wire.requests import (
     ReplayRequest,
     Step,
 )
-from petals.wire.specs import TensorSpec
 
 AnyMessage = (
     Hello
@@ -86,25 +80,6 @@ AnyMessage = (
     | DialBack
     | DialedBack
 )
-Specs = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(tuple[AnyMessage, Specs])
-
-
-def encode_message(message: Message, specs: tuple[TensorSpec, ...] = ()) -> bytes:
-    """Payload of a MESSAGE frame."""
-    return _encoder.encode((message, specs))
-
-
-def decode_message(payload: bytes) -> tuple[AnyMessage, tuple[TensorSpec, ...]]:
-    """Payload of a MESSAGE frame -> message and specs of the tensors that follow. Raises
-    ProtocolError.
-    """
-    try:
-        return _decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"A message could not be read: {error}") from error
 
 
 def span(blocks: WireBlocks) -> BlockSpan:

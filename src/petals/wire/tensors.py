@@ -1,13 +1,16 @@
-"""Tensors as bytes.
+"""Tensors as bytes, and which values may travel.
 
 A tensor travels as one contiguous little-endian row-major buffer described by a ``TensorSpec``;
 nothing is ever pickled. Must not know sockets and messages.
 """
 
-import torch
+import math
 
-from petals.errors import ProtocolError
-from petals.wire.specs import ITEM_BYTES, TensorSpec
+import torch
+from torch import Tensor
+
+from petals.errors import BadInput, ProtocolError
+from petals.wire.frames import ITEM_BYTES, TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -41,3 +44,26 @@ def decode(spec: TensorSpec, data: bytearray) -> torch.Tensor:
     if not data:
         return torch.empty(spec.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).view(spec.shape)
+
+
+def is_finite(values: Tensor) -> bool:
+    """True if there is no NaN and no infinity."""
+    # A finite sum proves it in one pass without a temporary; a sum may overflow, so it disproves
+    # nothing.
+    if not values.numel() or math.isfinite(values.sum().item()):
+        return True
+    return bool(torch.isfinite(values).all())
+
+
+def check_states(hidden: Tensor) -> None:
+    """Raises BadInput for states that are not floating point or not finite."""
+    if not hidden.dtype.is_floating_point:
+        raise BadInput(
+            f"Hidden states are floating point, not {hidden.dtype}.",
+            hint="Token ids go through the model's embeddings first.",
+        )
+    if not is_finite(hidden):
+        raise BadInput(
+            "Hidden states hold NaN or infinity.",
+            hint="Check their source, for example prompts that diverged in training.",
+        )

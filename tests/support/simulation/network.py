@@ -21,8 +21,9 @@ from petals.errors import PeerTimeout, PeerUnreachable, PetalsError, ProtocolErr
 from petals.swarm.background import BackgroundTasks
 from petals.types import PeerId
 from petals.wire.fields import Message
+from petals.wire.frames import decode_message, encode_message
 from petals.wire.handshake import Refusal
-from petals.wire.messages import AnyMessage, decode_message, encode_message
+from petals.wire.messages import AnyMessage
 from support.simulation.story import Sent, Story
 from support.simulation.virtual_time import VirtualClock
 

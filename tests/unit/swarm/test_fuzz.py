@@ -14,12 +14,10 @@ from petals.testing.manual_clock import ManualClock, settle
 from petals.testing.memory_net import MemoryNet
 from petals.types import PeerId
 from petals.wire import frames
-from petals.wire.frames import FrameKind
+from petals.wire.frames import FrameKind, TensorSpec, encode_message
 from petals.wire.handshake import Hello
-from petals.wire.messages import encode_message
 from petals.wire.passes import Forward
 from petals.wire.requests import GetInfo
-from petals.wire.specs import TensorSpec
 
 HELLO = frames.encode_frame(FrameKind.MESSAGE, encode_message(Hello(1, "test")))
 SPECS = st.lists(

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from petals.errors import ERRORS_BY_CODE, MissingBlocksError, PeerFailed, ProtocolError
 from petals.wire import fields, frames, handshake, messages, passes, replies, requests
-from petals.wire.frames import FrameKind
+from petals.wire.frames import FrameKind, TensorSpec
 from petals.wire.header import NextHop, RequestHeader
-from petals.wire.specs import TensorSpec
 
 SESSION = b"s" * 16
 HEADER = RequestHeader(SESSION, 2, 7)
@@ -51,7 +50,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 def test_round_trip(message: fields.Message) -> None:
     specs = (TensorSpec("float32", (5, 8)),)
-    assert messages.decode_message(messages.encode_message(message, specs)) == (message, specs)
+    assert frames.decode_message(frames.encode_message(message, specs)) == (message, specs)
 
 
 def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
@@ -60,7 +59,7 @@ def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     fields = ["Step", [SESSION, 2, 7], (3,), (1,), None, (), (), ()]
     expected = msgspec.msgpack.encode((fields, ()))
     assert frames.PROTOCOL_VERSION == 8
-    assert messages.encode_message(step) == expected
+    assert frames.encode_message(step) == expected
 
 
 H = [SESSION, 0, 1]
@@ -106,14 +105,14 @@ H = [SESSION, 0, 1]
 )
 def test_values_out_of_bounds_are_refused(fields: object) -> None:
     with pytest.raises(ProtocolError):
-        messages.decode_message(msgspec.msgpack.encode((fields, [])))
+        frames.decode_message(msgspec.msgpack.encode((fields, [])))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_never_do_more_than_raise_protocol_error(payload: bytes) -> None:
     with pytest.raises(ProtocolError):
-        messages.decode_message(payload)
+        frames.decode_message(payload)
 
 
 @settings(max_examples=200, deadline=None)
@@ -121,13 +120,13 @@ def test_random_bytes_never_do_more_than_raise_protocol_error(payload: bytes) ->
 def test_a_damaged_message_decodes_or_raises_protocol_error(
     message: fields.Message, data: st.DataObject
 ) -> None:
-    payload = bytearray(messages.encode_message(message))
+    payload = bytearray(frames.encode_message(message))
     index = data.draw(st.integers(0, len(payload) - 1))
     payload[index] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(payload)))
     for damaged in (bytes(payload), bytes(payload[:cut])):
         try:
-            decoded, _ = messages.decode_message(damaged)
+            decoded, _ = frames.decode_message(damaged)
         except ProtocolError:
             continue
         assert isinstance(decoded, fields.Message)
@@ -135,7 +134,7 @@ def test_a_damaged_message_decodes_or_raises_protocol_error(
 
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(ProtocolError):
-        messages.decode_message(b"\x91" * 100_000)
+        frames.decode_message(b"\x91" * 100_000)
 
 
 @settings(max_examples=300, deadline=None)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals.errors import ProtocolError
-from petals.wire.specs import TensorSpec, check_specs
+from petals.wire.frames import TensorSpec, check_specs
 from petals.wire.tensors import DTYPES, decode, encode
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)

@@ -17,10 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from petals.client.model.hidden_states import HiddenStates
-from petals.client.model.inference_session import InferenceSession
+from petals.client.model.inference_session import InferenceSession, SessionCache
 from petals.client.model.padding import ColumnLayout, Rows, read_columns
 from petals.client.model.remote_sequential import ModelPass, RemoteSequential
-from petals.client.model.session_cache import SessionCache
 from petals.client.tuning import lora
 from petals.client.tuning.prompts import (
     DEEP_PROMPTS,

@@ -18,9 +18,8 @@ from transformers.generation.candidate_generator import (
 from transformers.utils import ModelOutput
 
 from petals.client.model.distributed import DistributedModel, check_token_ids
-from petals.client.model.inference_session import InferenceSession
+from petals.client.model.inference_session import InferenceSession, SessionCache
 from petals.client.model.padding import to_left_padding
-from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, NotSupported, RouteError
 from petals.models.loading.head import HeadKind
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from petals.client.connection.tensor_checks import is_finite
 from petals.client.session.actions import LegState
 from petals.client.session.replies import Replies
 from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
@@ -55,6 +54,7 @@ from petals.wire.requests import (
     ReplayPart,
 )
 from petals.wire.services import BLOCKS_SERVICE
+from petals.wire.tensors import is_finite
 
 logger = get_logger(__name__)
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from petals.client.connection.tensor_checks import is_finite
 from petals.errors import PetalsError
 from petals.models.runtime.token_log import RowSlices, TokenLog
 from petals.types import PeerId
 from petals.wire.header import RequestHeader
 from petals.wire.replies import ForwardFailed, ReplayDone, StepResult
 from petals.wire.requests import ReplayPart
+from petals.wire.tensors import is_finite
 
 ReplyMessage = StepResult | ReplayDone | ReplayPart | ForwardFailed
 

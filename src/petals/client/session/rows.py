@@ -13,7 +13,6 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from petals.client.connection.tensor_checks import check_states, check_width
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.routing.swarm_state import show
 from petals.client.session.supervisor import SessionSupervisor
@@ -31,6 +30,7 @@ from petals.logs import get_logger
 from petals.models.runtime.token_log import RowSlices
 from petals.types import BlockSpan
 from petals.wire.fields import MAX_ROWS
+from petals.wire.tensors import check_states
 
 logger = get_logger(__name__)
 
@@ -108,7 +108,7 @@ class SessionRows:
             self._check(hidden, starts, counts, reorder)
             check_states(hidden)
             supervisor, dtype = await self._opened(hidden, len(counts))
-            check_width(hidden, self._hidden_size)
+            _check_width(hidden, self._hidden_size)
             output, untold = hidden, _after(self._reorder, reorder)
             if hidden.shape[0]:
                 # A copy: it is kept, and the caller may write into its own.
@@ -133,7 +133,7 @@ class SessionRows:
             return self._supervisor, self._dtype
         dtype = hidden.dtype if hidden.dtype in _TRAVELLING else torch.float32
         if self._tuning.prompts is not None:
-            check_width(self._tuning.prompts, hidden.shape[-1])
+            _check_width(self._tuning.prompts, hidden.shape[-1])
         swarm = await self._access.view()
         num_reserved = self._num_reserved or num_rows
         spec = SessionSpec(
@@ -212,3 +212,12 @@ def _after(first: Sequence[int] | None, second: Sequence[int] | None) -> tuple[i
         chosen = second if first is None else first
         return None if chosen is None else tuple(chosen)
     return tuple(first[row] for row in second)
+
+
+def _check_width(hidden: Tensor, hidden_size: int) -> None:
+    """Raises BadInput unless the last dimension of ``hidden`` is the model's."""
+    if hidden.shape[-1] != hidden_size:
+        raise BadInput(
+            f"Hidden states have {hidden.shape[-1]} values, this model has {hidden_size}.",
+            hint="Check that client and servers use the same model.",
+        )

@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.connection.event_loop import client_loop
-from petals.client.connection.tensor_checks import check_states, is_finite
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.training.batch import Pass
 from petals.errors import BadInput
 from petals.types import BlockSpan
+from petals.wire.tensors import check_states, is_finite
 
 
 def run_whole(

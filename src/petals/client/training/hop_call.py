@@ -12,7 +12,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
-from petals.client.connection.tensor_checks import is_finite
 from petals.client.routing.swarm_state import SwarmState
 from petals.errors import (
     PassExpired,
@@ -23,6 +22,7 @@ from petals.types import BlockSpan, Hop
 from petals.wire.fields import Message
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
 from petals.wire.services import BLOCKS_SERVICE
+from petals.wire.tensors import is_finite
 
 _PASS_ID_BYTES = 16
 M = TypeVar("M", bound=Message)

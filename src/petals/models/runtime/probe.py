@@ -11,10 +11,9 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from petals.errors import ModelNotSupported
-from petals.models.runtime.batch import BatchContext
+from petals.models.runtime.batch import BatchContext, SpanCache
 from petals.models.runtime.kv_layout import BlockLayout
 from petals.models.runtime.recurrent import states_bytes
-from petals.models.runtime.span_cache import SpanCache
 
 
 @dataclass(slots=True)

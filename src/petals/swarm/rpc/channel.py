@@ -33,10 +33,9 @@ from petals.swarm.transport import Stream
 from petals.types import PeerId
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
-from petals.wire.frames import FrameKind
+from petals.wire.frames import FrameKind, TensorSpec, encode_message
 from petals.wire.handshake import Refusal
-from petals.wire.messages import AnyMessage, encode_message
-from petals.wire.specs import TensorSpec
+from petals.wire.messages import AnyMessage
 
 logger = get_logger(__name__)
 

@@ -36,9 +36,9 @@ from petals.swarm.transport import OPEN_TIMEOUT_SECONDS, Stream, Transport
 from petals.types import PeerId
 from petals.wire import frames
 from petals.wire.fields import Message
-from petals.wire.frames import PROTOCOL_VERSION, FrameKind
+from petals.wire.frames import PROTOCOL_VERSION, FrameKind, decode_message, encode_message
 from petals.wire.handshake import Hello, Refusal, Welcome
-from petals.wire.messages import AnyMessage, decode_message, encode_message
+from petals.wire.messages import AnyMessage
 
 logger = get_logger(__name__)
 

@@ -13,9 +13,9 @@ from petals.errors import PeerBusy, PetalsError, ProtocolError
 from petals.swarm.config import ChannelLimits
 from petals.types import PeerId
 from petals.wire import tensors
+from petals.wire.frames import TensorSpec, check_specs, decode_message
 from petals.wire.handshake import Refusal
-from petals.wire.messages import AnyMessage, decode_message
-from petals.wire.specs import TensorSpec, check_specs
+from petals.wire.messages import AnyMessage
 
 WINDOW_BYTES = 8 * 1024 * 1024
 """Bytes that one side may send beyond what the other has taken. Part of the protocol."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from petals.client.model.inference_session import SessionCache
 from petals.client.model.load import layers_return_tuple
-from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, NotSupported
 from petals.models.checkpoint.arch import describe
 from petals.models.loading.head import HeadKind

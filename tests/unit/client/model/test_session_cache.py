@@ -5,9 +5,8 @@ import torch
 from transformers import Cache
 
 from petals.client.config import ClientConfig
-from petals.client.model.inference_session import InferenceSession
+from petals.client.model.inference_session import InferenceSession, SessionCache
 from petals.client.model.padding import ColumnLayout, read_columns
-from petals.client.model.session_cache import SessionCache
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import BadInput, NotSupported, SessionClosed, SessionGap
 from petals.types import BlockSpan

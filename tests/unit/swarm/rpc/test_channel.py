@@ -22,12 +22,10 @@ from petals.testing.manual_clock import ManualClock, settle
 from petals.testing.memory_net import MemoryNet, MemoryStream, _Pipe
 from petals.types import PeerId
 from petals.wire import frames
-from petals.wire.frames import FrameKind
+from petals.wire.frames import FrameKind, TensorSpec, encode_message
 from petals.wire.handshake import Refusal
 from petals.wire.header import RequestHeader
-from petals.wire.messages import encode_message
 from petals.wire.requests import GetInfo, KeepSession
-from petals.wire.specs import TensorSpec
 
 A, B = PeerId("peer a"), PeerId("peer b")
 LIMITS = ChannelLimits(max_tensor_bytes=64 * 2**20)

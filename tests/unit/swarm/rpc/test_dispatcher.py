@@ -23,10 +23,9 @@ from petals.swarm.rpc import dispatcher
 from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL, answering
 from petals.testing.manual_clock import settle
 from petals.wire import frames
-from petals.wire.frames import PROTOCOL_VERSION, FrameKind
+from petals.wire.frames import PROTOCOL_VERSION, FrameKind, decode_message, encode_message
 from petals.wire.handshake import Hello, Refusal, Welcome
 from petals.wire.header import RequestHeader
-from petals.wire.messages import decode_message, encode_message
 from petals.wire.passes import Forward, ForwardResult
 from petals.wire.requests import GetInfo, KeepSession
 
