@@ -25,7 +25,7 @@ FORBIDDEN_ROOMS = {"utils", "common", "helpers", "misc", "manager", "base", "cor
 BACKGROUND_ROOTS = {
     # The only places that catch everything: work started there has no caller who could.
     "swarm/rpc/dispatcher.py": 1,
-    "server/compute/thread.py": 1,
+    "server/compute/executor.py": 1,
     "swarm/background.py": 1,
 }
 LISTENS_TO_STRANGERS = ("wire/", "swarm/", "server/network/", "server/session/")

@@ -1,29 +1,128 @@
 """Runs jobs on the compute thread, the only thread that uses the device and its memory.
 
-Again and again the thread asks the scheduler for a batch and runs it. Whatever else touches KV
-memory runs on this thread too, between batches (``call``), so it needs no lock. A job that fails
-does not affect the other jobs of its batch. Knows no network, no peers, no messages.
+The event loop puts orders into a queue and awaits a future for each; the thread hands all answers
+it has over in one wake-up of the loop. Between orders the thread asks the scheduler for a batch and
+runs it. Whatever else touches KV memory runs on this thread too, between batches (``call``), so it
+needs no lock. A job that fails does not affect the other jobs of its batch. A thread that ends, in
+whatever way, leaves no future unanswered. Knows no network, no peers, no messages.
 """
 
 import asyncio
 import itertools
 import queue
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
-from petals.errors import PeerFailed, PetalsError
+from petals.errors import PeerFailed, PetalsError, SessionClosed
 from petals.logs import get_logger
-from petals.server.compute.batch_window import BatchWindow
 from petals.server.compute.device import DeviceContext
-from petals.server.compute.jobs import BatchableJob, Job, Outcome, run_packed
+from petals.server.compute.jobs import BatchableJob, ExclusiveJob, Job, Outcome
 from petals.server.compute.scheduler import Portion, Scheduler, WaitingJob
-from petals.server.compute.thread import ComputeThread, attempt, log_failure
 
 logger = get_logger(__name__)
 T = TypeVar("T")
+Order = Callable[[], None]
+Answer = tuple["asyncio.Future[Any]", Any, Exception | None]
+
+_JOIN_SECONDS = 9.0
+"""Longest wait at the end for the batch or call that is running; then the thread is abandoned."""
+
 _SMOOTHING = 0.2
 """Weight of the newest decode batch in ``step_seconds``."""
+
+
+class ComputeThread(ABC):
+    """Works for the event loop that entered it (an async context manager).
+
+    ``on_failure`` is called on the event loop if the thread ends by an error; every caller then
+    gets PeerFailed, those that wait as well as those that come later. After a regular end they get
+    SessionClosed.
+    """
+
+    def __init__(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._on_failure = on_failure
+        self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._answers: list[Answer] = []
+        self._thread = threading.Thread(target=self._work, name="petals-compute", daemon=True)
+        self._unanswered: set[asyncio.Future[Any]] = set()
+        self._refusal: Callable[[], PetalsError] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._refusal = self._refusal or _stopping
+        self._inbox.put(None)
+        try:
+            await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+        finally:
+            self._refuse_all(_stopping)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the thread, between batches; return or raise what it does."""
+        result: T = await self._ask(
+            lambda future: self._answers.append((future, *_attempt(function)))
+        )
+        return result
+
+    def post(self, function: Callable[[], object]) -> None:
+        """``call`` for callers that do not wait; an error is logged."""
+        self._inbox.put(lambda: _log_failure(_attempt(function)[1]))
+
+    async def _ask(self, order: "Callable[[asyncio.Future[Any]], None]") -> Any:
+        """Let the thread do ``order``, which sees to it that the future is answered."""
+        if self._refusal is not None:
+            raise self._refusal()
+        future = self._loop.create_future()
+        self._unanswered.add(future)
+        self._inbox.put(lambda: order(future))
+        try:
+            return await future
+        finally:
+            self._unanswered.discard(future)
+
+    def _refuse_all(self, refusal: Callable[[], PetalsError]) -> None:
+        """Answer everything that waits, and everything that comes later, with this error.
+
+        Runs on the event loop, which alone makes futures and puts orders into the inbox: so an
+        order that the thread had not seen when it ended cannot be overlooked.
+        """
+        self._refusal = refusal
+        for future in self._unanswered:
+            if not future.done():
+                future.set_exception(refusal())
+
+    def _failed(self) -> None:
+        self._refuse_all(_thread_has_failed)
+        self._on_failure()
+
+    # On the thread from here on.
+
+    @abstractmethod
+    def _serve(self) -> None:
+        """Do orders until ``None`` comes. An error of it ends the thread."""
+
+    def _work(self) -> None:
+        error, is_regular_end = None, False
+        try:
+            error = _attempt(self._serve)[1]
+            is_regular_end = error is None
+        finally:
+            # Also after SystemExit, which the code of a model may raise.
+            if not is_regular_end:
+                logger.critical("The compute thread has failed.", exc_info=error or True)
+                if not self._loop.is_closed():
+                    self._loop.call_soon_threadsafe(self._failed)
+
+    def _deliver_answers(self) -> None:
+        if self._answers:
+            answers, self._answers = self._answers, []
+            self._loop.call_soon_threadsafe(_deliver, answers)
 
 
 class _QueuedJob:
@@ -60,7 +159,6 @@ class Executor(ComputeThread):
     def __init__(self, scheduler: Scheduler, on_failure: Callable[[], None] = lambda: None) -> None:
         super().__init__(on_failure)
         self._scheduler = scheduler
-        self._window = BatchWindow()
         self._device: DeviceContext | None = None
         self._check_when_idle: Callable[[], None] | None = None
         self._jobs: dict[int, _QueuedJob] = {}
@@ -124,7 +222,7 @@ class Executor(ComputeThread):
         while True:
             self.waiting_tokens = self._scheduler.waiting_tokens
             self._deliver_answers()
-            seconds = self._wait_seconds()
+            seconds = self._scheduler.wait_seconds(time.perf_counter())
             if seconds is None and self._check_when_idle is not None and self._inbox.empty():
                 self._check_when_idle()
             try:
@@ -137,36 +235,22 @@ class Executor(ComputeThread):
             # The next order may be long in coming; this one refers to a job and its tensors.
             del order
 
-    def _wait_seconds(self) -> float | None:
-        """Seconds to wait for the next order before the next batch; None: without limit."""
-        if not len(self._scheduler):
-            return None
-        return self._window.wait_seconds(
-            self._scheduler.num_urgent_alone, self._scheduler.fixed_seconds, time.perf_counter()
-        )
-
     def _accept(self, queued: _QueuedJob) -> None:
         key, job = queued.key, queued.job
         self._jobs[key] = queued
-        error = attempt(lambda: job.prepare(self._device_or_fail()))[1]
+        error = _attempt(lambda: job.prepare(self._device_or_fail()))[1]
         if error is not None:
             self._fail(queued, error)
             return
-        if isinstance(job, BatchableJob):
-            if job.is_urgent:
-                self._window.step_ready(job.session, time.perf_counter())
-            else:
-                self._window.forget(job.session)
-        is_batchable = isinstance(job, BatchableJob)
-        self._scheduler.add(
-            WaitingJob(key, job.owner, job.cost_tokens, job.is_urgent, is_batchable)
-        )
+        session = job.session if isinstance(job, BatchableJob) else None
+        waiting = WaitingJob(key, job.owner, job.cost_tokens, session, job.is_urgent)
+        self._scheduler.add(waiting, time.perf_counter())
 
     def _run_batch(self, batch: Sequence[Portion]) -> None:
         jobs = [self._jobs[portion.key] for portion in batch]
         began = time.perf_counter()
-        costs, error = attempt(
-            lambda: _run([(queued.job, p.num_tokens) for queued, p in zip(jobs, batch)])
+        costs, error = _attempt(
+            lambda: self._run_parts([(q.job, p.num_tokens) for q, p in zip(jobs, batch)])
         )
         now = time.perf_counter()
         if error is not None and len(batch) > 1:
@@ -187,16 +271,33 @@ class Executor(ComputeThread):
                 self.step_seconds += _SMOOTHING * (now - began - self.step_seconds)
             self._finish([queued for queued in jobs if queued.job.is_done], now)
 
+    def _run_parts(self, parts: Sequence[tuple[Job[Any], int]]) -> list[int]:
+        """Run so many tokens of each job and return the costs. A forward that fails has changed no
+        job.
+
+        Steps enter the blocks by this one call of ``Runner.run``: a runner may capture a batch of
+        some shape and replay it, or spread it over devices, and no job notices.
+        """
+        job, budget_tokens = parts[0]
+        if isinstance(job, ExclusiveJob):
+            return [job.run(budget_tokens)]
+        batchable = cast(Sequence[tuple[BatchableJob[Any], int]], parts)
+        segments = [job.segments(num_tokens) for job, num_tokens in batchable]
+        packed = [segment for own in segments for segment in own]
+        outputs = iter(self._device_or_fail().runner.run(packed) if packed else ())
+        for (job, num_tokens), own in zip(batchable, segments):
+            job.accept(num_tokens, [next(outputs) for _ in own])
+        return [num_tokens for _, num_tokens in batchable]
+
     def _finish(self, jobs: Sequence[_QueuedJob], now: float) -> None:
-        self._scheduler.discard(queued.key for queued in jobs)
-        sessions = [q.job.session for q in jobs if isinstance(q.job, BatchableJob)]
-        self._window.batch_done(sessions, now)
+        finished = []
         for queued in jobs:
-            value, error = attempt(queued.job.result)
+            value, error = _attempt(queued.job.result)
             if error is not None:
                 self._fail(queued, error)
                 continue
             del self._jobs[queued.key]
+            finished.append(queued.key)
             outcome = Outcome(
                 value=value,
                 queue_seconds=queued.started_at - queued.queued_at,
@@ -204,6 +305,7 @@ class Executor(ComputeThread):
                 batch_tokens=queued.batch_tokens,
             )
             self._answers.append((queued.future, outcome, None))
+        self._scheduler.finish(finished, now)
 
     def _fail(self, queued: _QueuedJob, error: Exception) -> None:
         self._abort(queued.key)
@@ -214,10 +316,8 @@ class Executor(ComputeThread):
         queued = self._jobs.pop(key, None)
         if queued is None:
             return
-        self._scheduler.discard([key])
-        if isinstance(queued.job, BatchableJob):
-            self._window.forget(queued.job.session)
-        log_failure(attempt(queued.job.abort)[1])
+        self._scheduler.discard(key)
+        _log_failure(_attempt(queued.job.abort)[1])
 
     def _device_or_fail(self) -> DeviceContext:
         if self._device is None:
@@ -225,13 +325,39 @@ class Executor(ComputeThread):
         return self._device
 
 
-def _run(parts: Sequence[tuple[Job[Any], int]]) -> list[int]:
-    """Run portions of jobs together and return their costs in tokens."""
-    if len(parts) == 1:
-        ((job, budget_tokens),) = parts
-        return [job.run(budget_tokens)]
-    # The scheduler puts only batchable jobs together.
-    return run_packed(cast(Sequence[tuple[BatchableJob[Any], int]], parts))
+def _attempt(function: Callable[[], T]) -> tuple[Any, Exception | None]:
+    """(result, None) or (None, error): an error belongs to its caller, the thread lives on."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _log_failure(error: Exception | None) -> None:
+    """Log an error that no caller waits for."""
+    if error is not None:
+        logger.error("Housekeeping on the compute thread failed.", exc_info=error)
+
+
+def _deliver(answers: Sequence[Answer]) -> None:
+    for future, value, error in answers:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+
+def _stopping() -> PetalsError:
+    return SessionClosed("The server is stopping.", hint="Ask another server.")
+
+
+def _thread_has_failed() -> PetalsError:
+    return PeerFailed(
+        "The server's compute thread has failed; it can compute no more.",
+        hint="Use another server. Its operator finds the reason in the server's log.",
+    )
 
 
 def _as_petals_error(error: Exception) -> PetalsError:

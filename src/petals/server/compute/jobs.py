@@ -1,14 +1,14 @@
-"""What the compute thread runs: jobs, and packed batches of those jobs that can share a forward.
+"""What the compute thread runs: jobs, alone or several in one packed forward.
 
-There are two kinds of jobs: a step of a session (``step_job``) and a pass of training
-(``training.chunked_pass``). The executor drives both by the methods below and knows neither.
+There are two kinds: a step of a session (``step_job``) can share a forward with others, a pass of
+training (``training.chunked_pass``) runs alone. The executor drives both by the methods below.
 Knows no network, no peers and no order of execution.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -34,7 +34,8 @@ class Outcome(Generic[T]):
 
 class Job(ABC, Generic[T]):
     """Work that the event loop has asked for. All methods run on the compute thread, in this order:
-    ``prepare`` once, ``run`` until ``is_done``, ``result`` once. ``abort`` may come at any point.
+    ``prepare`` once, parts of the work until ``is_done``, ``result`` once. ``abort`` may come at
+    any point.
 
     ``owner``: owners share the device equally, however many jobs each of them has.
     """
@@ -58,15 +59,11 @@ class Job(ABC, Generic[T]):
     @property
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether ``run`` has nothing left to do."""
+        """Whether nothing is left to run."""
 
     @abstractmethod
     def prepare(self, device: DeviceContext) -> None:
         """Check the inputs and move them to the device. Raises BadInput and other PetalsErrors."""
-
-    @abstractmethod
-    def run(self, budget_tokens: int) -> int:
-        """Run the next part, of a cost of about ``budget_tokens``; return what it has cost."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -77,10 +74,16 @@ class Job(ABC, Generic[T]):
         """What the caller of ``Executor.run`` receives."""
 
 
+class ExclusiveJob(Job[T]):
+    """A job that runs its parts itself, alone on the device."""
+
+    @abstractmethod
+    def run(self, budget_tokens: int) -> int:
+        """Run the next part, of a cost of about ``budget_tokens``; return what it has cost."""
+
+
 class BatchableJob(Job[T]):
     """A job whose parts may share one packed forward with parts of other batchable jobs."""
-
-    device: DeviceContext
 
     @property
     @abstractmethod
@@ -94,22 +97,3 @@ class BatchableJob(Job[T]):
     @abstractmethod
     def accept(self, num_tokens: int, outputs: Sequence[Tensor]) -> None:
         """Take the outputs [n, H] of those segments; these tokens are now done."""
-
-    def run(self, budget_tokens: int) -> int:
-        """See Job."""
-        return run_packed([(self, budget_tokens)])[0]
-
-
-def run_packed(parts: Sequence[tuple[BatchableJob[Any], int]]) -> list[int]:
-    """Run the next tokens of several jobs, all on one device, as one forward. Returns the costs.
-
-    If the forward fails, no job has changed and each of them may be run again alone. Steps enter
-    the blocks by this one call of ``Runner.run``: a runner may capture a batch of some shape and
-    replay it, or spread it over devices, and no job notices.
-    """
-    segments = [job.segments(num_tokens) for job, num_tokens in parts]
-    packed = [segment for own in segments for segment in own]
-    outputs = iter(parts[0][0].device.runner.run(packed) if packed else ())
-    for (job, num_tokens), own in zip(parts, segments):
-        job.accept(num_tokens, [next(outputs) for _ in own])
-    return [num_tokens for _, num_tokens in parts]

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from petals.errors import SessionGap
-from petals.server.compute.step_plan import StepPlan
+from petals.server.compute.step_job import StepPlan
 from petals.wire.header import Timing
 from petals.wire.requests import ReplayPart, Step
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from petals.errors import SessionGap
 from petals.server.compute.device import DeviceContext, check_values
 from petals.server.compute.kv_pool import SessionKV
-from petals.server.compute.step_job import arrange_rows, cut_rows
-from petals.server.compute.step_plan import StepPlan
+from petals.server.compute.step_job import StepPlan, arrange_rows
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -71,7 +70,6 @@ def write_kv(
             check_values(given)
     placed = values.to(device.torch_device)
     arrange_rows(kv, plan)
-    cut_rows(kv, plan)
     for run in plan.pieces(0, plan.num_tokens):
         part = placed[run.offset : run.offset + run.count]
         kv.rows[run.row].write(run.start, part, kv.layout)

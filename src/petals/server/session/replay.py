@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from petals.errors import BadInput, SessionGap
 from petals.models.runtime.token_log import TokenLog, split_counts
-from petals.server.compute.step_plan import StepPlan
+from petals.server.compute.step_job import StepPlan
 from petals.server.session.kv_transfer import KVCopy
 from petals.wire.requests import ReplayPart, ReplayRequest
 

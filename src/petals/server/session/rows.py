@@ -32,8 +32,7 @@ from petals.server.admission.offer import ServedModel
 from petals.server.compute.executor import Executor
 from petals.server.compute.jobs import Outcome
 from petals.server.compute.kv_pool import SessionKV
-from petals.server.compute.step_job import StepJob
-from petals.server.compute.step_plan import StepLimits, StepPlan, plan_step
+from petals.server.compute.step_job import StepJob, StepLimits, StepPlan, plan_step
 from petals.server.session.history import DoneStep, InboundReplay, StepHistory
 from petals.server.session.kv_transfer import KVCopy, read_kv, write_kv
 from petals.server.session.replay import ReplaySource, plan_replay

@@ -26,7 +26,7 @@ from petals.errors import BadInput, PeerBusy, SessionClosed
 from petals.server.admission import validation
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.executor import Executor
-from petals.server.compute.step_plan import StepLimits
+from petals.server.compute.step_job import StepLimits
 from petals.server.session.client_channel import ClientChannel, MakeReply
 from petals.server.session.rows import CachedRows, Reservation, SessionTerms, StepOutput
 from petals.swarm.background import BackgroundTasks

@@ -17,7 +17,7 @@ from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Mode
 from petals.server.compute.activation_budget import Meter
 from petals.server.compute.device import DeviceContext
-from petals.server.compute.jobs import Job
+from petals.server.compute.jobs import ExclusiveJob
 from petals.server.training import chunks
 from petals.server.training.chunks import FORWARD_COST, RowChunk
 from petals.server.training.saved_activations import ChunkActivations, PassInputs, SavedActivations
@@ -28,7 +28,7 @@ Parts = Generator[None, None, None]
 """Pauses between two parts; ends with the last part."""
 
 
-class ChunkedPass(Job[T]):
+class ChunkedPass(ExclusiveJob[T]):
     """One direction of a pass. ``saved``: the activations it owns, counted in the budget."""
 
     is_done = False

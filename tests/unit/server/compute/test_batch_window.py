@@ -2,7 +2,7 @@
 
 import pytest
 
-from petals.server.compute.batch_window import BatchWindow
+from petals.server.compute.scheduler import BatchWindow
 
 FIXED = 0.012
 GRACE = 0.15 * FIXED

@@ -13,11 +13,10 @@ from petals.models.runtime.kv_layout import BlockLayout, KVLayout
 from petals.server.compute.activation_budget import ActivationBudget
 from petals.server.compute.device import DeviceContext
 from petals.server.compute.executor import Executor
-from petals.server.compute.jobs import Job
+from petals.server.compute.jobs import ExclusiveJob, Job
 from petals.server.compute.kv_pool import KVPool
 from petals.server.compute.scheduler import Portion, Scheduler
-from petals.server.compute.step_job import StepJob
-from petals.server.compute.step_plan import StepPlan
+from petals.server.compute.step_job import StepJob, StepPlan
 from petals.server.policies import SchedulerConfig
 from petals.types import BlockSpan
 
@@ -47,7 +46,7 @@ class Doubler:
         return [2 * segment.hidden for segment in segments]
 
 
-class PartedJob(Job[str]):
+class PartedJob(ExclusiveJob[str]):
     """A job that runs alone in ``left`` parts. ``breaks``: the part or method that fails."""
 
     owner, cost_tokens, is_done = "trainer", 1000, False

@@ -13,15 +13,15 @@ def scheduler(
 
 
 def decode(key: int, owner: str = "writer", num_tokens: int = 1) -> WaitingJob:
-    return WaitingJob(key, owner, num_tokens, is_urgent=True)
+    return WaitingJob(key, owner, num_tokens, session=key, is_urgent=True)
 
 
 def prefill(key: int, owner: str, num_tokens: int) -> WaitingJob:
-    return WaitingJob(key, owner, num_tokens)
+    return WaitingJob(key, owner, num_tokens, session=key)
 
 
 def training(key: int, owner: str, num_tokens: int) -> WaitingJob:
-    return WaitingJob(key, owner, num_tokens, is_batchable=False)
+    return WaitingJob(key, owner, num_tokens)
 
 
 class Device:
@@ -34,7 +34,7 @@ class Device:
 
     def add(self, *jobs: WaitingJob) -> None:
         for job in jobs:
-            self.plan.add(job)
+            self.plan.add(job, 0.0)
             self.left[job.key] = job.cost_tokens
 
     def run(self) -> dict[int, int]:
@@ -45,7 +45,7 @@ class Device:
         self.plan.ran(batch, cost.seconds(num_tokens))
         for portion in batch:
             self.left[portion.key] -= portion.num_tokens
-        self.plan.discard([p.key for p in batch if self.left[p.key] <= 0])
+        self.plan.finish([p.key for p in batch if self.left[p.key] <= 0], 0.0)
         return {portion.key: portion.num_tokens for portion in batch}
 
     def batches(self) -> Iterator[dict[int, int]]:
@@ -56,11 +56,11 @@ class Device:
 
 def test_without_jobs_no_batch_runs() -> None:
     assert scheduler().next_batch() == ()
+    assert scheduler().wait_seconds(0.0) is None
 
 
 def test_all_decodes_run_together() -> None:
     device = Device(scheduler(), *(decode(key, f"peer {key % 3}") for key in range(20)))
-    assert device.plan.num_urgent_alone == 20
     assert device.run() == dict.fromkeys(range(20), 1)
     assert len(device.plan) == 0 and device.plan.waiting_tokens == 0
 
@@ -85,7 +85,7 @@ def test_between_two_tokens_of_a_writer_the_prompt_still_runs_in_short_batches()
     device.add(prefill(0, "reader", 100_000))
     assert device.run() == {0: 480}
     device.add(decode(1))
-    assert device.plan.num_urgent_alone == 0
+    assert device.plan.wait_seconds(0.0) == 0
     device.run()
     assert device.run() == {0: 80}
     for _ in range(20):
@@ -187,7 +187,8 @@ def test_a_job_without_tokens_runs_too() -> None:
 
 def test_discarded_jobs_never_run() -> None:
     device = Device(scheduler(), prefill(0, "peer", 10), decode(1))
-    device.plan.discard([0, 7])
+    device.plan.discard(0)
+    device.plan.discard(7)
     assert device.run() == {1: 1}
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals.errors import BadInput, BatchTooLarge, LengthExceeded, SessionGap
-from petals.server.compute.step_plan import StepLimits, StepPlan, TokenRun, plan_step
+from petals.server.compute.step_job import StepLimits, StepPlan, TokenRun, plan_step
 
 LIMITS = StepLimits(max_rows=4, max_length=100, max_step_tokens=150)
 
