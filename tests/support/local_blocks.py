@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from petals.client.block_runner import PassOutput
 from petals.client.config import ClientConfig
@@ -198,3 +198,10 @@ def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
     blocks.returns_tuple = layers_return_tuple(arch, config)
     setattr(*parent_of(base, arch.layers_path), blocks)
     return local, distribute(remote, arch)
+
+
+def run_here(remote, folder):
+    """Let the blocks of the model in ``folder`` run in this process; returns ``remote``."""
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    remote.remote_blocks.runner = LocalBlocks(local.base_model, describe(local.config))
+    return remote

@@ -26,13 +26,12 @@ def remote(pair):
     return pair[1]
 
 
-def steps_of(remote):
-    (session,) = remote.remote_blocks.runner.sessions
-    return session.steps
-
-
 def greedy(model, ids, num_tokens, **options):
     return model.generate(ids, max_new_tokens=num_tokens, use_cache=True, **options)
+
+
+def joined(*parts):
+    return torch.cat(parts, dim=1)
 
 
 def test_turns_are_one_long_conversation(local, remote):
@@ -41,49 +40,59 @@ def test_turns_are_one_long_conversation(local, remote):
         second = remote.generate(REPLY, max_new_tokens=4)
         third = remote.generate(None, max_new_tokens=3)
     assert torch.equal(first, greedy(local, PROMPT, 4))
-    whole = greedy(local, torch.cat([first, REPLY], dim=1), 7)
+    whole = greedy(local, joined(first, REPLY), 7)
     assert torch.equal(second, whole[:, first.shape[1] : -3])  # the reply and its continuation
     assert torch.equal(third, whole[:, -3:])  # only what is new
     assert torch.equal(session.output_ids, whole)
     assert session.position == whole.shape[1] - 1
-    assert len(remote.remote_blocks.runner.sessions) == 1
+    (rows,) = remote.remote_blocks.runner.sessions
+    assert sum(counts[0] for _, counts, _ in rows.steps) == session.position, "a token ran twice"
 
 
-def test_no_token_runs_twice(remote):
-    with remote.inference_session(max_length=40) as session:
-        remote.generate(PROMPT, max_new_tokens=4)
-        remote.generate(REPLY, max_new_tokens=4)
-    assert sum(counts[0] for _, counts, _ in steps_of(remote)) == session.position
+@pytest.mark.parametrize(
+    ("common", "first", "rest", "num_rows"),
+    [
+        ({"repetition_penalty": 3.0}, {}, {}, None),  # penalties see the whole history
+        ({"prompt_lookup_num_tokens": 4}, {}, {}, None),
+        ({}, {"num_beams": 3}, {}, None),
+        ({}, {"num_beams": 3, "num_return_sequences": 2}, {}, None),
+        ({}, {"num_beams": 3}, {}, 3),  # in rows that were reserved for the beams
+        ({}, {}, {"num_beams": 3}, None),
+        ({}, {"do_sample": True, "num_return_sequences": 3}, {}, None),
+    ],
+    ids=["penalty", "lookup", "beams", "2 of 3 beams", "reserved", "beams later", "samples"],
+)
+def test_a_second_call_continues_the_first(local, remote, common, first, rest, num_rows):
+    torch.manual_seed(3)
+    expected = local.generate(PROMPT, max_new_tokens=4, use_cache=True, **common, **first)
+    torch.manual_seed(3)
+    with remote.inference_session(max_length=40, num_rows=num_rows) as session:
+        assert (session.num_rows, session.lengths) == (num_rows, ())
+        begun = remote.generate(PROMPT, max_new_tokens=4, **common, **first)
+        ended = remote.generate(None, max_new_tokens=8, **common, **rest)
+    assert torch.equal(begun, expected)
+    assert torch.equal(joined(begun, ended), greedy(local, begun, 8, **common, **rest))
 
 
-def test_session_as_an_argument(local, remote):
-    with remote.remote_blocks.inference_session(max_length=40) as session:
-        pass_on = {"session": session}
-        first = remote.generate(PROMPT, max_new_tokens=4, **pass_on)
-        assert remote.active_session is session
-        rest = remote.generate(max_new_tokens=4, **pass_on)
-    assert remote.active_session is None
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 8))
-
-
-def test_use_session_from_outside(local, remote):
-    session = remote.remote_blocks.open_session(max_length=20)
+def test_a_session_from_outside(local, remote):
+    session = remote.remote_blocks.open_session(max_length=40)
     with remote.use_session(session):
         first = remote.generate(PROMPT, max_new_tokens=2)
     assert remote.active_session is None
     with remote.use_session(session):
-        rest = remote.generate(None, max_new_tokens=2)
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 4))
+        second = remote.generate(None, max_new_tokens=2)
+    assert torch.equal(joined(first, second), greedy(local, PROMPT, 4))
     with remote.use_session(None) as nothing:
         assert nothing is None
 
 
-def test_penalties_see_the_whole_history(local, remote):
-    penalty = {"repetition_penalty": 3.0}
-    with remote.inference_session(max_length=40):
-        first = remote.generate(PROMPT, max_new_tokens=3, **penalty)
-        rest = remote.generate(None, max_new_tokens=5, **penalty)
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 8, **penalty))
+def test_a_session_as_an_argument(local, remote):
+    with remote.remote_blocks.inference_session(max_length=40) as session:
+        first = remote.generate(PROMPT, max_new_tokens=4, session=session)
+        assert remote.active_session is session
+        rest = remote.generate(max_new_tokens=4, session=session)
+    assert remote.active_session is None
+    assert torch.equal(joined(first, rest), greedy(local, PROMPT, 8))
 
 
 def test_max_length_counts_the_whole_session(remote):
@@ -93,7 +102,7 @@ def test_max_length_counts_the_whole_session(remote):
         assert session.output_ids.shape == (1, 12)
 
 
-def test_a_position_set_back_is_where_it_goes_on(local, remote):
+def test_generation_continues_at_a_position_that_was_set_back(local, remote):
     with remote.inference_session(max_length=40) as session:
         first = remote.generate(PROMPT, max_new_tokens=6)
         session.position = 9
@@ -101,71 +110,34 @@ def test_a_position_set_back_is_where_it_goes_on(local, remote):
         session.position = 9
         same = remote.generate(None, max_new_tokens=2)
     kept = first[:, :9]
-    expected = greedy(local, torch.cat([kept, REPLY], dim=1), 3)
-    assert torch.equal(again, expected[:, 9:])
+    assert torch.equal(again, greedy(local, joined(kept, REPLY), 3)[:, 9:])
     assert torch.equal(same, greedy(local, kept, 2)[:, 9:])
 
 
-def test_lookup_leaves_the_session_where_its_tokens_end(local, remote):
+def test_lookup_leaves_the_session_where_its_tokens_end(remote):
+    lookup = {"max_new_tokens": 8, "prompt_lookup_num_tokens": 4}
     with remote.inference_session(max_length=60) as session:
-        first = remote.generate(PROMPT, max_new_tokens=8, prompt_lookup_num_tokens=4)
+        first = remote.generate(PROMPT, **lookup)
         assert session.position <= first.shape[1] - 1
-        num_before = len(steps_of(remote))
-        rest = remote.generate(None, max_new_tokens=8, prompt_lookup_num_tokens=4)
-        starts, counts, _ = steps_of(remote)[num_before]
-        assert starts[0] + counts[0] <= first.shape[1] + 4
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 16))
-
-
-@pytest.mark.parametrize("num_answers", [1, 2])
-def test_after_beams(local, remote, num_answers):
-    beams = {"num_beams": 3, "num_return_sequences": num_answers}
-    with remote.inference_session(max_length=40):
-        first = remote.generate(PROMPT, max_new_tokens=4, **beams)
-        rest = remote.generate(None, max_new_tokens=4)
-    assert torch.equal(first, greedy(local, PROMPT, 4, **beams))
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, first, 4))
-
-
-def test_beams_in_rows_that_were_reserved(local, remote):
-    with remote.inference_session(max_length=40, num_rows=3) as session:
-        assert (session.num_rows, session.lengths) == (3, ())
-        first = remote.generate(PROMPT, max_new_tokens=4, num_beams=3)
-        rest = remote.generate(None, max_new_tokens=4)
-    assert torch.equal(first, greedy(local, PROMPT, 4, num_beams=3))
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, first, 4))
-
-
-def test_beams_in_a_later_turn(local, remote):
-    with remote.inference_session(max_length=40):
-        first = remote.generate(PROMPT, max_new_tokens=4)
-        rest = remote.generate(None, max_new_tokens=4, num_beams=3)
-    expected = greedy(local, first, 4, num_beams=3)
-    assert torch.equal(torch.cat([first, rest], dim=1), expected)
-
-
-def test_several_samples_go_on_apart(local, remote):
-    torch.manual_seed(3)
-    with remote.inference_session(max_length=40):
-        first = remote.generate(PROMPT, max_new_tokens=3, do_sample=True, num_return_sequences=3)
-        rest = remote.generate(None, max_new_tokens=3)
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, first, 3))
+        (rows,) = remote.remote_blocks.runner.sessions
+        num_before = len(rows.steps)
+        remote.generate(None, **lookup)
+    starts, counts, _ = rows.steps[num_before]
+    assert starts[0] + counts[0] <= first.shape[1] + 4
 
 
 def test_after_steps_of_ones_own(local, remote):
-    expected = greedy(local, torch.cat([PROMPT, REPLY], dim=1), 4)
+    expected = greedy(local, joined(PROMPT, REPLY), 4)[:, PROMPT.shape[1] :]
     with torch.no_grad(), remote.inference_session(max_length=40):
         remote(PROMPT)
-        by_model = remote.generate(REPLY, max_new_tokens=4)
-    assert torch.equal(by_model, expected[:, PROMPT.shape[1] :])
+        assert torch.equal(remote.generate(REPLY, max_new_tokens=4), expected)
     with torch.no_grad(), remote.inference_session(max_length=40) as session:
         embedded = remote.transformer.word_embeddings(PROMPT)
         session.step(remote.transformer.word_embeddings_layernorm(embedded))
-        by_step = remote.generate(REPLY, max_new_tokens=4)
-    assert torch.equal(by_step, by_model)
+        assert torch.equal(remote.generate(REPLY, max_new_tokens=4), expected)
 
 
-def test_a_padded_batch_goes_on(local, remote):
+def test_a_padded_batch_is_continued(local, remote):
     ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     with remote.inference_session(max_length=40):
@@ -175,22 +147,24 @@ def test_a_padded_batch_goes_on(local, remote):
         rest = remote.generate(turn, attention_mask=turn_mask, max_new_tokens=3)
     assert torch.equal(rest[:, :3], turn)
     for row, (skip, num_new) in enumerate([(2, 2), (0, 3)]):
-        told = torch.cat([first[row, skip:], turn[row, :num_new]])[None]
-        assert torch.equal(greedy(local, told, 3)[0, -3:], rest[row, -3:])
+        text = torch.cat([first[row, skip:], turn[row, :num_new]])[None]
+        assert torch.equal(greedy(local, text, 3)[0, -3:], rest[row, -3:])
 
 
 def test_an_error_leaves_the_session_usable(local, remote):
     with remote.inference_session(max_length=40):
         first = remote.generate(PROMPT, max_new_tokens=3)
-        with pytest.raises(BadInput, match="vocabulary"):
-            remote.generate(torch.tensor([[1000]]), max_new_tokens=3)
-        with pytest.raises(BadInput, match="rows"):
-            remote.generate(REPLY.repeat(2, 1), max_new_tokens=3)
+        for wrong, message in (
+            (torch.tensor([[1000]]), "vocabulary"),
+            (REPLY.repeat(2, 1), "rows"),
+        ):
+            with pytest.raises(BadInput, match=message):
+                remote.generate(wrong, max_new_tokens=3)
         rest = remote.generate(None, max_new_tokens=3)
-    assert torch.equal(torch.cat([first, rest], dim=1), greedy(local, PROMPT, 6))
+    assert torch.equal(joined(first, rest), greedy(local, PROMPT, 6))
 
 
-def test_what_a_session_cannot_continue(local, remote):
+def test_what_a_session_cannot_continue(remote):
     with torch.no_grad(), remote.inference_session(max_length=40):
         with pytest.raises(NotSupported, match="embeddings"):
             remote.generate(inputs_embeds=torch.zeros(1, 2, 32), max_new_tokens=2)
@@ -199,7 +173,7 @@ def test_what_a_session_cannot_continue(local, remote):
             remote.generate(None, max_new_tokens=2)
 
 
-def test_what_was_generated_survives_the_loss_of_blocks(local, remote):
+def test_generated_tokens_survive_the_loss_of_blocks(local, remote):
     whole = greedy(local, PROMPT, 8)
     with remote.inference_session(max_length=40) as session:
         remote.remote_blocks.runner.errors[4] = MissingBlocksError("Blocks 2:4 are not served.")
@@ -212,10 +186,11 @@ def test_what_was_generated_survives_the_loss_of_blocks(local, remote):
 
 
 def test_beams_begin_again_after_the_loss_of_blocks(local, remote):
+    beams = {"max_new_tokens": 6, "num_beams": 2}
     with remote.inference_session(max_length=40):
         remote.remote_blocks.runner.errors[3] = MissingBlocksError("Blocks 2:4 are not served.")
         with pytest.raises(MissingBlocksError) as caught:
-            remote.generate(PROMPT, max_new_tokens=6, num_beams=2)
+            remote.generate(PROMPT, **beams)
         assert caught.value.generated is None
-        again = remote.generate(PROMPT, max_new_tokens=6, num_beams=2)
-    assert torch.equal(again, greedy(local, PROMPT, 6, num_beams=2))
+        again = remote.generate(PROMPT, **beams)
+    assert torch.equal(again, local.generate(PROMPT, use_cache=True, **beams))

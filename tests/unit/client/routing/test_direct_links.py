@@ -1,46 +1,38 @@
-"""Where a route is cut."""
+"""Where a route is cut into direct runs."""
+
+import pytest
 
 from petals.client.routing.direct_links import DirectLinks
 from petals.types import PeerId
 
-A, B, C, D = (PeerId(name) for name in "ABCD")
+
+@pytest.mark.parametrize(
+    ("route", "closed", "now", "runs"),
+    [
+        ("ABCD", "", 5.0, ["ABCD"]),
+        ("ABCD", "BC", 5.0, ["AB", "CD"]),
+        ("ACBD", "BC", 5.0, ["ACBD"]),  # a link is directed
+        ("AB", "AB", 34.9, ["A", "B"]),
+        ("AB", "AB", 35.0, ["AB"]),  # a failed link is tried again after 30 s
+        ("AAB", "", 5.0, ["A", "AB"]),  # a server does not forward to itself
+    ],
+)
+def test_a_route_is_cut_at_failed_links(
+    route: str, closed: str, now: float, runs: list[str]
+) -> None:
+    links, peers = DirectLinks(30.0), [PeerId(name) for name in route]
+    if closed:
+        links.close(*map(PeerId, closed), now=5.0)
+    found = []
+    while (start := sum(map(len, found))) < len(route):
+        found.append(route[start : links.run_end(peers, start, now)])
+    assert found == runs
 
 
-def arcs(edges: DirectLinks, route: list[PeerId], now: float) -> list[list[PeerId]]:
-    found, at = [], 0
-    while at < len(route):
-        end = edges.run_end(route, at, now)
-        found.append(route[at:end])
-        at = end
-    return found
-
-
-def test_everything_is_direct_until_it_fails() -> None:
-    assert arcs(DirectLinks(30.0), [A, B, C, D], 0.0) == [[A, B, C, D]]
-
-
-def test_a_closed_edge_cuts_one_way_only() -> None:
-    edges = DirectLinks(30.0)
-    edges.close(B, C, now=5.0)
-    assert arcs(edges, [A, B, C, D], 5.0) == [[A, B], [C, D]]
-    assert arcs(edges, [A, C, B, D], 5.0) == [[A, C, B, D]]
-
-
-def test_a_closed_edge_is_tried_again() -> None:
-    edges = DirectLinks(30.0)
-    edges.close(A, B, now=5.0)
-    assert arcs(edges, [A, B], 34.9) == [[A], [B]]
-    assert arcs(edges, [A, B], 35.0) == [[A, B]]
-
-
-def test_what_came_last_tells_the_way() -> None:
-    edges = DirectLinks(30.0)
-    assert not edges.is_relayed(A, B)
-    edges.note_way(A, B, is_relayed=True)
-    assert edges.is_relayed(A, B) and not edges.is_relayed(B, A)
-    edges.note_way(A, B, is_relayed=False)
-    assert not edges.is_relayed(A, B)
-
-
-def test_nobody_hands_over_to_himself() -> None:
-    assert arcs(DirectLinks(30.0), [A, A, B], 0.0) == [[A], [A, B]]
+def test_the_latest_states_decide_whether_a_link_is_relayed() -> None:
+    links, near, far = DirectLinks(30.0), PeerId("A"), PeerId("B")
+    assert not links.is_relayed(near, far)
+    links.note_way(near, far, is_relayed=True)
+    assert links.is_relayed(near, far) and not links.is_relayed(far, near)
+    links.note_way(near, far, is_relayed=False)
+    assert not links.is_relayed(near, far)
