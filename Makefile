@@ -35,9 +35,9 @@ WITH_TOOLS := PYTHONPATH=tests:tools OMP_NUM_THREADS=1 $(BIN)/python
 
 SEED    ?= 1
 MINUTES ?= 5
-chaos: $(STAMP)         ## faults by a seeded schedule; SEED=, MINUTES=, ONLY=, MODELS=, NETWORK=1
+chaos: $(STAMP)         ## faults by a seeded schedule; SEED=, MINUTES= or RUNS=, ONLY=, MODELS=, NETWORK=1
 	$(WITH_TOOLS) -m chaos --seed $(SEED) --minutes $(MINUTES) \
-		$(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS)) \
+		$(if $(RUNS),--runs $(RUNS)) $(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS)) \
 		$(if $(NETWORK),--network) $(if $(WRITE),--write benchmarks/results) $(ARGS)
 
 bench: $(STAMP)         ## one benchmark: RUN="ring.py --out FILE"

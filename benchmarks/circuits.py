@@ -1,4 +1,4 @@
-"""What a sentence notices when relays end their circuits under it.
+"""How long a generation pauses when relays end their circuits under it.
 
     make bench RUN="circuits.py --out benchmarks/results/circuits_<where>.md"
 
@@ -14,8 +14,6 @@ import logging
 import os
 import sys
 import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +26,7 @@ from petals import AutoDistributedModelForCausalLM
 from petals.testing.equality import assert_same_tokens
 from petals.testing.tiny_models import PUBLISHED, write_tiny_model
 from real_world import BOOT, CLIENT, SUBNET, World
+from token_times import TokenTimes
 
 ENV_LAB = "CIRCUITS_LAB"
 NUM_BLOCKS, WIDTH = 4, 256
@@ -61,29 +60,22 @@ def _topology() -> Topology:
     return Topology(tuple(hosts), rtt_ms=RTT_MS, subnet=SUBNET)
 
 
-class Tape(logging.Handler):
-    """When tokens came (a streamer), and what the client did about streams (a log handler)."""
+class StreamEvents(logging.Handler):
+    """Counts, in the client's log, the streams that were opened again and the edges that broke."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
-        self.times: list[float] = []
         self.num_reopened = 0
         self.num_detours = 0
 
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
     def emit(self, record: logging.LogRecord) -> None:
         self.num_reopened += "was opened anew" in record.msg
-        self.num_detours += "goes through us" in record.msg
+        self.num_detours += "goes through the client" in record.msg
 
 
 def measure(world: World, path: Path, options: argparse.Namespace) -> str:
-    """One sentence of so many tokens; the result file. Raises if its tokens are not the model's."""
-    tape = Tape()
+    """One generation; the result file. Raises if its tokens are not the local model's."""
+    times, events = TokenTimes(), StreamEvents()
     ids = torch.arange(8).unsqueeze(0) % 90 + 3
     plan = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
     local = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -94,20 +86,20 @@ def measure(world: World, path: Path, options: argparse.Namespace) -> str:
     for name in ("supervisor", "context"):
         logger = logging.getLogger(f"petals.client.session.{name}")
         logger.setLevel(logging.DEBUG)
-        logger.addHandler(tape)
+        logger.addHandler(events)
     with model.inference_session(max_length=ids.shape[1] + options.tokens) as session:
-        tokens = model.generate(ids, streamer=tape, **plan)
+        tokens = model.generate(ids, streamer=times, **plan)
         repairs = session.trace.repairs
     assert_same_tokens(local, expected[0], tokens[0])
-    gaps = sorted(after - before for before, after in pairwise(tape.times[1:]))
+    gaps = sorted(times.gaps[1:])
     milliseconds = [f"{1e3 * gap:.0f}" for gap in (median(gaps), gaps[-len(gaps) // 20], gaps[-1])]
     lines = [
         f"# Circuits that end, {datetime.date.today()}",
         "",
         f"{options.tokens} tokens, the same as those of the local model, in "
-        f"{tape.times[-1] - tape.times[0]:.0f} s. Streams of the client that broke and were opened "
-        f"anew: {tape.num_reopened}; broken edges between the servers, each through the client for "
-        f"30 s: {tape.num_detours}; servers given up: {len(repairs)}.",
+        f"{sum(times.gaps):.0f} s. Streams of the client that broke and were opened anew: "
+        f"{events.num_reopened}; broken edges between the servers, each through the client for "
+        f"30 s: {events.num_detours}; servers given up: {len(repairs)}.",
         "",
         "| ms between two tokens | median | p95 | max |",
         "| --- | ---: | ---: | ---: |",

@@ -118,12 +118,13 @@ def _run(
         client_run.start(model, fault.on_step)
         ended = client_run.join(time.monotonic() + 120)
         fault.undo()
-        gaps, problem = client_run.timeline.gaps, ""
+        gaps = client_run.timeline.gaps
         if not ended or client_run.error is not None:
             problem = repr(client_run.error or "hangs")
         else:
             problem = _difference(runner, known[1][case.context], client_run.output)
         client_run.session.close()
+    problem = "; ".join(filter(None, [problem, *runner.cluster.remove_crashed()]))
     return Run(
         case,
         hop,

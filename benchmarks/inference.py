@@ -23,6 +23,7 @@ from petals import AutoDistributedModelForCausalLM
 from petals.demo.model import get_demo_model
 from petals.models.loading.cost import split_evenly
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
+from token_times import TokenTimes
 
 
 @dataclass
@@ -46,17 +47,9 @@ def tokens_per_second(
     generate: Callable[..., torch.Tensor], prompt: torch.Tensor, count: int
 ) -> float:
     """Decoding speed of one generation: tokens after the first, per second after the first."""
-    times: list[float] = []
-
-    class Clock:
-        def put(self, value: torch.Tensor) -> None:
-            times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=Clock())
-    return (len(times) - 2) / (times[-1] - times[1])
+    times = TokenTimes()
+    generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=times)
+    return (count - 1) / sum(times.gaps[1:])
 
 
 def concurrent_tokens_per_second(

@@ -34,6 +34,7 @@ from petals.client.trace import SessionTrace, Way
 from petals.testing.equality import assert_same_tokens
 from petals.testing.local_swarm import COMMAND
 from petals.testing.tiny_models import PUBLISHED, write_tiny_model
+from token_times import TokenTimes
 
 ENV_LAB = "REAL_WORLD_LAB"
 CLIENT, BOOT = "client", "boot"
@@ -218,26 +219,17 @@ def measure(world: World, path: Path, options: argparse.Namespace) -> str:
 
 
 def _drive(model: Any, ids: torch.Tensor, num_tokens: int) -> tuple[Run, torch.Tensor]:
-    times: list[float] = []
-
-    class Clock:
-        def put(self, value: torch.Tensor) -> None:
-            times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
+    times = TokenTimes()
     with model.inference_session(max_length=ids.shape[1] + num_tokens) as session:
         tokens = model.generate(
             ids,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             do_sample=False,
-            streamer=Clock(),
+            streamer=times,
         )
         trace = session.trace
-    gaps = [after - before for before, after in pairwise(times)]
-    return Run(trace, median(gaps[1:]), gaps[0]), tokens
+    return Run(trace, median(times.gaps[1:]), times.gaps[0]), tokens
 
 
 def report(world: World, runs: dict[str, list[Run]], options: argparse.Namespace) -> str:

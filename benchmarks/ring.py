@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,6 +27,7 @@ from petals import AutoDistributedModelForCausalLM
 from petals.demo.model import get_demo_model
 from petals.models.loading.cost import split_evenly
 from petals.testing.local_swarm import LocalSwarmConfig
+from token_times import TokenTimes
 
 NUM_HOPS = 3
 ENV_LAB, ENV_FILE = "RING_LAB", "RING_FILE"
@@ -80,24 +80,9 @@ def measure(options: argparse.Namespace, lab: NetLab | None) -> Samples:
 
 def _seconds_per_token(model: Any, options: argparse.Namespace) -> float:
     ids = torch.arange(100, 100 + options.prompt_tokens).unsqueeze(0)
-    times: list[float] = []
-
-    class Clock:
-        def put(self, value: torch.Tensor) -> None:
-            times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    count = options.tokens
-    model.generate(
-        ids,
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        streamer=Clock(),
-    )
-    return median(after - before for before, after in zip(times[1:], times[2:]))
+    times, count = TokenTimes(), options.tokens
+    model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=times)
+    return median(times.gaps[1:])
 
 
 def _in_a_laboratory(options: argparse.Namespace) -> Samples:
@@ -119,7 +104,7 @@ def report(at_home: Samples, far: Samples, options: argparse.Namespace) -> str:
     ideal = (n * rtt + c) / ((n + 1) * rtt / 2 + c)
     gain = median(far["star"]) / median(far["ring"])
     lines = [
-        f"# StepForwarder against star, {datetime.date.today()}",
+        f"# Ring against star, {datetime.date.today()}",
         "",
         f"- at {options.rtt_ms:.0f} ms between all: the ring is **{gain:.3f}** times as fast as "
         f"the star; {ideal:.3f} is ideal with {n} hops and c = {1e3 * c:.0f} ms: "

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from chaos.workload import Generation, GradientRun, Workload
 from petals.errors import PetalsError
@@ -23,9 +21,9 @@ from petals.errors import PetalsError
 
 @dataclass(slots=True)
 class Timeline:
-    """When the steps of one call ended (monotonic seconds), and which tokens were streamed.
+    """When the steps of one call ended (monotonic seconds); a streamer that keeps every token.
 
-    ``held``: seconds that a test's own callbacks took after each step; they count as no stall.
+    ``held``: seconds that the test's own callback took after each step; they count as no stall.
     """
 
     began: float = field(default_factory=time.monotonic)
@@ -44,37 +42,12 @@ class Timeline:
         """The median gap after the prefill."""
         return median(self.gaps[1:]) if len(self.ended) > 1 else 0.0
 
-
-class StepCounter(StoppingCriteria):
-    """Calls ``on_step(number of steps done)`` after every step; never stops a generation."""
-
-    def __init__(self, timeline: Timeline, on_step: Callable[[int], None]) -> None:
-        self._timeline = timeline
-        self._on_step = on_step
-
-    def count(self) -> None:
-        """A step has ended."""
-        now = time.monotonic()
-        self._timeline.ended.append(now)
-        self._on_step(len(self._timeline.ended))
-        self._timeline.held.append(time.monotonic() - now)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.count()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
-class StreamRecorder(BaseStreamer):
-    """Keeps every token that was streamed, the prompt included."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
-
     def put(self, value: Tensor) -> None:
-        self._timeline.streamed += value.flatten().tolist()
+        """For `generate`: the prompt, then each token."""
+        self.streamed += value.flatten().tolist()
 
     def end(self) -> None:
-        pass
+        """For `generate`."""
 
 
 @dataclass(slots=True)
@@ -88,22 +61,30 @@ class ClientRun:
     error: BaseException | None = None
     _thread: threading.Thread | None = None
 
-    def start(self, model: PreTrainedModel, on_step: Callable[[int], None]) -> None:
-        """Begin; ``on_step`` is called in the call's own thread."""
-        counter = StepCounter(self.timeline, on_step)
-        options: dict[str, Any] = {}
-        if isinstance(self.call, GradientRun):
-            options["on_step"] = counter.count
-        else:
-            options["stopping_criteria"] = StoppingCriteriaList([counter])
-            if self.call.is_streamable:
-                options["streamer"] = StreamRecorder(self.timeline)
+    def start(
+        self, model: PreTrainedModel, on_step: Callable[[int], None] = lambda num_done: None
+    ) -> None:
+        """Begin; ``on_step(number of steps done)`` is called in the call's own thread."""
+        timeline = self.timeline
+
+        def count_step(*generated: Tensor) -> bool:
+            """As a stopping criterion: never stops the generation."""
+            timeline.ended.append(time.monotonic())
+            on_step(len(timeline.ended))
+            timeline.held.append(time.monotonic() - timeline.ended[-1])
+            return False
+
+        options: dict[str, Any] = {"on_step": count_step}
+        if isinstance(self.call, Generation):
             rows = self.call.ids.shape[0] * self.call.options.get("num_beams", 1)
             length = self.call.ids.shape[1] + self.call.options["max_new_tokens"]
             self.session = model.remote_blocks.open_session(max_length=length, num_rows=rows)
-            options["session"] = self.session
+            criteria = StoppingCriteriaList([count_step])
+            options = {"stopping_criteria": criteria, "session": self.session}
+            if self.call.is_streamable:
+                options["streamer"] = timeline
         self._thread = threading.Thread(target=self._run, args=(model, options), daemon=True)
-        self.timeline.began = time.monotonic()
+        timeline.began = time.monotonic()
         self._thread.start()
 
     def join(self, deadline: float) -> bool:
@@ -119,8 +100,7 @@ class ClientRun:
     @property
     def num_chunks(self) -> int:
         """Chunks of the prefill whose results have arrived."""
-        hops = self.session.trace.hops
-        return max((len(hop.steps) for hop in hops), default=0)
+        return max((len(hop.steps) for hop in self.session.trace.hops), default=0)
 
     def _run(self, model: PreTrainedModel, options: dict[str, Any]) -> None:
         try:

@@ -4,6 +4,7 @@ A LocalSwarm whose bootstrap peer keeps its address when it is restarted and who
 run on a host of a network laboratory. Knows processes; knows no tensors.
 """
 
+import contextlib
 import signal
 import socket
 import time
@@ -23,12 +24,12 @@ CLIENT_HOST, BOOTSTRAP_HOST = "client", "bootstrap"
 SERVER_HOSTS = tuple(f"s{number}" for number in range(1, 10))
 """One for each server, and spares for servers that replace dead ones."""
 
-LAB_HOSTS = (CLIENT_HOST, BOOTSTRAP_HOST, *SERVER_HOSTS)
-
 
 def laboratory(rtt_ms: float, rate: str = "1gbit") -> NetLab:
     """A laboratory with hosts for a cluster and its client, all ``rtt_ms`` apart."""
-    hosts = tuple(Host(name, up=rate, down=rate) for name in LAB_HOSTS)
+    hosts = tuple(
+        Host(name, up=rate, down=rate) for name in (CLIENT_HOST, BOOTSTRAP_HOST, *SERVER_HOSTS)
+    )
     return NetLab(Topology(hosts, rtt_ms=rtt_ms))
 
 
@@ -44,8 +45,6 @@ class Cluster(LocalSwarm):
         self._hosts: dict[str, str] = {}
         self._leaving: list[LocalServer] = []
 
-    # -- Life
-
     def stop(self) -> None:
         for server in self.servers:
             server.process.signal(signal.SIGCONT)
@@ -54,10 +53,9 @@ class Cluster(LocalSwarm):
     def restore(self) -> None:
         """Start what has died and end what is too many."""
         self.restart_bootstrap()
-        for server in list(self.servers):
-            if server in self._leaving or not server.process.is_running:
-                # If it has ended, its group is killed: a daemon outlives its parent for a moment.
-                self.end(server)
+        for server in self._leaving:
+            # If it has ended, its group is killed: a daemon outlives its parent for a moment.
+            self.end(server)
         self._leaving.clear()
         missing = Counter(self.config.spans)
         for server in list(self.servers):
@@ -66,6 +64,17 @@ class Cluster(LocalSwarm):
             else:
                 self.end(server)
         self.add_servers(*missing.elements())
+
+    def remove_crashed(self) -> list[str]:
+        """Remove the servers that ended although no fault ended them; what each logged last.
+
+        A server ends itself, for example, when its books are wrong (``--check-integrity``).
+        """
+        crashed = [s for s in self.servers if s not in self.alive() and s not in self._leaving]
+        told = [f"server {s.blocks} ended by itself: {s.process.log_tail()}" for s in crashed]
+        for server in crashed:
+            self.end(server)
+        return told
 
     def alive(self) -> list[LocalServer]:
         """Servers whose process has not ended."""
@@ -81,14 +90,10 @@ class Cluster(LocalSwarm):
         """The host of the laboratory that a server runs on."""
         return self._hosts[self.server(peer).process.name]
 
-    # -- Faults
-
     def ask_to_leave(self, server: LocalServer) -> None:
         """SIGTERM; `restore` waits for the end of the process."""
         self._leaving.append(server)
         server.process.signal(signal.SIGTERM, alone=True)
-
-    # -- Inside
 
     def command(self, name: str, arguments: list[str]) -> list[str]:
         if self.lab is None:
@@ -108,6 +113,13 @@ def daemons(pid: int) -> list[psutil.Process]:
         return [child for child in children if child.name() == DAEMON]
     except psutil.NoSuchProcess:
         return []
+
+
+def kill_daemons(pid: int) -> None:
+    """SIGKILL to the network daemons of a process and to nothing else."""
+    for daemon in daemons(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            daemon.kill()
 
 
 def wait_until(condition: Callable[[], object], seconds: float, pause: float = 0.05) -> bool:

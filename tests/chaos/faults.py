@@ -1,18 +1,15 @@
-"""Faults at the steps that a scenario names: what to do, and when."""
+"""The faults of a scenario: what each does, and at which step it comes."""
 
-import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-
-import psutil
+from collections.abc import Callable, Sequence
 
 from chaos.client_run import ClientRun
-from chaos.cluster import CLIENT_HOST, Cluster, daemons, wait_until
+from chaos.cluster import CLIENT_HOST, Cluster, kill_daemons, wait_until
 from chaos.leak_checks import LeakCheck
-from chaos.schedule import Fault, FaultKind, Phase, Scenario
+from chaos.schedule import ON_NETWORK, Fault, FaultKind, Phase, Scenario
 from chaos.workload import PREFILL_CHUNK_TOKENS
 from petals.testing.local_swarm import LocalServer
 from petals.types import PeerId
@@ -25,19 +22,86 @@ _PREFILL_SECONDS = 120.0
 
 
 class FaultInjector:
-    """Does what faults say, once each, and undoes those that do not end by themselves."""
+    """Injects each fault of a scenario once, at its step; undoes those that would last for ever.
+
+    ``run`` is the client's call that the steps are counted of, and whose hops the faults hit.
+    """
 
     def __init__(self, cluster: Cluster, leak_check: LeakCheck, run: ClientRun) -> None:
         self._cluster = cluster
         self._leak_check = leak_check
         self._run = run
+        self._due: list[Fault] = []
         self._undo: list[Callable[[], None]] = []
-        self.injected: list[tuple[Fault, float]] = []
-        """Faults and the times (monotonic seconds) at which they were injected."""
+        self._undo_at: int | None = None
+        self._threads: list[threading.Thread] = []
+        self._errors: list[BaseException] = []
+        self.injected_at: list[float] = []
+        """Times (monotonic seconds) at which faults were injected."""
 
-    def inject(self, fault: Fault) -> None:
+    def arm(self, scenario: Scenario, num_steps: int) -> Callable[[int], None]:
+        """The callback that injects the faults; ``num_steps``: those of the undisturbed run."""
+        self._due = list(scenario.faults)
+
+        def on_step(num_done: int) -> None:
+            if self._undo_at is not None and num_done >= self._undo_at:
+                self.undo()
+                self._undo_at = None
+            if scenario.phase is Phase.PREFILL:
+                return
+            for fault in list(self._due):
+                if num_done >= max(2, int(fault.at * num_steps)):
+                    self._due.remove(fault)
+                    self._inject_soon(fault)
+                    self._undo_at = num_done + fault.lasts
+
+        return on_step
+
+    def watch_prefill(self) -> None:
+        """Inject the faults of a prefill while its chunks are under way."""
+        columns, run = self._run.call.ids.shape[1], self._run
+        for fault in self._due:
+            chunk = max(1, int(fault.at * columns / PREFILL_CHUNK_TOKENS))
+            wait_until(
+                lambda chunk=chunk: run.num_chunks >= chunk or run.timeline.ended,
+                _PREFILL_SECONDS,
+                pause=0.0005,
+            )
+            self._inject(fault)
+
+    def finish(self) -> None:
+        """Wait for faults that come with a delay; raise what went wrong in any injection."""
+        for thread in self._threads:
+            thread.join(60.0)
+        for error in self._errors:
+            raise RuntimeError(f"a fault could not be injected: {error!r}") from error
+
+    def undo(self) -> None:
+        """End the faults that last. Idempotent."""
+        while self._undo:
+            self._undo.pop()()
+
+    # -- Inside
+
+    def _inject_soon(self, fault: Fault) -> None:
+        if not fault.delay or fault.kind is FaultKind.JOIN:
+            self._inject(fault)
+            return
+        seconds = fault.delay * self._run.timeline.step_seconds
+        thread = threading.Timer(seconds, self._inject, [fault])
+        thread.daemon = True
+        self._threads.append(thread)
+        thread.start()
+
+    def _inject(self, fault: Fault) -> None:
+        self.injected_at.append(time.monotonic())
+        try:
+            self._do(fault)
+        except BaseException as error:  # raised by `finish`, in the thread of the runner
+            self._errors.append(error)
+
+    def _do(self, fault: Fault) -> None:
         """Returns when the fault is there."""
-        self.injected.append((fault, time.monotonic()))
         cluster = self._cluster
         match fault.kind:
             case FaultKind.JOIN:
@@ -46,9 +110,8 @@ class FaultInjector:
                 cluster.kill_bootstrap()
             case FaultKind.CLIENT_DAEMON:
                 # The servers keep what the client held through it until the leases end.
-                for server in cluster.alive():
-                    self._leak_check.excuse(server)
-                _kill_daemons(os.getpid())
+                self._excuse(cluster.alive())
+                kill_daemons(os.getpid())
             case FaultKind.KILL:
                 cluster.kill(self._victim(fault))
             case FaultKind.DRAIN:
@@ -60,43 +123,22 @@ class FaultInjector:
                 victim.process.signal(signal.SIGTERM, alone=True)
             case FaultKind.SERVER_DAEMON:
                 victim = self._victim(fault)
-                self._leak_check.excuse(victim)
-                _kill_daemons(victim.pid)
+                self._excuse([victim])
+                kill_daemons(victim.pid)
             case FaultKind.PAUSE | FaultKind.HANG:
-                self._stop(self._victim(fault), alone=fault.kind is FaultKind.HANG)
-            case _:
+                victim = self._victim(fault)
+                self._excuse([victim])
+                victim.process.signal(signal.SIGSTOP, alone=fault.kind is FaultKind.HANG)
+                self._undo.append(lambda: victim.process.signal(signal.SIGCONT))
+            case kind:
+                assert kind in ON_NETWORK
+                self._excuse(cluster.alive())
                 self._harm_link(fault)
-
-    def undo(self) -> None:
-        """End the faults that last. Idempotent."""
-        while self._undo:
-            self._undo.pop()()
-
-    def _victim(self, fault: Fault) -> LocalServer:
-        """The server of that hop in the session under way."""
-        hops = self._hops()
-        return self._cluster.server(hops[fault.hop % len(hops)])
-
-    def _hops(self) -> list[PeerId]:
-        """The session's hops; in training, where routes change often, a replica of each span."""
-        session = self._run.session
-        if session is None:
-            replicas = {server.blocks: server.peer_id for server in self._cluster.alive()}
-            return [replicas[span] for span in sorted(replicas, key=lambda span: span.start)]
-        assert wait_until(lambda: session.trace.hops, 10.0, pause=0.001)
-        return [hop.peer_id for hop in session.trace.hops]
-
-    def _stop(self, victim: LocalServer, *, alone: bool) -> None:
-        self._leak_check.excuse(victim)
-        victim.process.signal(signal.SIGSTOP, alone=alone)
-        self._undo.append(lambda: victim.process.signal(signal.SIGCONT))
 
     def _harm_link(self, fault: Fault) -> None:
         lab, cluster = self._cluster.lab, self._cluster
         assert lab is not None
         host = cluster.host_of(self._victim(fault).peer_id)
-        for server in cluster.alive():
-            self._leak_check.excuse(server)
         self._undo.append(lab.heal)
         match fault.kind:
             case FaultKind.CUT:
@@ -113,78 +155,20 @@ class FaultInjector:
             case FaultKind.LOSS:
                 lab.set_host(host, loss=0.05)
 
+    def _excuse(self, servers: Sequence[LocalServer]) -> None:
+        for server in servers:
+            self._leak_check.excuse(server)
 
-class FaultTimer:
-    """Has the injector inject the faults of a scenario at their steps."""
+    def _victim(self, fault: Fault) -> LocalServer:
+        """The server of that hop in the session under way."""
+        hops = self._hops()
+        return self._cluster.server(hops[fault.hop % len(hops)])
 
-    def __init__(
-        self, scenario: Scenario, injector: FaultInjector, run: ClientRun, num_steps: int
-    ) -> None:
-        self._scenario = scenario
-        self._injector = injector
-        self._run = run
-        self._num_steps = num_steps
-        self._due = list(scenario.faults)
-        self._undo_at: int | None = None
-        self._threads: list[threading.Thread] = []
-        self._errors: list[BaseException] = []
-
-    def on_step(self, num_done: int) -> None:
-        """In the thread that generates, between two steps."""
-        if self._undo_at is not None and num_done >= self._undo_at:
-            self._injector.undo()
-            self._undo_at = None
-        if self._scenario.phase is Phase.PREFILL:
-            return
-        for fault in list(self._due):
-            if num_done >= max(2, int(fault.at * self._num_steps)):
-                self._due.remove(fault)
-                self._inject_soon(fault)
-                self._undo_at = num_done + fault.lasts
-
-    def watch_prefill(self) -> None:
-        """Inject the faults of a prefill while its chunks are on their way."""
-        columns = self._run.call.ids.shape[1]
-        for fault in list(self._due):
-            chunk = max(1, int(fault.at * columns / PREFILL_CHUNK_TOKENS))
-            wait_until(
-                lambda chunk=chunk: self._run.num_chunks >= chunk or self._run.timeline.ended,
-                _PREFILL_SECONDS,
-                pause=0.0005,
-            )
-            self._due.remove(fault)
-            self._inject(fault)
-
-    def finish(self) -> None:
-        """Wait for faults that come with a delay; raise what went wrong in any injection."""
-        for thread in self._threads:
-            thread.join(60.0)
-        for error in self._errors:
-            raise RuntimeError(f"a fault could not be injected: {error!r}") from error
-
-    def _inject_soon(self, fault: Fault) -> None:
-        if not fault.delay or fault.kind is FaultKind.JOIN:
-            self._inject(fault)
-            return
-        seconds = fault.delay * self._run.timeline.step_seconds
-
-        def later() -> None:
-            time.sleep(seconds)
-            self._inject(fault)
-
-        thread = threading.Thread(target=later, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _inject(self, fault: Fault) -> None:
-        try:
-            self._injector.inject(fault)
-        except BaseException as error:  # raised by `finish`, in the thread of the runner
-            self._errors.append(error)
-
-
-def _kill_daemons(pid: int) -> None:
-    """SIGKILL to the network daemons of a process and to nothing else."""
-    for daemon in daemons(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            daemon.kill()
+    def _hops(self) -> list[PeerId]:
+        """The session's hops; in training, where routes change often, a replica of each span."""
+        session = self._run.session
+        if session is None:
+            replicas = {server.blocks: server.peer_id for server in self._cluster.alive()}
+            return [replicas[span] for span in sorted(replicas, key=lambda span: span.start)]
+        assert wait_until(lambda: session.trace.hops, 10.0, pause=0.001)
+        return [hop.peer_id for hop in session.trace.hops]

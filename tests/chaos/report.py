@@ -1,12 +1,27 @@
-"""Outcomes as tables. Pure."""
+"""How scenarios ended, and tables of that. Pure."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
-from chaos.runner import Outcome
+from chaos.schedule import Scenario
 
-HEADER = ("fault", "phase", "model", "runs", "failed", "median s", "p95 s", "max s")
+_HEADER = ("fault", "phase", "model", "runs", "failed", "median s", "p95 s", "max s")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a scenario ended. ``stalls``: per client, its longest gap minus its median gap (s).
+
+    ``landed``: the faults met the phase under way. ``problems`` is empty if all was well.
+    """
+
+    scenario: Scenario
+    stalls: list[float] = field(default_factory=list)
+    landed: bool = False
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -20,11 +35,10 @@ def stall_table(outcomes: Iterable[Outcome]) -> str:
     groups: dict[tuple[str, str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         scenario = outcome.scenario
-        groups[scenario.label, str(scenario.phase), scenario.model].append(outcome)
-        groups[scenario.label, "all", scenario.model].append(outcome)
-    lines = [_line(HEADER), _line(["---"] * len(HEADER))]
-    for key in sorted(groups):
-        group = groups[key]
+        for phase in (str(scenario.phase), "all"):
+            groups[scenario.label, phase, scenario.model].append(outcome)
+    lines = [_line(_HEADER), _line(["---"] * len(_HEADER))]
+    for key, group in sorted(groups.items()):
         stalls = [max(o.stalls) for o in group if o.landed and o.stalls and not o.problems]
         numbers = ["-"] * 3
         if stalls:

@@ -1,27 +1,26 @@
 """One scenario: a fresh client at work, faults at their steps, and every check afterwards."""
 
-import asyncio
-import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from chaos.client_run import ClientRun, client_runs
 from chaos.cluster import Cluster, wait_until
-from chaos.faults import FaultInjector, FaultTimer
-from chaos.leak_checks import ClientHoldings, LeakCheck, client_leaks, holdings
+from chaos.diagnosis import error_line, stacks
+from chaos.faults import FaultInjector
+from chaos.leak_checks import LeakCheck, client_holdings, client_leaks, server_holdings
+from chaos.report import Outcome
 from chaos.schedule import Phase, Scenario
 from chaos.workload import PREFILL_CHUNK_TOKENS, GradientRun, Workload, make_workload
 from petals import AutoDistributedModelForCausalLM
-from petals.client.connection.event_loop import client_loop
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import PetalsError
 from petals.swarm.failover_config import FailoverConfig
@@ -40,20 +39,6 @@ _WAKE_SECONDS = 30.0
 """Longest time until a server that was stopped answers again, or one that leaves has gone."""
 
 
-@dataclass(slots=True)
-class Outcome:
-    """How a scenario ended. ``stalls``: per client, its longest gap minus its median gap.
-
-    ``landed``: the faults met the phase under way. ``problems`` is empty if all was well.
-    """
-
-    scenario: Scenario
-    stalls: list[float] = field(default_factory=list)
-    landed: bool = False
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """The undisturbed run of a phase."""
@@ -63,10 +48,9 @@ class Baseline:
 
 
 class Runner:
-    """Runs scenarios of one model on one cluster."""
+    """Runs scenarios of one model on one cluster; ``scale`` multiplies the number of tokens."""
 
-    def __init__(self, name: str, source: Path, cluster: Cluster, scale: int = 2) -> None:
-        self.name = name
+    def __init__(self, source: Path, cluster: Cluster, scale: int) -> None:
         self.cluster = cluster
         self.local: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32
@@ -79,24 +63,26 @@ class Runner:
 
     def run(self, scenario: Scenario) -> Outcome:
         """Never raises for what the swarm did wrong: that is in the outcome."""
-        outcome = Outcome(scenario)
+        outcome = Outcome(scenario, problems=self.cluster.remove_crashed())
         self.cluster.restore()
-        before = ClientHoldings.now()
+        before = client_holdings()
         try:
             with self.client() as model:
                 if scenario.phase not in self._baselines:
-                    self._baselines[scenario.phase] = self._baseline(model, scenario.phase, outcome)
+                    self._run_undisturbed(model, scenario.phase, outcome)
                 self._run_with_faults(model, scenario, outcome)
                 outcome.problems += self._leak_check.leaks(manager_of(model))
         except (PetalsError, AssertionError, RuntimeError, OSError) as error:
-            outcome.problems.append(_in_short(error))
+            outcome.problems.append(error_line(error))
         outcome.problems += client_leaks(before)
+        outcome.problems += self.cluster.remove_crashed()
         return outcome
 
     def leaks_after_leases(self) -> list[str]:
         """What servers still hold when every lease is over."""
         with self.client() as model:
-            return self._leak_check.leaks(manager_of(model), after_leases=True)
+            leaks = self._leak_check.leaks(manager_of(model), after_leases=True)
+        return leaks + self.cluster.remove_crashed()
 
     @contextmanager
     def client(self) -> Iterator[PreTrainedModel]:
@@ -117,7 +103,44 @@ class Runner:
         finally:
             manager.shutdown()
 
-    # -- Inside
+    def _run_undisturbed(self, model: PreTrainedModel, phase: Phase, outcome: Outcome) -> None:
+        """Note the steps of a phase and its time to the first token."""
+        self._workloads[phase] = workload = make_workload(self.local, phase, self._scale)
+        with client_runs(workload) as runs:
+            for run in runs:
+                run.start(model)
+            _join(runs)
+        outcome.problems += self._problems(workload, runs)
+        timeline = runs[0].timeline
+        first_gap = timeline.gaps[0] if timeline.gaps else 0.0
+        self._baselines[phase] = Baseline(len(timeline.ended), first_gap)
+
+    def _run_with_faults(
+        self, model: PreTrainedModel, scenario: Scenario, outcome: Outcome
+    ) -> None:
+        workload, baseline = self._workloads[scenario.phase], self._baselines[scenario.phase]
+        with client_runs(workload) as runs:
+            first, *others = runs
+            injector = FaultInjector(self.cluster, self._leak_check, first)
+            try:
+                first.start(model, injector.arm(scenario, baseline.num_steps))
+                for run in others:
+                    run.start(model)
+                if scenario.phase is Phase.PREFILL:
+                    injector.watch_prefill()
+                _join(runs)
+                injector.finish()
+            finally:
+                injector.undo()
+        outcome.problems += self._problems(workload, runs)
+        outcome.landed = _landed(scenario, injector.injected_at, first.timeline.ended)
+        outcome.stalls += [stall_seconds(run.timeline.gaps, baseline) for run in runs]
+        if first.session is not None:
+            outcome.notes += [
+                f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason}"
+                for repair in first.session.trace.repairs
+            ]
+        self._await_survivors(manager_of(model))
 
     def _await_all_seen(self, manager: RemoteSequenceManager) -> None:
         alive = {server.peer_id: server for server in self.cluster.alive()}
@@ -128,65 +151,16 @@ class Runner:
             records = (await view.records()).records.values()
             return {r.peer_id for r in records if r.state.name == "ONLINE"}
 
-        missing: set[str] = set()
-
-        def all_seen() -> bool:
-            missing.clear()
-            missing.update(alive.keys() - manager.run(online()))
-            return not missing
-
-        if not wait_until(all_seen, _VIEW_SECONDS, pause=0.3):
-            unseen = ", ".join(f"{alive[peer].blocks} …{peer[-6:]}" for peer in missing)
-            raise RuntimeError(f"not in the directory after {_VIEW_SECONDS:.0f} s: {unseen}")
-
-    def _workload(self, phase: Phase) -> Workload:
-        if phase not in self._workloads:
-            self._workloads[phase] = make_workload(self.local, phase, self._scale)
-        return self._workloads[phase]
-
-    def _baseline(self, model: PreTrainedModel, phase: Phase, outcome: Outcome) -> Baseline:
-        """The undisturbed run: its tokens, its steps, its time to the first token."""
-        workload = self._workload(phase)
-        with client_runs(workload) as runs:
-            for run in runs:
-                run.start(model, lambda step: None)
-            _join(runs)
-        outcome.problems += self._problems(workload, runs)
-        timeline = runs[0].timeline
-        return Baseline(len(timeline.ended), timeline.gaps[0] if timeline.gaps else 0.0)
-
-    def _run_with_faults(
-        self, model: PreTrainedModel, scenario: Scenario, outcome: Outcome
-    ) -> None:
-        workload, baseline = self._workload(scenario.phase), self._baselines[scenario.phase]
-        with client_runs(workload) as runs:
-            first = runs[0]
-            injector = FaultInjector(self.cluster, self._leak_check, first)
-            timer = FaultTimer(scenario, injector, first, baseline.num_steps)
-            try:
-                for run in runs:
-                    run.start(model, timer.on_step if run is first else (lambda step: None))
-                if scenario.phase is Phase.PREFILL:
-                    timer.watch_prefill()
-                _join(runs)
-                timer.finish()
-            finally:
-                injector.undo()
-        outcome.problems += self._problems(workload, runs)
-        outcome.landed = _landed(scenario, injector, first)
-        outcome.stalls += [stall_seconds(run.timeline.gaps, baseline) for run in runs]
-        if first.session is not None:
-            outcome.notes += [
-                f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason}"
-                for repair in first.session.trace.repairs
-            ]
-        self._await_survivors(manager_of(model))
+        if not wait_until(lambda: alive.keys() <= manager.run(online()), _VIEW_SECONDS, pause=0.3):
+            unseen = alive.keys() - manager.run(online())
+            names = ", ".join(f"{alive[peer].blocks} …{peer[-6:]}" for peer in unseen)
+            raise RuntimeError(f"not in the directory after {_VIEW_SECONDS:.0f} s: {names}")
 
     def _await_survivors(self, manager: RemoteSequenceManager) -> None:
         for server in self.cluster.alive():
             wait_until(
                 lambda server=server: (
-                    not server.process.is_running or holdings(manager, server) is not None
+                    not server.process.is_running or server_holdings(manager, server) is not None
                 ),
                 _WAKE_SECONDS,
                 pause=0.2,
@@ -194,18 +168,15 @@ class Runner:
 
     def _problems(self, workload: Workload, runs: Sequence[ClientRun]) -> Iterator[str]:
         for number, (run, expected) in enumerate(zip(runs, workload.expected)):
-            client = f"client {number}"
             if run.is_alive:
-                yield f"{client} hangs:\n{_stacks()}"
+                yield f"client {number} hangs:\n{stacks()}"
             elif run.error is not None:
-                yield f"{client}: {_in_short(run.error)}"
+                yield f"client {number}: {error_line(run.error)}"
             elif run.output is not None:
                 for problem in self._differences(run, run.output, expected):
-                    yield f"{client}: {problem}"
+                    yield f"client {number}: {problem}"
 
-    def _differences(
-        self, run: ClientRun, output: torch.Tensor, expected: torch.Tensor
-    ) -> Iterator[str]:
+    def _differences(self, run: ClientRun, output: Tensor, expected: Tensor) -> Iterator[str]:
         if output.shape != expected.shape:
             yield f"tokens lost or doubled: {list(output.shape)} for {list(expected.shape)}"
             return
@@ -245,37 +216,9 @@ def _join(runs: Sequence[ClientRun]) -> None:
         run.join(deadline)
 
 
-def _landed(scenario: Scenario, injector: FaultInjector, run: ClientRun) -> bool:
+def _landed(scenario: Scenario, injected_at: Sequence[float], ended: Sequence[float]) -> bool:
     """Every fault came, before the last step (in a prefill: before the first) had ended."""
-    ended = run.timeline.ended
-    if not ended or len(injector.injected) < len(scenario.faults):
+    if not ended or len(injected_at) < len(scenario.faults):
         return False
     last = ended[0] if scenario.phase is Phase.PREFILL else ended[-1]
-    return all(at <= last for _, at in injector.injected)
-
-
-def _in_short(error: BaseException) -> str:
-    """An error, its cause, and the last places it came through, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-    cause = "" if error.__cause__ is None else f" from {error.__cause__!r}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{cause} at {places}"
-
-
-def _stacks() -> str:
-    """Where the threads of this process and the tasks of its client stand."""
-    threads = ["".join(traceback.format_stack(f)[-6:]) for f in sys._current_frames().values()]
-    return "\n".join([*threads, *client_loop.run(_tasks(), 5.0)])
-
-
-async def _tasks() -> list[str]:
-    return [f"task {task.get_name()}: {_places(task)}" for task in asyncio.all_tasks()]
-
-
-def _places(task: "asyncio.Task[Any]") -> str:
-    """The lines it waits at, from the innermost to the outermost."""
-    places, awaited = [], task.get_coro()
-    while (frame := getattr(awaited, "cr_frame", None)) is not None:
-        places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-        awaited = awaited.cr_await
-    return " < ".join(reversed(places))
+    return all(at <= last for at in injected_at)

@@ -96,9 +96,9 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioSpace:
-    """What scenarios are drawn from: models with their weights in the draw, hops, fault kinds."""
+    """What scenarios are drawn from: a model's number of hops, fault kinds, phases."""
 
-    models: Sequence[tuple[str, int]]
+    model: str
     num_hops: int
     kinds: Sequence[FaultKind]
     phases: Sequence[Phase] = tuple(Phase)
@@ -111,7 +111,6 @@ def draw(space: ScenarioSpace, seed: int, number: int) -> Scenario:
     Random(f"{seed}/round {number // len(pairs)}").shuffle(pairs)
     label, phase = pairs[number % len(pairs)]
     random = Random(f"{seed}/{number}")
-    models = [name for name, weight in space.models for _ in range(weight)]
     if label == TWO_AT_ONCE:
         kinds = [random.choice(PAIRABLE), random.choice(ON_SERVERS)]
     else:
@@ -127,4 +126,4 @@ def draw(space: ScenarioSpace, seed: int, number: int) -> Scenario:
         )
         for offset, kind in enumerate(kinds)
     )
-    return Scenario(seed, number, random.choice(models), phase, faults)
+    return Scenario(seed, number, space.model, phase, faults)

@@ -16,26 +16,22 @@ SPANS = {
     "bloom": (BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(4, 5)),
     "smollm2": (BlockSpan(0, 10), BlockSpan(10, 20), BlockSpan(20, 30)),
 }
+NUM_HOPS = 3
+
 SCALES = {"bloom": 2, "smollm2": 1}
 """Factor of the number of tokens: a step of the larger model takes longer."""
 
 
-def model_folder(name: str, folder: Path) -> Path:
-    """The checkpoint: a demo model, or a random tiny one written into ``folder``."""
+def open_runner(name: str, stack: ExitStack, *, folder: Path, lab: NetLab | None = None) -> Runner:
+    """A runner with its cluster online, two servers for each span; both end with ``stack``.
+
+    ``folder`` is for a tiny model's checkpoint and the bootstrap peer's identity.
+    """
     if name == "smollm2":
-        return get_demo_model(name)
-    return write_tiny_model(folder / name, name, layout=PUBLISHED[name], num_hidden_layers=5)
-
-
-def open_runner(
-    name: str,
-    stack: ExitStack,
-    *,
-    folder: Path,
-    lab: NetLab | None = None,
-) -> Runner:
-    """A runner with its cluster online, two servers for each span; both end with ``stack``."""
-    source = model_folder(name, folder)
+        source = get_demo_model(name)
+    else:
+        layout = PUBLISHED[name]
+        source = write_tiny_model(folder / name, name, layout=layout, num_hidden_layers=5)
     config = LocalSwarmConfig(
         model=str(source),
         spans=2 * SPANS[name],
@@ -44,4 +40,4 @@ def open_runner(
         server_options=("--check-integrity", "--lease", str(LEASE_SECONDS)),
     )
     cluster = stack.enter_context(Cluster(config, folder, lab))
-    return Runner(name, source, cluster, SCALES[name])
+    return Runner(source, cluster, SCALES[name])

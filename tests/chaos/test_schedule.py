@@ -2,7 +2,7 @@
 
 from chaos.schedule import ON_PROCESSES, PAIRABLE, TWO_AT_ONCE, Phase, ScenarioSpace, draw
 
-SPACE = ScenarioSpace(models=(("tiny", 3), ("large", 1)), num_hops=3, kinds=ON_PROCESSES)
+SPACE = ScenarioSpace(model="tiny", num_hops=3, kinds=ON_PROCESSES)
 NUM_PAIRS = (len(ON_PROCESSES) + 1) * len(Phase)
 
 

@@ -9,7 +9,7 @@ from chaos.schedule import Fault, FaultKind, Phase, Scenario
 from chaos.swarms import open_runner
 
 SCHEDULE = (
-    # What these two leave behind is looked at when its lease is over: begin with them.
+    # What these two leave behind is checked when its lease is over: begin with them.
     (Phase.BEAMS, (Fault(FaultKind.CLIENT_DAEMON, 0, 0.4),)),
     (Phase.DECODE, (Fault(FaultKind.PAUSE, 1, 0.3, lasts=4),)),
     (Phase.PREFILL, (Fault(FaultKind.KILL, 1, 0.4),)),
@@ -34,3 +34,7 @@ def test_a_swarm_survives(tmp_path: Path) -> None:
             assert not outcome.problems, "\n".join([str(outcome.scenario), *outcome.problems])
             assert outcome.landed, outcome.scenario
         assert not runner.leaks_after_leases()
+        # A server that dies without a fault is a problem, not one that is replaced silently.
+        runner.cluster.servers[0].process.kill()
+        (problem,) = runner.cluster.remove_crashed()
+        assert "ended by itself" in problem

@@ -71,6 +71,11 @@ class LocalProcess:
         content: dict[str, Any] = json.loads(self.ready.read_text(encoding="utf-8"))
         return content
 
+    def log_tail(self) -> str:
+        """The last lines of the log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
+
     def signal(self, signum: int, *, alone: bool = False) -> None:
         """Send a signal to the process group, or to the process ``alone``."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -312,16 +317,11 @@ class LocalSwarm:
             if not child.is_running:
                 raise SwarmError(
                     f"{child.name} ended with status {child.popen.returncode} before it was "
-                    f"online.\n{_tail(child.log)}"
+                    f"online.\n{child.log_tail()}"
                 )
             if time.monotonic() > deadline:
                 raise SwarmError(
                     f"{child.name} was not online after "
-                    f"{self.config.startup_timeout_seconds:.0f} s.\n{_tail(child.log)}"
+                    f"{self.config.startup_timeout_seconds:.0f} s.\n{child.log_tail()}"
                 )
             time.sleep(_POLL_SECONDS)
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-_LOG_TAIL_LINES:])
