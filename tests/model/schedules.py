@@ -1,90 +1,103 @@
-"""Drawn schedules: which swarms, which steps and which faults the model check plays."""
+"""Drawn schedules: which swarms, which steps and which faults the model check plays.
 
-from hypothesis import strategies as st
+A schedule follows from its number alone. Every schedule draws a few kinds of faults and of steps of
+its own, since faults of all kinds at once hide each other.
+"""
+
+import random
+from collections.abc import Collection
 
 from support.simulation.faults import CODES, LIES, Fault, FaultKind
 from support.simulation.play import LAYOUTS, Event, Rest, Schedule, Setting, Turn
 
 ADVERSARIAL = (FaultKind.LOSE, FaultKind.REPEAT, FaultKind.OVERTAKE)
-"""What no real stream does that goes on: single messages lost, repeated, reordered."""
+"""What no real stream does that goes on: single messages lost, repeated, reordered. Only schedules
+with odd numbers have such faults.
+"""
 
-_MOST_TOKENS = 9
-_AT = st.one_of(st.integers(0, 6), st.integers(0, 24))
-_SECONDS = st.sampled_from((0.02, 0.2, 0.7, 1.5, 3.0, 8.0))
+ALL_KINDS = tuple(kind for kind in FaultKind if kind is not FaultKind.CLOSE)
+REALISTIC = tuple(kind for kind in ALL_KINDS if kind not in ADVERSARIAL)
 
+_MAX_KINDS = 6
+_MAX_ROUNDS = 6
+_MAX_FAULTS = 3
+"""Kinds of faults in a schedule, rounds of a schedule, and faults in a round, at most."""
 
-def settings_of_swarms() -> st.SearchStrategy[Setting]:
-    """Small logs and small memory are rare: they end what a session can survive."""
-    return st.builds(
-        Setting,
-        layout=st.sampled_from(sorted(LAYOUTS)),
-        num_rows=st.integers(1, 3),
-        is_direct=st.booleans(),
-        has_max_length=st.booleans(),
-        latencies=st.integers(0, 5),
-        kept_bytes=st.sampled_from((0, 0, 0, 0, 200)),
-        log_bytes=st.sampled_from((0, 0, 0, 150)),
-        has_kv_format=st.booleans(),
-        chunk_tokens=st.sampled_from((2, 4, 16)),
-    )
+_CLOSE_SHARE = 0.2
+"""Share of schedules in which the user closes the session during the last step."""
 
 
-def turns() -> st.SearchStrategy[Turn]:
-    """Mostly one token more for every row; sometimes a prompt, a rollback, a reorder."""
-    decode = st.just(Turn((1,)))
-    prompt = st.builds(Turn, st.tuples(*[st.integers(1, _MOST_TOKENS)] * 3))
-    cut = st.builds(
-        Turn,
-        st.tuples(*[st.integers(0, 3)] * 3),
-        st.tuples(*[st.integers(0, 4)] * 3),
-    )
-    reordered = st.builds(
-        Turn,
-        st.tuples(*[st.integers(0, 3)] * 3),
-        st.tuples(*[st.integers(0, 2)] * 3),
-        st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple),
-    )
-    return st.one_of(decode, decode, prompt, cut, reordered)
-
-
-def faults(kinds: tuple[FaultKind, ...]) -> st.SearchStrategy[Fault]:
-    """One fault of these kinds at any of the next messages."""
-    return st.builds(
-        Fault,
-        kind=st.sampled_from(kinds),
-        at=_AT,
-        who=st.integers(0, 6),
-        other=st.integers(0, 6),
-        seconds=_SECONDS,
-        code=st.integers(0, max(len(CODES), len(LIES)) - 1),
-    )
-
-
-def schedules(kinds: tuple[FaultKind, ...], max_rounds: int) -> st.SearchStrategy[Schedule]:
-    """A first step, then rounds of faults of these kinds and the step that they strike; in some
-    schedules the user closes the session during the last step.
+def draw(number: int, kinds: Collection[FaultKind] | None = None) -> Schedule:
+    """A first step, then rounds of faults and the step or the pause that they strike. ``kinds``:
+    the faults to choose from.
     """
-    some = st.lists(faults(kinds), max_size=3)
-    rest = st.builds(Rest, st.sampled_from((0.1, 1.0, 9.0)))
-    deed: st.SearchStrategy[Event] = st.one_of(turns(), turns(), turns(), rest)
-    rounds = st.lists(st.tuples(some, deed), min_size=2, max_size=max_rounds)
-    close = st.builds(Fault, st.just(FaultKind.CLOSE), at=_AT)
-    end = st.one_of(st.none(), st.none(), st.none(), close)
-    return st.builds(_schedule, settings_of_swarms(), turns(), rounds, end)
+    chance = random.Random(number)
+    known = list(kinds or (ALL_KINDS if number % 2 else REALISTIC))
+    chosen = chance.sample(known, min(len(known), chance.randint(1, _MAX_KINDS)))
+    turns = chance.choices(_TURNS, k=2)
+    events: list[Event] = [chance.choice((_append, _prompt))(chance)]
+    num_rounds = chance.randint(2, _MAX_ROUNDS)
+    for number_of_round in range(num_rounds):
+        is_last = number_of_round == num_rounds - 1
+        events += [_fault(chance, chosen) for _ in range(chance.randint(0, _MAX_FAULTS))]
+        if is_last and chance.random() < _CLOSE_SHARE:
+            events.append(Fault(FaultKind.CLOSE, at=_at(chance)))
+        is_rest = chance.random() < 0.25
+        rest = Rest(chance.choice((0.1, 1.0, 9.0)))
+        events.append(rest if is_rest else chance.choice(turns)(chance))
+    return Schedule(_setting(chance), tuple(events))
 
 
-def _schedule(
-    setting: Setting,
-    first: Turn,
-    rounds: list[tuple[list[Fault], Event]],
-    end: Fault | None,
-) -> Schedule:
-    events: list[Event] = [first]
-    for number, (some, deed) in enumerate(rounds):
-        is_last = number == len(rounds) - 1
-        events += [*some, *([end] if end is not None and is_last else []), deed]
-    return Schedule(setting, tuple(events))
+def _setting(chance: random.Random) -> Setting:
+    """Small logs and small memory are rare: they end what a session can survive."""
+    return Setting(
+        layout=chance.choice(sorted(LAYOUTS)),
+        num_rows=chance.randint(1, 3),
+        is_direct=chance.random() < 0.7,
+        has_max_length=chance.random() < 0.5,
+        latencies=chance.randint(0, 5),
+        kept_bytes=chance.choice((0, 0, 0, 0, 200)),
+        log_bytes=chance.choice((0, 0, 0, 150)),
+        has_kv_format=chance.random() < 0.5,
+        chunk_tokens=chance.choice((2, 4, 16)),
+    )
 
 
-REALISTIC = tuple(kind for kind in FaultKind if kind not in (*ADVERSARIAL, FaultKind.CLOSE))
-ALL_KINDS = (*REALISTIC, *ADVERSARIAL)
+def _append(chance: random.Random) -> Turn:
+    return Turn((1,))
+
+
+def _prompt(chance: random.Random) -> Turn:
+    return Turn(_three(chance, 1, 9))
+
+
+def _roll_back(chance: random.Random) -> Turn:
+    return Turn(_three(chance, 0, 3), _three(chance, 0, 4))
+
+
+def _reorder(chance: random.Random) -> Turn:
+    order = tuple(chance.randint(0, 2) for _ in range(chance.randint(1, 3)))
+    return Turn(_three(chance, 0, 3), _three(chance, 0, 2), order)
+
+
+_TURNS = (_append, _append, _prompt, _roll_back, _reorder)
+
+
+def _three(chance: random.Random, least: int, most: int) -> tuple[int, ...]:
+    return tuple(chance.randint(least, most) for _ in range(3))
+
+
+def _fault(chance: random.Random, kinds: Collection[FaultKind]) -> Fault:
+    """One fault of these kinds at any of the next messages."""
+    return Fault(
+        kind=chance.choice(list(kinds)),
+        at=_at(chance),
+        who=chance.randint(0, 6),
+        other=chance.randint(0, 6),
+        seconds=chance.choice((0.02, 0.2, 0.7, 1.5, 3.0, 8.0)),
+        code=chance.randrange(max(len(CODES), len(LIES))),
+    )
+
+
+def _at(chance: random.Random) -> int:
+    return chance.randint(0, chance.choice((6, 24)))

@@ -63,7 +63,8 @@ class SimNetwork:
     """All peers, and what lies between them.
 
     on_send: decides about every message; may strike peers and links before the message is sent.
-    rewrite: changes what a peer sends.
+    rewrite: changes what a peer sends. is_outdated: whether a message that reaches a peer is one
+    that the peer must not act on; its tensors are spoilt then.
     """
 
     def __init__(self, story: Story) -> None:
@@ -78,6 +79,7 @@ class SimNetwork:
         self.rewrite: Callable[
             [PeerId, Message, Sequence[Tensor]], tuple[Message, Sequence[Tensor]]
         ] = lambda source, message, tensors: (message, tensors)
+        self.is_outdated: Callable[[PeerId, Message], bool] = lambda target, message: False
         self.channels: dict[SimChannel, None] = {}
         self._paused: set[PeerId] = set()
         self._gone: set[PeerId] = set()
@@ -432,7 +434,9 @@ class SimChannel:
         except ProtocolError as error:
             self.abort(error)
             return
-        self._inbox.append((message, list(item.tensors)))
+        is_outdated = self._net.is_outdated(self.inbound.target, message)
+        tensors = [tensor + 1 if is_outdated else tensor for tensor in item.tensors]
+        self._inbox.append((message, tensors))
         self.wake()
 
     def wake(self) -> None:

@@ -20,11 +20,18 @@ from dataclasses import dataclass, field
 import torch
 
 from petals.client.config import ClientConfig
+from petals.client.routing.bans import Cause
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
-from petals.errors import PetalsError, RequestError, RouteError, SessionClosed
+from petals.client.session.state import SessionState
+from petals.client.session.supervisor import SessionSupervisor
+from petals.errors import PeerTimeout, PetalsError, RequestError, RouteError, SessionClosed
+from petals.server.session.session import Session, SessionKey
 from petals.swarm.failover_config import FailoverConfig
-from petals.types import BlockSpan, PeerId
+from petals.types import BlockSpan, PeerId, SessionId
+from petals.wire.fields import Message
+from petals.wire.header import RequestHeader
+from petals.wire.requests import Forwarded
 from support.simulation.faults import (
     KINDS_THAT_LOSE_NOTHING,
     Fault,
@@ -41,7 +48,7 @@ from support.simulation.servers import (
     SimServerOptions,
 )
 from support.simulation.story import Story
-from support.simulation.toy_blocks import run_whole, token_states
+from support.simulation.toy_blocks import NOTHING, run_whole, token_states
 from support.simulation.virtual_time import run_virtually
 
 STEP_BOUND_SECONDS = 120.0
@@ -214,6 +221,8 @@ class _Play:
             num_rows=setting.num_rows,
         )
         self._rows: list[list[int]] = [[] for _ in range(setting.num_rows)]
+        self._held_rows = self._rows
+        """The rows that servers hold: a step without tokens is sent together with the next one."""
         self._num_tokens = 0
         self._step: asyncio.Task[torch.Tensor] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -225,6 +234,9 @@ class _Play:
         seeded_latencies(self._net, peers, self._setting.latencies)
         for server in self._servers:
             await server.start()
+        self._swarm = await self._access.view()
+        self._net.is_outdated = self._is_outdated
+        self._watch_bans()
         for event in self._schedule.events:
             match event:
                 case Turn():
@@ -234,7 +246,7 @@ class _Play:
                     await self._net.clock.sleep(seconds)
                 case Fault():
                     self._nemesis.arm(event)
-            await self._check_servers()
+            await self._check_idle()
         await self._end()
 
     # -- inside
@@ -291,6 +303,8 @@ class _Play:
         self._note(f"step: starts {starts} counts {[len(new) for new in news]} order {order}")
         if await self._run(starts, news, order, after):
             self._rows = after
+            if any(news):
+                self._held_rows = after
 
     def _new_token(self) -> int:
         self._num_tokens += 1
@@ -354,9 +368,70 @@ class _Play:
         assert self._nemesis.num_struck, "a step failed although nothing has happened"
         assert error.reported or not isinstance(error, RequestError), "the user is blamed"
 
-    async def _check_servers(self) -> None:
+    async def _check_idle(self) -> None:
         for server in self._servers:
             await server.check_integrity()
+        self._check_rows()
+
+    @property
+    def _state(self) -> SessionState | None:
+        """The state of the session while it is open."""
+        for session in self._swarm.sessions:
+            assert isinstance(session, SessionSupervisor)
+            return session.state
+        return None
+
+    def _watch_bans(self) -> None:
+        """Only silence lets a server count as slow: a stream that has ended does not."""
+        note = self._swarm.note_failure
+
+        def note_failure(peer: PeerId, error: PetalsError, cause: Cause = Cause.FAILED) -> None:
+            is_slow = cause is Cause.SLOW
+            assert not is_slow or isinstance(error, PeerTimeout), f"{peer} counts as slow: {error}"
+            note(peer, error, cause)
+
+        self._swarm.note_failure = note_failure  # type: ignore[method-assign]
+
+    def _is_outdated(self, target: PeerId, message: Message) -> bool:
+        """Whether ``target`` knows a newer epoch than that of the message."""
+        inner = message.message if isinstance(message, Forwarded) else message
+        header, state = getattr(inner, "header", None), self._state
+        if not isinstance(header, RequestHeader) or state is None:
+            return False
+        if target == CLIENT:
+            hops = [*state.legs, *state.joining]
+            epochs = [hop.epoch for hop in hops if hop.session_id == header.session_id]
+        else:
+            session = self._session_at(target, header.session_id)
+            epochs = [] if session is None else [session.epoch]
+        return any(epoch > header.epoch for epoch in epochs)
+
+    def _check_rows(self) -> None:
+        """Every hop holds the session's rows, and their right outputs."""
+        state = self._state
+        if state is None or state.is_closed or state.has_diverged or state.step is not None:
+            return
+        lengths = tuple(len(row) for row in self._held_rows)
+        assert state.confirmed.lengths == lengths, "the client counts other rows"
+        for leg in state.legs:
+            session = self._session_at(leg.peer_id, leg.session_id)
+            if leg.state.is_lost or session is None:
+                continue
+            held = session.rows
+            pairs = zip(held.lengths, lengths, strict=True)
+            assert all(more >= length for more, length in pairs), f"{leg.peer_id} lacks rows"
+            if not held.outputs.is_dropped:
+                outputs = list(held.outputs.read((0,) * len(lengths), lengths))
+                passed = BlockSpan(0, leg.blocks.end)
+                expected = [run_whole(token_states(row), passed) for row in self._held_rows]
+                is_right = torch.equal(torch.cat([*outputs, NOTHING]), torch.cat(expected))
+                assert is_right, f"{leg.peer_id} keeps wrong outputs"
+
+    def _session_at(self, peer: PeerId, session_id: bytes) -> Session | None:
+        """The session of that id at a server that lives."""
+        server = next(server for server in self._servers if server.peer_id == peer)
+        key = SessionKey(CLIENT, SessionId(session_id))
+        return server.service.sessions.get(key) if server.is_alive else None
 
     async def _end(self) -> None:
         """Everything works again: the session does, too; then it leaves nothing behind."""
@@ -368,7 +443,7 @@ class _Play:
             await self._turn(Turn((1,)))
         self._outcome.faults = struck
         self._outcome.num_repairs = len(self._session.trace.repairs)
-        await self._check_servers()
+        await self._check_idle()
         self._note("closes the session")
         await self._session.close()
         await self._access.close()
@@ -377,7 +452,7 @@ class _Play:
             self._check_nothing_held()
         await self._net.clock.sleep(2 * LEASE_SECONDS)
         self._check_nothing_held()
-        await self._check_servers()
+        await self._check_idle()
         await self._client.background.close()
         left = [channel for channel in self._net.channels if channel.outbound.source == CLIENT]
         assert not left, f"{len(left)} streams of the client are open"

@@ -31,6 +31,10 @@ _PRIME = 8191
 """Values are below it, so float32 keeps them exactly."""
 
 
+NOTHING = torch.empty(0, WIDTH)
+"""The hidden states of no tokens."""
+
+
 def layout_of(blocks: BlockSpan) -> KVLayout:
     """What toy blocks keep of a token: its input twice, as a key and as a value."""
     block = BlockLayout(key_shape=(1, WIDTH), value_shape=(1, WIDTH))

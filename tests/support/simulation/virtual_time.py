@@ -15,8 +15,15 @@ T = TypeVar("T")
 _START_SECONDS = 1000.0
 """Virtual time at which a loop begins; not 0, since some times are differences from 0."""
 
-_MAX_TURNS = 20_000
-"""Turns of the loop at one moment of virtual time before it counts as a busy loop."""
+_MAX_TURNS_AT_ONCE = 20_000
+_MAX_TURNS = 300_000
+_MAX_SECONDS = 3600.0
+"""Turns of the loop at one moment of virtual time, turns in all, and virtual seconds, after which
+the work counts as stuck. The first limit finds a busy loop, the others a loop that waits for ever.
+"""
+
+_MAX_LAST_TURNS = 1000
+"""Turns in which the tasks of stuck work may end once they have been cancelled."""
 
 _MIN_DELAY_SECONDS = 1e-6
 """A shorter one would round to nothing, and a loop that waits for a deadline would never reach it.
@@ -25,8 +32,8 @@ _MIN_DELAY_SECONDS = 1e-6
 _WALL_CLOCK_OFFSET_SECONDS = 1.7e9
 
 
-class BusyLoop(AssertionError):
-    """Tasks run without end and without waiting for anything."""
+class Stuck(AssertionError):
+    """The work does not come to an end."""
 
 
 class VirtualTimeLoop(asyncio.BaseEventLoop):
@@ -35,7 +42,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now = _START_SECONDS
-        self._num_turns = 0
+        self._ends_at = _START_SECONDS + _MAX_SECONDS
+        self._turns_left = _MAX_TURNS
+        self._turns_left_now = _MAX_TURNS_AT_ONCE
         # The base class waits by asking a selector for events; here waiting moves the clock.
         self._selector = self
 
@@ -49,16 +58,18 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return super().call_later(max(delay, _MIN_DELAY_SECONDS), callback, *args, context=context)
 
     def select(self, timeout: float | None) -> list[Any]:
-        """Wait for ``timeout`` seconds (None: for ever) of virtual time."""
-        if timeout is None:
-            raise AssertionError("every task waits for something that nothing will bring")
-        if timeout > 0:
+        """Wait for ``timeout`` seconds (None: for ever) of virtual time. Raises Stuck."""
+        self._turns_left -= 1
+        self._turns_left_now -= 1
+        if timeout:
             self._now += timeout
-            self._num_turns = 0
-        else:
-            self._num_turns += 1
-            if self._num_turns > _MAX_TURNS:
-                raise BusyLoop(f"{_MAX_TURNS} turns at {self._now:.3f} s: {self._running()}")
+            self._turns_left_now = _MAX_TURNS_AT_ONCE
+        is_over = self._now > self._ends_at or not (self._turns_left and self._turns_left_now)
+        if timeout is None or is_over:
+            seconds = self._now - _START_SECONDS
+            self._turns_left = self._turns_left_now = _MAX_LAST_TURNS
+            self._ends_at = self._now + _MAX_SECONDS
+            raise Stuck(f"not at its end after {seconds:.3f} s: {self._running()}")
         return []
 
     def _running(self) -> str:
