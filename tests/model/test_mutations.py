@@ -5,7 +5,6 @@ the first ``MAX_SCHEDULES``; nothing is shrunk. Work that does not end is a fail
 limits of ``support.simulation.virtual_time``.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from petals.client.routing.bans import Cause
-from petals.client.session import migration, pipeline, reservation, supervisor
-from petals.client.session.actions import LegState, LegStatus
-from petals.client.session.hop import HopSession
-from petals.client.session.replies import HopReply, Replies
+from petals.client.session import pipeline, replacement, supervisor
+from petals.client.session.hop import HopReply, HopSession, LegState, LegStatus
 from petals.client.session.state import PendingStep, SessionState
 from petals.errors import PetalsError
 from petals.models.runtime.token_log import TokenLog
@@ -28,9 +24,6 @@ from petals.server.session.rows import CachedRows
 from petals.server.session.session import Session
 from petals.wire.header import RequestHeader
 from petals.wire.requests import ReplayPart
-from support.simulation.play import play
-
-from .schedules import draw
 
 MAX_SCHEDULES = 400
 
@@ -38,12 +31,14 @@ Patch = pytest.MonkeyPatch
 
 
 def replies_of_any_epoch(patch: Patch) -> None:
-    def take(self: Any, header: RequestHeader, message: Any, tensors: Sequence[Tensor] = ()) -> None:
-        for waiting, pending in list(self._waiting.items()):
+    def answer(
+        self: Any, header: RequestHeader, message: Any, tensors: Sequence[Tensor] = ()
+    ) -> None:
+        for waiting, take in list(self.waiting.items()):
             if replace_epoch(waiting, header.epoch) == header:
-                pending.take(HopReply(header.session_id, message, tensors))
+                take(HopReply(self, message, tensors))
 
-    patch.setattr(Replies, "take", take)
+    patch.setattr(HopSession, "_answer", answer)
 
 
 def replace_epoch(header: RequestHeader, epoch: int) -> RequestHeader:
@@ -88,16 +83,16 @@ def unused_hops_are_kept(patch: Patch) -> None:
     def drop(context: Any, hops: Sequence[HopSession]) -> None:
         context.state.joining = [hop for hop in context.state.joining if hop not in hops]
 
-    patch.setattr(supervisor, "drop", drop)
-    patch.setattr(migration, "drop", drop)
+    patch.setattr(replacement, "drop", drop)
 
 
 def failed_reorder_is_forgotten(patch: Patch) -> None:
     begin = SessionState.begin
 
-    def begin_harmless(self: SessionState, step: PendingStep) -> None:
+    def begin_harmless(self: SessionState, *args: Any) -> PendingStep:
+        step = begin(self, *args)
         step.cuts_rows = False
-        begin(self, step)
+        return step
 
     patch.setattr(SessionState, "begin", begin_harmless)
 
@@ -137,7 +132,7 @@ def switch_without_rows(patch: Patch) -> None:
     async def send(self: Any, *args: Any) -> bool:
         return True
 
-    patch.setattr(migration.MigrationLoop, "_send", send)
+    patch.setattr(replacement.MigrationLoop, "_send", send)
 
 
 def draining_hop_misses_epoch(patch: Patch) -> None:
@@ -168,7 +163,7 @@ def pieces_overtake(patch: Patch) -> None:
     async def turn(self: Any, number: int, hop: int) -> None:
         return None
 
-    patch.setattr(pipeline._PieceOrder, "turn", turn)
+    patch.setattr(pipeline._PiecesRun, "_turn", turn)
 
 
 def old_hops_are_not_freed(patch: Patch) -> None:
@@ -177,7 +172,7 @@ def old_hops_are_not_freed(patch: Patch) -> None:
         await context.state.announce_epoch()
 
     patch.setattr(supervisor, "switch", switch)
-    patch.setattr(migration, "switch", switch)
+    patch.setattr(replacement, "switch", switch)
 
 
 def older_channel_takes_over(patch: Patch) -> None:

@@ -216,7 +216,7 @@ async def test_a_server_that_forgets_what_it_was_just_given() -> None:
         lesson = Lesson((5, 3))
         begun = await lesson.begin(swarm.access(4, max_retries=0))
         swarm.servers[0].refuse_backwards += [PassExpired("Gone.")] * 2
-        with pytest.raises(PeerMisbehaved, match="lost a pass"):
+        with pytest.raises(PeerMisbehaved, match="loss of a pass"):
             await lesson.end(begun)
 
 

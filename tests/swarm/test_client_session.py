@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from petals.client.routing.route import Needs
-from petals.client.session.replies import Replies
+from petals.client.session.hop import HopReply
+from petals.client.session.pipeline import PendingReply
 from petals.client.session.rows import SessionRows
 from petals.errors import (
     BadInput,
@@ -70,12 +71,11 @@ async def test_rolling_back_costs_no_trip() -> None:
         session = SessionRows(swarm.access(6), ALL, max_length=20)
         text, other = states(6), states(3, seed=5)
         await session.step(text, (0,), (6,))
-        session.rewind(2)
         output = await session.step(other, (2,), (3,))
         torch.testing.assert_close(output, expected(torch.cat([text[:2], other]), ALL)[2:])
         assert [len(server.steps) for server in swarm.servers] == [2, 2, 2]
         with pytest.raises(SessionGap):
-            session.rewind(6)
+            await session.step(other, (6,), (3,))
         await session.close()
 
 
@@ -374,7 +374,7 @@ async def test_many_sessions_run_in_one_loop() -> None:
 
 async def test_a_slow_server_is_left_for_a_faster_one() -> None:
     async with toy_swarm(*THREE) as swarm:
-        access = swarm.access(6)
+        access = swarm.access(6, straggler_look_seconds=0.0)
         session = SessionRows(access, ALL, max_length=20)
         text = states(8)
         slow = swarm.servers[1]
@@ -464,15 +464,15 @@ async def test_a_reply_that_cannot_be_read_ends_the_hop_and_not_the_session(
 ) -> None:
     async with toy_swarm(*THREE, *THREE) as swarm:
         session = SessionRows(swarm.access(6), ALL, max_length=20)
-        text, failed, take = states(6), [], Replies.take
+        text, failed, take = states(6), [], PendingReply.take
 
-        def fail_once(replies: Replies, *reply: object) -> None:
+        def fail_once(pending: PendingReply, reply: HopReply) -> None:
             if not failed:
                 failed.append(reply)
                 raise RuntimeError("a bug of ours")
-            take(replies, *reply)
+            take(pending, reply)
 
-        monkeypatch.setattr(Replies, "take", fail_once)
+        monkeypatch.setattr(PendingReply, "take", fail_once)
         output = await session.step(text, (0,), (6,))
         torch.testing.assert_close(output, expected(text, ALL))
         (repair,) = session.trace.repairs

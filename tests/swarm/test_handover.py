@@ -322,7 +322,7 @@ async def test_what_was_put_out_and_dropped_is_not_needed(
 async def test_closing_the_connection_ends_the_migration(folder: Path) -> None:
     async with story_in(folder, *SPANS) as story:
         await story.prefill()
-        async with logged("migration has to wait", "petals.client.session.migration"):
+        async with logged("migration has to wait", "petals.client.session.replacement"):
             story.swarm.stop(story.peers[1])
         assert "migrating a session" in {task.get_name() for task in asyncio.all_tasks()}
         await story.access.close()

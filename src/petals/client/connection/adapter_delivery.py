@@ -6,14 +6,18 @@ time. Knows no blocks and no routes. Belongs to one event loop.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from cachetools import LRUCache
 
 from petals.client.connection.channel_pool import ChannelPool
+from petals.errors import UnknownAdapter
 from petals.models.adapters.low_rank import Adapter
 from petals.types import PeerId
 from petals.wire.passes import AdapterKept, AdapterPart, PutAdapter
+
+T = TypeVar("T")
 
 _SERVICE = "blocks"
 _REMEMBERED = 4096
@@ -40,7 +44,7 @@ class AdapterDelivery:
         self._locks: defaultdict[PeerId, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._there: LRUCache[tuple[PeerId, str], bool] = LRUCache(_REMEMBERED)
 
-    async def deliver(self, peer: PeerId, adapter: Adapter, *, again: bool = False) -> None:
+    async def _deliver(self, peer: PeerId, adapter: Adapter, *, again: bool = False) -> None:
         """Send the adapter unless ``peer`` has it; ``again``: send it in any case.
 
         Raises AdapterRefused, PeerError.
@@ -51,6 +55,21 @@ class AdapterDelivery:
                 return
             await self._send(peer, adapter)
             self._there[key] = True
+
+    async def use(
+        self, peer: PeerId, adapter: Adapter | None, ask: Callable[[], Awaitable[T]]
+    ) -> T:
+        """What ``ask`` returns, once ``peer`` has the adapter (None: it needs none). Asks twice if
+        the server has dropped the adapter meanwhile. Raises AdapterRefused, PeerError.
+        """
+        if adapter is None:
+            return await ask()
+        await self._deliver(peer, adapter)
+        try:
+            return await ask()
+        except UnknownAdapter:
+            await self._deliver(peer, adapter, again=True)
+            return await ask()
 
     async def _send(self, peer: PeerId, adapter: Adapter) -> None:
         message = PutAdapter(

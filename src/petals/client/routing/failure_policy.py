@@ -25,7 +25,6 @@ from petals.errors import (
     NoCapacity,
     OutboxLost,
     PeerError,
-    PeerMisbehaved,
     PeerTimeout,
     PeerUnreachable,
     PetalsError,
@@ -34,12 +33,6 @@ from petals.errors import (
     TrainingRefused,
 )
 from petals.types import PeerId
-
-MISBEHAVED_FACTOR = 16.0
-"""A server whose output cannot be right is banned for this many times ``ban_timeout``."""
-
-LOOK_AGAIN_SECONDS = 0.5
-"""Pause (s) between two readings of the directory while no server has the blocks or the room."""
 
 SELF_REPORTED = (PeerError,)
 """Errors that a server may report of itself: it is busy, it failed, it timed out."""
@@ -62,16 +55,15 @@ class Reaction(Enum):
 class Decision:
     """A reaction and its details.
 
-    cause, ban_factor: of a BAN; the ban lasts ``ban_factor * ban_timeout``, doubled by repetition.
-    refresh: the directory is out of date and has to be read before the next attempt.
-    pause_seconds: how long to wait before the next attempt.
+    cause: of a BAN. refresh: the directory is out of date and has to be read before the next
+    attempt. max_pause_seconds: of a WAIT; the time that is left, or 0 for the first attempt, which
+    follows at once.
     """
 
     reaction: Reaction
     cause: Cause | None = None
-    ban_factor: float = 1.0
     refresh: bool = False
-    pause_seconds: float = 0.0
+    max_pause_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +81,6 @@ class History:
     """
 
     now: float = 0.0
-    is_closed: bool = False
     holds_state: bool = False
     max_failures: int | None = None
     max_wait_seconds: float = 0.0
@@ -126,8 +117,6 @@ def decide(error: PetalsError, history: History) -> Decision:
     without ``reported``) is raised. MissingBlocksError, NoCapacity and CacheFull that the client
     raised by itself mean that no server is left now.
     """
-    if history.is_closed:
-        return Decision(Reaction.RAISE)
     if error.reported and not isinstance(error, SELF_REPORTED):
         return _refused(error, history)
     if isinstance(error, PeerError):
@@ -155,20 +144,11 @@ def _failed(error: PeerError, history: History) -> Decision:
         return Decision(Reaction.RETRY)
     is_silent = isinstance(error, PeerUnreachable | PeerTimeout)
     is_counted = not (is_silent and history.holds_state)
+    cause = Cause.UNANSWERED if is_silent and not history.holds_state else Cause.FAILED
     limit = history.max_failures
     if is_counted and limit is not None and history.num_failures >= limit:
-        return Decision(Reaction.RAISE, _cause(error, history), _factor(error))
-    return Decision(Reaction.BAN, _cause(error, history), _factor(error))
-
-
-def _cause(error: PeerError, history: History) -> Cause:
-    is_silent = isinstance(error, PeerUnreachable | PeerTimeout)
-    return Cause.UNANSWERED if is_silent and not history.holds_state else Cause.FAILED
-
-
-def _factor(error: PeerError) -> float:
-    seen = isinstance(error, PeerMisbehaved) and not error.reported
-    return MISBEHAVED_FACTOR if seen else 1.0
+        return Decision(Reaction.RAISE, cause)
+    return Decision(Reaction.BAN, cause)
 
 
 def _nobody_can(history: History) -> Decision:
@@ -180,4 +160,4 @@ def _nobody_can(history: History) -> Decision:
     left = history.waiting_since + history.max_wait_seconds - history.now
     if left <= 0:
         return Decision(Reaction.RAISE)
-    return Decision(Reaction.WAIT, refresh=True, pause_seconds=min(LOOK_AGAIN_SECONDS, left))
+    return Decision(Reaction.WAIT, refresh=True, max_pause_seconds=left)

@@ -1,11 +1,14 @@
-"""How long the steps of a route take, and how long a client waits for one.
+"""How long the steps of a route take: how long a client waits for one, and which hop is too slow.
 
 Plain arithmetic; knows no clock and no servers.
 """
 
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from statistics import median
 
+from petals.client.trace import StepTiming
 from petals.swarm.failover_config import FailoverConfig
 
 _REMEMBERED = 32
@@ -78,3 +81,31 @@ class StepTimeouts:
     def hung_seconds(self) -> float:
         """When a hop that answers pings, but not the step under way, is abandoned."""
         return max(self._config.hung_seconds, self._config.hung_factor * self.seconds())
+
+
+def is_straggler(
+    timings: Sequence[StepTiming],
+    expected_seconds: Iterable[Callable[[], float | None]],
+    config: FailoverConfig,
+) -> bool:
+    """Whether a hop with these timings answers, but much more slowly than another server would.
+
+    True if each of its latest ``straggler_steps`` steps took at least ``straggler_factor`` times
+    the time per token that this server announces, and as many times what the alternative announces.
+    ``expected_seconds`` computes these two, which is costly; None: unknown. The first condition
+    prevents a move if all servers announce times that are too short: the alternative would be as
+    slow.
+    """
+    latest = list(islice(reversed(timings), config.straggler_steps))
+    if len(latest) < config.straggler_steps:
+        return False
+    if max(step.num_tokens for step in latest) > config.straggler_max_tokens:
+        return False
+    per_token = min(
+        (step.queue_seconds + step.compute_seconds) / max(1, step.num_tokens) for step in latest
+    )
+    announced = (estimate() for estimate in expected_seconds)
+    return all(
+        seconds is not None and per_token >= config.straggler_factor * seconds
+        for seconds in announced
+    )

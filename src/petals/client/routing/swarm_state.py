@@ -17,8 +17,6 @@ from petals.client.config import ClientConfig
 from petals.client.connection.adapter_delivery import AdapterDelivery
 from petals.client.connection.channel_pool import ChannelPool
 from petals.client.routing.bans import Bans, Cause
-from petals.client.routing.direct_links import DirectLinks
-from petals.client.routing.failure_policy import MISBEHAVED_FACTOR
 from petals.client.routing.route import (
     Candidate,
     Needs,
@@ -64,7 +62,10 @@ class SwarmState:
         self.model = model
         self.num_blocks = num_blocks
         self.bans = Bans(config.ban_timeout, config.failover.max_ban_seconds)
-        self.edges = DirectLinks(config.failover.link_retry_seconds)
+        self.closed_links: dict[tuple[PeerId, PeerId], float] = {}
+        """(near, far) -> until when (s, monotonic) states from ``near`` to ``far`` go through the
+        client, since the direct link between them has failed.
+        """
         self.channels = ChannelPool(node, config.silence_timeout)
         self.log_budget = LogBudget(config.max_kept_bytes)
         self.adapters = AdapterDelivery(
@@ -148,17 +149,18 @@ class SwarmState:
         """Ask these servers how they are, all at the same time; those that fail are banned."""
         await asyncio.gather(*(self._measure(peer) for peer in peers))
 
-    async def look_again(self, blocks: BlockSpan, seconds: float) -> None:
+    async def look_again(self, blocks: BlockSpan) -> None:
         """Read the records anew, and ask those who hold some of ``blocks`` and only did not answer
         a call how they are: who answers is avoided no more.
 
-        Returns when that is done or after ``seconds``; what comes later counts, too.
+        Returns when that is done or after ``look_again_seconds``; what comes later counts, too.
         """
         now = self._clock.monotonic()
         doubted = self.bans.at(now, Cause.UNANSWERED) - self.bans.at(now, Cause.FAILED)
         holders = {c.peer_id for c in self.candidates() if c.blocks.overlaps(blocks)}
         calls = self.measure(doubted & holders)
         called = self.node.background.start(calls, "calling avoided servers")
+        seconds = self.config.failover.look_again_seconds
         await asyncio.wait({called, self._refresh_aside()}, timeout=seconds)
 
     def _refresh_aside(self) -> "asyncio.Task[None]":
@@ -206,7 +208,7 @@ class SwarmState:
         """Avoid a server for a while, if ``error`` is its own fault (never for a client's)."""
         if isinstance(error, PeerError):
             is_seen = isinstance(error, PeerMisbehaved) and not error.reported
-            factor = MISBEHAVED_FACTOR if is_seen else 1.0
+            factor = self.config.failover.misbehaved_factor if is_seen else 1.0
             if not isinstance(error, PeerUnreachable | PeerTimeout):
                 cause = Cause.FAILED
             ban = self.bans.add(peer, self._clock.monotonic(), factor, cause)

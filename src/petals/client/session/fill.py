@@ -6,25 +6,22 @@ has an id of its own. Knows rows and hops; chooses neither.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 
+import torch
 from msgspec.structs import replace
+from torch import Tensor
 
-from petals.client.session.context import SessionContext
-from petals.client.session.hop import HopSession, next_hops
-from petals.client.session.replies import HopReply, ReplayBuffer
-from petals.client.session.types import ReplicaProgress
+from petals.client.session.hop import HopReply, HopSession, misbehaved, next_hops
+from petals.client.session.pipeline import SessionContext, expect
+from petals.client.session.state import ReplicaProgress
 from petals.errors import PeerMisbehaved, PeerTimeout, PetalsError, RequestError
 from petals.models.runtime.token_log import RowSlices, TokenLog
 from petals.wire.replies import ForwardFailed, ReplayDone
 from petals.wire.requests import ReplayPart, ReplayRequest
-
-_SILENCE_FACTOR = 1.5
-"""A single hop has at least this many times ``silence_timeout`` to answer a replay: if it is dead,
-its channel reports that before.
-"""
+from petals.wire.tensors import is_finite
 
 
 class FillOutcome(Enum):
@@ -54,6 +51,50 @@ class FillGoal:
             return sum(self.have.missing(self.lengths))
         reordered = sum(self.lengths[row] for row in self.reorder or ())
         return max(sum(self.lengths), reordered)
+
+
+@dataclass(slots=True)
+class ReplayBuffer:
+    """The parts of a replay that the client itself receives, at most ``max_tokens`` of width
+    ``hidden_size``. They begin at ``starts`` (empty: position 0). reordered: the rows stand as the
+    reorder of the step to follow leaves them. wrong: why a part cannot be right; empty: none is.
+    """
+
+    max_tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+    starts: tuple[int, ...] = ()
+    reordered: bool = False
+    wrong: str = ""
+    _log: TokenLog = field(default_factory=lambda: TokenLog(0))
+    _num_parts: int = 0
+
+    def add(self, part: ReplayPart, tensors: Sequence[Tensor]) -> bool:
+        """Take the next part. True if no more are to come: this is the last, or it is wrong."""
+        if not self._num_parts:
+            self._log = TokenLog(len(part.counts))
+            self.starts = self.starts or (0,) * len(part.counts)
+        num_tokens, come = sum(part.counts), self._log.lengths
+        due = tuple(start + length for start, length in zip(self.starts, come))
+        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        if part.index != self._num_parts or part.starts != due or len(part.counts) != len(come):
+            self.wrong = "rows that do not follow each other"
+        elif sum(come) + num_tokens > self.max_tokens:
+            self.wrong = "more rows than were asked for"
+        elif shapes != [((num_tokens, self.hidden_size), self.dtype)]:
+            self.wrong = "rows of another shape"
+        elif not is_finite(tensors[0]):
+            self.wrong = "NaN or infinity"
+        else:
+            self._log.append(part.counts, tensors[0])
+            self.reordered, self._num_parts = part.reordered, self._num_parts + 1
+        return part.ends or bool(self.wrong)
+
+    @property
+    def rows(self) -> RowSlices | None:
+        """What has come; None for nothing."""
+        whole = self._log.whole()
+        return None if whole is None else RowSlices(self.starts, whole.counts, whole.hidden)
 
 
 async def fill(
@@ -99,21 +140,21 @@ async def _pass_through_client(
     """Send ``segment`` rows of the client's log, or rows that are fetched from a hop."""
     have = goal.have
     if isinstance(donor, TokenLog):
-        log, reordered = donor, goal.reorder is not None
-        rows = log.since(have.lengths if have else (0,) * len(log.lengths))
+        reordered = goal.reorder is not None
+        rows = donor.since(have.lengths if have else (0,) * len(donor.lengths))
     else:
         starts, spec = have.lengths if have else (), context.spec
         buffer = ReplayBuffer(goal.num_tokens, spec.hidden_size, spec.dtype, starts)
         outcome = await _replay(context, donor, (), goal, buffer)
         if outcome is not FillOutcome.DONE:
             return outcome
-        log, reordered, rows = buffer.log, buffer.reordered, buffer.rows
-    num_rows, config = len(log.lengths), context.config
-    limits = [hop.info.max_batch_tokens or config.prefill_chunk_tokens for hop in segment]
-    max_tokens = min(*limits, config.prefill_chunk_tokens)
-    parts = [] if rows is None else list(rows.parts(max_tokens))
-    order = have.rows if have else (0,) * num_rows
-    num_ahead = config.failover.parts_ahead
+        reordered, rows = buffer.reordered, buffer.rows
+    if rows is None:
+        return FillOutcome.DONE
+    limits = [hop.info.max_batch_tokens for hop in segment]
+    max_tokens = min(limit for limit in [*limits, context.config.prefill_chunk_tokens] if limit)
+    parts, num_ahead = list(rows.parts(max_tokens)), context.config.failover.parts_ahead
+    order = have.rows if have else (0,) * len(rows.counts)
     for at in range(0, len(parts), num_ahead):
         template = ReplayPart(
             header=segment[0].header(next(context.state.ids)),
@@ -128,7 +169,7 @@ async def _pass_through_client(
         outcome = await _feed(context, segment, template, parts[at : at + num_ahead])
         if outcome is not FillOutcome.DONE:
             return outcome
-        order = tuple(range(num_rows))
+        order = tuple(range(len(rows.counts)))
     return FillOutcome.DONE
 
 
@@ -196,17 +237,19 @@ async def _exchange(
         return FillOutcome.DONOR_LOST if donor and is_lost[0] else FillOutcome.REFUSED
     seconds = context.timeouts.seconds(num_tokens)
     if len(line) == 1:
-        seconds = max(seconds, _SILENCE_FACTOR * context.config.silence_timeout)
-    headers = [hop.header(message.header.request_id) for hop in line]
-    with context.replies.expect(headers, buffer) as pending:
+        # If the hop is dead, its channel reports that before.
+        least = context.config.failover.replay_silence_factor * context.config.silence_timeout
+        seconds = max(seconds, least)
+    take_part = None if buffer is None else buffer.add
+    with expect(line, message.header.request_id, take_part) as pending:
         reply = await pending.receive(seconds, send)
-    if reply is None and len(line) > 1:
+    if reply is not None:
+        return _outcome(context, reply, line, donor, buffer)
+    if len(line) > 1:
         context.close_links(line)
         return FillOutcome.LINK_DOWN
-    if reply is None:
-        line[0].lose(PeerTimeout("A replay was not answered in time."))
-        return FillOutcome.DONOR_LOST if donor else FillOutcome.REFUSED
-    return _outcome(context, reply, line, donor, buffer)
+    line[0].lose(PeerTimeout("A replay was not answered in time."))
+    return FillOutcome.DONOR_LOST if donor else FillOutcome.REFUSED
 
 
 def _outcome(
@@ -217,21 +260,21 @@ def _outcome(
     buffer: ReplayBuffer | None,
 ) -> FillOutcome:
     """What a reply to a replay means. Closes links and gives up hops."""
-    index = [hop.session_id for hop in line].index(reply.session_id)
-    hop, message, is_last = line[index], reply.message, index == len(line) - 1
-    error: PetalsError = hop.misbehaved("a reply of another kind")
-    match message:
+    hop, index = reply.hop, line.index(reply.hop)
+    is_last = index == len(line) - 1
+    error: PetalsError = misbehaved(hop.hop, "a reply of another kind")
+    match reply.message:
         case ReplayDone(undelivered=()) if is_last and buffer is None:
             return FillOutcome.DONE
         case ReplayPart() if buffer is not None and not buffer.wrong:
             return FillOutcome.DONE
         case ReplayPart() if buffer is not None:
-            error = hop.misbehaved(buffer.wrong)
+            error = misbehaved(hop.hop, buffer.wrong)
         case ForwardFailed() | ReplayDone() if not is_last:
             context.close_links(line[index : index + 2])
             return FillOutcome.LINK_DOWN
-        case PetalsError():
-            error = message
+        case PetalsError() as error:
+            pass
     if hop is donor:
         if isinstance(error, PeerMisbehaved):
             hop.lose(error)

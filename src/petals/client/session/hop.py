@@ -1,35 +1,37 @@
-"""One server's part of a session: open it, send requests, receive what comes back, close it.
+"""One server's part of a session: reserve it, send requests, match what comes back, free it.
 
-One task reads the channel and passes messages on; a channel that ends, or a server that drops the
-session, marks the hop as lost. Outputs are checked (number, shape, dtype, finite) before use.
-Decides nothing: repairs and other routes are the supervisor's. Knows no model and no tokens.
+A reply counts if its header (session id, epoch, request id) equals that of a request that waits at
+this hop; there is no other rule by which replies are matched. One task reads the channel. A channel
+that ends, or a server that drops the session, marks the hop as lost, which answers all its
+requests. Decides nothing. Knows no model and no tokens.
 """
 
 import asyncio
 import contextlib
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from torch import Tensor
 
-from petals.client.session.actions import LegState
-from petals.client.session.replies import Replies
-from petals.client.session.types import HopNeighbours, HopTimeouts, SessionSpec
+from petals.client.routing.latency import redial_seconds
+from petals.client.routing.swarm_state import SwarmState
+from petals.client.session.types import SessionSpec
 from petals.client.trace import HopTrace, StepTiming
-from petals.clock import Clock
 from petals.errors import (
     BadInput,
     PeerError,
     PeerFailed,
     PeerMisbehaved,
     PeerTimeout,
+    PeerUnreachable,
     PetalsError,
     ProtocolError,
     SessionClosed,
 )
 from petals.logs import get_logger
-from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.types import SESSION_ID_BYTES, BlockSpan, Hop, PeerId
 from petals.wire.fields import Message
@@ -62,30 +64,101 @@ _KEPT_TIMINGS = 1024
 """Number of latest steps whose timings are kept."""
 
 
+class LegStatus(Enum):
+    """How one hop of a session is."""
+
+    CONNECTED = "it answers"
+    DRAINING = "it answers, and has announced that it stops"
+    BROKEN = "its stream is lost; it may still hold the rows"
+    SLOW = "it answers too slowly and is left for another server"
+    GONE = "it refuses, has misbehaved, or does not know the session any more"
+
+
+@dataclass(frozen=True, slots=True)
+class LegState:
+    """The status of a hop; ``error`` is the reason of a loss, ``drains_at`` (s, monotonic) the time
+    at which a draining server stops. is_booked: the loss has been entered into bans and exclusions.
+    """
+
+    status: LegStatus = LegStatus.CONNECTED
+    error: PetalsError | None = None
+    drains_at: float = 0.0
+    is_booked: bool = False
+
+    @property
+    def is_lost(self) -> bool:
+        """True if no answer will come any more."""
+        return self.error is not None
+
+    @property
+    def may_hold_rows(self) -> bool:
+        """True if the hop is lost, and calling it again may bring it and its rows back."""
+        return self.status in (LegStatus.BROKEN, LegStatus.SLOW)
+
+    def lost(self, error: PetalsError) -> "LegState":
+        """The hop failed. The first reason counts, but what ends the reservation counts more."""
+        is_stream = isinstance(error, PeerUnreachable | PeerTimeout) and not error.reported
+        status = LegStatus.BROKEN if is_stream else LegStatus.GONE
+        if self.status is status or self.status is LegStatus.GONE:
+            return self
+        return LegState(status, error)
+
+    def slow(self, error: PetalsError) -> "LegState":
+        """The hop is left as too slow."""
+        return self if self.is_lost else LegState(LegStatus.SLOW, error)
+
+    def draining(self, until: float) -> "LegState":
+        """The server has announced that it stops."""
+        return self if self.is_lost else LegState(LegStatus.DRAINING, drains_at=until)
+
+    def booked(self) -> "LegState":
+        """The same, once the loss has been entered."""
+        return replace(self, is_booked=True)
+
+
+ReplyMessage = StepResult | ReplayDone | ReplayPart | ForwardFailed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HopReply:
+    """What a hop has answered; its loss, and a refusal, are errors."""
+
+    hop: "HopSession"
+    message: ReplyMessage | PetalsError
+    tensors: Sequence[Tensor] = ()
+
+
 class HopSession:
     """A reservation at one server. ``open`` makes one; ``close`` frees it.
 
-    state: how it is; only this class changes it. epoch, sources: those announced last.
-    cache_tokens: what was asked for in each block.
+    state: how it is; only this class changes it. epoch, sources: those announced last. waiting:
+    what takes the reply to a request, by the header of both. relays_onward: the last states passed
+    to the next hop through a relay. on_draining: called with the peer, once it has announced that
+    it stops, and the seconds until then.
     """
 
     def __init__(
-        self, channel: Channel, hop: Hop, timeouts: HopTimeouts, replies: Replies, clock: Clock
+        self,
+        swarm: SwarmState,
+        hop: Hop,
+        spec: SessionSpec,
+        on_draining: Callable[[PeerId, float], None],
+        channel: Channel,
     ) -> None:
         self.hop = hop
+        self.spec = spec
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
         self.state = LegState()
-        self.epoch = 0
+        self.epoch = spec.epoch
         self.sources: tuple[PeerId, ...] = ()
-        self.lease_seconds = 0.0
-        self.max_length = 0
-        self.cache_tokens = 0
         self.info: Info
+        self.opened: SessionOpened
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
+        self.waiting: dict[RequestHeader, Callable[[HopReply], None]] = {}
+        self.relays_onward = False
+        self._swarm = swarm
+        self._on_draining = on_draining
         self._channel = channel
-        self._timeouts = timeouts
-        self._replies = replies
-        self._clock = clock
         self._ended = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
@@ -100,27 +173,26 @@ class HopSession:
     @property
     def trace(self) -> HopTrace:
         """The timings kept so far."""
-        timings, is_relayed = tuple(self.timings), self._channel.is_relayed
-        return HopTrace(self.peer_id, self.blocks, timings, is_relayed)
+        return HopTrace(self.peer_id, self.blocks, tuple(self.timings), self._channel.is_relayed)
 
     @classmethod
     async def open(
         cls,
-        node: SwarmNode,
+        swarm: SwarmState,
         hop: Hop,
         spec: SessionSpec,
-        timeouts: HopTimeouts,
-        neighbours: HopNeighbours,
-        replies: Replies,
+        sources: Sequence[PeerId],
+        next_peer: PeerId | None,
+        on_draining: Callable[[PeerId, float], None],
     ) -> "HopSession":
-        """Reserve cache at ``hop``, which will forward states between the client and its
-        ``neighbours``. Raises the server's refusal or a PeerError, nothing held.
+        """Reserve cache at ``hop``, which will accept states from the client and from ``sources``
+        and forward them to ``next_peer``. Raises the server's refusal or a PeerError, nothing held.
         """
-        channel = await _open_channel(node, hop.peer_id, timeouts, timeouts.connect_seconds)
-        session = cls(channel, hop, timeouts, replies, node.clock)
+        channel = await _dial(swarm, hop.peer_id, swarm.connect_seconds(hop.peer_id))
+        session = cls(swarm, hop, spec, on_draining, channel)
         try:
-            async with asyncio.timeout(timeouts.request_seconds + timeouts.alloc_seconds):
-                await session._reserve(spec, neighbours)
+            async with asyncio.timeout(swarm.config.request_timeout + spec.alloc_seconds):
+                await session._reserve(sources, next_peer)
         except TimeoutError:
             await session.close()
             raise PeerTimeout("The server did not answer in time.", peer_id=hop.peer_id) from None
@@ -130,14 +202,15 @@ class HopSession:
         session._start_reading()
         return session
 
-    async def redial(self, node: SwarmNode, seconds: float) -> None:
+    async def redial(self) -> None:
         """Open a new stream to a hop that is lost. Raises PeerError, the hop still lost.
 
         ``begin_epoch`` has to follow; if the server has no such reservation any more, the hop is
         lost again then.
         """
-        seconds = min(self._timeouts.connect_seconds, seconds)
-        channel = await _open_channel(node, self.peer_id, self._timeouts, seconds)
+        seconds = redial_seconds(self.trace.overhead_seconds, self._swarm.config.failover)
+        seconds = min(self._swarm.connect_seconds(self.peer_id), seconds)
+        channel = await _dial(self._swarm, self.peer_id, seconds)
         await self._stop_reading()
         await self._channel.close()
         self._channel, self._ended, self.state = channel, asyncio.Event(), LegState()
@@ -162,8 +235,7 @@ class HopSession:
         """From now on states come from ``sources`` and the client, and older messages are dropped;
         replies come on this channel.
         """
-        header = RequestHeader(self.session_id, epoch)
-        await self._tell(BeginEpoch(header, tuple(sources)))
+        await self._tell(BeginEpoch(RequestHeader(self.session_id, epoch), tuple(sources)))
         # Only now: a call that was cancelled has announced nothing, and is repeated.
         self.epoch, self.sources = epoch, tuple(sources)
 
@@ -190,37 +262,16 @@ class HopSession:
         """
         try:
             with contextlib.suppress(PeerError, TimeoutError):
-                async with asyncio.timeout(self._timeouts.close_seconds):
+                async with asyncio.timeout(self._swarm.config.failover.close_seconds):
                     await self._free()
         finally:
             self.lose(SessionClosed("The session was closed.", hint="Open a new one."))
             await self._stop_reading()
             await self._channel.close()
 
-    def checked(self, tensors: Sequence[Tensor], hidden: Tensor) -> Tensor:
-        """The output, if it can be one for ``hidden``. Raises PeerMisbehaved."""
-        if len(tensors) != 1:
-            raise self.misbehaved(f"{len(tensors)} tensors instead of one")
-        output = tensors[0]
-        if output.shape != hidden.shape or output.dtype != hidden.dtype:
-            raise self.misbehaved(
-                f"{output.dtype} {list(output.shape)} for {hidden.dtype} {list(hidden.shape)}"
-            )
-        if not is_finite(output):
-            raise self.misbehaved("NaN or infinity")
-        return output
-
-    def misbehaved(self, what: str) -> PeerMisbehaved:
-        """The error for an answer that cannot be right."""
-        return PeerMisbehaved(
-            f"The server of blocks {self.blocks} answered with {what}.",
-            hint="It is avoided from now on; report it to the operators of the swarm.",
-            peer_id=self.peer_id,
-        )
-
     async def _tell(self, message: Message) -> None:
         """Send what is not answered; a server that does not take it is lost."""
-        seconds = self._timeouts.request_seconds
+        seconds = self._swarm.config.request_timeout
         try:
             async with asyncio.timeout(seconds):
                 await self.send(message)
@@ -230,8 +281,9 @@ class HopSession:
     def _change(self, state: LegState) -> None:
         if state is not self.state:
             self.state = state
-            if state.is_lost and state.error is not None:
-                self._replies.lose(self.session_id, state.error)
+            if state.error is not None:
+                for take in list(self.waiting.values()):
+                    take(HopReply(self, state.error))
 
     async def _free(self) -> None:
         if self._channel.is_closed:
@@ -241,9 +293,8 @@ class HopSession:
         if is_read:
             await self._ended.wait()
 
-    async def _reserve(self, spec: SessionSpec, neighbours: HopNeighbours) -> None:
-        self.epoch, self.sources = spec.epoch, neighbours.sources
-        self.cache_tokens = spec.cache_tokens
+    async def _reserve(self, sources: Sequence[PeerId], next_peer: PeerId | None) -> None:
+        spec, self.sources = self.spec, tuple(sources)
         prompts = spec.tuning.prompts_of(self.blocks)
         await self._channel.send(GetInfo())
         await self._channel.send(
@@ -255,10 +306,10 @@ class HopSession:
                 max_length=spec.max_length or 0,
                 dtype=str(spec.dtype).removeprefix("torch."),
                 adapter=spec.adapter_name(self.blocks),
-                alloc_timeout_seconds=self._timeouts.alloc_seconds,
+                alloc_timeout_seconds=spec.alloc_seconds,
                 sources=self.sources,
                 num_prompt_tokens=prompts[0].shape[1] if prompts else 0,
-                next_peer=neighbours.after,
+                next_peer=next_peer,
             ),
             prompts,
         )
@@ -271,16 +322,20 @@ class HopSession:
                     info = answer
                 case SessionOpened() if answer.header == self.header():
                     opened = answer
-                    self.lease_seconds, self.max_length = opened.lease_seconds, opened.max_length
                 case Draining():
                     self._take(answer, [])
                 case Refusal():
                     raise answer.to_error(self.peer_id)
                 case _:
                     raise self._unexpected(answer)
-        self.info = info
+        self.info, self.opened = info, opened
         if info.hidden_size != spec.hidden_size:
-            raise _other_width(info.hidden_size, spec.hidden_size, self.peer_id)
+            error = BadInput(
+                f"its hidden states have {info.hidden_size} values, not {spec.hidden_size}.",
+                peer_id=self.peer_id,
+            )
+            error.reported = True  # the server says so itself, so it may as well be wrong
+            raise error
 
     def _start_reading(self) -> None:
         self._reader = asyncio.create_task(self._read(), name="replies of a hop")
@@ -310,12 +365,13 @@ class HopSession:
             return  # a hop knows the ids of the hops behind it, and must not answer for them
         match message:
             case StepResult() | ReplayDone() | ReplayPart() | ForwardFailed():
-                self._replies.take(message.header, message, tensors)
+                self._answer(message.header, message, tensors)
             case Draining():
-                self._change(self.state.draining(self._clock.monotonic() + message.seconds))
-                self._replies.on_draining(self.peer_id, message.seconds)
+                clock = self._swarm.node.clock
+                self._change(self.state.draining(clock.monotonic() + message.seconds))
+                self._on_draining(self.peer_id, message.seconds)
             case Refusal(header=RequestHeader() as header):
-                self._replies.take(header, message.to_error(self.peer_id))
+                self._answer(header, message.to_error(self.peer_id))
             case Refusal():
                 raise message.to_error(self.peer_id)
             case SessionEnded():
@@ -327,27 +383,56 @@ class HopSession:
             case _:
                 raise self._unexpected(message)
 
+    def _answer(
+        self,
+        header: RequestHeader,
+        message: ReplyMessage | PetalsError,
+        tensors: Sequence[Tensor] = (),
+    ) -> None:
+        """Pass a reply on to the request that it answers; drop it if there is none."""
+        take = self.waiting.get(header)
+        if take is not None:
+            take(HopReply(self, message, tensors))
+
     def _unexpected(self, message: AnyMessage) -> ProtocolError:
         return ProtocolError(
             f"The server sent {type(message).__name__} out of turn.", peer_id=self.peer_id
         )
 
 
-async def _open_channel(
-    node: SwarmNode, peer: PeerId, timeouts: HopTimeouts, seconds: float
-) -> Channel:
-    channel = await node.open_channel(peer, BLOCKS_SERVICE, seconds)
-    channel.silence_seconds = timeouts.silence_seconds
+async def _dial(swarm: SwarmState, peer: PeerId, seconds: float) -> Channel:
+    channel = await swarm.node.open_channel(peer, BLOCKS_SERVICE, seconds)
+    channel.silence_seconds = swarm.config.silence_timeout
     return channel
-
-
-def _other_width(theirs: int, ours: int, peer: PeerId) -> BadInput:
-    """A server that computes in another width. It says so itself, so it may as well be wrong."""
-    error = BadInput(f"its hidden states have {theirs} values, not {ours}.", peer_id=peer)
-    error.reported = True
-    return error
 
 
 def next_hops(hops: Sequence[HopSession]) -> NextHops:
     """Hops as messages name them."""
     return tuple(NextHop(hop.peer_id, hop.session_id) for hop in hops)
+
+
+def what_is_wrong(
+    answer: Sequence[Tensor], likes: Sequence[Tensor], *, any_dtype: bool = False
+) -> str:
+    """Why a server's answer cannot be what was computed for tensors ``likes``; empty if it can.
+
+    ``any_dtype``: another floating dtype is not wrong.
+    """
+    if len(answer) != len(likes):
+        return f"{len(answer)} tensors instead of {len(likes)}"
+    for tensor, like in zip(answer, likes):
+        is_of_dtype = tensor.is_floating_point() if any_dtype else tensor.dtype == like.dtype
+        if tensor.shape != like.shape or not is_of_dtype:
+            return f"{tensor.dtype} {list(tensor.shape)} for {like.dtype} {list(like.shape)}"
+        if not is_finite(tensor):
+            return "NaN or infinity"
+    return ""
+
+
+def misbehaved(hop: Hop, what: str) -> PeerMisbehaved:
+    """The error for an answer of ``hop`` that cannot be right."""
+    return PeerMisbehaved(
+        f"The server of blocks {hop.blocks} answered with {what}.",
+        hint="It is avoided from now on; report it to the operators of the swarm.",
+        peer_id=hop.peer_id,
+    )

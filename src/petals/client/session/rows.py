@@ -82,18 +82,8 @@ class SessionRows:
             hops=tuple(leg.trace for leg in supervisor.state.legs),
             step_seconds=tuple(self._step_seconds),
             edges=supervisor.edges,
-            repairs=tuple(supervisor.repairs),
+            repairs=tuple(supervisor.state.repairs),
         )
-
-    def rewind(self, position: int) -> None:
-        """Roll rows longer than ``position`` back to it. Raises SessionGap if none is that long."""
-        longest = max(self.lengths, default=0)
-        if not 0 <= position <= longest:
-            raise SessionGap(
-                f"Position {position} was never reached; the session stands at {longest}.",
-                hint="A session's position can only be set back.",
-            )
-        self.lengths = tuple(min(length, position) for length in self.lengths)
 
     async def step(
         self,

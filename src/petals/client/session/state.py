@@ -1,4 +1,7 @@
-"""The state of one session: its hops, its rows and its step, with one owner and one lock.
+"""The state of one session, with one owner and one lock, and what is to be done next.
+
+``next_action`` is the whole of failover's control flow, a pure function of the state and a time;
+``supervisor`` carries its answers out.
 
 Invariants, which make failover correct; ``check_integrity`` asserts what can be seen of them:
 
@@ -25,19 +28,38 @@ I9. A hop accepts states from the client and from the hop before it in the curre
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import count, pairwise
 
 from torch import Tensor
 
-from petals.client.routing.failure_policy import History
-from petals.client.session.actions import LegStatus, Situation
-from petals.client.session.hop import HopSession
-from petals.client.session.types import ReplicaProgress, StepPiece
-from petals.errors import PetalsError
+from petals.client.routing.failure_policy import Decision, History, Reaction, decide
+from petals.client.session.hop import HopSession, LegStatus
+from petals.client.trace import Repair
+from petals.errors import PetalsError, RouteError, SessionClosed
 from petals.models.runtime.token_log import RowSlices, TokenLog
+from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan, Hop, PeerId
+
+_KEPT_REPAIRS = 256
+"""Number of latest repairs that the trace shows."""
+
+
+@dataclass(slots=True, eq=False)
+class StepPiece:
+    """A part of a step that every hop runs at once. output: [tokens, H], None until it is known."""
+
+    request_id: int
+    rows: RowSlices
+    reorder: tuple[int, ...] | None = None
+    output: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.rows.counts)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,11 +99,13 @@ class PendingStep:
         return tuple(lengths)
 
     def cut(self, max_tokens: int, ids: Iterator[int]) -> None:
-        """Make pieces of what remains, of at most ``max_tokens`` tokens (0: no limit)."""
-        reorder, self.pieces = self.reorder, []
-        for part in self.rest.parts(max_tokens):
-            self.pieces.append(StepPiece(next(ids), part, reorder))
-            reorder = None
+        """Make pieces of what remains, of at most ``max_tokens`` tokens (0: no limit), unless there
+        are some (I2).
+        """
+        if not self.pieces:
+            parts = self.rest.parts(max_tokens)
+            self.pieces = [StepPiece(next(ids), part) for part in parts]
+            self.pieces[0].reorder = self.reorder
 
     def settle(self) -> bool:
         """Take the pieces that are done, from the first on, out of what remains. True if any."""
@@ -97,6 +121,36 @@ class PendingStep:
             counts = tuple(end - start for end, start in zip(ends, starts))
             self.rest = RowSlices(starts, counts, self.rest.hidden[piece.num_tokens :])
         return len(self.outputs) > num_outputs
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaProgress:
+    """What a replacement has of a session's rows: the first ``lengths[r]`` tokens of row r, in its
+    own row ``rows[r]``.
+    """
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def nothing(cls, num_rows: int) -> "ReplicaProgress":
+        return cls((0,) * num_rows, (0,) * num_rows)
+
+    @classmethod
+    def all_of(cls, lengths: tuple[int, ...]) -> "ReplicaProgress":
+        return cls(tuple(range(len(lengths))), lengths)
+
+    def after(self, reorder: tuple[int, ...] | None, starts: Sequence[int]) -> "ReplicaProgress":
+        """The same once a step has reordered the rows and cut them to ``starts``."""
+        order = range(len(self.rows)) if reorder is None else reorder
+        return ReplicaProgress(
+            tuple(self.rows[row] for row in order),
+            tuple(min(self.lengths[row], start) for row, start in zip(order, starts)),
+        )
+
+    def missing(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Tokens of each row that the replacement lacks."""
+        return tuple(length - have for length, have in zip(lengths, self.lengths, strict=True))
 
 
 @dataclass(slots=True, eq=False)
@@ -121,8 +175,8 @@ class SessionState:
     to how many they hold. has_diverged: a failed step may have changed them (I6), or a server
     cannot hand them on. joining: hops that are reserved and not part of the route yet. losses: hops
     that are lost and not replaced yet, and why. excluded: servers that refused the step under way,
-    in the order of their refusals. failure: why the last search for servers for the
-    blocks ``sought`` found none.
+    in the order of their refusals. failure: why the last search for servers found none. migrate_at:
+    earliest time (s, monotonic) of the next migration.
     """
 
     blocks: BlockSpan
@@ -138,7 +192,7 @@ class SessionState:
     losses: dict[Hop, str] = field(default_factory=dict)
     excluded: dict[PeerId, PetalsError] = field(default_factory=dict)
     failure: PetalsError | None = None
-    sought: BlockSpan = BlockSpan(0, 0)
+    repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=_KEPT_REPAIRS))
     ids: Iterator[int] = field(default_factory=lambda: count(1))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -153,35 +207,24 @@ class SessionState:
         limits = [leg.info.max_batch_tokens for leg in self.legs]
         return min((limit for limit in limits if limit), default=0)
 
-    def begin(self, step: PendingStep) -> None:
-        """A step begins, which first reorders and cuts the rows."""
-        self.step, self.failure = step, None
+    @property
+    def is_draining(self) -> bool:
+        """A server of the route has announced that it stops."""
+        return any(leg.state.status is LegStatus.DRAINING for leg in self.legs)
+
+    def begin(
+        self, rows: RowSlices, reorder: tuple[int, ...] | None, history: History
+    ) -> PendingStep:
+        """A step begins, which reorders the rows, cuts them to ``rows.starts`` and appends."""
+        lengths = self.confirmed.lengths
+        cuts_rows = reorder is not None or rows.starts != lengths
+        inputs = self.confirmed.branch(rows.starts, reorder)
+        self.step = PendingStep(inputs, rows, reorder, cuts_rows, len(lengths), history)
+        self.failure = None
         self.excluded.clear()
         if self.migration is not None:
-            self.migration.have = self.migration.have.after(step.reorder, step.rest.starts)
-
-    def situation(self, now: float) -> Situation:
-        """What the next action depends on. ``now``: s, monotonic."""
-        step, migration = self.step, self.migration
-        longest = max((piece.num_tokens for piece in step.pieces), default=0) if step else 0
-        limit = self.max_step_tokens
-        missing = 0
-        if migration is not None and step is None:
-            missing = max(migration.have.missing(self.confirmed.lengths), default=0)
-        return Situation(
-            legs=tuple(leg.state for leg in self.legs),
-            is_closed=self.is_closed,
-            has_diverged=self.has_diverged,
-            can_feed=step is None or not step.inputs.is_dropped,
-            fits=not limit or longest <= limit,
-            failure=self.failure,
-            num_repairs=0 if step is None else step.num_repairs,
-            last_error=None if step is None else step.last_error,
-            history=None if step is None else replace(step.history, now=now),
-            num_copies=None if migration is None else migration.num_copies,
-            missing_tokens=missing,
-            migrate_at=self.migrate_at,
-        )
+            self.migration.have = self.migration.have.after(reorder, rows.starts)
+        return self.step
 
     def switch(self, old: Sequence[HopSession], hops: Sequence[HopSession]) -> None:
         """Put ``hops`` in the place of ``old`` legs and begin an epoch (I5); the first hops of a
@@ -230,3 +273,135 @@ class SessionState:
                 assert leg.epoch == self.epoch, "the epoch was not announced (I5)"
                 sources = () if before is None else (before.peer_id,)
                 assert set(sources) <= set(leg.sources), "the sources are of another route (I9)"
+
+
+class Do(Enum):
+    """Actions that need no more to be said."""
+
+    OPEN_ROUTE = "reserve hops for all blocks, and feed them from the client's own log"
+    REBUILD = "give up all hops: their rows are unknown or cannot be handed on"
+    RUN = "run the pieces of the step"
+    COPY = "send the replacements of draining hops what they lack, while steps go on"
+    SWITCH = "send them the rest, and let them take over before the next step"
+
+
+@dataclass(frozen=True, slots=True)
+class Redial:
+    """Open new streams to these legs."""
+
+    legs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Reserve hops in the place of lost legs [start, end), fill them, and switch over."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Reserve hops that are to take the place of draining legs [start, end)."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Pause, call these lost legs, and read the directory."""
+
+    seconds: float
+    legs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Raise:
+    """End the step with this error."""
+
+    error: PetalsError
+
+
+Action = Do | Redial | Replace | Migrate | Wait | Raise
+
+
+def next_action(state: SessionState, config: FailoverConfig, now: float) -> Action | None:
+    """The next action; None: there is nothing to do between two steps. ``now``: s, monotonic."""
+    step, legs = state.step, state.legs
+    if step is None:
+        return _between_steps(state, config, now)
+    if state.is_closed:
+        return Raise(SessionClosed("The session was closed.", hint="Open a new one."))
+    broken = []
+    for index, leg in enumerate(legs):
+        if leg.state.error is None or leg.state.is_booked:
+            continue
+        reaction = decide(leg.state.error, step.history).reaction
+        if reaction is Reaction.RAISE:
+            return Raise(leg.state.error)
+        if reaction is Reaction.RETRY and leg.state.status is LegStatus.BROKEN:
+            broken.append(index)
+    if broken and not state.has_diverged:
+        return Redial(tuple(broken))
+    if state.failure is not None:
+        history = replace(step.history, now=now)
+        return _wait(state, decide(state.failure, history), config.look_again_seconds)
+    if step.num_repairs > config.max_repairs and step.last_error is not None:
+        return Raise(step.last_error)
+    start, end = _first_run(legs, lambda leg: leg.state.error is not None)
+    from_log = state.has_diverged or not legs or (start == 0 and end > 0)
+    if from_log and step.inputs.is_dropped:
+        return Raise(_not_kept())
+    limit, longest = state.max_step_tokens, max((p.num_tokens for p in step.pieces), default=0)
+    is_too_long = bool(legs) and start == end and 0 < limit < longest
+    if state.has_diverged or is_too_long:
+        return Do.REBUILD
+    if not legs:
+        return Do.OPEN_ROUTE
+    return Replace(start, end) if start < end else Do.RUN
+
+
+def _wait(state: SessionState, decision: Decision, look_again_seconds: float) -> Action:
+    """No server was found: how long to wait for one, or whether to give up."""
+    assert state.failure is not None
+    if decision.reaction is not Reaction.WAIT:
+        return Raise(state.failure)
+    seconds = min(decision.max_pause_seconds, look_again_seconds)
+    # No other server has these blocks. Only now are lost hops called although they are avoided.
+    # After a rebuild they would be of no use.
+    indices = range(0 if state.has_diverged else len(state.legs))
+    return Wait(seconds, tuple(i for i in indices if state.legs[i].state.may_hold_rows))
+
+
+def _between_steps(state: SessionState, config: FailoverConfig, now: float) -> Action | None:
+    """Migration; a loss waits for the next step, which repairs it."""
+    legs, migration = state.legs, state.migration
+    is_hurt = state.has_diverged or any(leg.state.is_lost for leg in legs)
+    start, end = _first_run(legs, lambda leg: leg.state.status is LegStatus.DRAINING)
+    if state.is_closed or is_hurt or start == end:
+        return None
+    if migration is None:
+        seconds = state.migrate_at - now
+        return Wait(seconds) if seconds > 0 else Migrate(start, end)
+    missing = max(migration.have.missing(state.confirmed.lengths), default=0)
+    is_little = missing <= config.migration_final_tokens
+    if is_little or migration.num_copies >= config.migration_max_copies:
+        return Do.SWITCH
+    return Do.COPY
+
+
+def _first_run(legs: Sequence[HopSession], has: Callable[[HopSession], bool]) -> tuple[int, int]:
+    """[start, end) of the first legs in a row that have a property; (0, 0) if none has it."""
+    flags = [has(leg) for leg in legs]
+    if True not in flags:
+        return 0, 0
+    start = flags.index(True)
+    return start, [*flags, False].index(False, start)
+
+
+def _not_kept() -> RouteError:
+    return RouteError(
+        "The session cannot be fed again: its inputs would not fit into max_kept_bytes.",
+        hint="Begin a new session with what was generated; raise max_kept_bytes next time.",
+    )

@@ -13,16 +13,12 @@ from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.swarm_state import SwarmState
-from petals.errors import (
-    PassExpired,
-    PeerMisbehaved,
-    UnknownAdapter,
-)
+from petals.client.session.hop import misbehaved, what_is_wrong
+from petals.errors import PassExpired
 from petals.types import BlockSpan, Hop
 from petals.wire.fields import Message
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
 from petals.wire.services import BLOCKS_SERVICE
-from petals.wire.tensors import is_finite
 
 _PASS_ID_BYTES = 16
 M = TypeVar("M", bound=Message)
@@ -77,7 +73,7 @@ async def run_forward(swarm: SwarmState, leg: PassLeg, *, is_training: bool) -> 
     if answer.kept:
         leg.kept_until = swarm.node.clock.monotonic() + answer.lease_seconds
     likes = [leg.hidden] * (1 + len(leg.call.taps))
-    hidden, *tapped = _checked(leg, tensors, likes, "states")
+    hidden, *tapped = _checked(leg, tensors, likes)
     return PassOutput(hidden, dict(zip(leg.call.taps, tapped)))
 
 
@@ -98,13 +94,13 @@ async def run_backward(swarm: SwarmState, leg: PassLeg, grads: PassOutput) -> Gr
         _, answers = await _ask(swarm, leg, message, tensors, BackwardResult)
     except PassExpired as error:
         if not is_kept:
-            raise _misbehaved(leg, "has lost a pass that it was just given") from error
+            raise misbehaved(leg.hop, "the loss of a pass that it was just given") from error
         return await run_backward(swarm, leg, grads)
     prompts = leg.call.prompts
     likes = [leg.hidden] if prompts is None else [leg.hidden, prompts]
     if adapter is not None:
         likes += adapter.tensors
-    hidden, *rest = _checked(leg, answers, likes, "gradients")
+    hidden, *rest = _checked(leg, answers, likes)
     return Gradients(hidden, None if prompts is None else rest.pop(0), tuple(rest))
 
 
@@ -140,31 +136,12 @@ async def _ask(
                 message, tensors, expect=expect, timeout=config.request_timeout
             )
 
-    if adapter is None:
-        return await ask()
-    await swarm.adapters.deliver(peer, adapter)
-    try:
-        return await ask()
-    except UnknownAdapter:
-        await swarm.adapters.deliver(peer, adapter, again=True)
-        return await ask()
+    return await swarm.adapters.use(peer, adapter, ask)
 
 
-def _checked(
-    leg: PassLeg, tensors: Sequence[Tensor], likes: Sequence[Tensor], what: str
-) -> list[Tensor]:
-    """``tensors`` in the dtypes of ``likes``, if they can be right. Raises PeerMisbehaved."""
-    if len(tensors) != len(likes):
-        raise _misbehaved(leg, f"answered with {len(tensors)} tensors instead of {len(likes)}")
-    for tensor, like in zip(tensors, likes):
-        if tensor.shape != like.shape or not tensor.is_floating_point() or not is_finite(tensor):
-            raise _misbehaved(leg, f"answered with {what} that cannot be right")
-    return [tensor.to(like.dtype) for tensor, like in zip(tensors, likes)]
-
-
-def _misbehaved(leg: PassLeg, what: str) -> PeerMisbehaved:
-    return PeerMisbehaved(
-        f"The server of blocks {leg.hop.blocks} {what}.",
-        hint="It is avoided from now on; report it to whoever runs the swarm.",
-        peer_id=leg.hop.peer_id,
-    )
+def _checked(leg: PassLeg, answer: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
+    """``answer`` in the dtypes of ``likes``, if it can be right. Raises PeerMisbehaved."""
+    wrong = what_is_wrong(answer, likes, any_dtype=True)
+    if wrong:
+        raise misbehaved(leg.hop, wrong)
+    return [tensor.to(like.dtype) for tensor, like in zip(answer, likes)]

@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
-from petals.client.routing.failure_policy import (
-    LOOK_AGAIN_SECONDS,
-    History,
-    Reaction,
-    decide,
-)
+from petals.client.routing.failure_policy import History, Reaction, decide
 from petals.client.routing.route import Needs
 from petals.client.routing.swarm_state import SwarmState
 from petals.client.training.hop_call import Gradients, PassLeg, run_backward, run_forward, within
@@ -210,8 +205,9 @@ class MicroBatch:
                     reason = self._reason(error, blocks, bool(lost))
                     raise reason from reason.__cause__
                 history = history.after(error, decision)
-                await swarm.node.clock.sleep(decision.pause_seconds)
-                await swarm.refresh(older_than=LOOK_AGAIN_SECONDS)
+                pause = swarm.config.failover.look_again_seconds
+                await swarm.node.clock.sleep(min(pause, decision.max_pause_seconds))
+                await swarm.refresh(older_than=pause)
 
     def _reason(self, error: PetalsError, blocks: BlockSpan, is_lost: bool) -> PetalsError:
         """What the user is told when no route is left: the last refusal says most."""

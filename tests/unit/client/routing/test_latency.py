@@ -1,8 +1,14 @@
-"""How long a client waits for a step."""
+"""How long a client waits for a step, and which hop is left for being slow."""
 
 import pytest
 
-from petals.client.routing.latency import LatencyEstimate, StepTimeouts, redial_seconds
+from petals.client.routing.latency import (
+    LatencyEstimate,
+    StepTimeouts,
+    is_straggler,
+    redial_seconds,
+)
+from petals.client.trace import StepTiming
 from petals.swarm.failover_config import FailoverConfig
 
 CONFIG = FailoverConfig()
@@ -56,3 +62,32 @@ def test_the_timeout_of_a_measured_route(
 )
 def test_the_timeout_of_a_redial(link_seconds: float, seconds: float) -> None:
     assert redial_seconds(link_seconds, CONFIG) == pytest.approx(seconds)
+
+
+SLOW = (0.9, 0.9, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "own", "other", "num_tokens", "is_slow"),
+    [
+        ((0.1, 0.2, 0.2, 0.2), 0.1, 0.1, 1, True),
+        ((0.9, 0.9), 0.1, 0.1, 1, False),  # too few steps
+        ((0.9, 0.9, 0.19), 0.1, 0.1, 1, False),  # a step below the factor of 2
+        (SLOW, 0.5, 0.1, 1, False),  # as slow as announced
+        (SLOW, 0.1, 0.5, 1, False),  # the other server is slow, too
+        (SLOW, 0.1, None, 1, False),
+        (SLOW, None, 0.1, 1, False),
+        (SLOW, 0.1, 0.1, 8, False),  # per token it is quick
+        ((90.0, 90.0, 90.0), 0.1, 0.1, 17, False),  # steps too long to be compared
+    ],
+)
+def test_a_straggler_is_slower_than_it_and_another_server_announce(
+    seconds: tuple[float, ...],
+    own: float | None,
+    other: float | None,
+    num_tokens: int,
+    is_slow: bool,
+) -> None:
+    """``seconds`` of each step; ``own``, ``other``: announced for one token."""
+    timings = [StepTiming(n, num_tokens, s, 0.0, s, num_tokens) for n, s in enumerate(seconds)]
+    assert is_straggler(timings, (lambda: own, lambda: other), CONFIG) is is_slow
