@@ -21,13 +21,12 @@ from petals.client.session.pipeline import SessionContext
 from petals.client.session.reservation import release, reserve
 from petals.client.session.state import (
     Do,
-    Migrate,
+    Replace,
     ReplicaProgress,
     SessionMigration,
     Wait,
     next_action,
 )
-from petals.client.trace import Repair
 from petals.errors import CacheFull, MissingBlocksError, NoCapacity, PetalsError
 from petals.logs import get_logger
 from petals.models.runtime.token_log import TokenLog
@@ -165,7 +164,7 @@ class MigrationLoop:
         while True:
             async with self._state.lock:
                 match next_action(self._state, self._config, self._context.now):
-                    case Migrate(start, end):
+                    case Replace(start, end):
                         return self._reserve(self._state.legs[start:end])
                     case Do.COPY:
                         return self._copy()
@@ -246,10 +245,7 @@ class MigrationLoop:
         self._pause_seconds = self._config.migration_pause_seconds
         await switch(self._context, migration.old, migration.hops)
         for hop in migration.old:
-            by = tuple(new.hop for new in migration.hops if new.blocks.overlaps(hop.blocks))
-            seconds = self._context.now - began
-            repair = Repair(hop.peer_id, hop.blocks, "The server leaves.", by, seconds)
-            self._state.repairs.append(repair)
+            self._state.note_repair(hop.hop, "The server leaves.", self._context.now - began)
 
     def _may_give_kv(self, hop: HopSession) -> bool:
         return self._context.config.use_server_to_server and hop.peer_id not in self._no_kv

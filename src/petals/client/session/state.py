@@ -235,6 +235,12 @@ class SessionState:
         self.legs[start : start + len(old)] = hops
         self.joining = [hop for hop in self.joining if hop not in hops]
 
+    def note_repair(self, old: Hop, reason: str, seconds: float) -> Repair:
+        """Record which legs serve the blocks of ``old`` now. ``seconds``: how long no step ran."""
+        by = tuple(leg.hop for leg in self.legs if leg.blocks.overlaps(old.blocks))
+        self.repairs.append(Repair(old.peer_id, old.blocks, reason, by, seconds))
+        return self.repairs[-1]
+
     def take_unused(self) -> list[HopSession]:
         """Hops that a repair has left when it was interrupted; they join no more. Also what a
         closed session has reserved since.
@@ -294,15 +300,9 @@ class Redial:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Reserve hops in the place of lost legs [start, end), fill them, and switch over."""
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Migrate:
-    """Reserve hops that are to take the place of draining legs [start, end)."""
+    """Reserve hops in the place of legs [start, end). During a step these are lost: fill the hops
+    and switch over. Between two steps they drain: COPY and SWITCH follow.
+    """
 
     start: int
     end: int
@@ -323,7 +323,7 @@ class Raise:
     error: PetalsError
 
 
-Action = Do | Redial | Replace | Migrate | Wait | Raise
+Action = Do | Redial | Replace | Wait | Raise
 
 
 def next_action(state: SessionState, config: FailoverConfig, now: float) -> Action | None:
@@ -383,7 +383,7 @@ def _between_steps(state: SessionState, config: FailoverConfig, now: float) -> A
         return None
     if migration is None:
         seconds = state.migrate_at - now
-        return Wait(seconds) if seconds > 0 else Migrate(start, end)
+        return Wait(seconds) if seconds > 0 else Replace(start, end)
     missing = max(migration.have.missing(state.confirmed.lengths), default=0)
     is_little = missing <= config.migration_final_tokens
     if is_little or migration.num_copies >= config.migration_max_copies:

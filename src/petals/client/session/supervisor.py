@@ -39,7 +39,7 @@ from petals.client.session.state import (
     next_action,
 )
 from petals.client.session.types import SessionSpec
-from petals.client.trace import EdgeTrace, Repair
+from petals.client.trace import EdgeTrace
 from petals.errors import PetalsError
 from petals.logs import get_logger
 from petals.models.runtime.token_log import RowSlices
@@ -250,11 +250,9 @@ class SessionSupervisor:
         """All hops are there again: record which ones replace those that were lost."""
         seconds = self._context.now - self._progress_at
         for lost, reason in self.state.losses.items():
-            peer, blocks = lost.peer_id, lost.blocks
-            by = tuple(leg.hop for leg in self.state.legs if leg.blocks.overlaps(blocks))
-            self.state.repairs.append(Repair(peer, blocks, reason, by, seconds))
+            by = self.state.note_repair(lost, reason, seconds).replaced_by
             text = "blocks %s of …%s (%s) are served again after %.2f s: %s"
-            logger.info(text, blocks, peer[-6:], reason, seconds, show(by))
+            logger.info(text, lost.blocks, lost.peer_id[-6:], reason, seconds, show(by))
         self.state.losses.clear()
         self._warm_spares()
 

@@ -11,7 +11,6 @@ from petals.client.session.hop import LegState, LegStatus
 from petals.client.session.state import (
     Action,
     Do,
-    Migrate,
     PendingStep,
     Raise,
     Redial,
@@ -212,9 +211,9 @@ LITTLE, MANY = CONFIG.migration_final_tokens, CONFIG.migration_max_copies
 BETWEEN_STEPS: dict[str, tuple[SessionState, Action | None]] = {
     "all well": (idle(OK, OK), None),
     "no route": (idle(), None),
-    "one drains": (idle(OK, DRAINS, OK), Migrate(1, 2)),
-    "neighbours drain": (idle(DRAINS, DRAINS, OK), Migrate(0, 2)),
-    "two apart drain": (idle(DRAINS, OK, DRAINS), Migrate(0, 1)),
+    "one drains": (idle(OK, DRAINS, OK), Replace(1, 2)),
+    "neighbours drain": (idle(DRAINS, DRAINS, OK), Replace(0, 2)),
+    "two apart drain": (idle(DRAINS, OK, DRAINS), Replace(0, 1)),
     "not yet": (idle(DRAINS, migrate_at=NOW + 2), Wait(2.0)),
     "nothing has been copied": (idle(DRAINS, num_copies=0, missing=99), Do.COPY),
     "there is nothing to copy": (idle(DRAINS, num_copies=0), Do.SWITCH),
