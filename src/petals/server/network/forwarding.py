@@ -87,7 +87,8 @@ class StepForwarder:
     ) -> None:
         self._sessions = sessions
         self._bytes = bytes_
-        self._node = node
+        self._clock = node.clock
+        self._peer_id = node.peer_id
         self._limits = limits
         self._replay_tokens = replay_tokens
         self._links = PeerLinks(node.open_channel, node.clock, limits)
@@ -143,7 +144,7 @@ class StepForwarder:
 
     def connect(self, peer: PeerId) -> None:
         """Open the link to a next hop now, so that the first step does not wait for it."""
-        if peer != self._node.peer_id:
+        if peer != self._peer_id:
             self._links.connect(peer)
 
     def begin_epoch(self, session: Session, message: BeginEpoch) -> None:
@@ -197,7 +198,7 @@ class StepForwarder:
         self._tasks.start(self._expire(key, inbound), "waiting for an epoch")
 
     async def _expire(self, key: SessionKey, inbound: InboundMessage) -> None:
-        await self._node.clock.sleep(self._limits.epoch_hold_seconds)
+        await self._clock.sleep(self._limits.epoch_hold_seconds)
         held = self._held.get(key, [])
         if inbound not in held:
             return
@@ -228,7 +229,7 @@ class StepForwarder:
                 f"A direct segment may have {MAX_SEGMENT_HOPS} hops.",
                 hint="Let the output of one of the hops come back to the client.",
             )
-        if hops and hops[0].peer_id == self._node.peer_id:
+        if hops and hops[0].peer_id == self._peer_id:
             raise BadInput(
                 "This server was asked to forward to itself.",
                 hint="Reserve all of its blocks at once, or let the output come back in between.",

@@ -183,13 +183,13 @@ class BlocksService:
         self.state = ServerState.JOINING
         self.sessions = SessionTable(limits, failover, clock)
         self.adapters = AdapterStore(limits, clock)
+        self.kv_queue = KVQueue(memory.pool, executor, clock)
         self._offer = offer
         self._executor = executor
         self._memory = memory
         self._clock = clock
         self._limits = limits
         self._failover = failover
-        self._reservations = KVQueue(memory.pool, executor, clock)
         self._bytes = PeerByteBudget(limits.max_bytes_per_peer)
         replay_tokens = min(limits.replay_chunk_tokens, offer.max_step_tokens)
         self._forwarder = StepForwarder(self.sessions, self._bytes, node, failover, replay_tokens)
@@ -343,8 +343,8 @@ class BlocksService:
             prompts = await self._executor.call_on_device(lambda device: device.put(given))
         timeout = min(message.alloc_timeout_seconds, self._limits.max_alloc_seconds)
         room = CacheRequest(message.num_rows, message.max_length, blocks)
-        kv = await self._reservations.reserve(room, timeout)
-        held.callback(self._reservations.release, kv)
+        kv = await self.kv_queue.reserve(room, timeout)
+        held.callback(self.kv_queue.release, kv)
         if self._closed:
             raise PeerBusy("This server has stopped.", hint="Use another server.")
         outputs = self._memory.logs.open(message.num_rows)
