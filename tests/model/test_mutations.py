@@ -17,11 +17,9 @@ from petals.client.session.hop import HopReply, HopSession, LegState, LegStatus
 from petals.client.session.state import PendingStep, SessionState
 from petals.errors import PetalsError
 from petals.models.runtime.token_log import TokenLog
-from petals.server.session.client_channel import ClientChannel
-from petals.server.session.history import InboundReplay, StepHistory
 from petals.server.session.kv_transfer import KVCopy
-from petals.server.session.rows import CachedRows
-from petals.server.session.session import Session
+from petals.server.session.rows import CachedRows, InboundReplay, StepHistory
+from petals.server.session.session import ClientChannel, Session
 from petals.wire.header import RequestHeader
 from petals.wire.requests import ReplayPart
 

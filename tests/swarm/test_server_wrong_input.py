@@ -593,5 +593,5 @@ class TestLease:
 async def _until_waiting(swarm: Served, number: int) -> None:
     """Let things happen until so many clients wait for cache."""
     async with asyncio.timeout(10):
-        while len(swarm.service._reservations) != number:
+        while len(swarm.service.kv_queue) != number:
             await swarm.executor.call(lambda: None)

@@ -1,10 +1,13 @@
 """Checks of requests, before anything is stored or computed for a peer.
 
-Each check raises the typed error that is sent to the peer. Values of tensors are checked later, on
-the compute thread. Knows no streams and no sessions.
+Each check raises the typed error that is sent to the peer. ``PeerByteBudget`` limits the states of
+each peer that wait or run on this server. Values of tensors are checked later, on the compute
+thread. Knows no streams and no sessions.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -14,12 +17,13 @@ from petals.errors import (
     BatchTooLarge,
     BlocksNotServed,
     LengthExceeded,
+    PeerBusy,
     UnknownModel,
 )
 from petals.models.adapters.low_rank import Adapter, LowRank, Slot, check_fits
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.kv_pool import SessionKV
-from petals.types import BlockSpan
+from petals.types import BlockSpan, PeerId
 from petals.wire import messages
 from petals.wire.passes import Forward, PutAdapter
 from petals.wire.requests import OpenSession, ReplayPart
@@ -241,3 +245,39 @@ def kv_and_outputs(
             hint="Fill the rows from hidden states, or from a server of the same kv_format.",
         )
     return tensors[0], tensors[1] if len(tensors) > 1 else None
+
+
+class PeerByteBudget:
+    """Bytes of states in use by each peer, at most ``max_bytes_per_peer``."""
+
+    def __init__(self, max_bytes_per_peer: int) -> None:
+        self._max_bytes = max_bytes_per_peer
+        self._used: Counter[PeerId] = Counter()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all peers."""
+        return self._used.total()
+
+    @contextmanager
+    def hold(self, peer: PeerId, num_bytes: int) -> Iterator[None]:
+        """Count ``num_bytes`` until the context ends. Raises PeerBusy beyond the budget."""
+        self.reserve(peer, num_bytes)
+        try:
+            yield
+        finally:
+            self.release(peer, num_bytes)
+
+    def reserve(self, peer: PeerId, num_bytes: int) -> None:
+        """Count ``num_bytes`` until ``release``. Raises PeerBusy beyond the budget."""
+        if self._used[peer] + num_bytes > self._max_bytes:
+            raise PeerBusy(
+                "Too many states of this client are being computed.", hint="Wait for answers first."
+            )
+        self._used[peer] += num_bytes
+
+    def release(self, peer: PeerId, num_bytes: int) -> None:
+        """Count ``num_bytes`` as free again."""
+        self._used[peer] -= num_bytes
+        if not self._used[peer]:
+            del self._used[peer]

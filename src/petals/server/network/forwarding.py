@@ -28,7 +28,7 @@ from torch import Tensor
 
 from petals.errors import BadInput, PeerBusy, PeerError, PetalsError, ProtocolError, SessionClosed
 from petals.logs import get_logger
-from petals.server.admission.peer_budget import PeerByteBudget
+from petals.server.admission.validation import PeerByteBudget
 from petals.server.network.peer_links import PeerLinks
 from petals.server.session.session import Session, SessionKey, StepOutput
 from petals.server.session.table import SessionTable
@@ -87,7 +87,8 @@ class StepForwarder:
     ) -> None:
         self._sessions = sessions
         self._bytes = bytes_
-        self._node = node
+        self._clock = node.clock
+        self._peer_id = node.peer_id
         self._limits = limits
         self._replay_tokens = replay_tokens
         self._links = PeerLinks(node.open_channel, node.clock, limits)
@@ -143,7 +144,7 @@ class StepForwarder:
 
     def connect(self, peer: PeerId) -> None:
         """Open the link to a next hop now, so that the first step does not wait for it."""
-        if peer != self._node.peer_id:
+        if peer != self._peer_id:
             self._links.connect(peer)
 
     def begin_epoch(self, session: Session, message: BeginEpoch) -> None:
@@ -197,7 +198,7 @@ class StepForwarder:
         self._tasks.start(self._expire(key, inbound), "waiting for an epoch")
 
     async def _expire(self, key: SessionKey, inbound: InboundMessage) -> None:
-        await self._node.clock.sleep(self._limits.epoch_hold_seconds)
+        await self._clock.sleep(self._limits.epoch_hold_seconds)
         held = self._held.get(key, [])
         if inbound not in held:
             return
@@ -228,7 +229,7 @@ class StepForwarder:
                 f"A direct segment may have {MAX_SEGMENT_HOPS} hops.",
                 hint="Let the output of one of the hops come back to the client.",
             )
-        if hops and hops[0].peer_id == self._node.peer_id:
+        if hops and hops[0].peer_id == self._peer_id:
             raise BadInput(
                 "This server was asked to forward to itself.",
                 hint="Reserve all of its blocks at once, or let the output come back in between.",
@@ -252,14 +253,14 @@ class StepForwarder:
             with self._bytes.hold(session.key.peer_id, num_bytes):
                 if isinstance(message, Step):
                     output = await session.step(message, tensors)
-                    if output is not None and not session.is_outdated(message.header):
+                    if output is not None:
                         await self._deliver(session, message, output)
                 else:
                     filled = await session.fill(message, tensors)
-                    if filled is not None and not session.is_outdated(message.header):
+                    if filled is not None:
                         await self._pass_replay_on(session, message, filled)
         except PetalsError as error:
-            await session.reply(message.header, partial(Refusal.of, error))
+            await session.reply(Refusal.of(error, message.header))
 
     async def _deliver(self, session: Session, step: Step, output: StepOutput) -> None:
         """Forward the output of a step; to the client if it has no next hop, or cannot reach it."""
@@ -270,8 +271,8 @@ class StepForwarder:
             if not undelivered:
                 return
         queue_seconds, compute_seconds, batch_tokens = output.timing
-        make = partial(
-            StepResult,
+        result = StepResult(
+            header=step.header,
             queue_seconds=queue_seconds,
             compute_seconds=compute_seconds,
             batch_tokens=batch_tokens,
@@ -279,14 +280,14 @@ class StepForwarder:
             undelivered=undelivered,
             relayed=step.relayed,
         )
-        await session.reply(step.header, make, (output.hidden,))
+        await session.reply(result, (output.hidden,))
 
     async def _pass_replay_on(
         self, session: Session, part: ReplayPart, outputs: Sequence[Tensor]
     ) -> None:
         undelivered = await self._forward(session, part, outputs) if part.next_hops else ()
         if undelivered or (part.ends and not part.next_hops):
-            await session.reply(part.header, partial(ReplayDone, undelivered=undelivered))
+            await session.reply(ReplayDone(part.header, undelivered))
 
     async def _forward(
         self, session: Session, message: Step | ReplayPart, tensors: Sequence[Tensor]
@@ -297,7 +298,7 @@ class StepForwarder:
         onward = msgspec.structs.replace(message, header=header, next_hops=tuple(rest))
         forwarded = Forwarded(session.key.peer_id, onward)
         # If the link breaks later, the report carries the header of the request received here.
-        on_lost = partial(session.reply, message.header, ForwardFailed)
+        on_lost = partial(session.reply, ForwardFailed(message.header))
         replay_of = session.key if isinstance(message, ReplayPart) else None
         try:
             peer = PeerId(next_hop.peer_id)
@@ -315,20 +316,14 @@ class StepForwarder:
                     if session.is_outdated(request.header):
                         return
                     if not part.next_hops:
-                        make = partial(_with_header, part)
-                        await session.reply(request.header, make, tensors)
+                        await session.reply(part, tensors)
                         continue
                     undelivered = await self._forward(session, part, tensors)
                     if undelivered:
-                        done = partial(ReplayDone, undelivered=undelivered)
-                        await session.reply(request.header, done)
+                        await session.reply(ReplayDone(request.header, undelivered))
                         return
         except PetalsError as error:
-            await session.reply(request.header, partial(Refusal.of, error))
-
-
-def _with_header(part: ReplayPart, header: RequestHeader) -> ReplayPart:
-    return msgspec.structs.replace(part, header=header)
+            await session.reply(Refusal.of(error, request.header))
 
 
 def _not_here() -> SessionClosed:

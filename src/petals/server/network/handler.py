@@ -1,32 +1,31 @@
 """What peers may ask of the blocks that a server has: sessions, passes, adapters, its state.
 
-A channel belongs to one client; the client's sessions outlive it by their lease. A request that is
-wrong is refused with a typed error and costs no other client anything. Knows no scheduling, no
-other hops and no blocks' insides.
+A channel belongs to one client; the client's sessions outlive it by their lease. A ``Conversation``
+reads one channel, finds the session that a message names and starts what it asks for. It waits for
+nothing but the client itself, so that a long request holds up no other one on its channel. A
+request that is wrong is refused with a typed error and costs no other client anything. Knows no
+scheduling, no other hops and no blocks' insides.
 """
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 from torch import Tensor
 
-from petals.errors import PeerBusy
+from petals.errors import PeerBusy, PetalsError, ProtocolError, SessionClosed, SessionGap
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
 from petals.server.admission.kv_queue import CacheRequest, KVQueue
 from petals.server.admission.offer import ServedModel
-from petals.server.admission.peer_budget import PeerByteBudget
+from petals.server.admission.validation import PeerByteBudget
 from petals.server.compute.executor import Executor
 from petals.server.config import ClientLimits
-from petals.server.network.conversation import Conversation, SingleRequest
 from petals.server.network.forwarding import StepForwarder
-from petals.server.session.client_channel import ClientChannel
 from petals.server.session.memory import SessionMemory
 from petals.server.session.rows import Reservation
-from petals.server.session.session import Session, SessionKey
+from petals.server.session.session import ClientChannel, Session, SessionKey
 from petals.server.session.table import SessionTable
 from petals.server.training.requests import Passes
 from petals.swarm.background import BackgroundTasks
@@ -34,9 +33,135 @@ from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, ServerState, SessionId
+from petals.wire.handshake import Refusal
+from petals.wire.header import RequestHeader
+from petals.wire.messages import AnyMessage
 from petals.wire.passes import AdapterKept, Backward, Forward, PutAdapter
-from petals.wire.replies import Info, SessionOpened
-from petals.wire.requests import GetInfo, OpenSession
+from petals.wire.replies import Info, SessionEnded, SessionOpened
+from petals.wire.requests import (
+    BeginEpoch,
+    CloseSession,
+    GetInfo,
+    KeepSession,
+    OpenSession,
+    ReplayPart,
+    ReplayRequest,
+    Step,
+)
+
+_MAX_REQUESTS = 128
+"""Requests of one channel, beside those in sessions, that may be under way. The channel is not read
+while there are as many, so a client that sends without end waits for its own credit.
+"""
+
+SessionWork = Step | ReplayPart | ReplayRequest
+SessionNotice = BeginEpoch | KeepSession
+SingleRequest = OpenSession | Forward | Backward | PutAdapter | GetInfo
+AnswerSingle = Callable[[ClientChannel, SingleRequest, Sequence[Tensor]], Awaitable[None]]
+"""Answers a request that is made in no session, on the client's channel; may raise PetalsError."""
+
+
+class Conversation:
+    """An async context manager around one channel."""
+
+    def __init__(
+        self,
+        client: ClientChannel,
+        sessions: SessionTable,
+        forwarder: StepForwarder,
+        answer: AnswerSingle,
+    ) -> None:
+        self._client = client
+        self._sessions = sessions
+        self._forwarder = forwarder
+        self._answer = answer
+        self._room = asyncio.Semaphore(_MAX_REQUESTS)
+        self._tasks = BackgroundTasks()
+
+    async def __aenter__(self) -> "Conversation":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        # Steps go on: they belong to sessions, and a client that comes back asks for their results.
+        await self._tasks.close()
+
+    async def take(self, message: AnyMessage, tensors: Sequence[Tensor]) -> None:
+        """Act on one message. Raises ProtocolError for one that is not for this service."""
+        match message:
+            case Step() | ReplayPart() | ReplayRequest():
+                await self._work(message, tensors)
+            case BeginEpoch() | KeepSession():
+                await self._notice(message)
+            case CloseSession():
+                await self._close(message.header)
+            case OpenSession() | Forward() | Backward() | PutAdapter() | GetInfo():
+                await self._room.acquire()
+                task = self._tasks.start(self._answer_or_refuse(message, tensors), "request")
+                task.add_done_callback(lambda _: self._room.release())
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is not for a server of blocks.")
+
+    async def _work(self, message: SessionWork, tensors: Sequence[Tensor]) -> None:
+        header = message.header
+        try:
+            session = self._find(header)
+            if session.is_outdated(header):
+                return
+            if header.epoch > session.epoch:
+                # BeginEpoch comes before the steps of its epoch on the same channel, so this step
+                # cannot be early, as one that another server forwards can.
+                raise SessionGap(
+                    f"The session is in epoch {session.epoch}, the request in {header.epoch}.",
+                    hint="Begin the epoch first.",
+                )
+            self._sessions.attach(session, self._client)
+            if isinstance(message, ReplayRequest):
+                self._forwarder.replay(session, message)
+            else:
+                self._forwarder.run(session, message, tensors)
+        except PetalsError as error:
+            await self._client.send(Refusal.of(error, header))
+
+    async def _notice(self, message: SessionNotice) -> None:
+        try:
+            session = self._find(message.header)
+        except SessionClosed as error:
+            await self._client.send(SessionEnded(message.header, error.message))
+            return
+        if session.is_outdated(message.header):
+            return
+        self._sessions.attach(session, self._client)
+        if isinstance(message, BeginEpoch):
+            self._forwarder.begin_epoch(session, message)
+
+    async def _close(self, header: RequestHeader) -> None:
+        """In whatever epoch: an id stands for one reservation, and that one is not wanted any
+        more.
+        """
+        session = self._sessions.get(self._key(header))
+        if session is not None:
+            await self._sessions.end(session)
+        await self._client.send(SessionEnded(header, "closed"))
+
+    async def _answer_or_refuse(self, message: SingleRequest, tensors: Sequence[Tensor]) -> None:
+        try:
+            await self._answer(self._client, message, tensors)
+        except PetalsError as error:
+            header = message.header if isinstance(message, OpenSession) else None
+            await self._client.send(Refusal.of(error, header))
+
+    def _find(self, header: RequestHeader) -> Session:
+        """This client's session of that id. Raises SessionClosed."""
+        session = self._sessions.get(self._key(header))
+        if session is None:
+            raise SessionClosed(
+                "There is no such session here.",
+                hint="It was closed, or its lease ran out; open a new one.",
+            )
+        return session
+
+    def _key(self, header: RequestHeader) -> SessionKey:
+        return SessionKey(self._client.peer_id, SessionId(header.session_id))
 
 
 class BlocksService:
@@ -58,16 +183,17 @@ class BlocksService:
         self.state = ServerState.JOINING
         self.sessions = SessionTable(limits, failover, clock)
         self.adapters = AdapterStore(limits, clock)
+        self.kv_queue = KVQueue(memory.pool, executor, clock)
         self._offer = offer
         self._executor = executor
         self._memory = memory
         self._clock = clock
         self._limits = limits
         self._failover = failover
-        self._reservations = KVQueue(memory.pool, executor, clock)
         self._bytes = PeerByteBudget(limits.max_bytes_per_peer)
         replay_tokens = min(limits.replay_chunk_tokens, offer.max_step_tokens)
         self._forwarder = StepForwarder(self.sessions, self._bytes, node, failover, replay_tokens)
+        self.serve_forwarded = self._forwarder.serve
         self._passes = Passes(
             offer, executor, self._bytes, self.adapters, limits.lease_seconds, clock
         )
@@ -107,10 +233,6 @@ class BlocksService:
                     await conversation.take(message, tensors)
         finally:
             self._channels.discard(channel)
-
-    async def serve_forwarded(self, channel: Channel) -> None:
-        """Take what another server forwards until its channel ends (a ``swarm.rpc.Service``)."""
-        await self._forwarder.serve(channel)
 
     @property
     def is_idle(self) -> bool:
@@ -198,12 +320,8 @@ class BlocksService:
         self.sessions.attach(session, client)
         if message.next_peer is not None:
             self._forwarder.connect(PeerId(message.next_peer))
-        opened = partial(
-            SessionOpened,
-            max_length=session.max_length,
-            lease_seconds=self._limits.lease_seconds,
-        )
-        await session.reply(message.header, opened)
+        max_length, lease_seconds = session.rows.limits.max_length, self._limits.lease_seconds
+        await session.reply(SessionOpened(message.header, max_length, lease_seconds))
 
     async def _reserve(
         self, key: SessionKey, message: OpenSession, tensors: Sequence[Tensor], held: ExitStack
@@ -225,8 +343,8 @@ class BlocksService:
             prompts = await self._executor.call_on_device(lambda device: device.put(given))
         timeout = min(message.alloc_timeout_seconds, self._limits.max_alloc_seconds)
         room = CacheRequest(message.num_rows, message.max_length, blocks)
-        kv = await self._reservations.reserve(room, timeout)
-        held.callback(self._reservations.release, kv)
+        kv = await self.kv_queue.reserve(room, timeout)
+        held.callback(self.kv_queue.release, kv)
         if self._closed:
             raise PeerBusy("This server has stopped.", hint="Use another server.")
         outputs = self._memory.logs.open(message.num_rows)

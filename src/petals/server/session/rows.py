@@ -12,9 +12,11 @@ between two requests:
 4. *A replay fills the rows from front to back.* Only the next part of the newest replay is taken; a
    step ends the replay. So a late part cannot overwrite what was filled or run after it.
 
-All methods but ``read`` need the session's turn. Knows no peers, no epochs, no blocks' insides.
+``StepHistory`` and ``InboundReplay`` are plain values and arithmetic for 2 to 4. All methods of
+``CachedRows`` but ``read`` need the session's turn. Knows no peers, no epochs, no blocks' insides.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,12 +35,136 @@ from petals.server.compute.executor import Executor
 from petals.server.compute.jobs import Outcome
 from petals.server.compute.kv_pool import SessionKV
 from petals.server.compute.step_job import StepJob, StepLimits, StepPlan, plan_step
-from petals.server.session.history import DoneStep, InboundReplay, StepHistory
 from petals.server.session.kv_transfer import KVCopy, read_kv, write_kv
 from petals.server.session.replay import ReplaySource, plan_replay
-from petals.types import BlockSpan, PeerId
+from petals.types import PeerId
 from petals.wire.header import Timing
-from petals.wire.requests import ReplayPart, ReplayRequest, Step
+from petals.wire.requests import OpenSession, ReplayPart, ReplayRequest, Step
+
+KEPT_STEPS = 32
+"""Most steps that can be answered again; as many pieces of a prompt may be under way at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A step that was run; its output is in the session's output log."""
+
+    step_id: int
+    plan: StepPlan
+    timing: Timing
+
+    def survives(self, starts: tuple[int, ...]) -> bool:
+        """Whether all of its tokens still stand once the rows are cut to ``starts``."""
+        ends = zip(self.plan.counts, self.plan.lengths_after, starts)
+        return all(not count or end <= start for count, end, start in ends)
+
+
+class StepHistory:
+    """The steps of one session. Their ids only grow."""
+
+    def __init__(self) -> None:
+        self.last_id = -1
+        """Id of the newest step that was run, or that the rows were replayed for (minus 1)."""
+        self.reordered_by: int | None = None
+        """Id of the step whose reorder the rows show. That step must not reorder them again."""
+        self._done: deque[DoneStep] = deque(maxlen=KEPT_STEPS)
+
+    @property
+    def done(self) -> tuple[DoneStep, ...]:
+        """The steps that can be answered again, oldest first."""
+        return tuple(self._done)
+
+    def pending_reorder(self, step: Step) -> tuple[int, ...] | None:
+        """The reorder that the rows still need for ``step``.
+
+        A step may come a second time after it has reordered the rows: it failed after that, or the
+        rows were replayed as it had left them at another hop.
+        """
+        return None if self.reordered_by == step.header.request_id else step.reorder
+
+    def find(self, step: Step) -> DoneStep:
+        """The run of a step that comes again. Raises SessionGap if it cannot be answered."""
+        step_id = step.header.request_id
+        for done in self._done:
+            if done.step_id == step_id:
+                if (done.plan.starts, done.plan.counts) != (step.starts, step.counts):
+                    raise SessionGap(
+                        f"Step {step_id} was run with other tokens before.",
+                        hint="A repeated step keeps its tokens; give a new step a new id.",
+                    )
+                return done
+        raise SessionGap(
+            f"Step {step_id} is past; the last one was {self.last_id}.",
+            hint="Step ids only grow within a session.",
+        )
+
+    def cut(self, plan: StepPlan, step_id: int) -> None:
+        """The rows now end where step ``step_id`` begins."""
+        if plan.reorder is not None:
+            self.reordered_by = step_id
+            self._done.clear()
+        else:
+            kept = [done for done in self._done if done.survives(plan.starts)]
+            self._done = deque(kept, maxlen=KEPT_STEPS)
+
+    def add(self, done: DoneStep) -> None:
+        """A step was run."""
+        self.last_id = done.step_id
+        self._done.append(done)
+
+    def restart(self, part: ReplayPart) -> None:
+        """A replay begins: the rows are gone, and with them what was known of steps."""
+        self.last_id = part.before_step - 1
+        self.reordered_by = part.before_step if part.reordered else None
+        self._done.clear()
+
+
+class InboundReplay:
+    """Which part of which replay a session takes next.
+
+    Requests of a session have ids that grow. A replay is older than every request that has touched
+    the rows since, so a late part of it must not touch them again: it would overwrite rows that are
+    right by rows that were right once, and the lengths would not show it.
+    """
+
+    def __init__(self) -> None:
+        self.newest_id = -1
+        """Id of the newest replay or step that has touched the rows."""
+        self._num_seen = 0
+        self._is_open = False
+
+    def is_past(self, part: ReplayPart) -> bool:
+        """Whether the part belongs to an older replay, or came before: it is dropped."""
+        replay_id = part.header.request_id
+        is_repeated = replay_id == self.newest_id and part.index < self._num_seen
+        return replay_id < self.newest_id or is_repeated
+
+    def check(self, part: ReplayPart) -> None:
+        """Raises SessionGap unless the part begins a replay, or goes on where it ended."""
+        is_next = part.index == 0
+        if part.header.request_id == self.newest_id:
+            is_next = self._is_open and part.index == self._num_seen
+        if not is_next:
+            raise SessionGap(
+                f"Part {part.index} of replay {part.header.request_id} does not follow the parts "
+                "before it.",
+                hint="Ask for a new replay, under a new id.",
+            )
+
+    def begin(self, part: ReplayPart) -> None:
+        """A part is about to touch the rows. If it fails, no part can follow it."""
+        self.newest_id = part.header.request_id
+        self._num_seen = part.index + 1
+        self._is_open = False
+
+    def finish(self, part: ReplayPart) -> None:
+        """The rows are filled with a part."""
+        self._is_open = not part.ends
+
+    def end(self, step_id: int) -> None:
+        """A step touches the rows: no part of an earlier replay may touch them any more."""
+        self.newest_id = max(self.newest_id, step_id)
+        self._is_open = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,17 +182,6 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class SessionTerms:
-    """What a client was granted. ``dtype``: in which hidden states travel."""
-
-    owner: PeerId
-    blocks: BlockSpan
-    dtype: torch.dtype
-    limits: StepLimits
-    offer: ServedModel
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutput:
     """hidden: [sum(counts), H] on the CPU, in the dtype of the session."""
 
@@ -75,14 +190,25 @@ class StepOutput:
 
 
 class CachedRows:
-    """See the module."""
+    """See the module. ``owner``: the client. ``request``: what was granted to it."""
 
-    def __init__(self, terms: SessionTerms, reservation: Reservation, executor: Executor) -> None:
+    def __init__(
+        self,
+        owner: PeerId,
+        request: OpenSession,
+        offer: ServedModel,
+        reservation: Reservation,
+        executor: Executor,
+    ) -> None:
+        max_length = request.max_length or offer.max_length
+        self.limits = StepLimits(offer.max_rows, max_length, offer.max_step_tokens)
         self.kv = reservation.kv
         self.outputs = reservation.outputs
         self.history = StepHistory()
         self.lengths: tuple[int, ...] = self.outputs.lengths
-        self._terms = terms
+        self._owner = owner
+        self._offer = offer
+        self._dtype = validation.state_dtype(request.dtype)
         self._prompts = reservation.prompts
         self._adapter = reservation.adapter
         self._executor = executor
@@ -92,7 +218,7 @@ class CachedRows:
     @property
     def kv_token_bytes(self) -> int:
         """Bytes that the blocks keep of one token of one row."""
-        return self.kv.layout.token_bytes(self._terms.blocks)
+        return self.kv.layout.token_bytes(self.kv.blocks)
 
     async def step(self, message: Step, hidden: Tensor) -> StepOutput:
         """Run a step, or repeat the answer of one that was run.
@@ -127,7 +253,7 @@ class CachedRows:
             await self._take_kv(plan, part, tensors, begin)
             forwarded: tuple[Tensor, ...] = ()
         else:
-            hidden = validation.only_states(self._terms.offer, tensors, plan.num_tokens)
+            hidden = validation.only_states(self._offer, tensors, plan.num_tokens)
             forwarded = ((await self._run(plan, hidden, begin)).value,)
         self._inbound.finish(part)
         return forwarded
@@ -136,7 +262,7 @@ class CachedRows:
         """What a replay sends: the rows as they are now. Raises BadInput, and SessionGap if a later
         step has reordered the rows.
         """
-        if request.kv and not self.kv.layout.kv_width(self._terms.blocks):
+        if request.kv and not self.kv.layout.kv_width(self.kv.blocks):
             raise BadInput(
                 "These blocks keep more than keys and values.",
                 hint="Only servers that name a kv_format can be asked for keys and values.",
@@ -174,7 +300,7 @@ class CachedRows:
         self, starts: tuple[int, ...], counts: tuple[int, ...], reorder: tuple[int, ...] | None
     ) -> StepPlan:
         """What is about to be run. Raises what ``plan_step`` raises."""
-        plan = plan_step(starts, counts, reorder, self.lengths, self._terms.limits)
+        plan = plan_step(starts, counts, reorder, self.lengths, self.limits)
         for copy in self._copies:
             copy.see(plan)
         return plan
@@ -199,11 +325,11 @@ class CachedRows:
         """
         job = StepJob(
             kv=self.kv,
-            blocks=self._terms.blocks,
+            blocks=self.kv.blocks,
             plan=plan,
             hidden=hidden,
-            out_dtype=self._terms.dtype,
-            owner=self._terms.owner,
+            out_dtype=self._dtype,
+            owner=self._owner,
             prompts=self._prompts,
             adapter=self._adapter,
         )
@@ -222,8 +348,9 @@ class CachedRows:
         self, plan: StepPlan, part: ReplayPart, tensors: Sequence[Tensor], begin: Callable[[], None]
     ) -> None:
         """Append keys and values that were computed elsewhere, and outputs, if they came, too."""
-        offer, dtype = self._terms.offer, self._terms.dtype
-        values, outputs = validation.kv_and_outputs(offer, self.kv, dtype, part, tensors)
+        values, outputs = validation.kv_and_outputs(
+            self._offer, self.kv, self._dtype, part, tensors
+        )
         write = partial(write_kv, kv=self.kv, plan=plan, values=values, outputs=outputs)
         try:
             await self._executor.call_on_device(write)
@@ -256,7 +383,7 @@ class CachedRows:
 
     def _joined(self, chunks: Iterable[Tensor]) -> Tensor:
         """Chunks of hidden states as one: [tokens, H]."""
-        empty = torch.empty(0, self._terms.offer.hidden_size, dtype=self._terms.dtype)
+        empty = torch.empty(0, self._offer.hidden_size, dtype=self._dtype)
         return torch.cat([empty, *chunks])
 
 

@@ -10,11 +10,12 @@ session is idle:
    while a newer epoch began is dropped, and so is a reply to it.
 3. *Nothing outlives the session.* Closing it ends its tasks, drops its log and frees its KV memory.
 
-Knows no streams, no other hops and no blocks' insides.
+Replies go through the ``ClientChannel`` on which the client was seen last. Knows no other hops and
+no blocks' insides.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +23,29 @@ import msgspec
 from torch import Tensor
 
 from petals.clock import Clock
-from petals.errors import BadInput, PeerBusy, SessionClosed
+from petals.errors import BadInput, PeerBusy, PeerError, PeerTimeout, SessionClosed
+from petals.logs import get_logger
 from petals.server.admission import validation
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.executor import Executor
-from petals.server.compute.step_job import StepLimits
-from petals.server.session.client_channel import ClientChannel, MakeReply
-from petals.server.session.rows import CachedRows, Reservation, SessionTerms, StepOutput
+from petals.server.session.rows import CachedRows, Reservation, StepOutput
 from petals.swarm.background import BackgroundTasks
+from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, SessionId
-from petals.wire import messages
+from petals.wire.fields import Message
+from petals.wire.handshake import Refusal
 from petals.wire.header import RequestHeader
+from petals.wire.replies import (
+    Draining,
+    ForwardFailed,
+    ReplayDone,
+    SessionEnded,
+    SessionOpened,
+    StepResult,
+)
 from petals.wire.requests import OpenSession, ReplayPart, ReplayRequest, Step
+
+logger = get_logger(__name__)
 
 MAX_REQUESTS = 64
 """Steps and replays of one session that may be under way, sending included. A client has at most
@@ -46,6 +58,17 @@ and the budget of output logs does not count them.
 """
 
 ReplayStream = AsyncGenerator[tuple[ReplayPart, tuple[Tensor, ...]], None]
+Reply = (
+    SessionOpened
+    | StepResult
+    | ReplayPart
+    | ReplayDone
+    | ForwardFailed
+    | Draining
+    | SessionEnded
+    | Refusal
+)
+"""What a server sends to a client in a session. It carries the header of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +80,47 @@ class SessionKey:
 
     def __str__(self) -> str:
         return f"{self.session_id.hex()[:8]} of …{self.peer_id[-6:]}"
+
+
+class ClientChannel:
+    """One channel of a client. ``number``: how many channels the server accepted before it.
+    ``send_seconds``: base of the time limit of a message, see ``Channel.send``.
+
+    No method raises because the client is gone: the client's sessions wait for it to come back. A
+    client that does not take a message in time loses the channel, so that it cannot hold a step or
+    the memory of its answer.
+    """
+
+    def __init__(self, channel: Channel, number: int, send_seconds: float) -> None:
+        self._number = number
+        self._channel = channel
+        channel.send_seconds = send_seconds
+        # The time limit of a message counts from the moment when the messages before it are sent.
+        self._in_order = asyncio.Lock()
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._channel.peer_id
+
+    @property
+    def is_open(self) -> bool:
+        return not self._channel.is_closed
+
+    def is_newer_than(self, other: "ClientChannel") -> bool:
+        """Whether this channel is open and was opened after ``other``."""
+        return self.is_open and self._number > other._number
+
+    async def send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
+        """Raises RequestTooLarge."""
+        try:
+            async with self._in_order:
+                await self._channel.send(message, tensors)
+        except PeerTimeout as error:
+            # The channel ends, not only the message: what is sent on a channel arrives completely
+            # and in order, or the client sees that the channel has ended.
+            self._channel.abort(error)
+        except PeerError as error:
+            logger.debug("%s did not reach its client: %s", type(message).__name__, error.message)
 
 
 class Session:
@@ -76,15 +140,12 @@ class Session:
         clock: Clock,
     ) -> None:
         self.key = key
-        self.max_length = request.max_length or offer.max_length
         self._request = _without_patience(request)
         self._reservation = reservation
         self._clock = clock
         self._offer = offer
-        limits = StepLimits(offer.max_rows, self.max_length, offer.max_step_tokens)
-        dtype = validation.state_dtype(request.dtype)
-        terms = SessionTerms(key.peer_id, messages.span(request.blocks), dtype, limits, offer)
-        self._rows = CachedRows(terms, reservation, executor)
+        self.rows = CachedRows(key.peer_id, request, offer, reservation, executor)
+        """What the session holds. To be read only: requests change it, one at a time."""
         self._epoch = request.header.epoch
         self._sources = frozenset(request.sources)
         self._client: ClientChannel | None = None
@@ -102,11 +163,6 @@ class Session:
     def sources(self) -> frozenset[str]:
         """The peers, beside the client, whose steps count in this epoch."""
         return self._sources
-
-    @property
-    def rows(self) -> CachedRows:
-        """What the session holds. To be read only: requests change it, one at a time."""
-        return self._rows
 
     @property
     def prompt_bytes(self) -> int:
@@ -164,19 +220,18 @@ class Session:
         if epoch >= self._epoch:
             self._epoch, self._sources = epoch, frozenset(sources)
 
-    async def reply(
-        self, header: RequestHeader, make: MakeReply, tensors: Sequence[Tensor] = ()
-    ) -> None:
+    async def reply(self, reply: Reply, tensors: Sequence[Tensor] = ()) -> None:
         """Answer a request, unless a newer epoch has begun: its client does not wait for it.
 
         Raises RequestTooLarge.
         """
-        if self._client is not None and not self.is_outdated(header):
-            await self._client.reply(header, make, tensors)
+        is_outdated = reply.header is not None and self.is_outdated(reply.header)
+        if self._client is not None and not is_outdated:
+            await self._client.send(reply, tensors)
 
-    async def notify(self, make: MakeReply) -> None:
-        """Send the client something that no request has asked for."""
-        await self.reply(RequestHeader(self.key.session_id, self._epoch), make)
+    async def notify(self, make: Callable[[RequestHeader], Draining | SessionEnded]) -> None:
+        """Send the client something that no request has asked for, in the epoch of now."""
+        await self.reply(make(RequestHeader(self.key.session_id, self._epoch)))
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
         """Run a request in a task that ends when the session is closed, not when a channel ends.
@@ -197,7 +252,8 @@ class Session:
         return task
 
     async def step(self, message: Step, tensors: Sequence[Tensor]) -> StepOutput | None:
-        """Run a step, or repeat the answer of one that was run. None: a newer epoch has begun.
+        """Run a step, or repeat the answer of one that was run. None: a newer epoch has begun,
+        before the step's turn or while it ran; the output belongs to no next hop any more.
 
         tensors: hidden ``[sum(counts), H]``. Raises what ``CachedRows.step`` raises, BadInput.
         """
@@ -205,7 +261,8 @@ class Session:
         async with self._turn:
             if self.is_outdated(message.header):
                 return None
-            return await self._rows.step(message, hidden)
+            output = await self.rows.step(message, hidden)
+        return None if self.is_outdated(message.header) else output
 
     async def fill(self, part: ReplayPart, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """Fill the rows with the next part of a replay. Returns the outputs to forward: none if
@@ -216,7 +273,8 @@ class Session:
         async with self._turn:
             if self.is_outdated(part.header):
                 return None
-            return await self._rows.fill(part, tensors)
+            outputs = await self.rows.fill(part, tensors)
+        return None if self.is_outdated(part.header) else outputs
 
     async def replay(
         self, request: ReplayRequest, max_tokens: int, max_kv_bytes: int
@@ -236,12 +294,12 @@ class Session:
             async with self._turn:
                 if self.is_outdated(request.header):
                     return
-                source = self._rows.source(request)
+                source = self.rows.source(request)
             if request.kv:
-                token_bytes = max(1, self._rows.kv_token_bytes)
+                token_bytes = max(1, self.rows.kv_token_bytes)
                 max_tokens = min(max_tokens, max(1, max_kv_bytes // token_bytes))
             for part in source.parts(max_tokens):
-                yield part, await self._rows.read(part, source)
+                yield part, await self.rows.read(part, source)
         finally:
             self._num_replays -= 1
 
@@ -253,7 +311,7 @@ class Session:
         """End all requests and free the memory. Idempotent."""
         self._is_closed = True
         await self._tasks.close()
-        self._rows.outputs.drop()
+        self.rows.outputs.drop()
         self._reservation.release.close()
 
     def check_integrity(self) -> None:
@@ -262,7 +320,7 @@ class Session:
             raise AssertionError("a session that is closed or busy was checked")
         if self._epoch < self._request.header.epoch:
             raise AssertionError("the epoch has gone back")
-        self._rows.check_integrity()
+        self.rows.check_integrity()
 
     def _touch(self) -> None:
         self._last_sign = self._clock.monotonic()

@@ -13,8 +13,7 @@ from petals.clock import Clock
 from petals.errors import PeerBusy
 from petals.logs import get_logger
 from petals.server.config import ClientLimits
-from petals.server.session.client_channel import ClientChannel
-from petals.server.session.session import Session, SessionKey
+from petals.server.session.session import ClientChannel, Session, SessionKey
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.failover_config import FailoverConfig
 from petals.types import PeerId

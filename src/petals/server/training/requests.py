@@ -14,7 +14,7 @@ from petals.models.adapters.low_rank import Adapter
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
 from petals.server.admission.offer import ServedModel
-from petals.server.admission.peer_budget import PeerByteBudget
+from petals.server.admission.validation import PeerByteBudget
 from petals.server.compute.executor import Executor
 from petals.server.training.backward import BackwardPass
 from petals.server.training.forward import ForwardPass

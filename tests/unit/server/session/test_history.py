@@ -4,7 +4,7 @@ import pytest
 
 from petals.errors import SessionGap
 from petals.server.compute.step_job import StepPlan
-from petals.server.session.history import KEPT_STEPS, DoneStep, InboundReplay, StepHistory
+from petals.server.session.rows import KEPT_STEPS, DoneStep, InboundReplay, StepHistory
 from petals.wire.header import RequestHeader
 from petals.wire.requests import ReplayPart, Step
 
