@@ -40,11 +40,8 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clocks and the running event loop's timers."""
 
-    def now(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
 
     def call_later(self, delay_seconds: float, callback: Callable[[], object]) -> Timer:
         return asyncio.get_running_loop().call_later(delay_seconds, callback)

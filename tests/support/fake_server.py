@@ -17,9 +17,9 @@ import torch
 import torch.distributed.tensor  # noqa: F401  assert_close imports it late and stops a loop
 from torch import Tensor
 
-from petals.client.block_runner import PassCall
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
+from petals.client.training.hop_call import PassCall
 from petals.errors import (
     BatchTooLarge,
     BlocksNotServed,

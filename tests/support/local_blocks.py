@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from petals.client.block_runner import PassOutput
 from petals.client.config import ClientConfig
 from petals.client.model.load import distribute, layers_return_tuple
 from petals.client.model.remote_sequential import RemoteSequential
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.session.types import Tuning
+from petals.client.training.hop_call import PassOutput
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
 from petals.models.checkpoint.arch import describe, parent_of
 from petals.models.loading.head import HeadKind, class_for

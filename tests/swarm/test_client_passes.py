@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.training.batch import MAX_AT_ONCE as AT_ONCE
 from petals.client.training.batch import MAX_TOKENS, Pass, micro_batch_tokens, micro_batches
+from petals.client.training.hop_call import PassCall, PassOutput
 from petals.errors import (
     BatchTooLarge,
     MissingBlocksError,

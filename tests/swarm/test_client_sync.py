@@ -8,11 +8,11 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 
-from petals.client.block_runner import PassCall
 from petals.client.connection.event_loop import client_loop
 from petals.client.model.inference_session import InferenceSession
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.training.autograd import run_whole
+from petals.client.training.hop_call import PassCall
 from petals.errors import (
     BadInput,
     ConfigError,

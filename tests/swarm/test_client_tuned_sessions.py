@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from petals.client.block_runner import PassCall
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
+from petals.client.training.hop_call import PassCall
 from petals.errors import BadInput
 from petals.types import BlockSpan
 from support.fake_server import HIDDEN, ToyAdapter, run_call, states, toy_swarm

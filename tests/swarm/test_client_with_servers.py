@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.client.block_runner import PassCall
 from petals.client.training.batch import Pass
+from petals.client.training.hop_call import PassCall
 from petals.errors import (
     CacheFull,
     LengthExceeded,

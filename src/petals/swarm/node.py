@@ -54,7 +54,8 @@ class SwarmNode:
         self.clock = clock or SystemClock()
         path = config.identity_path
         self.identity = Identity.generate() if path is None else load_or_create_identity(path)
-        self.admission = Admission(self.identity.peer_id, config.swarm_key)
+        self.peer_id: PeerId = self.identity.peer_id
+        self.admission = Admission(self.peer_id, config.swarm_key)
         self.background = BackgroundTasks()
         self.transport: Transport = (engine or _libp2p)(
             EngineParts(
@@ -100,10 +101,6 @@ class SwarmNode:
         await self.background.close()
         await self._server.close()
         await self.transport.close()
-
-    @property
-    def peer_id(self) -> PeerId:
-        return self.identity.peer_id
 
     async def addresses(self) -> tuple[str, ...]:
         """Multiaddresses that others can join by."""

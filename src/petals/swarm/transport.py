@@ -38,8 +38,15 @@ class Stream(Protocol):
         """The next ``num_bytes`` bytes. Raises PeerUnreachable if the stream ends before."""
         ...
 
+    @property
+    def is_ready(self) -> bool:
+        """True if ``drain`` would return at once: the queue is short, and the stream is not lost as
+        far as the engine knows.
+        """
+        ...
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Queue ``data``; follow with ``drain``."""
+        """Queue ``data``; follow with ``drain`` unless the stream ``is_ready``."""
         ...
 
     async def drain(self) -> None:

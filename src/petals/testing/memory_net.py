@@ -176,6 +176,10 @@ class _Pipe:
                     writer.set_result(None)
         return b"".join(parts)
 
+    @property
+    def is_ready(self) -> bool:
+        return not self.is_over and self.num_unread <= _HIGH_WATER_BYTES
+
     async def drain(self) -> None:
         while self.num_unread > _HIGH_WATER_BYTES and not self.is_over:
             writer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -203,6 +207,10 @@ class MemoryStream:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._out.write(bytes(data))
+
+    @property
+    def is_ready(self) -> bool:
+        return self._out.is_ready
 
     async def drain(self) -> None:
         await self._out.drain()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from petals.client.model.hidden_states import HiddenStates
@@ -169,6 +169,45 @@ class DistributedModel(_Extended):
     activation_checkpointing_disable = gradient_checkpointing_disable
 
 
+class GeneratingModel(DistributedModel):
+    """What `generate` of transformers calls before its first forward, and before each."""
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: object,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Open a session of the length this generation needs; a draft's grows with its rounds."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache is not False:
+            cache = model_kwargs["past_key_values"] = self.new_cache()
+        if isinstance(cache, SessionCache) and not generation_config.is_assistant:
+            cache.open(max_cache_length)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Remove the tokens that have run already, also where transformers does not.
+
+        It does not where it verifies a first draft. A mask as long as the ids says that the ids
+        begin with the cache's, and not only continue them.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, SessionCache):
+            cache.seen_ids = input_ids
+            num_past, num_columns = cache.get_seq_length(), input_ids.shape[1]
+            begins_with_past = mask is None or mask.shape[1] == num_columns
+            if next_sequence_length is None and begins_with_past and 0 < num_past < num_columns:
+                next_sequence_length = num_columns - num_past
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+        return inputs
+
+
 class DistributedBaseModel(DistributedModel):
     """A model directly around the blocks: embeddings and norm here, blocks on servers."""
 
@@ -189,8 +228,11 @@ class DistributedBaseModel(DistributedModel):
         cache = self._cache_for(call)
         session = None if cache is None else cache.open()
         past = Rows.empty(0) if session is None else session.columns
-        call, num_prompts = with_prompts(self.blocks_host, call, past.num_columns)
-        rows = read_columns(past, self._layout(call))
+        num_prompts = self.num_prompt_tokens if session is None else session.num_prompt_tokens
+        num_new_prompts = max(0, num_prompts - past.num_columns)
+        if num_prompts:
+            call = with_prompts(self.blocks_host, call, past.num_columns)
+        rows = read_columns(past, self._layout(call, num_prompts))
         call["past_key_values"], call["use_cache"] = cache, cache is not None
         is_tuple = call.get("return_dict", self.config.return_dict) is False
         states = self._hidden_states(call, session)
@@ -203,7 +245,9 @@ class DistributedBaseModel(DistributedModel):
         if states is not None:
             output = states.joined_to(output, current.tapped)
             output = output.to_tuple() if is_tuple else output
-        return without_prompts(output, num_prompts, rows.num_columns)
+        if num_new_prompts:
+            output = without_prompts(output, num_new_prompts, rows.num_columns)
+        return output
 
     def _pass(
         self, rows: Rows, session: InferenceSession | None, states: HiddenStates | None
@@ -228,7 +272,7 @@ class DistributedBaseModel(DistributedModel):
             )
         return HiddenStates.of(asked, len(self.remote_blocks))
 
-    def _layout(self, call: dict[str, Any]) -> ColumnLayout:
+    def _layout(self, call: dict[str, Any], num_prompts: int) -> ColumnLayout:
         ids = call.get("input_ids")
         num_rows, num_columns = (ids if ids is not None else call["inputs_embeds"]).shape[:2]
         return ColumnLayout(
@@ -236,7 +280,7 @@ class DistributedBaseModel(DistributedModel):
             num_columns=num_columns,
             attention_mask=call.get("attention_mask"),
             position_ids=call.get("position_ids"),
-            follows_mask=self.num_prompt_tokens > 0 or _positions_follow_mask(self.config),
+            follows_mask=num_prompts > 0 or _positions_follow_mask(self.config),
         )
 
     def _cache_for(self, call: dict[str, Any]) -> SessionCache | None:

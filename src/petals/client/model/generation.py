@@ -17,7 +17,7 @@ from transformers.generation.candidate_generator import (
 )
 from transformers.utils import ModelOutput
 
-from petals.client.model.distributed import DistributedModel, check_token_ids
+from petals.client.model.distributed import GeneratingModel, check_token_ids
 from petals.client.model.inference_session import InferenceSession, SessionCache
 from petals.client.model.padding import to_left_padding
 from petals.errors import BadInput, NotSupported, RouteError
@@ -86,7 +86,7 @@ class Prompt:
         return torch.cat([prompt, sequences[:, prompt.shape[1] :]], dim=1)
 
 
-class DistributedCausalLM(DistributedModel):
+class DistributedCausalLM(GeneratingModel):
     """A causal language model whose `generate` runs through the swarm."""
 
     kind = HeadKind.CAUSAL_LM
@@ -204,43 +204,6 @@ class DistributedCausalLM(DistributedModel):
         if order is None:
             return Prompt(ids, mask, ids)
         return Prompt(ids.gather(1, order), mask.gather(1, order), ids)
-
-    # What transformers calls while it generates
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: object,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Open a session of the length this generation needs; a draft's grows with its rounds."""
-        cache = model_kwargs.get("past_key_values")
-        if cache is None and generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = self.new_cache()
-        if isinstance(cache, SessionCache) and not generation_config.is_assistant:
-            cache.open(max_cache_length)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Remove the tokens that have run already, also where transformers does not.
-
-        It does not where it verifies a first draft. A mask as long as the ids says that the ids
-        begin with the cache's, and not only continue them.
-        """
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if isinstance(cache, SessionCache):
-            cache.seen_ids = input_ids
-            num_past, num_columns = cache.get_seq_length(), input_ids.shape[1]
-            begins_with_past = mask is None or mask.shape[1] == num_columns
-            if next_sequence_length is None and begins_with_past and 0 < num_past < num_columns:
-                next_sequence_length = num_columns - num_past
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, **kwargs
-        )
-        return inputs
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         found: CandidateGenerator = super()._get_candidate_generator(*args, **kwargs)

@@ -7,7 +7,7 @@ or token ids.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,19 +17,33 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from petals.client.block_runner import BlockRunner, PassCall
 from petals.client.model.hidden_states import ENTRY
 from petals.client.model.inference_session import InferenceSession
 from petals.client.model.padding import Rows, pack, unpack
-from petals.client.routing.sequence_manager import RemoteSequenceManager
+from petals.client.routing.sequence_manager import RemoteSequenceManager, SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.training.autograd import run_whole
+from petals.client.training.hop_call import PassCall, PassOutput
 from petals.client.tuning.lora import RemoteLora
 from petals.errors import BadInput, NotSupported
 from petals.types import BlockSpan
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRunner:
+    """The two calls that leave the world of modules; tests put blocks of their own process here.
+
+    open_rows: called like `SessionRows`, with (access, blocks, max_length=, num_rows=, tuning=).
+    run_whole: called like `client.training.autograd.run_whole`, with (access, blocks, hidden,
+    call).
+    """
+
+    open_rows: Callable[..., SessionRows]
+    run_whole: Callable[[SwarmConnection, BlockSpan, Tensor, PassCall], PassOutput]
+
 
 IN_SWARM = BlockRunner(SessionRows, run_whole)
 

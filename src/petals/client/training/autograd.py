@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from petals.client.block_runner import PassCall, PassOutput
 from petals.client.connection.event_loop import client_loop
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.training.batch import Pass
+from petals.client.training.hop_call import PassCall, PassOutput
 from petals.errors import BadInput
 from petals.types import BlockSpan
 from petals.wire.tensors import check_states, is_finite

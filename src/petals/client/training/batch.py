@@ -12,11 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.route import Needs
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.training.hop_call import Gradients
+from petals.client.training.hop_call import Gradients, PassCall, PassOutput
 from petals.client.training.micro_batch import LostPeers, MicroBatch
 from petals.errors import BatchTooLarge
 from petals.swarm.background import gather_bounded

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.swarm_state import SwarmState
 from petals.client.session.hop import misbehaved, what_is_wrong
 from petals.errors import PassExpired
+from petals.models.adapters.low_rank import Adapter
 from petals.types import BlockSpan, Hop
 from petals.wire.fields import Message
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
@@ -22,6 +22,29 @@ from petals.wire.services import BLOCKS_SERVICE
 
 _PASS_ID_BYTES = 16
 M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassCall:
+    """What whole sequences are run with, besides their hidden states.
+
+    counts: tokens of each row. prompts: [blocks, 1 or rows, P, H], added to the first P tokens of
+    every row at the input of each block. taps: blocks, counted from the model's first, whose
+    outputs are returned too.
+    """
+
+    counts: tuple[int, ...]
+    prompts: Tensor | None = None
+    adapter: Adapter | None = None
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassOutput:
+    """The output of the last block, and that of each tapped block: all [sum(counts), H]."""
+
+    hidden: Tensor
+    tapped: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

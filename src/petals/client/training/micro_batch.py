@@ -15,11 +15,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.failure_policy import History, Reaction, decide
 from petals.client.routing.route import Needs
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.training.hop_call import Gradients, PassLeg, run_backward, run_forward, within
+from petals.client.training.hop_call import (
+    Gradients,
+    PassCall,
+    PassLeg,
+    PassOutput,
+    run_backward,
+    run_forward,
+    within,
+)
 from petals.errors import (
     MissingBlocksError,
     NoCapacity,

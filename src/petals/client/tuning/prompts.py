@@ -83,18 +83,14 @@ def deep_prompts(host: PreTrainedModel, num_blocks: int) -> Tensor | None:
     return by_token.transpose(0, 1).to(host.get_input_embeddings().weight.dtype)
 
 
-def with_prompts(
-    host: PreTrainedModel, call: dict[str, Any], num_past: int
-) -> tuple[dict[str, Any], int]:
-    """The arguments of a model's forward with its prompts, and how many prompts were put first.
+def with_prompts(host: PreTrainedModel, call: dict[str, Any], num_past: int) -> dict[str, Any]:
+    """The arguments of a tuned model's forward, with its prompts.
 
     ``num_past`` columns have run before in the same session, prompts included; prompts that have
     not run yet precede the tokens. Positions count prompts and continue without a gap at each row's
     first token, also where padding lies between the two.
     """
     num_tokens = num_prompt_tokens(host)
-    if not num_tokens:
-        return call, 0
     num_new = max(0, num_tokens - num_past)
     call = dict(call)
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
@@ -119,7 +115,7 @@ def with_prompts(
         call["position_ids"] = torch.cat([ahead, positions + num_tokens], dim=-1)
     elif mask is not None and mask.ndim == 2 and not bool(mask.all()) and _takes_positions(host):
         call["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, num_past:]
-    return call, num_new
+    return call
 
 
 def _takes_positions(host: PreTrainedModel) -> bool:
@@ -136,8 +132,6 @@ def without_prompts(
             return value[:, num_new:]
         return tuple(cut(entry) for entry in value) if type(value) is tuple else value
 
-    if not num_new:
-        return output
     if isinstance(output, ModelOutput):
         for name, value in list(output.items()):
             output[name] = cut(value)

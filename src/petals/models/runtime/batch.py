@@ -10,9 +10,11 @@ architecture, pools, sessions or networks.
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,16 +110,15 @@ class BatchContext:
         self.memo: dict[Any, Any] = {}
         self.on_attention: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.outputs: list[torch.Tensor] = [segment.hidden for segment in segments]
-        self.plans = self._plan(span)
+        self.plans = self._plan()
+        """By the number of the block in the whole model; blocks that no segment uses have none."""
 
-    def _plan(self, span: BlockSpan) -> list[BlockPlan | None]:
-        plans: list[BlockPlan | None] = [None] * len(span)
+    def _plan(self) -> dict[int, BlockPlan]:
+        plans: dict[int, BlockPlan] = defaultdict(BlockPlan)
         for part in self.parts:
             segment = part[0]
             for block in range(segment.blocks.start, segment.blocks.end):
-                plan = plans[block - span.start]
-                if plan is None:
-                    plan = plans[block - span.start] = BlockPlan()
+                plan = plans[block]
                 plan.active.append(part)
                 if block == segment.blocks.start:
                     plan.entering.append(part)
@@ -229,10 +230,6 @@ class SpanCache(Cache):
         self._num_layers = num_layers
         self._direct = direct
         self._num_states = num_states
-        # With recurrent blocks a forward has one segment, so there is one set of states.
-        row = context.segments[0].row
-        kept = row.recurrent if row is not None else None
-        self._recurrent = kept if kept is not None else RecurrentRow(context.total)
 
     def __len__(self) -> int:
         return self._num_layers
@@ -294,6 +291,13 @@ class SpanCache(Cache):
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
+
+    @cached_property
+    def _recurrent(self) -> RecurrentRow:
+        """The states of the only segment: recurrent blocks are not packed."""
+        row = self._context.segments[0].row
+        kept = row.recurrent if row is not None else None
+        return kept if kept is not None else RecurrentRow(self._context.total)
 
     def _state(self) -> LinearAttentionLayer:
         return self._recurrent.state(self._context.block, self._num_states)

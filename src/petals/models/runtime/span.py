@@ -207,8 +207,9 @@ class Span:
         )
 
     def _check(self, segment: Segment) -> None:
-        if not self.blocks.covers(segment.blocks) or not len(segment.blocks):
-            raise BlocksNotServed(f"Blocks {segment.blocks} are not among {self.blocks}.")
+        own, blocks = self.blocks, segment.blocks
+        if not own.start <= blocks.start < blocks.end <= own.end:
+            raise BlocksNotServed(f"Blocks {blocks} are not among {own}.")
         if segment.hidden.dim() != 2 or segment.hidden.shape[1] != self.hidden_size:
             raise BadInput(
                 f"States of shape {list(segment.hidden.shape)} do not fit this model.",
@@ -355,7 +356,7 @@ class BlockForward:
             context = current()
             if context is None:
                 return own(hidden_states, *args, **kwargs)
-            plan = context.plans[index]
+            plan = context.plans.get(block)
             if plan is None:
                 return (hidden_states, None) if self.traits[index].returns_tuple else hidden_states
             context.block, context.active = block, plan.active

@@ -76,6 +76,11 @@ class DaemonStream:
             self._wrote_last = True
             self._writer.write(data)
 
+    @property
+    def is_ready(self) -> bool:
+        transport = self._writer.transport
+        return not transport.is_closing() and not transport.get_write_buffer_size()
+
     async def drain(self) -> None:
         try:
             await self._writer.drain()

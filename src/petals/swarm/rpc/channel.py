@@ -30,7 +30,6 @@ from petals.swarm.address import Address
 from petals.swarm.config import ChannelLimits
 from petals.swarm.rpc.receive_buffer import WINDOW_BYTES, Budget, Inbox, message_cost
 from petals.swarm.transport import Stream
-from petals.types import PeerId
 from petals.wire import frames, tensors
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind, TensorSpec, encode_message
@@ -58,6 +57,10 @@ class Channel:
     ) -> None:
         self.service = service
         self.address = Address(stream.remote_address)
+        self.is_relayed = self.address.is_relayed
+        """True if frames pass through a third peer's relay."""
+        self.peer_id = stream.remote
+        """The peer at the other end, proven by the engine's encryption."""
         self.limits = limits
         self.silence_seconds = limits.silence_seconds
         self.send_seconds = limits.send_seconds
@@ -72,8 +75,11 @@ class Channel:
         self._sending = asyncio.Lock()
         self._num_pending = 0
         self._heartbeat: Timer | None = None
-        self._pending_since = self._last_heard = clock.monotonic()
-        self._confirmed_at = 0.0
+        self._pending_since = clock.monotonic()
+        self.heard_at = self._pending_since
+        """The clock's time (s, monotonic) at which the peer's last frame arrived."""
+        self.confirmed_at = 0.0
+        """What was sent before this time (s, monotonic) has reached the peer's channel."""
         self._error: PetalsError | None = None
         self._reader = asyncio.create_task(self._read(), name=f"channel {service}")
         self._reader.add_done_callback(self._on_reader_done)
@@ -85,29 +91,9 @@ class Channel:
         await self.close()
 
     @property
-    def peer_id(self) -> PeerId:
-        """The peer at the other end, proven by the engine's encryption."""
-        return self._stream.remote
-
-    @property
-    def is_relayed(self) -> bool:
-        """True if frames pass through a third peer's relay."""
-        return self.address.is_relayed
-
-    @property
     def is_closed(self) -> bool:
         """True once the stream has ended. Messages received before can still be read."""
         return self._error is not None
-
-    @property
-    def heard_at(self) -> float:
-        """The clock's time (s, monotonic) at which the peer's last frame arrived."""
-        return self._last_heard
-
-    @property
-    def confirmed_at(self) -> float:
-        """What was sent before this time (s, monotonic) has reached the peer's channel."""
-        return self._confirmed_at
 
     async def send(
         self, message: Message, tensors_: Sequence[Tensor] = (), timeout: float | None = None
@@ -132,9 +118,15 @@ class Channel:
         seconds = self.send_seconds + num_bytes / self.limits.min_bytes_per_second
         if timeout is not None:
             seconds = min(seconds, timeout)
+        is_written = not self._sending.locked() and self._write_whole(payload, encoded, total)
+        if is_written and self._stream.is_ready:
+            return  # the usual case, once per token: nothing to wait for
         try:
             async with time_limit(self._clock, seconds), self._sending:
-                await self._send(payload, encoded, total)
+                if is_written or self._write_whole(payload, encoded, total):
+                    await self._drain()
+                else:
+                    await self._send_in_chunks(payload, [data for _, data in encoded])
         except TimeoutError:
             raise PeerTimeout(
                 f"The peer did not take {num_bytes} bytes within {seconds:g} s.",
@@ -207,24 +199,28 @@ class Channel:
 
     # -- sending ----------------------------------------------------------------
 
-    async def _send(
+    def _write_whole(
         self, payload: bytes, encoded: Sequence[tuple[TensorSpec, memoryview]], total: int
-    ) -> None:
-        """Write one message; ``total`` is the size of its tensors in bytes."""
+    ) -> bool:
+        """Write a message and its tensors of ``total`` bytes at once; False if they are large or
+        there is too little credit.
+        """
         self._raise_if_closed()
-        head = frames.encode_frame(FrameKind.MESSAGE, payload)
-        cost = message_cost(payload)
-        if total <= frames.CHUNK_BYTES and cost + total <= self._credit:
-            self._credit -= cost + total
-            self._stream.write(b"".join((head, *_chunk_parts(encoded))) if total else head)
-            await self._drain()
-        else:
-            await self._take_credit(cost)
-            await self._send_in_chunks(head, [data for _, data in encoded])
+        cost = message_cost(payload) + total
+        if total > frames.CHUNK_BYTES or cost > self._credit:
+            return False
+        self._credit -= cost
+        parts: list[bytes | memoryview] = [frames.encode_frame(FrameKind.MESSAGE, payload)]
+        for _, data in encoded:
+            if len(data):
+                parts += (frames.encode_header(FrameKind.CHUNK, len(data)), data)
+        self._stream.write(b"".join(parts))
+        return True
 
-    async def _send_in_chunks(self, head: bytes, buffers: Sequence[memoryview]) -> None:
+    async def _send_in_chunks(self, payload: bytes, buffers: Sequence[memoryview]) -> None:
         step = frames.CHUNK_BYTES
-        self._stream.write(head)
+        await self._take_credit(message_cost(payload))
+        self._stream.write(frames.encode_frame(FrameKind.MESSAGE, payload))
         try:
             for data in buffers:
                 for start in range(0, len(data), step):
@@ -292,7 +288,7 @@ class Channel:
                     payload = await stream.read_exactly(length) if length else b""
                 finally:
                     self._inbox.arrived(length)
-                self._last_heard = self._clock.monotonic()
+                self.heard_at = self._clock.monotonic()
                 if kind is FrameKind.MESSAGE or kind is FrameKind.CHUNK:
                     self._on_data(kind, payload)
                 elif kind is FrameKind.PING:
@@ -340,7 +336,7 @@ class Channel:
         waiter = self._pong_waiters.pop(nonce, None)
         if waiter is None and nonce != self._last_nonce:
             return
-        self._confirmed_at = max(self._confirmed_at, nonce / 1e9)
+        self.confirmed_at = max(self.confirmed_at, nonce / 1e9)
         if waiter is not None and not waiter.done():
             waiter.set_result(self._clock.monotonic() - nonce / 1e9)
 
@@ -364,7 +360,7 @@ class Channel:
         if self._error is not None or self._num_pending == 0:
             return
         now = self._clock.monotonic()
-        silent = now - max(self._last_heard, self._pending_since)
+        silent = now - max(self.heard_at, self._pending_since)
         if silent >= self.silence_seconds:
             self._fail(PeerTimeout(f"No sign of life for {silent:.1f} s.", peer_id=self.peer_id))
             return
@@ -408,14 +404,6 @@ class Channel:
         if self._reader is not asyncio.current_task():
             self._reader.cancel()
         return error
-
-
-def _chunk_parts(encoded: Sequence[tuple[TensorSpec, memoryview]]) -> list[memoryview | bytes]:
-    parts: list[memoryview | bytes] = []
-    for _, data in encoded:
-        if len(data):
-            parts += (frames.encode_header(FrameKind.CHUNK, len(data)), data)
-    return parts
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:

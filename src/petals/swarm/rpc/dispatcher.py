@@ -9,7 +9,7 @@ services do.
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ _MAX_GREETING_BYTES = 16 * 1024
 """Longest greeting."""
 
 
-Service = Callable[[Channel], Awaitable[None]]
+Service = Callable[[Channel], Coroutine[Any, Any, None]]
 """Owns a channel until it returns; an error it raises is sent to the peer as a Refusal."""
 
 RpcReply = tuple[Message, Sequence[Tensor]]
@@ -150,7 +150,9 @@ class RpcServer:
                 self._greeting.pop(id(stream), None)
             parts = self.parts
             channel = Channel(stream, name, parts.limits, parts.budget, parts.clock)
-            await service(channel)
+            # In a task of its own: a coroutine awaited here directly would be resumed through this
+            # one for every message.
+            await asyncio.create_task(service(channel), name=f"service {name}")
         except PeerUnreachable:
             logger.debug("%s closed its stream", peer)
         except TimeoutError:

@@ -89,50 +89,47 @@ def test_first_positions_are_kept_row_by_row():
     assert rows.select([2, 1, 1]).first.tolist() == [UNKNOWN, 1, 1]
 
 
-class TestRefusals:
-    def test_whole_attention_masks(self):
-        with pytest.raises(NotSupported, match="4 dimensions"):
-            read(Rows.empty(1), attention_mask=torch.ones(1, 1, 2, 2))
+PAST = read(Rows.empty(1))
+HOLE, FLAT = torch.tensor([[1, 0, 1]]), torch.arange(2).expand(3, 1, 2)
+SHIFTED = Rows.empty(1).joined(read(Rows.empty(1), position_ids=torch.tensor([[5, 6]])))
 
-    def test_soft_masks(self):
-        with pytest.raises(NotSupported, match="other than 0 and 1"):
-            read(Rows.empty(1), attention_mask=torch.tensor([[0.5, 1.0]]))
 
-    def test_masks_of_another_length(self):
-        with pytest.raises(BadInput, match=r"\(1, 3\) instead of \(1, 2\)"):
-            read(Rows.empty(1), attention_mask=torch.ones(1, 3))
+@pytest.mark.parametrize(
+    ("past", "num_columns", "told", "kind", "words"),
+    [
+        (None, 2, {"attention_mask": torch.ones(1, 1, 2, 2)}, NotSupported, "4 dimensions"),
+        (None, 2, {"attention_mask": torch.tensor([[0.5, 1.0]])}, NotSupported, "than 0 and 1"),
+        (None, 2, {"attention_mask": torch.ones(1, 3)}, BadInput, r"\(1, 3\) instead of \(1, 2\)"),
+        (PAST, 1, {"attention_mask": torch.tensor([[0, 1, 1]])}, NotSupported, "differs"),
+        (None, 2, {"position_ids": torch.tensor([[0, 2]])}, NotSupported, "do not follow"),
+        (PAST, 1, {"position_ids": torch.tensor([[3]])}, NotSupported, "do not follow"),
+        (SHIFTED, 1, {}, NotSupported, "do not follow"),
+        (None, 3, {"attention_mask": HOLE}, NotSupported, r"do not follow[\s\S]*cumsum"),
+        (None, 2, {"position_ids": torch.tensor([[0, 1, 2]])}, BadInput, "position_ids"),
+        (
+            None,
+            2,
+            {"position_ids": FLAT + torch.arange(3).view(3, 1, 1)},
+            NotSupported,
+            "several dimensions",
+        ),
+    ],
+)
+def test_refusals(past, num_columns, told, kind, words):
+    with pytest.raises(kind, match=words):
+        read(past or Rows.empty(1), num_columns, **told)
 
-    def test_masking_what_has_already_run(self):
-        past = read(Rows.empty(1))
-        with pytest.raises(NotSupported, match="differs"):
-            read(past, 1, attention_mask=torch.tensor([[0, 1, 1]]))
 
-    def test_gaps_in_positions(self):
-        with pytest.raises(NotSupported, match="do not follow"):
-            read(Rows.empty(1), position_ids=torch.tensor([[0, 2]]))
-        past = read(Rows.empty(1))
-        with pytest.raises(NotSupported, match="do not follow"):
-            read(past, 1, position_ids=torch.tensor([[3]]))
-        shifted = Rows.empty(1).joined(read(Rows.empty(1), position_ids=torch.tensor([[5, 6]])))
-        assert read(shifted, 1, position_ids=torch.tensor([[7]])).first.tolist() == [5]
-        with pytest.raises(NotSupported, match="do not follow"):
-            read(shifted, 1)
-
-    def test_a_hole_in_a_row_that_is_numbered_by_column(self):
-        hole = torch.tensor([[1, 0, 1]])
-        with pytest.raises(NotSupported, match="do not follow") as refusal:
-            read(Rows.empty(1), 3, attention_mask=hole)
-        assert "cumsum" in refusal.value.hint
-        assert read(Rows.empty(1), 3, attention_mask=hole, follows_mask=True).lengths == (2,)
-        numbered = torch.tensor([[0, 0, 1]])
-        assert read(Rows.empty(1), 3, attention_mask=hole, position_ids=numbered).lengths == (2,)
-
-    def test_positions_of_the_wrong_shape(self):
-        with pytest.raises(BadInput, match="position_ids"):
-            read(Rows.empty(1), position_ids=torch.tensor([[0, 1, 2]]))
-
-    def test_positions_in_space(self):
-        flat = torch.arange(2).expand(3, 1, 2)
-        assert read(Rows.empty(1), position_ids=flat).lengths == (2,)
-        with pytest.raises(NotSupported, match="several dimensions"):
-            read(Rows.empty(1), position_ids=flat + torch.arange(3).view(3, 1, 1))
+@pytest.mark.parametrize(
+    ("past", "num_columns", "told", "length", "first"),
+    [
+        (SHIFTED, 1, {"position_ids": torch.tensor([[7]])}, 1, 5),
+        (None, 3, {"attention_mask": HOLE, "follows_mask": True}, 2, 0),
+        (None, 3, {"attention_mask": HOLE, "position_ids": torch.tensor([[0, 0, 1]])}, 2, 0),
+        (None, 2, {"position_ids": FLAT}, 2, 0),
+    ],
+    ids=["shifted", "numbered by the mask", "numbered by the caller", "equal in all dimensions"],
+)
+def test_positions_without_gaps(past, num_columns, told, length, first):
+    rows = read(past or Rows.empty(1), num_columns, **told)
+    assert (rows.lengths, rows.first.tolist()) == ((length,), [first])

@@ -104,59 +104,52 @@ def test_holds_no_tensors(cache):
         cache.update(state, state, 0)
 
 
-def test_a_crop_rides_on_the_next_step(cache, opener):
-    run(cache, 1, 5)
-    cache.crop(-2)
-    assert cache.get_seq_length() == 3
+def order(*rows):
+    return lambda cache: cache.reorder_cache(torch.tensor(rows))
+
+
+def select(*rows):
+    return lambda cache: cache.batch_select_indices(torch.tensor(rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "starts", "sent"),
+    [
+        ([lambda cache: cache.crop(-2)], (3, 3, 3), None),
+        ([lambda cache: cache.crop(0)], (5, 5, 5), None),
+        ([SessionCache.reset], (0, 0, 0), None),
+        ([order(0, 1, 2)], (5, 5, 5), None),
+        ([order(1, 0, 2), order(1, 0, 2)], (5, 5, 5), None),
+        ([select(True, False, True)], (5, 5), (0, 2)),
+        (
+            [order(2, 0, 1), select(0, 2), lambda cache: cache.batch_repeat_interleave(2)],
+            (5, 5, 5, 5),
+            (2, 2, 1, 1),
+        ),
+    ],
+    ids=["crop", "no-crop", "reset", "no-order", "undone", "mask", "forks-add-up"],
+)
+def test_changes_ride_on_the_next_step_alone(cache, opener, changes, starts, sent):
+    run(cache, 3, 5)
+    for change in changes:
+        change(cache)
+    assert (cache.get_seq_length(), cache.batch_size) == (starts[0], len(starts))
     assert len(opener.steps) == 1
-    run(cache, 1, 1)
-    assert opener.steps[-1] == ((3,), (1,), None)
+    for number in range(2):
+        run(cache, len(starts), 1)
+        ones = (1,) * len(starts)
+        expected = tuple(start + number for start in starts)
+        assert opener.steps[-1] == (expected, ones, None if number else sent)
 
 
-def test_a_crop_of_nothing_changes_nothing(cache, opener):
-    run(cache, 1, 5)
-    cache.crop(0)
-    run(cache, 1, 1)
-    assert opener.steps[-1] == ((5,), (1,), None)
-
-
-def test_a_crop_is_negative(cache):
+def test_changes_that_cannot_be(cache):
+    run(cache, 3, 2)
+    with pytest.raises(BadInput, match="not all among"):
+        select(5)(cache)
     with pytest.raises(BadInput, match="negative"):
         cache.crop(3)
-
-
-def test_reset_begins_again(cache, opener):
-    run(cache, 1, 5)
-    cache.reset()
-    run(cache, 1, 2)
-    assert opener.steps[-1] == ((0,), (2,), None)
-
-
-def test_forks_add_up_until_the_next_step(cache, opener):
-    run(cache, 3, 2)
-    cache.reorder_cache(torch.tensor([2, 0, 1]))
-    cache.batch_select_indices(torch.tensor([0, 2]))
-    cache.batch_repeat_interleave(2)
-    assert cache.batch_size == 4
-    run(cache, 4, 1)
-    run(cache, 4, 1)
-    assert [reorder for _, _, reorder in opener.steps] == [None, (2, 2, 1, 1), None]
-
-
-def test_an_order_that_changes_nothing_is_not_sent(cache, opener):
-    run(cache, 2, 2)
-    cache.reorder_cache(torch.tensor([0, 1]))
-    run(cache, 2, 1)
-    assert opener.steps[-1][2] is None
-
-
-def test_rows_by_a_mask_and_rows_that_are_not_there(cache, opener):
-    run(cache, 3, 2)
-    cache.batch_select_indices(torch.tensor([True, False, True]))
-    run(cache, 2, 1)
-    assert opener.steps[-1][2] == (0, 2)
-    with pytest.raises(BadInput, match="not all among"):
-        cache.batch_select_indices(torch.tensor([5]))
+    with pytest.raises(BadInput, match="2 rows, its session has 3"):
+        run(cache, 2, 1)
 
 
 def test_padding_moves_with_its_row(cache, opener):
@@ -183,12 +176,6 @@ def test_an_error_changes_nothing(cache, opener):
     assert opener.steps[-1] == ((2, 2), (1, 1), (1, 1))
 
 
-def test_another_number_of_rows(cache):
-    run(cache, 2, 2)
-    with pytest.raises(BadInput, match="3 rows, its session has 2"):
-        run(cache, 3, 1)
-
-
 def test_closing(cache, opener):
     with cache:
         run(cache, 1, 2)
@@ -205,14 +192,6 @@ def test_a_cache_without_steps_forks_nothing(cache, opener):
     cache.batch_repeat_interleave(3)
     run(cache, 2, 1)
     assert opener.steps == [((0, 0), (1, 1), None)]
-
-
-def test_an_order_undone_is_not_sent(cache, opener):
-    run(cache, 2, 2)
-    cache.reorder_cache(torch.tensor([1, 0]))
-    cache.reorder_cache(torch.tensor([1, 0]))
-    run(cache, 2, 1)
-    assert opener.steps[-1][2] is None
 
 
 class TestOfAnOpenSession:
