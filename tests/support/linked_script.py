@@ -16,7 +16,8 @@ from petals.wire.header import NextHop
 from petals.wire.replies import ReplayDone, StepResult
 from petals.wire.requests import BeginEpoch, ReplayRequest, Step
 from support.reference import assert_close, states
-from support.service import Served, Talk, Worker, served
+from support.service import Served, Worker, served
+from support.talk import Talk
 
 Blocks = tuple[int, int]
 PARTS = ((10, 11), (11, 13), (13, 14))

@@ -10,9 +10,15 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 
+from petals.client.block_runner import PassCall
+from petals.client.routing.sequence_manager import SwarmConnection
+from petals.client.session.rows import SessionRows
+from petals.client.session.types import Tuning
 from petals.clock import Clock
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Span
@@ -29,23 +35,19 @@ from petals.server.policies import SchedulerConfig
 from petals.server.session.memory import SessionMemory
 from petals.server.session.session import Session
 from petals.swarm.config import MIB, NodeConfig
+from petals.swarm.directory.records import ServerRecord
 from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
-from petals.swarm.rpc.channel import Channel
 from petals.testing.memory_net import MemoryNet
-from petals.types import BlockSpan, ModelId, PeerId, ServerState
-from petals.wire.handshake import Refusal
-from petals.wire.header import NextHop, RequestHeader
-from petals.wire.messages import AnyMessage
-from petals.wire.replies import ForwardFailed, SessionEnded, SessionOpened, StepResult
-from petals.wire.requests import CloseSession, OpenSession, Step
+from petals.types import BlockSpan, PeerId, ServerState
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
-from support.models import WIDTH, whole_model
+from support.clients import config
+from support.models import BLOCKS, WIDTH, part_of_model
+from support.server_faults import Faults
+from support.talk import MODEL, Talk
 
-MODEL = ModelId("tiny")
 PATIENCE_SECONDS = 20.0
 Run = Callable[[Sequence[Segment]], list[torch.Tensor]]
-Answer = tuple[AnyMessage, list[torch.Tensor]]
 
 
 class FussySpan:
@@ -75,7 +77,7 @@ class FussySpan:
 
 @dataclass(eq=False)
 class Worker:
-    """A server that holds all blocks of the model; sessions use parts of them."""
+    """One server: the real service, with ``faults`` between it and its clients."""
 
     node: SwarmNode
     service: BlocksService
@@ -84,10 +86,16 @@ class Worker:
     pool: KVPool
     logs: LogBudget
     device: DeviceContext
+    faults: Faults
+    is_training: bool
 
     @property
     def peer_id(self) -> PeerId:
         return self.node.peer_id
+
+    @property
+    def blocks(self) -> BlockSpan:
+        return self.runner.blocks
 
     @property
     def num_batches(self) -> int:
@@ -99,9 +107,17 @@ class Worker:
         (session,) = self.service.sessions
         return session
 
-    def find(self, session_id: bytes) -> Session:
-        (session,) = (s for s in self.service.sessions if s.key.session_id == session_id)
-        return session
+    async def announce(self, **changes: object) -> None:
+        """Write a record into the directory; ``changes`` are to its fields."""
+        fields: dict[str, object] = {
+            "num_blocks": 100,
+            "spans": ((self.blocks.start, self.blocks.end),),
+            "state": self.service.state,
+            "expires_at": self.node.clock.now() + 600,
+            "trains": self.is_training,
+        }
+        record = ServerRecord(peer_id="", model=MODEL, **{**fields, **changes})
+        await self.node.directory.announce(record)
 
     async def check(self) -> None:
         """The server's books are right, as soon as no request is under way."""
@@ -115,27 +131,42 @@ class Worker:
                 await self.executor.call(lambda: None)
                 await asyncio.sleep(0)
 
+    async def at_rest(self) -> None:
+        """Every session is gone and every page is back."""
+        await self.until(lambda: not len(self.service.sessions))
+        await self.check()
+        assert self.pool.reserved_bytes == self.pool.used_bytes == 0
+        assert self.logs.used_bytes == self.device.activation_budget.used_bytes == 0
 
-@dataclass
+    def hold(self) -> Callable[[], None]:
+        """Keep the compute thread busy until the returned function is called."""
+        free = threading.Event()
+        self.executor.post(free.wait)
+        return free.set
+
+
+@dataclass(kw_only=True)
 class Served:
     """Servers, a client's node and another member of the swarm, in the same memory."""
 
+    model: str
+    whole: BlockSpan
     net: MemoryNet
-    reference: Span
-    """The same model once more, for us: a span belongs to one thread at a time."""
-    workers: list[Worker]
     client: SwarmNode
     stranger: SwarmNode
-    clock: Clock
+    clock: Clock | None
+    stack: AsyncExitStack
+    workers: list[Worker] = field(default_factory=list)
     _numbers: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    @cached_property
+    def reference(self) -> Span:
+        """The same model once more, for us: a span belongs to one thread at a time."""
+        return part_of_model(self.model, self.whole, self.whole)
 
     @property
     def service(self) -> BlocksService:
         return self.workers[0].service
-
-    @property
-    def server(self) -> SwarmNode:
-        return self.workers[0].node
 
     @property
     def executor(self) -> Executor:
@@ -149,136 +180,115 @@ class Served:
     def pool(self) -> KVPool:
         return self.workers[0].pool
 
-    @property
-    def device(self) -> DeviceContext:
-        return self.workers[0].device
+    async def join(self) -> SwarmNode:
+        """One more peer."""
+        node = SwarmNode(NodeConfig(), engine=self.net.engine, clock=self.clock)
+        return await self.stack.enter_async_context(node)
 
-    @property
-    def span(self) -> Span:
-        """What the first server runs."""
-        return self.runner.span
+    async def add(self, start: int, end: int, **options: Any) -> Worker:
+        """Start a server and announce it; ``options`` are those of WorkerOptions."""
+        span = part_of_model(self.model, BlockSpan(start, end), self.whole)
+        server = running(await self.join(), span, WorkerOptions(**options))
+        worker = await self.stack.enter_async_context(server)
+        self.workers.append(worker)
+        await worker.announce()
+        return worker
 
-    async def talk(self, client: SwarmNode | None = None, worker: Worker | None = None) -> "Talk":
+    async def talk(self, client: SwarmNode | None = None, worker: Worker | None = None) -> Talk:
         """A channel to a server (the first one), about a session of its own."""
         worker = worker or self.workers[0]
         channel = await (client or self.client).open_channel(worker.peer_id, BLOCKS_SERVICE)
-        return Talk(channel, worker.runner.blocks, self.new_id())
+        return Talk(channel, worker.blocks, self.new_id())
 
     def new_id(self) -> bytes:
         """An id that no session has yet."""
         return next(self._numbers).to_bytes(16, "big")
 
-    def expected(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the whole model makes of [n, H], without any cache."""
-        return self.reference.reference(hidden)
+    def expected(self, hidden: torch.Tensor, blocks: BlockSpan | None = None) -> torch.Tensor:
+        """What the model (or ``blocks`` of it) makes of [n, H], without any cache."""
+        return self.reference.reference(hidden, blocks)
+
+    def traced(
+        self, hidden: torch.Tensor, call: PassCall, blocks: BlockSpan | None = None
+    ) -> dict[int, torch.Tensor]:
+        """The output [n, H] of each block for packed rows; gradients flow to all inputs."""
+        blocks = blocks or self.whole
+        adapter = None if call.adapter is None else call.adapter.within(blocks)
+        prompts = call.prompts
+        if prompts is not None:
+            prompts = prompts.expand(-1, len(call.counts), -1, -1)
+        segments = [
+            Segment(
+                hidden=row,
+                blocks=blocks,
+                adapter=adapter,
+                prompts=None if prompts is None else prompts[:, number],
+            )
+            for number, row in enumerate(hidden.split(list(call.counts)))
+        ]
+        outputs = self.reference.trace(segments)[-len(blocks) :]
+        return dict(zip(range(blocks.start, blocks.end), (output[0] for output in outputs)))
+
+    def connection(self, **options: Any) -> SwarmConnection:
+        """A client's view of the swarm, closed with it. Its states do not go from server to server
+        unless ``options`` (ClientConfig's, FailoverConfig's) say so.
+        """
+        settings = config(**({"use_server_to_server": False} | options))
+        connection = SwarmConnection(settings, MODEL, self.whole.end, self.client)
+        self.stack.push_async_callback(connection.close)
+        return connection
+
+    def session(
+        self,
+        connection: SwarmConnection | None = None,
+        *,
+        blocks: BlockSpan | None = None,
+        max_length: int | None = 20,
+        tuning: Tuning | None = None,
+        **options: Any,
+    ) -> SessionRows:
+        """A session that is closed with the swarm; over all blocks unless ``blocks`` are given."""
+        session = SessionRows(
+            connection or self.connection(**options),
+            blocks or self.whole,
+            max_length=max_length,
+            tuning=tuning,
+        )
+        self.stack.push_async_callback(session.close)
+        return session
+
+    def server_of(self, session: SessionRows, hop: int) -> Worker:
+        """The server of a hop."""
+        peer = session.trace.hops[hop].peer_id
+        return next(worker for worker in self.workers if worker.peer_id == peer)
+
+    def silence_directory(self) -> asyncio.Event:
+        """From now on the client's directory never answers; set once it has been asked."""
+        asked = asyncio.Event()
+
+        async def never(*_: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        self.client.directory.view = never  # type: ignore[method-assign, assignment]
+        return asked
 
     async def at_rest(self) -> None:
-        """Every session is gone and every page is back."""
+        """Every session is gone and every page is back, at every server."""
         for worker in self.workers:
-            await worker.check()
-            assert len(worker.service.sessions) == 0
-            assert worker.pool.reserved_bytes == worker.pool.used_bytes == 0
-            assert worker.logs.used_bytes == worker.device.activation_budget.used_bytes == 0
-
-
-@dataclass
-class Talk:
-    """One channel to a server, and one session that it is about, driven by hand."""
-
-    channel: Channel
-    blocks: BlockSpan
-    session_id: bytes = b"s" * 16
-    epoch: int = 0
-
-    @property
-    def next_hop(self) -> NextHop:
-        return NextHop(self.channel.peer_id, self.session_id)
-
-    def header(self, request_id: int = 0, epoch: int | None = None) -> RequestHeader:
-        return RequestHeader(self.session_id, self.epoch if epoch is None else epoch, request_id)
-
-    async def ask(self, message: AnyMessage, *tensors: torch.Tensor) -> Answer:
-        await self.channel.send(message, tensors)
-        return await self.hear()
-
-    async def hear(self) -> Answer:
-        """The next answer. That a link broke is left out: here nobody waits for what it took."""
-        while True:
-            message, tensors = await self.channel.receive(PATIENCE_SECONDS)
-            if not isinstance(message, ForwardFailed):
-                return message, tensors
-
-    async def refused(self, message: AnyMessage, *tensors: torch.Tensor) -> Refusal:
-        """The refusal, which has the header of the message, if that has one."""
-        answer, _ = await self.ask(message, *tensors)
-        assert isinstance(answer, Refusal), answer
-        assert answer.message
-        assert answer.header == getattr(message, "header", None)
-        return answer
-
-    def opening(self, rows: int = 1, max_length: int = 64, **changes: object) -> OpenSession:
-        fields: dict[str, object] = {
-            "header": self.header(),
-            "model": MODEL,
-            "blocks": (self.blocks.start, self.blocks.end),
-            "num_rows": rows,
-            "max_length": max_length,
-            "dtype": "float32",
-        }
-        return OpenSession(**{**fields, **changes})
-
-    async def open(self, rows: int = 1, max_length: int = 64, **changes: object) -> SessionOpened:
-        opening = self.opening(rows, max_length, **changes)
-        answer, _ = await self.ask(opening)
-        assert isinstance(answer, SessionOpened), answer
-        assert answer.header == opening.header
-        return answer
-
-    def message(
-        self,
-        step_id: int,
-        starts: Sequence[int],
-        counts: Sequence[int],
-        reorder: tuple[int, ...] | None = None,
-        next_hops: tuple[NextHop, ...] = (),
-    ) -> Step:
-        header = self.header(step_id)
-        return Step(header, tuple(starts), tuple(counts), reorder, next_hops)
-
-    async def step(
-        self,
-        step_id: int,
-        starts: Sequence[int],
-        hidden: Sequence[torch.Tensor],
-        reorder: tuple[int, ...] | None = None,
-    ) -> list[torch.Tensor]:
-        """One step; hidden[r]: [n_r, H] -> the same shapes."""
-        counts = tuple(len(part) for part in hidden)
-        message = self.message(step_id, starts, counts, reorder)
-        answer, tensors = await self.ask(message, torch.cat(list(hidden)))
-        assert isinstance(answer, StepResult), answer
-        assert answer.header == message.header
-        return list(tensors[0].split(counts))
-
-    async def close(self) -> None:
-        answer, _ = await self.ask(CloseSession(self.header()))
-        assert isinstance(answer, SessionEnded)
-        await self.channel.close()
-
-
-def hold_compute(swarm: Served) -> Callable[[], None]:
-    """Keep the first server's compute thread busy until the returned function is called."""
-    free = threading.Event()
-    swarm.executor.post(free.wait)
-    return free.set
+            await worker.at_rest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """How the servers of a scene are set up."""
+    """How a server is set up."""
 
-    model: str = "llama"
     num_tokens: int = 1024
+    max_length: int = 256
+    max_step_tokens: int = 512
+    max_rows: int = 8
+    hidden_size: int = WIDTH
+    """What the server says its width is."""
     door: ClientLimits = ClientLimits()
     failover: FailoverConfig = FailoverConfig()
     scheduling: SchedulerConfig = SchedulerConfig()
@@ -287,59 +297,79 @@ class WorkerOptions:
     no_training: str = ""
 
 
-async def _worker(stack: AsyncExitStack, node: SwarmNode, options: WorkerOptions) -> Worker:
-    span = whole_model(options.model)
+@asynccontextmanager
+async def running(node: SwarmNode, span: Span, options: WorkerOptions) -> AsyncIterator[Worker]:
+    """The server of one node. Its books are right, and its memory has come back, when it ends."""
     runner, pool = FussySpan(span), KVPool.for_tokens(span.layout, options.num_tokens)
     offer = ServedModel(
         model=MODEL,
         blocks=span.blocks,
-        hidden_size=WIDTH,
+        hidden_size=options.hidden_size,
         dtype="float32",
-        max_length=256,
-        max_step_tokens=512,
-        max_rows=8,
+        max_length=options.max_length,
+        max_step_tokens=options.max_step_tokens,
+        max_rows=options.max_rows,
         slots=span.slots,
         no_training=options.no_training,
     )
-    executor = await stack.enter_async_context(Executor(Scheduler(options.scheduling)))
     budget = ActivationBudget(options.training_bytes)
     device = DeviceContext(runner, span.device, span.dtype, budget)
     logs = LogBudget(options.log_bytes)
     memory = SessionMemory(pool, logs, is_checked=True)
-    executor.attach(device, memory.check_when_idle)
-    service = BlocksService(offer, executor, memory, node, options.door, options.failover)
-    service.state = ServerState.ONLINE
-    node.serve(BLOCKS_SERVICE, service.serve)
-    node.serve(RING_SERVICE, service.serve_forwarded)
-    return Worker(node, service, runner, executor, pool, logs, device)
+    async with Executor(Scheduler(options.scheduling)) as executor:
+        executor.attach(device, memory.check_when_idle)
+        service = BlocksService(offer, executor, memory, node, options.door, options.failover)
+        service.state = ServerState.ONLINE
+        faults = Faults()
+        node.serve(BLOCKS_SERVICE, faults.before(service.serve))
+        node.serve(RING_SERVICE, service.serve_forwarded)
+        async with service:
+            trains = not options.no_training
+            worker = Worker(node, service, runner, executor, pool, logs, device, faults, trains)
+            yield worker
+            await worker.check()
+        await executor.call(pool.check_integrity)
+        assert pool.reserved_bytes == logs.used_bytes == 0
 
 
 @asynccontextmanager
 async def served(
-    model: str = "llama", *, num_servers: int = 1, clock: Clock | None = None, **options: object
+    model: str = "llama",
+    *,
+    num_servers: int = 1,
+    whole: BlockSpan = BLOCKS,
+    clock: Clock | None = None,
+    **options: Any,
 ) -> AsyncIterator[Served]:
-    """Serve blocks 10:14 of a tiny model by ``num_servers`` servers; see WorkerOptions."""
-    net, settings = MemoryNet(clock), WorkerOptions(model=model, **options)
+    """A tiny model whose blocks are ``whole``, all of them on each of ``num_servers`` servers;
+    ``options`` are those of WorkerOptions.
+    """
+    net = MemoryNet(clock)
     async with AsyncExitStack() as stack:
+        client, stranger = [
+            await stack.enter_async_context(SwarmNode(NodeConfig(), engine=net.engine, clock=clock))
+            for _ in range(2)
+        ]
+        swarm = Served(
+            model=model,
+            whole=whole,
+            net=net,
+            client=client,
+            stranger=stranger,
+            clock=clock,
+            stack=stack,
+        )
+        for _ in range(num_servers):
+            await swarm.add(whole.start, whole.end, **options)
+        yield swarm
 
-        async def member(*peers: SwarmNode) -> SwarmNode:
-            addresses = await peers[0].addresses() if peers else ()
-            config = NodeConfig(initial_peers=addresses)
-            node = SwarmNode(config, engine=net.engine, clock=clock)
-            return await stack.enter_async_context(node)
 
-        first = await member()
-        workers = []
-        for number in range(num_servers):
-            node = await member(first) if number else first
-            workers.append(await _worker(stack, node, settings))
-        client, stranger = await member(first), await member(first)
-        async with AsyncExitStack() as services:
-            for worker in workers:
-                await services.enter_async_context(worker.service)
-            yield Served(net, whole_model(model), workers, client, stranger, first.clock)
-            for worker in workers:
-                await worker.check()
-        for worker in workers:
-            await worker.executor.call(worker.pool.check_integrity)
-            assert worker.pool.reserved_bytes == worker.logs.used_bytes == 0
+@asynccontextmanager
+async def split(
+    *spans: tuple[int, int], num_blocks: int = 6, **options: Any
+) -> AsyncIterator[Served]:
+    """A model of the blocks 0..num_blocks-1, and a server for each of ``spans``."""
+    async with served(num_servers=0, whole=BlockSpan(0, num_blocks)) as swarm:
+        for start, end in spans:
+            await swarm.add(start, end, **options)
+        yield swarm

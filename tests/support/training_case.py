@@ -9,7 +9,8 @@ from petals.models.runtime.span import Span
 from petals.types import BlockSpan
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
 from support.reference import assert_close, states
-from support.service import Served, Talk
+from support.service import Served
+from support.talk import Talk
 
 COUNTS = (9, 4, 13)
 PASS_ID = b"p" * 16

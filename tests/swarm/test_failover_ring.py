@@ -18,8 +18,8 @@ from petals.wire.fields import Message
 from petals.wire.replies import StepResult
 from petals.wire.requests import Forwarded, Step
 from support.reference import assert_close, states
-from support.session_script import IMPATIENT, SPANS, Fault, Story, logged, story_in, strike
-from support.swarm import ALL, RealSwarm, real_swarm
+from support.session_script import IMPATIENT, SPANS, Story, logged, story_in
+from support.swarm import RealSwarm, real_swarm
 
 LARGE = 1024
 """Bytes of a write that only states can fill: eight tokens."""
@@ -114,20 +114,6 @@ async def prompt_through_the_client(story: Story) -> None:
     assert not story.repaired
 
 
-async def test_pieces_that_came_tell_how_long_the_others_may_take(folder: Path) -> None:
-    async with story_in(folder, *SPANS, step_timeout=0.2, unmeasured_factor=NEVER) as story:
-        await story.open()
-        net, client = story.swarm.net, story.swarm.node.peer_id
-        _, two, three = story.peers
-
-        def cut(source: PeerId, target: PeerId, num_bytes: int) -> None:
-            if (source, target) == (three, client) and num_bytes > LARGE:
-                net.cut(two, three)
-
-        net.on_write = cut
-        await prompt_through_the_client(story)
-
-
 async def test_a_first_prompt_does_not_wait_for_a_pace_that_nobody_has_measured(
     folder: Path,
 ) -> None:
@@ -174,19 +160,6 @@ async def test_states_that_the_next_hop_refuses_are_looked_at_by_the_client(
         else:
             assert story.peers == [first, second, last] and not banned
             assert story.session.trace.edges[0].way is Way.VIA_CLIENT
-
-
-async def test_a_server_that_slept_through_its_repair_changes_nothing(folder: Path) -> None:
-    async with story_in(folder, *SPANS, *SPANS) as story:
-        await story.prefill()
-        sleeper = story.peers[1]
-        Fault(story.swarm, sleeper, "pause", "answering").arm()
-        await story.decode()
-        assert sleeper not in story.peers
-        story.swarm.net.resume(sleeper)
-        await story.decode(21)
-        await story.reorder()
-        await story.decode(31)
 
 
 async def test_a_broken_stream_is_no_death(folder: Path) -> None:
@@ -236,29 +209,6 @@ async def test_a_lone_server_that_comes_back_still_has_its_rows(folder: Path) ->
         await step
         assert story.peers == before
         assert not story.repaired
-        await story.decode()
-
-
-async def test_one_span_is_replaced_by_two_hops(folder: Path) -> None:
-    async with story_in(folder, ALL, *SPANS) as story:
-        await story.prefill()
-        assert len(story.peers) == 1
-        strike(story.swarm, story.peers[0], "kill")
-        await story.decode()
-        assert len(story.peers) == 3
-        await story.reorder()
-        await story.decode()
-
-
-async def test_two_neighbours_are_replaced_together(folder: Path) -> None:
-    async with story_in(folder, *SPANS, *SPANS[1:]) as story:
-        await story.prefill()
-        first, *others = story.peers
-        for peer in others:
-            story.swarm.net.kill(peer)
-        await story.reorder()
-        assert story.peers[0] == first
-        assert set(story.repaired) == set(others)
         await story.decode()
 
 

@@ -18,8 +18,8 @@ from petals.wire.fields import Message
 from petals.wire.requests import ReplayRequest
 from support import session_script
 from support.reference import states
-from support.session_script import IMPATIENT, SPANS, STATE_BYTES, Fault, Story, logged
-from support.swarm import RealSwarm, real_swarm
+from support.session_script import SPANS, STATE_BYTES, Fault, Story, logged
+from support.swarm import RealSwarm
 
 LEAVES = "The server leaves."
 PATIENT = {"silence_timeout": 10.0, "repair_timeout": 20.0}
@@ -94,21 +94,6 @@ async def test_a_session_that_has_not_begun_moves_at_once(folder: Path) -> None:
         assert victim not in story.peers
         await story.prefill()
         await story.decode()
-
-
-@pytest.mark.parametrize("index", [0, 1])
-async def test_every_step_reorders_the_rows(folder: Path, index: int) -> None:
-    async with story_in(folder, *SPANS, *SPANS) as story:
-        await story.prefill()
-        left = story.swarm.stop(story.peers[index])
-        order, seed = (1, 0), 50
-        while not left.done():
-            at = [min(len(story.rows[row]), 40) for row in order]
-            await story.step(at, [states(1, seed), states(1, seed + 1)], reorder=order)
-            order, seed = ((0, 0), (1, 1), (1, 0))[seed % 3], seed + 2
-        await left
-        await story.decode()
-        assert reasons(story) == [LEAVES]
 
 
 @pytest.fixture
@@ -200,38 +185,6 @@ async def test_the_successor_dies_while_it_is_filled(
         await story.reorder()
 
 
-@pytest.mark.usefixtures("no_kv")
-async def test_the_server_before_dies_while_it_fills_the_successor(folder: Path) -> None:
-    async with story_in(folder, *SPANS, *SPANS) as story:
-        await story.prefill()
-        swarm = story.swarm
-        first, victim, last = story.peers
-        spares = set(swarm.peers) - {first, victim, last}
-
-        def see(source: PeerId, target: PeerId, num_bytes: int) -> None:
-            if source == first and target in spares and num_bytes > STATE_BYTES:
-                swarm.net.on_write = lambda source, target, num_bytes: None
-                swarm.net.kill(first)
-
-        swarm.net.on_write = see
-        await decode_until(story, [swarm.stop(victim)])
-        assert not {first, victim} & set(story.peers)
-        assert set(reasons(story)) == {"The stream ended.", LEAVES}
-        await story.reorder()
-
-
-async def test_a_repair_elsewhere_ends_the_migration_which_begins_anew(folder: Path) -> None:
-    async with story_in(folder, *SPANS, *SPANS) as story:
-        await story.prefill()
-        first, victim, last = story.peers
-        left = story.swarm.stop(victim)
-        story.swarm.net.kill(last)
-        await decode_until(story, [left])
-        assert story.peers[0] == first and not {victim, last} & set(story.peers)
-        assert sorted(reasons(story)) == sorted([LEAVES, "The stream ended."])
-        await story.reorder()
-
-
 async def test_nobody_takes_over(folder: Path) -> None:
     async with story_in(folder, *SPANS, drain_seconds=1.0) as story:
         await story.prefill()
@@ -260,27 +213,6 @@ async def test_a_successor_that_cannot_be_handed_to_is_filled_through_us(folder:
         await decode_until(story, [story.swarm.stop(victim)])
         assert story.peers[1] == spare
         assert reasons(story) == [LEAVES]
-        await story.reorder()
-
-
-async def test_the_server_dies_while_it_gives_its_kv(folder: Path) -> None:
-    async with story_in(folder, *SPANS, *SPANS) as story:
-        await story.prefill()
-        swarm = story.swarm
-        victim = story.peers[1]
-        spares = set(swarm.peers) - set(story.peers)
-
-        def see(source: PeerId, target: PeerId, num_bytes: int) -> None:
-            if source == victim and target in spares and num_bytes > STATE_BYTES:
-                swarm.net.on_write = lambda source, target, num_bytes: None
-                swarm.net.kill(victim)
-
-        swarm.net.on_write = see
-        swarm.stop(victim)
-        while not reasons(story):
-            await story.decode()
-        assert victim not in story.peers
-        assert reasons(story) == ["The stream ended."]
         await story.reorder()
 
 
@@ -329,19 +261,3 @@ async def test_closing_the_connection_ends_the_migration(folder: Path) -> None:
         assert "migrating a session" not in {task.get_name() for task in asyncio.all_tasks()}
         with pytest.raises(SessionClosed):
             await story.decode()
-
-
-async def test_many_sessions_leave_the_same_server(folder: Path) -> None:
-    async with real_swarm(folder, *SPANS, *SPANS, cache_tokens=2048) as swarm:
-        access = swarm.connection(**(IMPATIENT | PATIENT))
-        stories = [Story.begin(swarm, access) for _ in range(4)]
-        await asyncio.gather(*(story.prefill() for story in stories))
-        victim = stories[0].peers[1]
-        left = swarm.stop(victim)
-        await asyncio.gather(*(decode_until(story, [left]) for story in stories))
-        await asyncio.gather(*(story.reorder() for story in stories))
-        for story in stories:
-            assert victim not in story.peers
-            assert set(reasons(story)) <= {LEAVES}
-            await story.session.close()
-        await access.close()

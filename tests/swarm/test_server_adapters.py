@@ -1,19 +1,14 @@
 """Adapters that clients send to a server, message by message."""
 
 import asyncio
-import threading
 
 import pytest
 import torch
 
-from petals.models.adapters.low_rank import Adapter, LowRank
+from petals.models.adapters.low_rank import Adapter
 from petals.models.runtime.batch import Segment
-from petals.server.compute.jobs import Outcome
-from petals.server.compute.step_job import StepJob
 from petals.server.config import ClientLimits
-from petals.swarm.config import NodeConfig
-from petals.swarm.node import SwarmNode
-from petals.testing.manual_clock import ManualClock
+from petals.testing.manual_clock import ManualClock, settle
 from petals.wire.handshake import Refusal
 from petals.wire.passes import (
     AdapterKept,
@@ -24,25 +19,18 @@ from petals.wire.passes import (
     ForwardResult,
     PutAdapter,
 )
-from support.models import WIDTH
+from petals.wire.requests import Step
+from support.models import WIDTH, random_adapter
 from support.reference import assert_close, states
-from support.service import MODEL, Served, Talk, served
+from support.service import Served, served
+from support.talk import MODEL, Talk
 
 FORWARD = Forward(MODEL, (10, 14), (6,))
 
 
-def random_adapter(rank: int, seed: int = 0, module: str = "self_attn.q_proj") -> Adapter:
-    random = torch.Generator().manual_seed(seed)
-    return Adapter(
-        {
-            (block, module): LowRank(
-                torch.randn(rank, WIDTH, generator=random) * 0.3,
-                torch.randn(WIDTH, rank, generator=random) * 0.3,
-                0.5,
-            )
-            for block in range(10, 14)
-        }
-    )
+def adapter_of(rank: int, seed: int = 0) -> Adapter:
+    """An adapter of all blocks."""
+    return random_adapter(range(10, 14), rank, seed)
 
 
 def putting(adapter: Adapter, name: str = "", **changes: object) -> PutAdapter:
@@ -61,39 +49,28 @@ async def put(talk: Talk, adapter: Adapter, name: str = "") -> str:
 
 
 def expected(swarm: Served, hidden: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
-    segment = Segment(hidden=hidden, blocks=swarm.span.blocks, adapter=adapter)
+    segment = Segment(hidden=hidden, blocks=swarm.reference.blocks, adapter=adapter)
     return swarm.reference.run([segment])[0]
-
-
-def wait_for_company(swarm: Served, num_steps: int) -> None:
-    """Keep the compute thread busy until so many steps have been handed to it."""
-    executor, came = swarm.executor, threading.Semaphore(0)
-    run = executor.run
-
-    async def counted(job: StepJob) -> Outcome[torch.Tensor]:
-        running = asyncio.ensure_future(run(job))
-        await asyncio.sleep(0)
-        came.release()
-        return await running
-
-    executor.run = counted
-    executor.post(lambda: [came.acquire() for _ in range(num_steps)])
 
 
 async def test_four_sessions_with_adapters_of_their_own_share_batches() -> None:
     async with served() as swarm:
-        adapters = [random_adapter(2, 1), None, random_adapter(4, 2), random_adapter(7, 3)]
+        adapters = [adapter_of(2, 1), None, adapter_of(4, 2), adapter_of(7, 3)]
         texts = [states(6, seed=number) for number in range(4)]
         talks = [await swarm.talk() for _ in adapters]
         for number, (talk, adapter) in enumerate(zip(talks, adapters)):
-            talk.session_id = bytes([number]) * 16
             name = None if adapter is None else await put(talk, adapter)
             await talk.open(adapter=name)
             await talk.step(0, [0], [texts[number][:5]])
         swarm.runner.batches.clear()
-        wait_for_company(swarm, 4)
+        # The thread is held until all four steps wait, so that they share a batch.
+        release = swarm.workers[0].hold()
         steps = (talk.step(1, [5], [text[5:]]) for talk, text in zip(talks, texts))
-        outputs = await asyncio.gather(*steps)
+        running = asyncio.gather(*steps)
+        await swarm.workers[0].faults.until_asked(Step, 8)
+        await settle()
+        release()
+        outputs = await running
         assert swarm.runner.batches == [4]
         for (output,), text, adapter in zip(outputs, texts, adapters):
             assert_close(output, expected(swarm, text, adapter)[5:])
@@ -104,7 +81,7 @@ async def test_four_sessions_with_adapters_of_their_own_share_batches() -> None:
 
 async def test_a_pass_with_an_adapter() -> None:
     async with served() as swarm:
-        talk, adapter = await swarm.talk(), random_adapter(3)
+        talk, adapter = await swarm.talk(), adapter_of(3)
         message = Forward(MODEL, (10, 14), (6,), adapter=await put(talk, adapter))
         answer, tensors = await talk.ask(message, states(6))
         assert isinstance(answer, ForwardResult)
@@ -113,16 +90,13 @@ async def test_a_pass_with_an_adapter() -> None:
 
 async def test_it_is_for_its_owner_alone_and_sent_once() -> None:
     async with served() as swarm:
-        talk, adapter = await swarm.talk(), random_adapter(3)
+        talk, adapter = await swarm.talk(), adapter_of(3)
         name = await put(talk, adapter)
         used = swarm.service.adapters.num_bytes
         assert await put(talk, adapter) == name
         assert swarm.service.adapters.num_bytes == used
-        joined = NodeConfig(initial_peers=await swarm.server.addresses())
-        async with SwarmNode(joined, engine=swarm.net.engine) as stranger:
-            other = await swarm.talk(stranger)
-            assert (await other.refused(other.opening(adapter=name))).code == "unknown_adapter"
-            await other.channel.close()
+        other = await swarm.talk(swarm.stranger)
+        assert (await other.refused(other.opening(adapter=name))).code == "unknown_adapter"
 
 
 def changed(adapter: Adapter, which: int, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -131,7 +105,7 @@ def changed(adapter: Adapter, which: int, tensor: torch.Tensor) -> list[torch.Te
     return tensors
 
 
-GOOD = random_adapter(3)
+GOOD = adapter_of(3)
 PARTS = putting(GOOD).parts
 
 
@@ -178,24 +152,24 @@ async def test_adapters_that_cannot_be(changes, tensors, code: str) -> None:
 
 
 async def test_a_client_has_so_much_room_and_no_more() -> None:
-    small = random_adapter(1)
+    small = adapter_of(1)
     room = ClientLimits(max_adapter_bytes_per_peer=2 * (small.num_bytes + 5 * 2048))
     async with served(door=room) as swarm:
         talk = await swarm.talk()
-        large = random_adapter(40)
+        large = adapter_of(40)
         refused = await talk.refused(putting(large), *large.tensors)
         assert refused.code == "adapter_refused"
         for seed in (1, 2):
             talk.session_id = bytes([seed]) * 16
-            await talk.open(adapter=await put(talk, random_adapter(1, seed)))
-        third = random_adapter(1, 3)
+            await talk.open(adapter=await put(talk, adapter_of(1, seed)))
+        third = adapter_of(1, 3)
         assert (await talk.refused(putting(third), *third.tensors)).code == "peer_busy"
         await talk.close()
         again = await swarm.talk()
         await put(again, third)
         again.session_id = bytes([1]) * 16
         (output,) = await again.step(0, [0], [states(4)])
-        assert_close(output, expected(swarm, states(4), random_adapter(1, 1)))
+        assert_close(output, expected(swarm, states(4), adapter_of(1, 1)))
 
 
 async def test_it_goes_with_the_lease() -> None:
@@ -220,16 +194,16 @@ async def test_gradients_of_an_adapter_come_in_the_order_it_was_sent_in() -> Non
     """Kept and run again, over several strips; as autograd gives them on one machine."""
     async with served() as swarm:
         talk = await swarm.talk()
-        names = list(reversed(random_adapter(3).parts))
-        adapter = Adapter({slot: random_adapter(3).parts[slot] for slot in names})
+        names = list(reversed(adapter_of(3).parts))
+        adapter = Adapter({slot: adapter_of(3).parts[slot] for slot in names})
         forward = Forward(
             MODEL, (10, 14), (6, 4), adapter=await put(talk, adapter), pass_id=b"p" * 16
         )
         hidden, weights = states(10), states(10, seed=9)
-        leaves = adapter.leaves(swarm.span.blocks)
+        leaves = adapter.leaves(swarm.reference.blocks)
         assert leaves is not None
         segments = [
-            Segment(hidden=part, blocks=swarm.span.blocks, adapter=leaves)
+            Segment(hidden=part, blocks=swarm.reference.blocks, adapter=leaves)
             for part in hidden.split((6, 4))
         ]
         (output,) = swarm.reference.trace(segments)[-1]
@@ -251,14 +225,14 @@ async def test_gradients_of_an_adapter_come_in_the_order_it_was_sent_in() -> Non
 
 
 async def test_an_adapter_that_went_during_a_pass_is_asked_for_again() -> None:
-    small = random_adapter(1)
+    small = adapter_of(1)
     room = ClientLimits(max_adapter_bytes_per_peer=small.num_bytes + 6 * 2048)
     async with served(door=room) as swarm:
         talk = await swarm.talk()
         name = await put(talk, small)
         forward = Forward(MODEL, (10, 14), (6,), adapter=name, pass_id=b"p" * 16)
         await talk.ask(forward, states(6))
-        await put(talk, random_adapter(1, seed=2))
+        await put(talk, adapter_of(1, seed=2))
         message = Backward(forward, kept=True, wants_adapter=True)
         assert (await talk.refused(message, states(6))).code == "unknown_adapter"
         await put(talk, small)

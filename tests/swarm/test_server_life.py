@@ -34,7 +34,7 @@ from petals.wire.replies import Draining, SessionEnded
 from petals.wire.requests import Step
 from petals.wire.services import BLOCKS_SERVICE
 from support.reference import assert_close, states
-from support.service import Talk
+from support.talk import Talk
 
 NUM_BLOCKS = 5
 

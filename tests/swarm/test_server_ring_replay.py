@@ -1,7 +1,5 @@
 """A hop that takes over is filled from its predecessor's log and goes on with the same numbers."""
 
-import asyncio
-
 import pytest
 import torch
 
@@ -36,16 +34,6 @@ async def test_a_successor_goes_on_with_the_same_numbers(model, history, num_new
         await session.step([1] * len(session.rows), [length - 1 for length in session.lengths])
 
 
-async def test_a_dead_tail_and_two_neighbours_at_once_are_replaced() -> None:
-    async with linked_servers(4) as swarm:
-        session = await linked(swarm, *PARTS)
-        await session.step([11])
-        new = await session.replace(slice(1, 3), swarm.workers[3:])
-        assert new[0].part == (11, 14)
-        await session.refill(new, session.step_id + 1)
-        await session.step([1])
-
-
 async def test_a_replay_goes_on_where_one_ended() -> None:
     """Steps go on through the old hop meanwhile: one token, a reorder, a rollback."""
     async with linked_servers(4) as swarm:
@@ -62,25 +50,6 @@ async def test_a_replay_goes_on_where_one_ended() -> None:
         session.legs[1], session.step_id = new, 20
         await session.begin_epoch()
         await session.step([1, 1])
-
-
-async def test_rows_that_were_reordered_since_are_not_replayed() -> None:
-    async with linked_servers(4) as swarm:
-        session = await linked(swarm, *PARTS, rows=2)
-        await session.step([9, 12])
-        head = session.legs[0]
-        new = await session.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
-        session.step_id = 10
-        await session.step([1, 1], [12, 9], (1, 0))
-        assert (await head.refused(session.replay(head, [new], 10, (9, 12)))).code == "session_gap"
-
-
-async def test_nothing_to_replay_is_soon_done() -> None:
-    async with linked_servers(4) as swarm:
-        session = await linked(swarm, *PARTS, rows=2)
-        new = await session.replace(slice(1, 2), swarm.workers[3:], rows=2)
-        await session.refill(new, 0)
-        await session.step([3, 4])
 
 
 async def test_a_replay_without_next_hops_brings_the_rows_to_the_client() -> None:
@@ -264,21 +233,6 @@ async def test_replays_that_cannot_be(lengths, changes, num_hops) -> None:
         await session.step([1])
 
 
-async def test_a_replay_holds_nobody_up() -> None:
-    async with linked_servers(4) as swarm:
-        session = await linked(swarm, *PARTS, rows=2)
-        await session.step([60, 55])
-        (leg,) = await session.replace(slice(1, 2), swarm.workers[3:], rows=2)
-        other = LinkedSession(swarm, swarm.client, rows=[states(0)])
-        for worker, blocks in ((swarm.workers[0], (10, 11)), (swarm.workers[3], (11, 14))):
-            await other.add(worker, blocks)
-        refilling = asyncio.create_task(session.refill([leg], session.step_id + 1))
-        for _ in range(6):
-            await other.step([1])
-        await refilling
-        await session.step([1, 1])
-
-
 TEXT = states(12, seed=3)
 OLD = states(12, seed=4)
 
@@ -302,16 +256,6 @@ class TestParts:
         (output,) = await leg.step(5, [length], [TEXT[length : length + 1]])
         assert_close(output, swarm.expected(TEXT)[length : length + 1])
 
-    async def test_parts_in_order_fill_the_rows(self) -> None:
-        async with linked_servers(1) as swarm:
-            leg = await self.leg(swarm)
-            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (TEXT[:4],))
-            await leg.channel.send(self.part(leg, 10, 1, 4, 2), (TEXT[4:6],))
-            last = self.part(leg, 10, 2, 6, 5, ends=True)
-            answer, _ = await leg.ask(last, TEXT[6:11])
-            assert answer == ReplayDone(last.header)
-            await self.goes_on(leg, swarm, 11)
-
     @pytest.mark.parametrize("has_ended", [False, True])
     async def test_a_late_part_of_an_earlier_replay_is_dropped(self, has_ended: bool) -> None:
         """It would put rows that were right once in the place of those that are right now."""
@@ -329,49 +273,6 @@ class TestParts:
             if not has_ended:
                 await leg.ask(self.part(leg, 20, 1, 8, 1, ends=True), TEXT[8:9])
             await self.goes_on(leg, swarm, 8 if has_ended else 9)
-
-    async def test_a_part_that_comes_again_is_dropped(self) -> None:
-        async with linked_servers(1) as swarm:
-            leg = await self.leg(swarm)
-            first = self.part(leg, 10, 0, 0, 4)
-            await leg.channel.send(first, (TEXT[:4],))
-            await leg.channel.send(first, (TEXT[:4],))
-            last = self.part(leg, 10, 1, 4, 4, ends=True)
-            assert isinstance((await leg.ask(last, TEXT[4:8]))[0], ReplayDone)
-            await leg.channel.send(last, (TEXT[4:8],))
-            await self.goes_on(leg, swarm, 8)
-
-    async def test_a_part_of_a_replay_that_a_step_has_overtaken_is_dropped(self) -> None:
-        """A replay was given up; its client has filled the rows otherwise and has gone on."""
-        async with linked_servers(1) as swarm:
-            leg = await self.leg(swarm)
-            await leg.step(30, [0], [TEXT[:6]])
-            await leg.channel.send(self.part(leg, 20, 0, 0, 6, ends=True), (OLD[:6],))
-            (output,) = await leg.step(31, [6], [TEXT[6:]])
-            assert_close(output, swarm.expected(TEXT)[6:])
-
-    @pytest.mark.parametrize(
-        "story",
-        [
-            [(10, 1, 0, 4)],  # the first part has not come
-            [(10, 0, 0, 4), (10, 2, 4, 4)],  # one is missing
-            [(10, 0, 0, 4), (20, 1, 4, 4)],  # of another replay
-            [(10, 0, 0, 4), (10, 1, 3, 4)],  # tokens twice
-            [(10, 0, 0, 4), (10, 1, 5, 4)],  # tokens are missing
-        ],
-    )
-    async def test_a_part_after_a_gap_is_refused(self, story) -> None:
-        async with linked_servers(1) as swarm:
-            leg = await self.leg(swarm)
-            *before, last = story
-            for replay, index, at, count in before:
-                part = self.part(leg, replay, index, at, count)
-                await leg.channel.send(part, (TEXT[at : at + count],))
-            replay, index, at, count = last
-            part = self.part(leg, replay, index, at, count)
-            refusal = await leg.refused(part, TEXT[at : at + count])
-            assert refusal.code == "session_gap"
-            await self.goes_on(leg, swarm, 4 if before else 0)
 
     @pytest.mark.parametrize("is_touched", [True, False])
     async def test_a_part_that_fails_ends_its_replay_if_it_has_touched_the_rows(

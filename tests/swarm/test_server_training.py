@@ -99,7 +99,6 @@ async def test_sessions_go_on_between_the_units_of_passes() -> None:
 
         async def write(number: int) -> None:
             talk = await swarm.talk()
-            talk.session_id = bytes([number]) * 16
             await talk.open()
             outputs = []
             for step in range(len(texts)):
@@ -118,7 +117,6 @@ async def test_readers_who_never_rest_do_not_starve_a_pass() -> None:
 
         async def read(number: int) -> None:
             talk = await swarm.talk()
-            talk.session_id = bytes([number]) * 16
             await talk.open(max_length=200)
             step = 0
             while not trained.is_set():

@@ -19,7 +19,6 @@ PROMPTS = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(3))
 async def write(swarm: Served, prompts: torch.Tensor | None, number: int) -> None:
     """A prompt and some tokens in a session with ``prompts`` equal one pass with them."""
     talk, text = await swarm.talk(), states(16, seed=number)
-    talk.session_id = bytes([number]) * 16
     given = [] if prompts is None else [prompts]
     opening = talk.opening(num_prompt_tokens=0 if prompts is None else prompts.shape[1])
     await talk.ask(opening, *given)
@@ -98,7 +97,6 @@ async def test_prompts_that_cannot_be(
 async def test_prompts_count_while_their_session_lives() -> None:
     async with served(door=ClientLimits(max_bytes_per_peer=2 * PROMPTS.nbytes - 1)) as swarm:
         talk, other = await swarm.talk(), await swarm.talk()
-        other.session_id = b"o" * 16
         opening = talk.opening(num_prompt_tokens=5), other.opening(num_prompt_tokens=5)
         await talk.ask(opening[0], PROMPTS)
         assert (await other.refused(opening[1], PROMPTS)).code == "peer_busy"

@@ -7,12 +7,11 @@ import msgspec
 import pytest
 import torch
 
-from petals.client.routing.sequence_manager import SwarmConnection
 from petals.errors import VersionMismatch
 from petals.server.config import ClientLimits
 from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL
+from petals.swarm.transport import Stream
 from petals.testing.manual_clock import settle
-from petals.types import BlockSpan
 from petals.wire import frames
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
@@ -30,22 +29,13 @@ from petals.wire.requests import (
     ReplayRequest,
     Step,
 )
-from support.clients import config
-from support.fake_server import open_one, toy_swarm
 from support.models import WIDTH
-from support.raw_streams import admitted_stream, encoded, read_message
+from support.raw_streams import admitted_stream, encoded, messages_until_end, read_message
 from support.reference import assert_close, states
-from support.service import Served, served
+from support.service import Served, served, split
 
 LEASE_SECONDS = 0.1
 DOOR = ClientLimits(lease_seconds=LEASE_SECONDS)
-
-
-async def until_at_rest(swarm: Served) -> None:
-    async with asyncio.timeout(10):
-        while len(swarm.service.sessions):
-            await swarm.executor.call(lambda: None)
-    await swarm.at_rest()
 
 
 async def still_right(swarm: Served) -> None:
@@ -54,7 +44,7 @@ async def still_right(swarm: Served) -> None:
     (output,) = await talk.step(0, [0], [text])
     assert_close(output, swarm.expected(text))
     await talk.close()
-    await until_at_rest(swarm)
+    await swarm.at_rest()
 
 
 def a_message(dice: random.Random) -> tuple[Message, torch.Tensor | None]:
@@ -131,14 +121,14 @@ async def test_whatever_is_said_every_page_comes_back(seed: int) -> None:
     opened: list[int] = []
     async with served(door=DOOR, num_tokens=256) as swarm:
         for _ in range(25):
-            stream = await admitted_stream(swarm.client, swarm.server.peer_id)
+            stream = await admitted_stream(swarm.client, swarm.workers[0].peer_id)
             stream.write(a_conversation(dice))
             for _ in range(20):
                 await swarm.executor.call(swarm.pool.check_integrity)
             opened.append(len(swarm.service.sessions))
             await stream.close()
         assert any(opened) and swarm.runner.batches, "else this proves little"
-        await until_at_rest(swarm)
+        await swarm.at_rest()
         await still_right(swarm)
 
 
@@ -151,7 +141,7 @@ async def test_strangers_that_never_greet(seed: int) -> None:
         before = len(asyncio.all_tasks())
         transport = swarm.client.transport
         for _ in range(25):
-            stream = await transport.open_stream(swarm.server.peer_id, STREAM_PROTOCOL, 1.0)
+            stream = await transport.open_stream(swarm.workers[0].peer_id, STREAM_PROTOCOL, 1.0)
             stream.write(a_conversation(dice) if dice.random() < 0.5 else dice.randbytes(400))
             await stream.close()
         assert swarm.pool.reserved_bytes == 0
@@ -160,34 +150,47 @@ async def test_strangers_that_never_greet(seed: int) -> None:
         assert len(asyncio.all_tasks()) == before
 
 
-async def test_a_tensor_that_breaks_off() -> None:
+STEP = encoded(Step(RequestHeader(b"s" * 16, 0, 0), (0,), (6,)), states(6))
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        random.Random(0).randbytes(64),
+        frames.encode_header(FrameKind.MESSAGE, 1 << 30),
+        frames.encode_frame(FrameKind.MESSAGE, random.Random(1).randbytes(100)),
+        frames.encode_frame(FrameKind.CHUNK, b"x" * 100),
+        STEP[: len(STEP) // 2],
+    ],
+    ids=["random", "too long", "no message", "a chunk of nothing", "half a tensor"],
+)
+async def test_garbage_costs_the_channel_and_nothing_else(garbage: bytes) -> None:
     async with served(door=DOOR) as swarm:
-        stream = await admitted_stream(swarm.client, swarm.server.peer_id)
+        stream = await admitted_stream(swarm.client, swarm.workers[0].peer_id)
         stream.write(encoded(opening(b"s" * 16)))
         assert isinstance(await read_message(stream), SessionOpened)
-        whole = encoded(Step(RequestHeader(b"s" * 16, 0, 0), (0,), (6,)), states(6))
-        stream.write(whole[: len(whole) // 2])
-        await stream.close()
-        await until_at_rest(swarm)
+        stream.write(garbage)
+        if garbage == STEP[: len(STEP) // 2]:
+            await stream.close()
+        else:
+            await messages_until_end(stream, 10.0)
+        await swarm.at_rest()
         await still_right(swarm)
 
 
 async def test_a_client_gives_up_on_servers_of_another_version() -> None:
     """Opening a session where the only server speaks a later protocol ends, and says so."""
-    async with toy_swarm((0, 4)) as swarm:
-        server = swarm.servers[0]
+    async with split((0, 6)) as swarm:
         asked = 0
 
-        async def newer(stream: object) -> None:
+        async def newer(stream: Stream) -> None:
             nonlocal asked
             asked += 1
             welcome = msgspec.msgpack.encode([["Welcome", 99, "", b"", "more"], []])
             stream.write(frames.encode_frame(FrameKind.MESSAGE, welcome))
 
-        await server.node.transport.serve(STREAM_PROTOCOL, newer)
-        access = SwarmConnection(config(max_retries=2), "toy", 4, swarm.client)
+        await swarm.workers[0].node.transport.serve(STREAM_PROTOCOL, newer)
         with pytest.raises(VersionMismatch, match="99") as caught:
-            await open_one(access, BlockSpan(0, 4))
+            await swarm.session(max_retries=2).step(states(1), (0,), (1,))
         assert "Update Petals" in caught.value.hint
         assert asked == 3
-        await access.close()

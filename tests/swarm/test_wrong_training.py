@@ -1,7 +1,5 @@
 """Wrong requests for passes are refused with a type; abandoned passes hold no memory."""
 
-import asyncio
-
 import pytest
 import torch
 
@@ -94,7 +92,7 @@ async def test_gradients_that_cannot_be(gradients: list[torch.Tensor], kept: boo
 
 async def test_a_kept_pass_serves_once_and_its_own_peer() -> None:
     async with served() as swarm:
-        mine, theirs, task = await swarm.talk(), await swarm.talk(swarm.server), training_case()
+        mine, theirs, task = await swarm.talk(), await swarm.talk(swarm.stranger), training_case()
         kept = Backward(task.request, kept=True)
         assert (await mine.refused(kept, *task.gradients)).code == "pass_expired"
         await task.forward(mine)
@@ -112,9 +110,9 @@ async def test_a_repeated_forward_keeps_one_pass() -> None:
     async with served() as swarm:
         talk, task = await swarm.talk(), training_case()
         await task.forward(talk)
-        once = swarm.device.activation_budget.used_bytes
+        once = swarm.workers[0].device.activation_budget.used_bytes
         await task.forward(talk)
-        assert swarm.device.activation_budget.used_bytes == once > 0
+        assert swarm.workers[0].device.activation_budget.used_bytes == once > 0
         result, _ = await task.backward(talk, kept=False)
         assert result.recomputed
         await swarm.at_rest()
@@ -127,7 +125,7 @@ async def test_saved_activations_are_dropped_after_the_lease() -> None:
         answer, _ = await task.forward(talk)
         assert answer.kept and answer.lease_seconds == 60.0
         talk.channel.abort(PeerUnreachable("gone"))
-        assert swarm.device.activation_budget.used_bytes > 0
+        assert swarm.workers[0].device.activation_budget.used_bytes > 0
         for _ in range(6):
             await clock.advance(15.0)
             await settle()
@@ -143,13 +141,9 @@ async def test_a_client_that_goes_away_takes_its_passes_along() -> None:
         talk, task = await swarm.talk(), training_case(counts=(64,) * 8)
         await talk.channel.send(task.request, task.inputs)
         await talk.channel.send(Backward(task.request), (*task.gradients, *task.inputs))
-        async with asyncio.timeout(20):
-            while len(swarm.runner.batches) < 3:
-                await swarm.executor.call(lambda: None)
+        await swarm.workers[0].until(lambda: len(swarm.runner.batches) >= 3)
         await talk.channel.close()
-        async with asyncio.timeout(20):
-            while swarm.executor.waiting_tokens:
-                await swarm.executor.call(lambda: None)
+        await swarm.workers[0].until(lambda: not swarm.executor.waiting_tokens)
         assert len(swarm.runner.batches) < 32
         await swarm.at_rest()
 
@@ -169,7 +163,9 @@ async def test_a_full_cache_keeps_no_more_and_says_so() -> None:
     async with served() as swarm:
         talk, first = await swarm.talk(), training_case()
         await first.forward(talk)
-        swarm.device.activation_budget.cap_bytes = swarm.device.activation_budget.used_bytes
+        swarm.workers[0].device.activation_budget.cap_bytes = swarm.workers[
+            0
+        ].device.activation_budget.used_bytes
         second = training_case(seed=1, pass_id=b"2" * 16)
         answer, _ = await second.forward(talk)
         assert (answer.kept, answer.lease_seconds) == (False, 0.0)

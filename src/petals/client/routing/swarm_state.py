@@ -304,7 +304,7 @@ class SwarmState:
             seconds_per_block=1.0 / rate,
             queue_seconds=0.0 if info is None else _queue_seconds(info),
             round_trip_seconds=self._round_trips.get(peer),
-            tokens_free=None if info is None else info.tokens_free * len(span),
+            tokens_free=None if info is None else info.tokens_free,
             outbox_tokens_free=None if info is None else _outbox_tokens(info),
             trains=record.trains,
         )
