@@ -23,6 +23,8 @@ M = TypeVar("M", bound=Message)
 Said = tuple[Message, Sequence[Tensor]]
 """A message and its tensors."""
 
+Rewrite = Callable[[Message, Sequence[Tensor]], Said]
+
 OUTPUTS = (StepResult, ForwardResult, BackwardResult)
 PATIENCE_SECONDS = 20.0
 
@@ -41,7 +43,7 @@ class Faults:
     refusals: defaultdict[type[Message], list[PetalsError]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    rewrite: Callable[[Message, Sequence[Tensor]], Said] = lambda message, tensors: (
+    rewrite: Rewrite = lambda message, tensors: (
         message,
         tensors,
     )
@@ -102,7 +104,19 @@ class Faults:
         return Refusal.of(errors.pop(0), getattr(message, "header", None)) if errors else None
 
 
-def wrong_outputs(how: str) -> Callable[[Message, Sequence[Tensor]], Said]:
+def computing_for(seconds: float) -> Rewrite:
+    """A rewrite of results: the server says that each step took so long, after 1 ms in a queue."""
+
+    def rewrite(message: Message, tensors: Sequence[Tensor]) -> Said:
+        if isinstance(message, StepResult):
+            times = {"queue_seconds": 0.001, "compute_seconds": seconds}
+            message = msgspec.structs.replace(message, **times)
+        return message, tensors
+
+    return rewrite
+
+
+def wrong_outputs(how: str) -> Rewrite:
     """A rewrite of outputs and gradients; how: "narrow", "nan", "half" or "nothing"."""
 
     def rewrite(message: Message, tensors: Sequence[Tensor]) -> Said:
@@ -111,7 +125,7 @@ def wrong_outputs(how: str) -> Callable[[Message, Sequence[Tensor]], Said]:
     return rewrite
 
 
-def wrong_replays(how: str) -> Callable[[Message, Sequence[Tensor]], Said]:
+def wrong_replays(how: str) -> Rewrite:
     """A rewrite of the rows that are sent to the client; how: as above, or "gap" or "long"."""
 
     def rewrite(message: Message, tensors: Sequence[Tensor]) -> Said:

@@ -40,9 +40,11 @@ from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.testing.memory_net import MemoryNet
 from petals.types import BlockSpan, PeerId, ServerState
+from petals.wire.fields import Message
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
 from support.clients import config
 from support.models import BLOCKS, WIDTH, part_of_model
+from support.reference import assert_close
 from support.server_faults import Faults
 from support.talk import MODEL, Talk
 
@@ -261,6 +263,21 @@ class Served:
         """The server of a hop."""
         peer = session.trace.hops[hop].peer_id
         return next(worker for worker in self.workers if worker.peer_id == peer)
+
+    def num_asked(self, kind: type[Message]) -> list[int]:
+        """Messages of one type that each server has got from clients."""
+        return [len(worker.faults.all(kind)) for worker in self.workers]
+
+    async def banned(self, connection: SwarmConnection) -> frozenset[PeerId]:
+        """The servers that a client avoids now."""
+        return frozenset((await connection.view()).bans.at(self.client.clock.monotonic()))
+
+    async def decode(self, session: SessionRows, text: torch.Tensor, start: int) -> None:
+        """The tokens of ``text`` from ``start`` on, one in each step, come out right."""
+        wanted = self.expected(text, session.blocks)
+        for at in range(start, len(text)):
+            output = await session.step(text[at : at + 1], (at,), (1,))
+            assert_close(output, wanted[at : at + 1])
 
     def silence_directory(self) -> asyncio.Event:
         """From now on the client's directory never answers; set once it has been asked."""

@@ -53,10 +53,6 @@ async def opened(
     return session
 
 
-def num_opened(worker: Worker) -> int:
-    return len(worker.faults.all(OpenSession))
-
-
 @pytest.mark.parametrize(("spans", "missing"), [([], "0:4"), ([(0, 2)], "2:4")])
 async def test_missing_blocks_are_named_and_nothing_is_held(
     spans: list[tuple[int, int]], missing: str
@@ -64,7 +60,7 @@ async def test_missing_blocks_are_named_and_nothing_is_held(
     async with split(*spans) as swarm:
         with pytest.raises(MissingBlocksError, match=f"{missing} of tiny"):
             await opened(swarm)
-        assert not any(num_opened(worker) for worker in swarm.workers)
+        assert not any(swarm.num_asked(OpenSession))
 
 
 @pytest.mark.parametrize("state", [ServerState.JOINING, ServerState.DRAINING, ServerState.OFFLINE])
@@ -115,7 +111,7 @@ async def test_a_server_that_cannot_take_the_session_is_passed_by(how: str) -> N
             session = await opened(swarm, connection)
             assert [hop.peer_id for hop in session.trace.hops] == [fit.peer_id]
             await session.close()
-        banned = (await connection.view()).bans.at(swarm.client.clock.monotonic())
+        banned = await swarm.banned(connection)
         assert banned <= ({unfit.peer_id} if how == "dead" else set())
 
 
@@ -138,7 +134,7 @@ async def test_what_every_server_refuses_is_told_as_soon_as_nothing_else_can_hel
             worker.faults.refusals[OpenSession] = [error] * 10
         with pytest.raises(type(error), match=says):
             await opened(swarm, **options)
-        assert [num_opened(worker) for worker in swarm.workers] == num_asked
+        assert swarm.num_asked(OpenSession) == num_asked
 
 
 async def test_a_server_of_another_width_says_so() -> None:
@@ -162,7 +158,7 @@ async def test_a_refusal_releases_what_the_others_had_granted() -> None:
         with pytest.raises(CacheFull) as caught:
             await opened(swarm, alloc_timeout=0.1)
         assert caught.value.peer_id == tail.peer_id
-        assert num_opened(head) == 1
+        assert swarm.num_asked(OpenSession)[0] == 1
         await head.at_rest()
         await holder.close()
 
@@ -270,15 +266,15 @@ async def test_one_that_was_only_slow_to_answer_is_called_when_nobody_else_serve
         connection = swarm.connection(ping_timeout=0.1, **long)
         session = await opened(swarm, connection)
         spare = (await swarm.add(2, 4)).peer_id
-        view, clock = await connection.view(), swarm.client.clock
+        view = await connection.view()
         await view.refresh()
         swarm.net.pause(spare)
         await view.measure([spare])
-        assert view.bans.at(clock.monotonic()) == {spare}
+        assert await swarm.banned(connection) == {spare}
         swarm.net.resume(spare)
         swarm.net.kill(swarm.workers[1].peer_id)
         await session.step(states(1), (1,), (1,))
-        assert view.bans.at(clock.monotonic()) == {swarm.workers[1].peer_id}
+        assert await swarm.banned(connection) == {swarm.workers[1].peer_id}
 
 
 async def test_a_server_that_moved_is_looked_up_again() -> None:
@@ -317,7 +313,7 @@ async def test_holders_of_the_same_blocks_are_measured() -> None:
         assert len(measured) == 2
         # 1024 tokens in each of four blocks.
         assert all(one.tokens_free == 4 * 1024 for one in measured)
-        assert all(len(worker.faults.all(GetInfo)) == 1 for worker in swarm.workers)
+        assert swarm.num_asked(GetInfo) == [1, 1]
 
 
 def test_bans_double_and_are_forgotten() -> None:

@@ -57,14 +57,6 @@ async def run_rows(
     return output.hidden
 
 
-def num_forwards(swarm: Served) -> list[int]:
-    return [len(worker.faults.all(Forward)) for worker in swarm.workers]
-
-
-def num_backwards(swarm: Served) -> list[int]:
-    return [len(worker.faults.all(Backward)) for worker in swarm.workers]
-
-
 def kept(*workers: Worker) -> list[bool]:
     """Whether gradients were asked for with a pass that the server had kept."""
     return [message.kept for worker in workers for message in worker.faults.all(Backward)]
@@ -142,16 +134,6 @@ async def test_part_of_the_blocks() -> None:
         assert_close(output, swarm.expected(text, part))
 
 
-async def test_a_failure_in_the_middle_is_mended_from_there() -> None:
-    async with split(*HALVES, HALVES[1]) as swarm:
-        first, *last = swarm.workers
-        for worker in last:
-            worker.faults.refusals[Forward].append(PeerFailed("Broken."))
-        text = states(4)
-        assert_close(await run_rows(swarm.connection(), ALL, text, (4,)), swarm.expected(text))
-        assert len(first.faults.all(Forward)) == 1
-
-
 @pytest.mark.parametrize(
     ("error", "num_servers", "num_asked"),
     [(PeerFailed("Broken."), 1, [3]), (BatchTooLarge("Too much."), 2, [1, 1])],
@@ -162,7 +144,7 @@ async def test_attempts_end(error: PetalsError, num_servers: int, num_asked: lis
             worker.faults.refusals[Forward] = [error] * 10
         with pytest.raises(type(error)):
             await run_rows(swarm.connection(max_retries=2), ALL, states(4), (4,))
-        assert num_forwards(swarm) == num_asked
+        assert swarm.num_asked(Forward) == num_asked
 
 
 async def test_what_is_too_much_for_all_is_cut_smaller() -> None:
@@ -214,7 +196,7 @@ async def test_channels_are_used_again() -> None:
 async def test_gradients_are_those_of_here(rows_share: bool, training_bytes: int) -> None:
     async with split((0, 2), (1, 4), (3, 4), training_bytes=training_bytes) as swarm:
         await Lesson(swarm, (40, 2, 70, 1, 66, 64), rows_share=rows_share).learn()
-        assert num_forwards(swarm)[0] == num_backwards(swarm)[0] == 5
+        assert swarm.num_asked(Forward)[0] == swarm.num_asked(Backward)[0] == 5
         assert set(kept(swarm.workers[0])) == {training_bytes > 0}
 
 
@@ -234,7 +216,7 @@ async def test_an_expired_pass_is_given_again() -> None:
         await lesson.end()
         assert kept(first) == [True, False]
         assert kept(last) == [True]
-        assert num_forwards(swarm) == [1, 1]
+        assert swarm.num_asked(Forward) == [1, 1]
 
 
 async def test_a_server_that_forgets_what_it_was_just_given() -> None:
@@ -255,8 +237,8 @@ class TestDeaths:
             await lesson.refresh()
             swarm.net.kill(middle.peer_id)
             await lesson.end()
-            assert num_forwards(swarm) == [1, 1, 1, 0]
-            assert num_backwards(swarm) == [1, 0, 1, 1]
+            assert swarm.num_asked(Forward) == [1, 1, 1, 0]
+            assert swarm.num_asked(Backward) == [1, 0, 1, 1]
             assert kept(first, last, spare) == [True, True, False]
 
     async def test_on_the_way_there_and_two_take_its_place(self) -> None:
@@ -272,8 +254,8 @@ class TestDeaths:
 
             middle.faults.on_asked = die
             await lesson.learn()
-            assert num_forwards(swarm) == [1, 1, 1, 1, 1]
-            assert num_backwards(swarm) == [1, 0, 1, 1, 1]
+            assert swarm.num_asked(Forward) == [1, 1, 1, 1, 1]
+            assert swarm.num_asked(Backward) == [1, 0, 1, 1, 1]
             assert all(kept(*swarm.workers))
 
     async def test_on_the_way_back_and_two_take_its_place(self) -> None:
@@ -283,8 +265,8 @@ class TestDeaths:
             await lesson.refresh()
             swarm.net.kill(swarm.workers[1].peer_id)
             await lesson.end()
-            assert num_forwards(swarm) == [1, 1, 1, 0]
-            assert num_backwards(swarm) == [1, 0, 1, 1]
+            assert swarm.num_asked(Forward) == [1, 1, 1, 0]
+            assert swarm.num_asked(Backward) == [1, 0, 1, 1]
             assert [message.blocks for message in near.faults.all(Forward)] == [(1, 2)]
             asked = [worker.faults.all(Backward)[0].forward.blocks for worker in (near, far)]
             assert asked == [(1, 2), (2, 4)]
@@ -301,7 +283,7 @@ class TestDeaths:
             far.faults.refusals[Backward] = [PeerFailed("Broken.")] * 3
             spare.faults.refusals[Backward] = [PeerFailed("Busy.")]
             await lesson.end()
-            assert num_forwards(swarm)[0] == num_backwards(swarm)[0] == 1
+            assert swarm.num_asked(Forward)[0] == swarm.num_asked(Backward)[0] == 1
 
     async def test_the_only_server_is_waited_for(self) -> None:
         async with split(*HALVES) as swarm:
@@ -375,7 +357,7 @@ class TestServersThatDoNotTrain:
             for _ in range(4):
                 await Lesson(swarm, (5, 3)).learn()
             assert not silent.faults.all(Forward)
-            assert num_backwards(swarm) == [4, 4, 0]
+            assert swarm.num_asked(Backward) == [4, 4, 0]
         async with split(*HALVES, no_training="not allowed") as swarm:
             with pytest.raises(TrainingRefused, match="0:4"):
                 await Lesson(swarm, (5, 3)).learn()
@@ -396,12 +378,11 @@ async def test_an_adapter_is_sent_once_and_again_where_it_was_forgotten() -> Non
     async with split(*HALVES) as swarm:
         connection = swarm.connection()
         lesson = await Lesson(swarm, (64,) * 6, connection=connection).begin()
-        sent = [len(worker.faults.all(PutAdapter)) for worker in swarm.workers]
-        assert sent == [1, 1]
+        assert swarm.num_asked(PutAdapter) == [1, 1]
         swarm.workers[1].faults.refusals[Backward] = [UnknownAdapter("No such adapter.")]
         await lesson.end()
         await Lesson(swarm, (64,) * 6, connection=connection).learn()
-        assert [len(worker.faults.all(PutAdapter)) for worker in swarm.workers] == [1, 2]
+        assert swarm.num_asked(PutAdapter) == [1, 2]
 
 
 def test_micro_batches_hold_whole_rows() -> None:

@@ -66,10 +66,9 @@ async def test_an_adapter_goes_where_its_parts_are() -> None:
         for num_sent in ([0, 1, 1], [0, 1, 1], [0, 2, 1]):
             session = swarm.session(connection, blocks=ALL, tuning=tuning)
             assert_close(await run(session, 0, 7), expected(swarm, adapter))
-            sent = [len(worker.faults.all(PutAdapter)) for worker in swarm.workers]
-            assert sent == num_sent
+            assert swarm.num_asked(PutAdapter) == num_sent
             assert swarm.workers[0].faults.all(OpenSession)[0].adapter is None
-            if len(swarm.workers[1].faults.all(OpenSession)) == 2:
+            if swarm.num_asked(OpenSession)[1] == 2:
                 # The server has forgotten it: it is sent again.
                 forgotten = UnknownAdapter("No such adapter.")
                 swarm.workers[1].faults.refusals[OpenSession] = [forgotten]

@@ -1,15 +1,11 @@
 """Client and servers, both real, over a network in memory: the numbers are the whole model's."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
 import torch
 
-from petals.client.training.batch import Pass
-from petals.client.training.hop_call import PassCall
 from petals.errors import (
-    CacheFull,
     LengthExceeded,
     PetalsError,
     RequestTooLarge,
@@ -17,7 +13,7 @@ from petals.errors import (
 )
 from petals.types import BlockSpan
 from support.reference import assert_close, states
-from support.swarm import ALL, RealSwarm, real_swarm
+from support.swarm import RealSwarm, real_swarm
 
 
 async def test_the_whole_model_by_three_overlapping_servers(bloom: Path) -> None:
@@ -40,14 +36,6 @@ async def test_the_whole_model_by_three_overlapping_servers(bloom: Path) -> None
         assert len(session.trace.hops) >= 3
 
 
-async def test_whole_rows_at_once(bloom: Path) -> None:
-    async with real_swarm(bloom, BlockSpan(0, 2), BlockSpan(1, 5)) as swarm:
-        rows = states(9, seed=1), states(7, seed=2)
-        passed = Pass(swarm.connection(), ALL, PassCall((9, 7)), is_training=False)
-        output = (await passed.forward(torch.cat(rows))).hidden
-        assert_close(output, torch.cat([swarm.expected(row) for row in rows]))
-
-
 async def first_step(swarm: RealSwarm, max_length: int, rows: int = 1, **options: object) -> None:
     async with swarm.session(max_length=max_length, **options) as session:
         await session.step(states(rows), (0,) * rows, (1,) * rows)
@@ -67,24 +55,3 @@ async def test_what_servers_cannot_give(
     async with real_swarm(bloom, BlockSpan(0, 3), BlockSpan(3, 5), cache_tokens=64) as swarm:
         with pytest.raises(error):
             await first_step(swarm, **asked)
-
-
-async def test_a_full_cache_has_room_again_when_its_session_ends(bloom: Path) -> None:
-    async with real_swarm(bloom, BlockSpan(0, 3), BlockSpan(3, 5), cache_tokens=64) as swarm:
-        async with swarm.session(max_length=64) as holder:
-            await holder.step(states(1), (0,), (1,))
-            with pytest.raises(CacheFull):
-                await first_step(swarm, 16, alloc_timeout=0.05)
-        await first_step(swarm, 64, alloc_timeout=0.05)
-
-
-async def test_clients_take_turns_in_small_pools(bloom: Path) -> None:
-    async with real_swarm(bloom, BlockSpan(0, 3), BlockSpan(2, 5), cache_tokens=32) as swarm:
-
-        async def client(number: int) -> None:
-            text = states(8, seed=number)
-            async with swarm.session(max_length=32, alloc_timeout=60.0) as session:
-                output = await session.step(text, (0,), (8,))
-            assert_close(output, swarm.expected(text))
-
-        await asyncio.gather(*(client(number) for number in range(5)))

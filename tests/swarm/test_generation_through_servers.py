@@ -1,15 +1,12 @@
 """Stock `generate` on a model whose blocks real servers run, over a network in memory."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from petals.errors import LengthExceeded, MissingBlocksError
 from petals.types import BlockSpan
 from support.models import WriteModel
 from support.reference import assert_close
@@ -84,36 +81,3 @@ def test_a_cache_that_grows(pair: Pair) -> None:
         with first.past_key_values as cache:
             rest = pair.remote(PROMPT[:, 4:], past_key_values=cache)
     assert_close(torch.cat([first.logits, rest.logits], dim=1), expected)
-
-
-def test_a_path_of_ones_own(pair: Pair) -> None:
-    blocks = pair.remote.remote_blocks
-    hidden = torch.randn(2, 4, 32)
-    with torch.no_grad():
-        whole = blocks(hidden)
-        parts = blocks[4:](blocks[1:4](blocks[:1](hidden)))
-        part = blocks[1:4]
-        with part.inference_session(max_length=4) as session:
-            steps = [part(blocks[:1](hidden)[:, :3]), part(blocks[:1](hidden)[:, 3:])]
-            assert session.position == 4
-        stepped = blocks[4:](torch.cat(steps, dim=1))
-    assert_close([parts, stepped], [whole, whole])
-
-
-def test_threads_do_not_meet(pair: Pair) -> None:
-    prompts = [PROMPT.roll(shift, 1) for shift in range(4)]
-    with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(partial(pair.remote.generate, max_new_tokens=5), prompts))
-    for ids, answer in zip(prompts, answers):
-        assert torch.equal(answer, pair.local.generate(ids, max_new_tokens=5, use_cache=True))
-
-
-def test_too_long_for_the_servers(pair: Pair) -> None:
-    with pytest.raises(LengthExceeded):
-        pair.remote.generate(PROMPT, max_new_tokens=64)
-
-
-def test_a_model_nobody_serves_says_so(pair: Pair) -> None:
-    remote = pair.swarm.model(dht_prefix="nobody-serves-this")
-    with pytest.raises(MissingBlocksError, match="0:5"):
-        remote.generate(PROMPT, max_new_tokens=4)

@@ -105,17 +105,6 @@ async def test_the_directory_names_no_folder_of_ours(llama: Path, swarm: InProce
     assert summary.repository == llama.name
 
 
-async def test_clients_are_told_when_a_server_leaves(swarm: InProcessSwarm) -> None:
-    peer = await swarm.add(BlockSpan(0, 2), drain_seconds=0.1)
-    talk = await open_session(swarm, peer)
-    await swarm.stop(peer)
-    word, _ = await talk.channel.receive(5.0)
-    assert isinstance(word, Draining)
-    message, _ = await talk.channel.receive(5.0)
-    assert isinstance(message, SessionEnded)
-    assert "stopped" in message.reason
-
-
 async def test_a_leaving_server_serves_the_sessions_it_has_and_no_others(
     swarm: InProcessSwarm,
 ) -> None:
@@ -174,22 +163,12 @@ async def test_a_server_whose_compute_thread_fails_leaves(
     assert await states_seen(swarm, model) == []
 
 
-async def test_servers_fill_the_gaps(swarm: InProcessSwarm) -> None:
-    peers = [await swarm.add(num_blocks=2) for _ in range(3)]
-    spans = [swarm.info(peer).blocks for peer in peers]
-    assert spans == [BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(3, 5)]
-
-
 async def test_servers_that_start_together_do_not_all_choose_the_same(
     swarm: InProcessSwarm,
 ) -> None:
     peers = await asyncio.gather(*(swarm.add(num_blocks=2) for _ in range(2)))
     spans = {swarm.info(peer).blocks for peer in peers}
     assert spans == {BlockSpan(0, 2), BlockSpan(2, 4)}
-
-
-async def test_as_many_blocks_as_fit_are_served(swarm: InProcessSwarm) -> None:
-    assert swarm.info(await swarm.add()).blocks == BlockSpan(0, NUM_BLOCKS)
 
 
 async def test_stopping_a_start_leaves_nothing(swarm: InProcessSwarm) -> None:
@@ -225,9 +204,3 @@ async def test_what_cannot_start_says_why(
         await swarm.add(**changes)
     assert caught.value.hint
     assert await swarm.node.directory.models() == ()
-
-
-async def test_a_told_throughput_is_what_is_announced(swarm: InProcessSwarm) -> None:
-    peer = await swarm.add(BlockSpan(0, 1), announce=AnnounceConfig(throughput=12.5))
-    view = await swarm.node.directory.view(swarm.model_id, NUM_BLOCKS)
-    assert view.records[peer].throughput == 12.5

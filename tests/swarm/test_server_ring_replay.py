@@ -103,60 +103,6 @@ class TestPendingStep:
             assert head.worker.num_batches == batches
             await session.step([1] * len(session.rows))
 
-    async def test_a_successor_replays_to_its_own_successor(self) -> None:
-        """Its rows are reordered already, though it has not done the step that does so."""
-        async with linked_servers(5) as swarm:
-            session = await linked(swarm, *PARTS, rows=2)
-            await session.step([9, 12])
-            lengths, starts, reorder = session.lengths, (12, 6), (1, 1)
-            pending = session.take((1, 1), starts, reorder)
-            swarm.net.kill(swarm.workers[1].peer_id)
-            await session.send(session.step_id, starts, pending, reorder)
-            await session.legs[0].hear()
-            for failed, workers in ((1, swarm.workers[3:4]), (2, swarm.workers[4:])):
-                new = await session.replace(slice(failed, failed + 1), workers, rows=2)
-                await session.refill(new, session.step_id, lengths, reorder)
-            outputs = await session.ask(session.step_id, starts, pending, reorder)
-            session.check(starts, outputs)
-            await session.step([2, 2])
-
-    async def test_pieces_of_a_prompt_are_repeated_from_the_first_that_is_missing(self) -> None:
-        async with linked_servers(4) as swarm:
-            session, text = await linked(swarm, *PARTS), states(20)
-            head = session.legs[0]
-            (output,) = await session.ask(0, [0], [text[:5]])
-            swarm.net.kill(swarm.workers[1].peer_id)
-            for i in (1, 2, 3):
-                await session.send(i, [5 * i], [text[5 * i : 5 * i + 5]])
-            for _ in range(3):
-                await head.hear()
-            batches = head.worker.num_batches
-            new = await session.replace(slice(1, 2), swarm.workers[3:])
-            await session.refill(new, 1, (5,))
-            outputs = [output]
-            for i in (1, 2, 3):
-                outputs += await session.ask(i, [5 * i], [text[5 * i : 5 * i + 5]])
-            assert_close(torch.cat(outputs), swarm.expected(text))
-            assert head.worker.num_batches == batches
-
-
-async def test_a_half_filled_successor_is_filled_again() -> None:
-    async with linked_servers(5) as swarm:
-        session = await linked(swarm, *PARTS)
-        await session.step([14])
-        (leg,) = await session.replace(slice(1, 2), swarm.workers[3:4])
-        rows = leg.worker.session.rows
-        await session.refill([leg], session.step_id + 1, (8,))
-        assert rows.lengths == (8,)
-        await session.refill([leg], session.step_id + 1)
-        await session.step([2])
-        # What it did since is forgotten with the rows, and done again.
-        before, batches = session.lengths[0] - 2, leg.worker.num_batches
-        await session.refill([leg], session.step_id, (before,))
-        (again,) = await session.ask(session.step_id, [before], [session.rows[0][before:]])
-        assert_close(again, swarm.expected(session.rows[0])[before:])
-        assert leg.worker.num_batches > batches and rows.lengths == session.lengths
-
 
 async def test_a_replay_shows_the_rows_as_they_were_when_it_was_asked_for() -> None:
     async with linked_servers(4) as swarm:

@@ -1,12 +1,9 @@
 """Passes of a server and their way back: the gradients are the model's own, in any company."""
 
-import asyncio
-
 import pytest
 import torch
 
 from petals.server.policies import SchedulerConfig
-from support.reference import assert_close, states
 from support.service import served
 from support.training_case import COUNTS, assert_right, training_case
 
@@ -79,57 +76,3 @@ async def test_half_precision_travels_and_comes_back() -> None:
         await assert_right(swarm, task, kept=True, error=1e-2)
         _, found = await task.backward(await swarm.talk())
         assert {tensor.dtype for tensor in found} == {torch.bfloat16}
-
-
-async def test_sessions_go_on_between_the_units_of_passes() -> None:
-    scheduling = SchedulerConfig(max_batch_tokens=16, min_chunk_tokens=1)
-    async with served(scheduling=scheduling) as swarm:
-        expected, texts = training_case(prompts=(1, 5)).expected(swarm.reference)[1], states(30)
-        whole = swarm.expected(texts)
-
-        async def train(number: int) -> None:
-            talk, task = (
-                await swarm.talk(),
-                training_case(prompts=(1, 5), pass_id=bytes([number]) * 16),
-            )
-            for _ in range(3):
-                answer, _ = await task.forward(talk)
-                _, found = await task.backward(talk, kept=answer.kept)
-                assert_close(found, expected)
-
-        async def write(number: int) -> None:
-            talk = await swarm.talk()
-            await talk.open()
-            outputs = []
-            for step in range(len(texts)):
-                outputs += await talk.step(step, [step], [texts[step : step + 1]])
-            assert_close([torch.cat(outputs)], [whole])
-            await talk.close()
-
-        await asyncio.gather(*(train(n) for n in range(3)), *(write(n) for n in range(3)))
-        await swarm.at_rest()
-
-
-async def test_readers_who_never_rest_do_not_starve_a_pass() -> None:
-    scheduling = SchedulerConfig(max_batch_tokens=16, min_chunk_tokens=1, forward_every=2)
-    async with served(scheduling=scheduling) as swarm:
-        trained = asyncio.Event()
-
-        async def read(number: int) -> None:
-            talk = await swarm.talk()
-            await talk.open(max_length=200)
-            step = 0
-            while not trained.is_set():
-                await talk.step(step, [0], [states(100, seed=number)])
-                step += 1
-
-        async def train() -> None:
-            try:
-                talk, task = await swarm.talk(), training_case()
-                answer, _ = await task.forward(talk)
-                _, found = await task.backward(talk, kept=answer.kept)
-                assert_close(found, task.expected(swarm.reference)[1])
-            finally:
-                trained.set()
-
-        await asyncio.gather(train(), read(1), read(2))

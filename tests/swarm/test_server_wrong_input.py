@@ -10,7 +10,6 @@ import torch
 from petals.errors import ERRORS_BY_CODE, PeerUnreachable
 from petals.server.config import ClientLimits
 from petals.server.network.forwarding import MAX_SEGMENT_HOPS
-from petals.server.policies import SchedulerConfig
 from petals.server.session.session import MAX_REQUESTS
 from petals.swarm.config import MIB
 from petals.swarm.failover_config import FailoverConfig
@@ -274,20 +273,6 @@ async def test_too_many_requests_of_a_session_are_refused() -> None:
         release()
         answers = [(await talk.channel.receive(5.0))[0] for _ in range(MAX_REQUESTS)]
         assert all(isinstance(answer, StepResult) for answer in answers)
-
-
-async def test_closing_gives_up_what_is_under_way() -> None:
-    async with served(scheduling=SchedulerConfig(max_batch_tokens=16)) as swarm:
-        talk = await swarm.talk()
-        await talk.open(max_length=200)
-        release = swarm.workers[0].hold()
-        await talk.channel.send(talk.message(0, (0,), (150,)), (states(150),))
-        await settle()
-        closing = asyncio.create_task(talk.close())
-        await settle()
-        release()
-        await closing
-        await still_serves(swarm)
 
 
 NUM_ANSWERS = WINDOW_BYTES // states(512).nbytes + 3

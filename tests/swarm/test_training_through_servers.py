@@ -1,14 +1,12 @@
 """Gradients through real servers, over a network in memory, are those of the whole local model."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from petals.errors import TrainingRefused
 from petals.types import BlockSpan
 from support.models import WriteModel
 from support.reference import assert_close
@@ -113,19 +111,3 @@ def test_bf16(llama: Path) -> None:
         found = gradient(swarm.model(dtype=torch.bfloat16), lambda: None)
         assert found.dtype == torch.bfloat16
         assert_close(found.float(), gradient(swarm.local, lambda: None).float(), tolerance=0.05)
-
-
-def test_servers_that_do_not_train(llama: Path) -> None:
-    whole = BlockSpan(0, 5)
-    with real_swarm(llama, **ROOM) as swarm:
-        limits = replace(swarm.server_config.limits, allow_training=False)
-        swarm.run(swarm.add(whole, limits=limits))
-        remote = swarm.model()
-        with torch.no_grad():
-            remote(IDS)
-        with pytest.raises(TrainingRefused, match="0:5"):
-            gradient(remote, lambda: None)
-        swarm.run(swarm.add(whole))
-        remote = swarm.model()
-        for _ in range(4):
-            gradient(remote, lambda: None)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, StoppingCriteria
 from petals.client.model.auto import (
     AutoDistributedModel,
     AutoDistributedModelForCausalLM,
-    AutoDistributedModelForSequenceClassification,
 )
 from petals.types import BlockSpan
 from support.models import WriteModel
@@ -105,36 +104,3 @@ def test_a_server_dies_while_a_tuned_model_speaks(world: World) -> None:
         assert killer.num_killed == 1
         assert session.trace.repairs
     assert torch.equal(actual, expected)
-
-
-def test_a_server_dies_while_a_model_is_tuned(world: World) -> None:
-    remote = world.tuned("deep_ptune")
-    reference = world.reference(remote)
-    ours = torch.optim.Adam(prompts_of(remote), lr=0.05)
-    theirs = torch.optim.Adam(reference.leaves, lr=0.05)
-    for step in range(4):
-        loss = remote(IDS, labels=IDS).loss
-        if step == 1:
-            world.swarm.kill(world.swarm.peers[1])
-        expected = reference.logits(IDS)
-        wanted = cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-        assert loss.item() == pytest.approx(wanted.item(), abs=1e-4)
-        for optimizer, value in ((ours, loss), (theirs, wanted)):
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-
-
-def test_a_classifier(world: World) -> None:
-    remote = world.tuned("deep_ptune", AutoDistributedModelForSequenceClassification)
-    reference = world.reference(remote)
-    labels = torch.tensor([2, 0, 1])
-    output = remote(IDS, labels=labels)
-    output.loss.backward()
-    head = remote.score.weight.detach().clone().requires_grad_()
-    logits = reference.states(IDS)[:, -1] @ head.T
-    assert_close(output.logits, logits)
-    cross_entropy(logits, labels).backward()
-    assert_close(remote.score.weight.grad, head.grad)
-    for parameter, gradient in zip(prompts_of(remote), reference.gradients(), strict=True):
-        assert_close(parameter.grad, gradient)

@@ -148,17 +148,6 @@ async def test_a_client_that_goes_away_takes_its_passes_along() -> None:
         await swarm.at_rest()
 
 
-async def test_a_pass_that_fails_half_way_leaves_nothing() -> None:
-    scheduling = SchedulerConfig(max_batch_tokens=4, min_chunk_tokens=1)
-    async with served(scheduling=scheduling) as swarm:
-        talk, task = await swarm.talk(), training_case()
-        task.inputs[0][-1] = FussySpan.poison
-        assert (await talk.refused(task.request, *task.inputs)).code == "peer_failed"
-        refusal = await talk.refused(Backward(task.request), *task.gradients, *task.inputs)
-        assert refusal.code == "peer_failed"
-        await assert_right(swarm, training_case(), kept=True)
-
-
 async def test_a_full_cache_keeps_no_more_and_says_so() -> None:
     async with served() as swarm:
         talk, first = await swarm.talk(), training_case()
