@@ -79,15 +79,6 @@ async def test_four_sessions_with_adapters_of_their_own_share_batches() -> None:
         await swarm.at_rest()
 
 
-async def test_a_pass_with_an_adapter() -> None:
-    async with served() as swarm:
-        talk, adapter = await swarm.talk(), adapter_of(3)
-        message = Forward(MODEL, (10, 14), (6,), adapter=await put(talk, adapter))
-        answer, tensors = await talk.ask(message, states(6))
-        assert isinstance(answer, ForwardResult)
-        assert_close(tensors[0], expected(swarm, states(6), adapter))
-
-
 async def test_it_is_for_its_owner_alone_and_sent_once() -> None:
     async with served() as swarm:
         talk, adapter = await swarm.talk(), adapter_of(3)

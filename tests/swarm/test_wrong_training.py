@@ -7,13 +7,12 @@ from petals.errors import PeerUnreachable
 from petals.server.config import ClientLimits
 from petals.server.policies import SchedulerConfig
 from petals.testing.manual_clock import ManualClock, settle
-from petals.wire.handshake import Refusal
 from petals.wire.passes import Backward, Forward
 from petals.wire.requests import GetInfo
 from support.models import WIDTH
 from support.reference import assert_close, states
-from support.service import FussySpan, Served, served
-from support.training_case import TrainingCase, assert_right, training_case
+from support.service import FussySpan, served
+from support.training_case import assert_right, training_case
 
 
 def nan(num_tokens: int) -> torch.Tensor:
@@ -184,25 +183,3 @@ async def test_a_peer_has_only_its_share_of_bytes() -> None:
         answer = await talk.refused(task.request, *task.inputs)
         assert answer.code == "peer_busy"
         await assert_right(swarm, training_case(pass_id=None), kept=False)
-
-
-async def burst(swarm: Served, tasks: list[TrainingCase]) -> None:
-    """Many halves at once over one channel, answered in order of work."""
-    talk = await swarm.talk()
-    for task in tasks:
-        await talk.channel.send(task.request, task.inputs)
-    answers = [await talk.channel.receive(20.0) for _ in tasks]
-    assert not any(isinstance(answer, Refusal) for answer, _ in answers)
-    for task, (_, outputs) in zip(tasks, answers):
-        assert_close(outputs, task.expected(swarm.reference)[0])
-
-
-async def test_passes_of_one_client_are_answered_in_order() -> None:
-    async with served() as swarm:
-        tasks = [training_case(seed=n, pass_id=bytes([n]) * 16) for n in range(4)]
-        await burst(swarm, tasks)
-        talk = await swarm.talk()
-        for task in reversed(tasks):
-            _, found = await task.backward(talk, kept=True)
-            assert_close(found, task.expected(swarm.reference)[1])
-        await swarm.at_rest()
