@@ -1,4 +1,4 @@
-"""Adapters that servers preload, and that users bring, over a network in memory, against stock peft."""
+"""Adapters of servers and of users, over a network in memory, against stock peft."""
 
 from collections.abc import Iterator
 from pathlib import Path
