@@ -7,6 +7,7 @@ import copy
 from types import SimpleNamespace
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from petals.client.config import ClientConfig
 from petals.client.model.load import distribute, layers_return_tuple
@@ -138,3 +139,10 @@ def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
     blocks.returns_tuple = layers_return_tuple(arch, config)
     setattr(*parent_of(base, arch.layers_path), blocks)
     return local, distribute(remote, arch)
+
+
+def run_here(remote, folder):
+    """Let the blocks of the model in ``folder`` run in this process; returns ``remote``."""
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    remote.remote_blocks.runner = LocalBlocks(local.base_model, describe(local.config))
+    return remote
