@@ -29,6 +29,7 @@ class LocalBlocks:
     """Runs consecutive blocks of ``base``, one row at a time and without a cache."""
 
     def __init__(self, base, arch):
+        base = copy.deepcopy(base)  # a span changes how its model attends
         host = base.get_submodule(arch.host_path)
         loaded = SimpleNamespace(
             base=host,
@@ -133,7 +134,7 @@ def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
             parameter.copy_(torch.randn_like(parameter) * 0.2)
     remote = copy.deepcopy(local).requires_grad_(False)
     base = remote.base_model
-    runner = LocalBlocks(copy.deepcopy(base), arch)
+    runner = LocalBlocks(base, arch)
     manager = RemoteSequenceManager(ClientConfig(dht_prefix="tiny"), BlockSpan(0, arch.num_blocks))
     blocks = RemoteSequential(remote.config, sequence_manager=manager, runner=runner)
     blocks.returns_tuple = layers_return_tuple(arch, config)
