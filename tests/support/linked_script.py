@@ -33,11 +33,6 @@ class Leg(Talk):
     def part(self) -> Blocks:
         return self.blocks.start, self.blocks.end
 
-    async def reconnect(self, node: SwarmNode) -> None:
-        """Lose the channel and open a new one."""
-        await self.channel.close()
-        self.channel = await node.open_channel(self.worker.peer_id, self.channel.service)
-
 
 @dataclass
 class LinkedSession:

@@ -212,18 +212,6 @@ async def test_a_lone_server_that_comes_back_still_has_its_rows(folder: Path) ->
         await story.decode()
 
 
-async def test_who_should_refill_a_spare_and_is_silent_is_replaced_too(folder: Path) -> None:
-    async with story_in(folder, *SPANS, *SPANS[1:], step_timeout=0.2) as story:
-        await story.prefill()
-        first, silent, dead = story.peers
-        story.swarm.net.pause(silent)
-        story.swarm.net.kill(dead)
-        await story.decode()
-        # Nobody called the silent one anew, and the first was not fed again.
-        assert story.peers[0] == first
-        assert story.repaired == [dead, silent]
-
-
 async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
     async with real_swarm(folder, *SPANS, *SPANS, cache_tokens=2048) as swarm:
         access = swarm.connection(**IMPATIENT, repair_timeout=20.0)
@@ -237,19 +225,3 @@ async def test_many_sessions_lose_the_same_server(folder: Path) -> None:
             assert victim not in story.peers
             await story.session.close()
         await access.close()
-
-
-async def test_the_clients_own_network_was_away(folder: Path) -> None:
-    async with story_in(folder, *SPANS, SPANS[0]) as story:
-        await story.prefill()
-        before, net, client = story.peers, story.swarm.net, story.swarm.node.peer_id
-        for peer in story.swarm.peers:
-            net.cut(client, peer)
-        async with logged("waiting up to", "petals.client.session.supervisor"):
-            step = asyncio.create_task(story.reorder())
-        for peer in story.swarm.peers:
-            net.heal(client, peer)
-        await step
-        assert story.peers == before
-        assert not story.repaired
-        await story.decode()

@@ -13,13 +13,12 @@ from petals.client.session.hop import HopSession
 from petals.errors import SessionClosed
 from petals.server.lifecycle import served_span
 from petals.testing.tiny_models import write_tiny_model
-from petals.types import BlockSpan, PeerId
+from petals.types import BlockSpan
 from petals.wire.fields import Message
 from petals.wire.requests import ReplayRequest
 from support import session_script
 from support.reference import states
-from support.session_script import SPANS, STATE_BYTES, Fault, Story, logged
-from support.swarm import RealSwarm
+from support.session_script import SPANS, Fault, Story, logged
 
 LEAVES = "The server leaves."
 PATIENT = {"silence_timeout": 10.0, "repair_timeout": 20.0}
@@ -151,38 +150,6 @@ async def test_one_hop_is_handed_over_to_two(folder: Path) -> None:
         assert len(story.peers) == 3
         await story.reorder()
         await story.decode()
-
-
-def kill_when_states_come(swarm: RealSwarm, victims: set[PeerId]) -> asyncio.Event:
-    """The first of ``victims`` that is sent states dies of it."""
-    died = asyncio.Event()
-
-    def see(source: PeerId, target: PeerId, num_bytes: int) -> None:
-        if target in victims and num_bytes > STATE_BYTES and not died.is_set():
-            died.set()
-            swarm.net.kill(target)
-
-    swarm.net.on_write = see
-    return died
-
-
-@pytest.mark.parametrize("has_kv", [True, False], ids=["kv", "states"])
-async def test_the_successor_dies_while_it_is_filled(
-    folder: Path, has_kv: bool, request: pytest.FixtureRequest
-) -> None:
-    if not has_kv:
-        request.getfixturevalue("no_kv")
-    async with story_in(folder, *SPANS, *SPANS, SPANS[1]) as story:
-        await story.prefill()
-        swarm = story.swarm
-        victim = story.peers[1]
-        spares = {peer for at, peer in enumerate(swarm.peers) if at in (1, 4, 6)} - {victim}
-        died = kill_when_states_come(swarm, spares)
-        await decode_until(story, [swarm.stop(victim)])
-        assert died.is_set()
-        assert story.peers[1] in spares
-        assert reasons(story) == [LEAVES]
-        await story.reorder()
 
 
 async def test_nobody_takes_over(folder: Path) -> None:

@@ -13,8 +13,8 @@ from petals.testing.manual_clock import ManualClock, settle
 from petals.wire.handshake import Refusal
 from petals.wire.header import RequestHeader
 from petals.wire.messages import AnyMessage
-from petals.wire.replies import ForwardFailed, SessionEnded, StepResult
-from petals.wire.requests import BeginEpoch, CloseSession, Forwarded, KeepSession, ReplayPart, Step
+from petals.wire.replies import ForwardFailed, SessionEnded
+from petals.wire.requests import BeginEpoch, CloseSession, Forwarded, KeepSession, Step
 from petals.wire.services import RING_SERVICE
 from support.linked_script import LinkedSession, linked, linked_servers
 from support.reference import assert_close, states
@@ -60,18 +60,6 @@ async def test_a_prompt_runs_through_the_hops_in_pieces() -> None:
 
 
 class TestFaults:
-    async def test_the_client_carries_on_behind_a_link_that_fails(self) -> None:
-        async with linked_servers(3) as swarm:
-            ring, text = await linked(swarm, *THIRDS), states(6)
-            swarm.net.hide(swarm.workers[1].peer_id)
-            await ring.send(0, [0], [text])
-            answer, (hidden,) = await ring.legs[0].hear()
-            assert isinstance(answer, StepResult) and len(answer.undelivered) == 2
-            onward = ring.message(0, [0], [6], first=1)
-            await ring.legs[1].channel.send(onward, (hidden,))
-            answer, (output,) = await ring.legs[2].hear()
-            assert_close(output, swarm.expected(text))
-
     async def test_who_waits_for_what_a_broken_link_has_swallowed_is_told(self) -> None:
         async with linked_servers(2) as swarm:
             session, links = await linked(swarm, *HALVES), links_into(swarm.workers[1])
@@ -96,21 +84,6 @@ class TestFaults:
             channel = session.legs[0].channel
             answer, _ = await request(channel, KeepSession(RequestHeader(b"x" * 16, 0)))
             assert isinstance(answer, SessionEnded), "and nothing came before it"
-
-    async def test_a_session_outlives_its_clients_connection(self) -> None:
-        async with linked_servers(2) as swarm:
-            session = await linked(swarm, *HALVES)
-            await session.step([5])
-            leg, new = session.legs[1], session.take([1], [5], None)
-            await leg.channel.close()
-            await session.send(1, [5], new)
-            for worker in swarm.workers:
-                await until_done(worker, step_id=1)
-            batches = session.num_batches
-            await leg.reconnect(swarm.client)
-            await leg.channel.send(KeepSession(leg.header()))
-            session.check([5], await session.ask(1, [5], new))
-            assert session.num_batches == batches
 
     @pytest.mark.parametrize("kind", [KeepSession, BeginEpoch])
     async def test_who_speaks_of_a_session_that_is_gone_is_told(self, kind: type) -> None:
@@ -177,22 +150,6 @@ class TestStrangers:
 
 
 class TestEpochs:
-    async def test_messages_of_an_older_epoch_change_nothing(self) -> None:
-        async with linked_servers(2) as swarm:
-            session = await linked(swarm, *HALVES)
-            await session.step([5])
-            head, tail = swarm.workers
-            old = session.legs[1].header(20)
-            await session.begin_epoch()
-            await session.step([1])
-            before = snapshot(tail)
-            channel = await head.node.open_channel(tail.peer_id, RING_SERVICE)
-            for message in (Step(old, (2,), (3,)), ReplayPart(old, 0, 1, (0,), (3,))):
-                await channel.send(Forwarded(swarm.client.peer_id, message), (states(3),))
-            await channel.send(KeepSession(old))  # refused: what was before it is read
-            assert isinstance((await channel.receive(10.0))[0], Refusal)
-            assert snapshot(tail) == before
-
     async def test_what_was_run_while_an_epoch_began_is_not_forwarded(self) -> None:
         """Its next hops are those of the old epoch. In the new one it is answered from the log."""
         async with linked_servers(2) as swarm:

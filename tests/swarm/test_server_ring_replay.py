@@ -3,19 +3,16 @@
 import pytest
 import torch
 
-from petals.wire.replies import ReplayDone, StepResult
+from petals.wire.replies import ReplayDone
 from petals.wire.requests import ReplayPart
 from support.linked_script import (
     HISTORIES,
     PARTS,
-    Leg,
-    LinkedSession,
     linked,
     linked_servers,
 )
 from support.models import WIDTH
 from support.reference import assert_close, states
-from support.service import FussySpan, Served
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
@@ -34,24 +31,6 @@ async def test_a_successor_goes_on_with_the_same_numbers(model, history, num_new
         await session.step([1] * len(session.rows), [length - 1 for length in session.lengths])
 
 
-async def test_a_replay_goes_on_where_one_ended() -> None:
-    """Steps go on through the old hop meanwhile: one token, a reorder, a rollback."""
-    async with linked_servers(4) as swarm:
-        session = await linked(swarm, *PARTS, rows=2)
-        await session.step([9, 12])
-        head = session.legs[0]
-        new = await session.open(swarm.workers[3], PARTS[1], 2, (head.worker.peer_id,))
-        await session.fill(head, [new], 10)
-        session.step_id = 10
-        await session.step([1, 1], [12, 9], (1, 0))
-        await session.step([2, 1], [11, 10])
-        await session.fill(head, [new], 20, base_rows=(1, 0), starts=(11, 9))
-        assert new.worker.session.rows.lengths == session.lengths
-        session.legs[1], session.step_id = new, 20
-        await session.begin_epoch()
-        await session.step([1, 1])
-
-
 async def test_a_replay_without_next_hops_brings_the_rows_to_the_client() -> None:
     async with linked_servers(1) as swarm:
         session = await linked(swarm, (10, 14), rows=2)
@@ -68,40 +47,6 @@ async def test_a_replay_without_next_hops_brings_the_rows_to_the_client() -> Non
         assert [part.index for part in parts] == [0, 1, 2]
         for output, row in zip(torch.cat(tensors).split((9, 4)), session.rows):
             assert_close(output, swarm.expected(row))
-
-
-class TestPendingStep:
-    """The predecessor has done the step that the successor is yet to do."""
-
-    @pytest.mark.parametrize(
-        ("starts", "counts", "reorder"),
-        [
-            ((9, 12), (1, 2), None),
-            ((3, 12), (2, 1), None),
-            ((12, 9), (1, 1), (1, 0)),
-            ((12, 8, 12), (1, 2, 1), (1, 0, 1)),
-            ((4,), (3,), (1,)),
-        ],
-    )
-    async def test_it_is_repeated_from_the_first_hop(self, starts, counts, reorder) -> None:
-        async with linked_servers(5) as swarm:
-            session = await linked(swarm, *PARTS, rows=2)
-            await session.step([9, 12])
-            lengths, head = session.lengths, session.legs[0]
-            pending = session.take(counts, starts, reorder)
-            swarm.net.kill(swarm.workers[1].peer_id)
-            await session.send(session.step_id, starts, pending, reorder)
-            answer, _ = await head.hear()
-            assert isinstance(answer, StepResult) and len(answer.undelivered) == 2
-            batches = head.worker.num_batches
-            # The second successor dies as well, before it has done the step.
-            for workers in (swarm.workers[3:4], swarm.workers[4:]):
-                new = await session.replace(slice(1, 2), workers, rows=2)
-                await session.refill(new, session.step_id, lengths, reorder)
-            outputs = await session.ask(session.step_id, starts, pending, reorder)
-            session.check(starts, outputs)
-            assert head.worker.num_batches == batches
-            await session.step([1] * len(session.rows))
 
 
 async def test_a_replay_shows_the_rows_as_they_were_when_it_was_asked_for() -> None:
@@ -177,77 +122,3 @@ async def test_replays_that_cannot_be(lengths, changes, num_hops) -> None:
         request = session.replay(head, session.legs[1 : 1 + num_hops], 3, lengths, **changes)
         assert (await head.refused(request)).code == "bad_input"
         await session.step([1])
-
-
-TEXT = states(12, seed=3)
-OLD = states(12, seed=4)
-
-
-class TestParts:
-    """A hop with all blocks is filled by the client, part by part: the rules of their numbers.
-
-    Replays have the ids 10, 20, ...; TEXT is right, OLD is what an earlier replay was about.
-    """
-
-    async def leg(self, swarm: Served) -> Leg:
-        return await LinkedSession(swarm, swarm.client).open(swarm.workers[0], (10, 14))
-
-    def part(self, leg: Leg, replay: int, index: int, at: int, count: int, **changes) -> ReplayPart:
-        reorder = None if index else (0,)
-        header = leg.header(replay)
-        return ReplayPart(header, index, 5, (at,), (count,), reorder, **changes)
-
-    async def goes_on(self, leg: Leg, swarm: Served, length: int) -> None:
-        """The rows hold TEXT as far as ``length``; nothing else is on its way."""
-        (output,) = await leg.step(5, [length], [TEXT[length : length + 1]])
-        assert_close(output, swarm.expected(TEXT)[length : length + 1])
-
-    @pytest.mark.parametrize("has_ended", [False, True])
-    async def test_a_late_part_of_an_earlier_replay_is_dropped(self, has_ended: bool) -> None:
-        """It would put rows that were right once in the place of those that are right now."""
-        async with linked_servers(1) as swarm:
-            leg = await self.leg(swarm)
-            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (OLD[:4],))
-            await leg.channel.send(self.part(leg, 20, 0, 0, 8, ends=has_ended), (TEXT[:8],))
-            if has_ended:
-                assert isinstance((await leg.channel.receive(10.0))[0], ReplayDone)
-            for late in (
-                (self.part(leg, 10, 1, 4, 4), OLD[4:8]),
-                (self.part(leg, 10, 0, 0, 8, ends=True), OLD[:8]),
-            ):
-                await leg.channel.send(late[0], (late[1],))
-            if not has_ended:
-                await leg.ask(self.part(leg, 20, 1, 8, 1, ends=True), TEXT[8:9])
-            await self.goes_on(leg, swarm, 8 if has_ended else 9)
-
-    @pytest.mark.parametrize("is_touched", [True, False])
-    async def test_a_part_that_fails_ends_its_replay_if_it_has_touched_the_rows(
-        self, is_touched: bool
-    ) -> None:
-        async with linked_servers(1) as swarm:
-            leg = await self.leg(swarm)
-            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (TEXT[:4],))
-            part = self.part(leg, 10, 1, 4, 1)
-            value = FussySpan.poison if is_touched else float("nan")
-            refusal = await leg.refused(part, torch.full((1, WIDTH), value))
-            assert refusal.code == ("peer_failed" if is_touched else "bad_input")
-            last = self.part(leg, 10, 2, 5, 3, ends=True)
-            if is_touched:
-                assert (await leg.refused(last, TEXT[5:8])).code == "session_gap"
-                last = self.part(leg, 20, 0, 0, 8, ends=True)
-                answer, _ = await leg.ask(last, TEXT[:8])
-            else:
-                await leg.channel.send(part, (TEXT[4:5],))
-                answer, _ = await leg.ask(last, TEXT[5:8])
-            assert answer == ReplayDone(last.header)
-            await self.goes_on(leg, swarm, 8)
-
-    async def test_a_step_ends_a_replay(self) -> None:
-        async with linked_servers(1) as swarm:
-            leg = await self.leg(swarm)
-            await leg.channel.send(self.part(leg, 10, 0, 0, 4), (TEXT[:4],))
-            (output,) = await leg.step(40, [4], [TEXT[4:5]])
-            assert_close(output, swarm.expected(TEXT)[4:5])
-            await leg.channel.send(self.part(leg, 10, 1, 5, 3, ends=True), (OLD[5:8],))
-            (output,) = await leg.step(41, [5], [TEXT[5:6]])
-            assert_close(output, swarm.expected(TEXT)[5:6])

@@ -13,7 +13,7 @@ from petals.swarm.failover_config import FailoverConfig
 from petals.testing.manual_clock import ManualClock, settle
 from petals.wire.header import RequestHeader
 from petals.wire.replies import Info, SessionOpened, StepResult
-from petals.wire.requests import BeginEpoch, GetInfo, KeepSession, ReplayPart, ReplayRequest
+from petals.wire.requests import BeginEpoch, GetInfo, ReplayPart, ReplayRequest
 from support.models import WIDTH
 from support.reference import assert_close, states
 from support.service import FussySpan, Worker, served
@@ -82,35 +82,6 @@ async def test_states_travel_in_the_dtype_of_the_session() -> None:
         assert output.dtype == torch.bfloat16
         expected = swarm.expected(text.float())
         assert (output.float() - expected).abs().max() <= 1e-2 * expected.abs().max()
-
-
-class TestChannels:
-    """A session belongs to its client, not to a channel."""
-
-    async def test_a_client_that_reconnects_goes_on_where_it_was(self) -> None:
-        async with served() as swarm:
-            talk, text = await swarm.talk(), states(6)
-            await talk.open()
-            await talk.step(0, [0], [text[:5]])
-            await talk.channel.close()
-            talk.channel = (await swarm.talk()).channel
-            (output,) = await talk.step(1, [5], [text[5:]])
-            assert_close(output, swarm.expected(text)[5:])
-            await talk.close()
-            await swarm.at_rest()
-
-    async def test_replies_go_to_the_channel_that_was_opened_last(self) -> None:
-        """What a client had sent on a channel that it has left may be read late."""
-        async with served() as swarm:
-            talk, text = await swarm.talk(), states(6)
-            await talk.open()
-            old, talk.channel = talk.channel, (await swarm.talk()).channel
-            await talk.channel.send(KeepSession(talk.header()))
-            await talk.channel.ping()
-            await old.send(talk.message(0, (0,), (6,)), (text,))
-            answer, (output,) = await talk.channel.receive(20.0)
-            assert isinstance(answer, StepResult)
-            assert_close(output, swarm.expected(text))
 
 
 class TestOpening:
@@ -194,20 +165,6 @@ class TestOpening:
 class TestEpochs:
     """Requests of the client itself; those of other servers are in test_server_ring."""
 
-    async def test_requests_of_an_older_epoch_are_dropped(self) -> None:
-        async with served() as swarm:
-            talk, text = await swarm.talk(), states(4)
-            talk.epoch = 3
-            await talk.open()
-            talk.epoch = 2
-            await talk.channel.send(talk.message(0, (0,), (4,)), (states(4, seed=5),))
-            await talk.channel.send(BeginEpoch(talk.header(), ("somebody",)))
-            await talk.channel.send(KeepSession(talk.header()))
-            talk.epoch = 3
-            (output,) = await talk.step(1, [0], [text])
-            assert_close(output, swarm.expected(text))
-            assert not swarm.workers[0].session.sources
-
     async def test_requests_of_a_newer_epoch_than_the_client_has_begun_are_refused(self) -> None:
         async with served() as swarm:
             talk, text = await swarm.talk(), states(4)
@@ -224,27 +181,6 @@ class TestEpochs:
             await talk.channel.send(BeginEpoch(talk.header(), ()))
             (output,) = await talk.step(0, [0], [text])
             assert_close(output, swarm.expected(text))
-
-    async def test_a_step_that_waits_while_an_epoch_begins_is_dropped(self) -> None:
-        """The one that runs already is kept: the client repeats it and is answered at once."""
-        async with served() as swarm:
-            talk, text = await swarm.talk(), states(6)
-            await talk.open()
-            release = swarm.workers[0].hold()
-            for step_id, part in enumerate((text[:4], text[4:])):
-                message = talk.message(step_id, (4 * step_id,), (len(part),))
-                await talk.channel.send(message, (part,))
-            await settle()
-            talk.epoch = 1
-            await talk.channel.send(BeginEpoch(talk.header(), ()))
-            await talk.channel.ping()
-            release()
-            await swarm.workers[0].check()
-            assert swarm.workers[0].session.rows.lengths == (4,)
-            num_batches = len(swarm.runner.batches)
-            (output,) = await talk.step(0, [0], [text[:4]])
-            assert len(swarm.runner.batches) == num_batches
-            assert_close(output, swarm.expected(text)[:4])
 
     async def test_a_refusal_of_an_older_epoch_is_not_sent(self) -> None:
         """It would have the id of a step that the client repeats in the new epoch."""
