@@ -110,11 +110,12 @@ async def test_leaving_ends_calls_to_the_directory():
         asked.set()
         await asyncio.Event().wait()
 
-    async with two_members() as (one, other):
-        one.transport.records._node.protocol.rpc_find = never
-        protocol = other.transport.records._node.protocol
-        call = asyncio.create_task(protocol.call_find(await hivemind_id(one), []))
-        await asked.wait()
+    async with SwarmNode(config()) as one:
+        async with SwarmNode(config(initial_peers=await one.addresses())) as other:
+            one.transport.records._node.protocol.rpc_find = never
+            protocol = other.transport.records._node.protocol
+            call = asyncio.create_task(protocol.call_find(await hivemind_id(one), []))
+            await asked.wait()
         assert call.done()
         assert not other.transport.records._calls
 
