@@ -10,13 +10,7 @@ from torch import Tensor
 
 from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.sequence_manager import SwarmConnection
-from petals.client.training.batch import (
-    MAX_AT_ONCE,
-    MAX_TOKENS,
-    Pass,
-    micro_batch_tokens,
-    micro_batches,
-)
+from petals.client.training.batch import MAX_AT_ONCE, Pass
 from petals.errors import (
     BatchTooLarge,
     MissingBlocksError,
@@ -383,15 +377,3 @@ async def test_an_adapter_is_sent_once_and_again_where_it_was_forgotten() -> Non
         await lesson.end()
         await Lesson(swarm, (64,) * 6, connection=connection).learn()
         assert swarm.num_asked(PutAdapter) == [1, 2]
-
-
-def test_micro_batches_hold_whole_rows() -> None:
-    assert list(micro_batches((3, 3, 3, 9, 1), 6)) == [(3, 3), (3,), (9,), (1,)]
-    assert list(micro_batches((), 6)) == []
-    assert list(micro_batches((0,) * 300, 6)) == [(0,) * 128, (0,) * 128, (0,) * 44]
-
-
-def test_a_route_of_n_hops_gets_about_twice_n() -> None:
-    assert micro_batch_tokens(10, 3) == 64
-    assert micro_batch_tokens(768, 3) == 128
-    assert micro_batch_tokens(10**6, 3) == MAX_TOKENS
