@@ -1,7 +1,8 @@
-"""Real services of a tiny model over a network in memory, and a client that sends frames by hand.
+"""Real services of a tiny model over a network in memory, and clients that use them.
 
-``served`` is the only builder: one server or several, which may forward to each other. When a scene
-ends it checks that the servers' books are right, and that all memory comes back once they stop.
+``served`` gives every server the whole model, ``split`` a part to each; both build on ``running``.
+When a scene ends, sessions and connections are closed, the servers' books are checked, and all
+memory has to come back once they stop.
 """
 
 import asyncio
@@ -60,7 +61,6 @@ class FussySpan:
     def __init__(self, span: Span) -> None:
         self.span = span
         self.batches: list[int] = []
-
         self.blocks, self.mode, self.weights = span.blocks, span.mode, span.weights
 
     def run(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
