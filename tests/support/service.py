@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from petals.client.block_runner import PassCall
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
+from petals.client.training.hop_call import PassCall
 from petals.clock import Clock
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Span

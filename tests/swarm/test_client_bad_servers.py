@@ -8,7 +8,8 @@ from torch import Tensor
 
 from petals.client.routing.route import Needs
 from petals.client.routing.sequence_manager import SwarmConnection
-from petals.client.session.replies import Replies
+from petals.client.session.hop import HopReply
+from petals.client.session.pipeline import PendingReply
 from petals.errors import (
     MissingBlocksError,
     PeerMisbehaved,
@@ -36,7 +37,8 @@ async def know(connection: SwarmConnection, spare: Worker) -> None:
 
 async def test_a_slow_server_is_left_for_a_faster_one() -> None:
     async with split(*THREE) as swarm:
-        connection, text, slow = swarm.connection(), states(9), swarm.workers[1]
+        connection = swarm.connection(straggler_look_seconds=0.0)
+        text, slow = states(9), swarm.workers[1]
         session = swarm.session(connection)
         slow.faults.rewrite = computing_for(5.0)
         await session.step(text[:3], (0,), (3,))
@@ -57,7 +59,8 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
 
 async def test_a_slow_server_is_kept_while_the_faster_one_is_full() -> None:
     async with split(*THREE) as swarm:
-        connection, text = swarm.connection(max_pinged=3), states(8)
+        connection = swarm.connection(max_pinged=3, straggler_look_seconds=0.0)
+        text = states(8)
         session = swarm.session(connection)
         swarm.workers[1].faults.rewrite = computing_for(5.0)
         await session.step(text[:3], (0,), (3,))
@@ -119,15 +122,15 @@ async def test_a_reply_that_cannot_be_read_ends_the_hop_and_not_the_session(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with split(*THREE, *THREE) as swarm:
-        session, text, failed, take = swarm.session(), states(6), [], Replies.take
+        session, text, failed, take = swarm.session(), states(6), [], PendingReply.take
 
-        def fail_once(replies: Replies, *reply: object) -> None:
+        def fail_once(pending: PendingReply, reply: HopReply) -> None:
             if not failed:
                 failed.append(reply)
                 raise RuntimeError("a bug of ours")
-            take(replies, *reply)
+            take(pending, reply)
 
-        monkeypatch.setattr(Replies, "take", fail_once)
+        monkeypatch.setattr(PendingReply, "take", fail_once)
         assert_close(await session.step(text, (0,), (6,)), swarm.expected(text))
         (repair,) = session.trace.repairs
         assert failed and "could not be read" in repair.reason

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from petals.client.block_runner import PassCall, PassOutput
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.training.batch import MAX_AT_ONCE, Pass
+from petals.client.training.hop_call import PassCall, PassOutput
 from petals.errors import (
     BatchTooLarge,
     MissingBlocksError,
@@ -217,7 +217,7 @@ async def test_a_server_that_forgets_what_it_was_just_given() -> None:
     async with split(WHOLE) as swarm:
         lesson = await Lesson(swarm, (5, 3), max_retries=0).begin()
         swarm.workers[0].faults.refusals[Backward] = [PassExpired("Gone.")] * 2
-        with pytest.raises(PeerMisbehaved, match="lost a pass"):
+        with pytest.raises(PeerMisbehaved, match="loss of a pass"):
             await lesson.end()
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from petals.client.block_runner import PassCall
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
+from petals.client.training.hop_call import PassCall
 from petals.errors import BadInput, UnknownAdapter
 from petals.models.adapters.low_rank import Adapter
 from petals.types import BlockSpan
@@ -42,7 +42,6 @@ async def test_each_hop_gets_the_prompts_of_its_blocks() -> None:
         assert_close(torch.cat(parts), expected(swarm))
         openings = [worker.faults.all(OpenSession)[0] for worker in swarm.workers]
         assert [opening.num_prompt_tokens for opening in openings] == [3, 3, 3]
-        session.rewind(1)
         assert_close(await run(session, 1, 7), expected(swarm)[1:])
 
 
