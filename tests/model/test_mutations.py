@@ -14,14 +14,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from petals.client.session import migration, pipeline, reservation, supervisor
-from petals.client.session.actions import LegStatus
-from petals.client.session.hop import HopSession
-from petals.client.session.replies import HopReply, Replies
+from petals.client.session import pipeline, replacement, supervisor
+from petals.client.session.hop import HopReply, HopSession, LegStatus
 from petals.client.session.state import PendingStep, SessionState
 from petals.models.runtime.token_log import TokenLog
-from petals.server.session.history import InboundReplay, StepHistory
-from petals.server.session.rows import CachedRows
+from petals.server.session.rows import CachedRows, InboundReplay, StepHistory
 from petals.server.session.session import Session
 from petals.wire.header import RequestHeader
 from petals.wire.requests import ReplayPart
@@ -37,14 +34,12 @@ Patch = pytest.MonkeyPatch
 
 
 def replies_of_any_epoch(patch: Patch) -> None:
-    def take(
-        self: Any, header: RequestHeader, message: Any, tensors: Sequence[Tensor] = ()
-    ) -> None:
-        for waiting, pending in list(self._waiting.items()):
-            if RequestHeader(waiting.session_id, header.epoch, waiting.request_id) == header:
-                pending.take(HopReply(header.session_id, message, tensors))
+    def answer(self: Any, header: RequestHeader, message: Any, tensors: Any = ()) -> None:
+        for waiting, take in list(self.waiting.items()):
+            if waiting.request_id == header.request_id:
+                take(HopReply(self, message, tensors))
 
-    patch.setattr(Replies, "take", take)
+    patch.setattr(HopSession, "_answer", answer)
 
 
 def requests_of_any_epoch(patch: Patch) -> None:
@@ -57,7 +52,7 @@ def parts_of_any_replay(patch: Patch) -> None:
 
 
 def redialled_hop_is_slow(patch: Patch) -> None:
-    redial, book = HopSession.redial, reservation.book
+    redial, book = HopSession.redial, replacement.book
     were_slow: set[HopSession] = set()
 
     async def redial_slow(self: HopSession, *args: Any) -> None:
@@ -72,23 +67,23 @@ def redialled_hop_is_slow(patch: Patch) -> None:
         book(context, hops, excluded)
 
     patch.setattr(HopSession, "redial", redial_slow)
-    patch.setattr(supervisor, "book", book_slow)
+    patch.setattr(replacement, "book", book_slow)
 
 
 def unused_hops_are_kept(patch: Patch) -> None:
     def drop(context: Any, hops: Sequence[HopSession]) -> None:
         context.state.joining = [hop for hop in context.state.joining if hop not in hops]
 
-    patch.setattr(supervisor, "drop", drop)
-    patch.setattr(migration, "drop", drop)
+    patch.setattr(replacement, "drop", drop)
 
 
 def failed_reorder_is_forgotten(patch: Patch) -> None:
     begin = SessionState.begin
 
-    def begin_harmless(self: SessionState, step: PendingStep) -> None:
+    def begin_harmless(self: SessionState, *args: Any) -> PendingStep:
+        step = begin(self, *args)
         step.cuts_rows = False
-        begin(self, step)
+        return step
 
     patch.setattr(SessionState, "begin", begin_harmless)
 
@@ -128,7 +123,7 @@ def switch_without_rows(patch: Patch) -> None:
     async def send(self: Any, *args: Any) -> bool:
         return True
 
-    patch.setattr(migration.MigrationLoop, "_send", send)
+    patch.setattr(replacement.MigrationLoop, "_send", send)
 
 
 def draining_hop_misses_epoch(patch: Patch) -> None:
@@ -157,7 +152,7 @@ def old_hops_are_not_freed(patch: Patch) -> None:
         await context.state.announce_epoch()
 
     patch.setattr(supervisor, "switch", switch)
-    patch.setattr(migration, "switch", switch)
+    patch.setattr(replacement, "switch", switch)
 
 
 def cut_steps_are_answered(patch: Patch) -> None:
