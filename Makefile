@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test chaos bench check docs format clean
+.PHONY: install demo test chaos model-check bench check docs format clean
 
 install: $(STAMP)
 
@@ -39,6 +39,11 @@ chaos: $(STAMP)         ## faults by a seeded schedule; SEED=, MINUTES= or RUNS=
 	$(WITH_TOOLS) -m chaos --seed $(SEED) --minutes $(MINUTES) \
 		$(if $(RUNS),--runs $(RUNS)) $(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS)) \
 		$(if $(NETWORK),--network) $(if $(WRITE),--write benchmarks/results) $(ARGS)
+
+FIRST     ?= 0
+SCHEDULES ?= 5000
+model-check: $(STAMP)   ## the session core under drawn schedules; FIRST=, SCHEDULES=
+	$(WITH_TOOLS) -m model --first $(FIRST) --schedules $(SCHEDULES)
 
 bench: $(STAMP)         ## one benchmark: RUN="ring.py --out FILE"
 	$(WITH_TOOLS) benchmarks/$(RUN)

@@ -5,7 +5,9 @@ its own, since faults of all kinds at once hide each other.
 """
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from support.simulation.faults import CODES, LIES, Fault, FaultKind
 from support.simulation.play import LAYOUTS, Event, Rest, Schedule, Setting, Turn
@@ -23,13 +25,18 @@ _MAX_ROUNDS = 6
 _MAX_FAULTS = 3
 """Kinds of faults in a schedule, rounds of a schedule, and faults in a round, at most."""
 
+_NUM_PLACES = 24
+"""Messages from one step to the end of its repair, and some of the next step."""
+
 _CLOSE_SHARE = 0.2
 """Share of schedules in which the user closes the session during the last step."""
 
 
-def draw(number: int, kinds: Collection[FaultKind] | None = None) -> Schedule:
-    """A first step, then rounds of faults and the step or the pause that they strike. ``kinds``:
-    the faults to choose from.
+def draw(number: int, kinds: Collection[FaultKind] = (), **setting: Any) -> Schedule:
+    """A first step, then rounds of faults and the step or the pause that they strike.
+
+    kinds: the faults to choose from; none: all of them. setting: fields of ``Setting`` that are not
+    drawn.
     """
     chance = random.Random(number)
     known = list(kinds or (ALL_KINDS if number % 2 else REALISTIC))
@@ -39,13 +46,20 @@ def draw(number: int, kinds: Collection[FaultKind] | None = None) -> Schedule:
     num_rounds = chance.randint(2, _MAX_ROUNDS)
     for number_of_round in range(num_rounds):
         is_last = number_of_round == num_rounds - 1
-        events += [_fault(chance, chosen) for _ in range(chance.randint(0, _MAX_FAULTS))]
+        events += _faults(chance, chosen)
         if is_last and chance.random() < _CLOSE_SHARE:
             events.append(Fault(FaultKind.CLOSE, at=_at(chance)))
         is_rest = chance.random() < 0.25
         rest = Rest(chance.choice((0.1, 1.0, 9.0)))
         events.append(rest if is_rest else chance.choice(turns)(chance))
-    return Schedule(_setting(chance), tuple(events))
+    return Schedule(replace(_setting(chance), **setting), tuple(events))
+
+
+def at_every_message(faults: Callable[[int], tuple[Fault, ...]]) -> Iterator[Schedule]:
+    """The same steps of two hops again and again; the faults are moved from message to message."""
+    turns = (Turn((1,)), Turn((5,)), Rest(1.0), Turn((5,)), Rest(1.0), Turn((1,)))
+    for at in range(_NUM_PLACES):
+        yield Schedule(Setting(num_rows=1), (Turn((4,)), *faults(at), *turns))
 
 
 def _setting(chance: random.Random) -> Setting:
@@ -87,17 +101,26 @@ def _three(chance: random.Random, least: int, most: int) -> tuple[int, ...]:
     return tuple(chance.randint(least, most) for _ in range(3))
 
 
-def _fault(chance: random.Random, kinds: Collection[FaultKind]) -> Fault:
-    """One fault of these kinds at any of the next messages."""
-    return Fault(
-        kind=chance.choice(list(kinds)),
-        at=_at(chance),
-        who=chance.randint(0, 6),
-        other=chance.randint(0, 6),
-        seconds=chance.choice((0.02, 0.2, 0.7, 1.5, 3.0, 8.0)),
-        code=chance.randrange(max(len(CODES), len(LIES))),
-    )
+def _faults(chance: random.Random, kinds: Sequence[FaultKind]) -> list[Fault]:
+    """Faults of these kinds at any of the next messages; in half of all rounds each one strikes
+    while the one before it is being repaired.
+    """
+    at, is_close, faults = 0, chance.random() < 0.5, []
+    for _ in range(chance.randint(0, _MAX_FAULTS)):
+        pause = chance.choice((0, 0, 1, 4, 7, 10))
+        at = at + pause if is_close and faults else _at(chance)
+        faults.append(
+            Fault(
+                kind=chance.choice(kinds),
+                at=at,
+                who=chance.randint(0, 6),
+                other=chance.randint(0, 6),
+                seconds=chance.choice((0.02, 0.2, 0.7, 0.7, 1.5, 3.0, 8.0)),
+                code=chance.randrange(max(len(CODES), len(LIES))),
+            )
+        )
+    return faults
 
 
 def _at(chance: random.Random) -> int:
-    return chance.randint(0, chance.choice((6, 24)))
+    return chance.randint(0, chance.choice((3, 6, 24)))

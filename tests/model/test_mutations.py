@@ -5,23 +5,28 @@ the first ``MAX_SCHEDULES``; nothing is shrunk. Work that does not end is a fail
 limits of ``support.simulation.virtual_time``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from petals.client.session import pipeline, replacement, supervisor
-from petals.client.session.hop import HopReply, HopSession, LegState, LegStatus
+from petals.client.session.hop import HopReply, HopSession, LegStatus
 from petals.client.session.state import PendingStep, SessionState
-from petals.errors import PetalsError
 from petals.models.runtime.token_log import TokenLog
-from petals.server.session.kv_transfer import KVCopy
 from petals.server.session.rows import CachedRows, InboundReplay, StepHistory
-from petals.server.session.session import ClientChannel, Session
+from petals.server.session.session import Session
 from petals.wire.header import RequestHeader
 from petals.wire.requests import ReplayPart
+from support.simulation.faults import Fault
+from support.simulation.faults import FaultKind as Kind
+from support.simulation.play import Schedule, play
+
+from .schedules import at_every_message, draw
 
 MAX_SCHEDULES = 400
 
@@ -29,52 +34,40 @@ Patch = pytest.MonkeyPatch
 
 
 def replies_of_any_epoch(patch: Patch) -> None:
-    def answer(
-        self: Any, header: RequestHeader, message: Any, tensors: Sequence[Tensor] = ()
-    ) -> None:
+    def answer(self: Any, header: RequestHeader, message: Any, tensors: Any = ()) -> None:
         for waiting, take in list(self.waiting.items()):
-            if replace_epoch(waiting, header.epoch) == header:
+            if waiting.request_id == header.request_id:
                 take(HopReply(self, message, tensors))
 
     patch.setattr(HopSession, "_answer", answer)
-
-
-def replace_epoch(header: RequestHeader, epoch: int) -> RequestHeader:
-    return RequestHeader(header.session_id, epoch, header.request_id)
 
 
 def requests_of_any_epoch(patch: Patch) -> None:
     patch.setattr(Session, "is_outdated", lambda self, header: False)
 
 
-def epoch_goes_back(patch: Patch) -> None:
-    def begin_epoch(self: Any, epoch: int, sources: Sequence[str]) -> None:
-        self._epoch, self._sources = epoch, frozenset(sources)
-
-    patch.setattr(Session, "begin_epoch", begin_epoch)
-
-
-def parts_of_older_replays(patch: Patch) -> None:
+def parts_of_any_replay(patch: Patch) -> None:
     patch.setattr(InboundReplay, "is_past", lambda self, part: False)
+    patch.setattr(InboundReplay, "check", lambda self, part: None)
 
 
 def redialled_hop_is_slow(patch: Patch) -> None:
-    redial, lost = HopSession.redial, LegState.lost
+    redial, book = HopSession.redial, replacement.book
+    were_slow: set[HopSession] = set()
 
-    async def redial_slow(self: Any, *args: Any) -> None:
+    async def redial_slow(self: HopSession, *args: Any) -> None:
         was_slow = self.state.status is LegStatus.SLOW
         await redial(self, *args)
-        self.was_slow = was_slow
+        if was_slow:
+            were_slow.add(self)
 
-    def lose(self: Any, error: PetalsError) -> None:
-        error.peer_id = error.peer_id or self.peer_id
-        state = lost(self.state, error)
-        if getattr(self, "was_slow", False) and state.is_lost:
-            state = replace(state, status=LegStatus.SLOW)
-        self._change(state)
+    def book_slow(context: Any, hops: Sequence[HopSession], excluded: Any) -> None:
+        for hop in were_slow.intersection(hops):
+            hop.state = replace(hop.state, status=LegStatus.SLOW)
+        book(context, hops, excluded)
 
     patch.setattr(HopSession, "redial", redial_slow)
-    patch.setattr(HopSession, "lose", lose)
+    patch.setattr(replacement, "book", book_slow)
 
 
 def unused_hops_are_kept(patch: Patch) -> None:
@@ -153,17 +146,6 @@ def repaired_step_has_new_ids(patch: Patch) -> None:
     patch.setattr(supervisor, "run_pieces", run_renamed)
 
 
-def spoilt_copy_is_used(patch: Patch) -> None:
-    patch.setattr(KVCopy, "check", lambda self: None)
-
-
-def pieces_overtake(patch: Patch) -> None:
-    async def turn(self: Any, number: int, hop: int) -> None:
-        return None
-
-    patch.setattr(pipeline._PiecesRun, "_turn", turn)
-
-
 def old_hops_are_not_freed(patch: Patch) -> None:
     async def switch(context: Any, old: Sequence[HopSession], hops: Sequence[HopSession]) -> None:
         context.state.switch(old, hops)
@@ -173,40 +155,64 @@ def old_hops_are_not_freed(patch: Patch) -> None:
     patch.setattr(replacement, "switch", switch)
 
 
-def older_channel_takes_over(patch: Patch) -> None:
-    patch.setattr(ClientChannel, "is_newer_than", lambda self, other: False)
-
-
-def replies_to_any_row(patch: Patch) -> None:
+def cut_steps_are_answered(patch: Patch) -> None:
     patch.setattr(StepHistory, "cut", lambda self, plan, step_id: None)
 
 
-MUTATIONS: tuple[Callable[[Patch], None], ...] = (
-    replies_of_any_epoch,
-    requests_of_any_epoch,
-    epoch_goes_back,
-    parts_of_older_replays,
-    redialled_hop_is_slow,
-    unused_hops_are_kept,
-    failed_reorder_is_forgotten,
-    reordered_is_dropped,
-    log_forgets_last_row,
-    steps_run_twice,
-    switch_without_rows,
-    draining_hop_misses_epoch,
-    repaired_step_has_new_ids,
-    spoilt_copy_is_used,
-    pieces_overtake,
-    old_hops_are_not_freed,
-    older_channel_takes_over,
-    replies_to_any_row,
-)
+def interrupted_repair_keeps_hops(patch: Patch) -> None:
+    patch.setattr(SessionState, "take_unused", lambda self: [])
 
-K = __import__("support.simulation.faults").simulation.faults.FaultKind
-replies_of_any_epoch.kinds = (K.KILL, K.BREAK, K.STALL, K.REPEAT, K.OVERTAKE, K.PAUSE)
-requests_of_any_epoch.kinds = (K.KILL, K.BREAK, K.STALL, K.REPEAT, K.OVERTAKE, K.PAUSE)
-parts_of_older_replays.kinds = (K.KILL, K.REPEAT, K.OVERTAKE, K.STALL)
-redialled_hop_is_slow.kinds = (K.SLOW, K.DEAF, K.KILL, K.BREAK, K.FORGET)
-spoilt_copy_is_used.kinds = (K.DRAIN,)
-draining_hop_misses_epoch.kinds = (K.DRAIN,K.KILL, K.BREAK)
-reordered_is_dropped.kinds = (K.KILL,K.KILL_SILENTLY,K.FAIL)
+
+Schedules = Callable[[], Iterator[Schedule]]
+
+
+def _drawn(first: int = 0, kinds: Collection[Kind] = (), **setting: Any) -> Schedules:
+    numbers = range(first, first + MAX_SCHEDULES)
+    return lambda: (draw(number, kinds, **setting) for number in numbers)
+
+
+def _late(fault: Fault, kind: Kind, *seconds: float) -> Schedules:
+    """A message is late, or comes once more late, when a fault strikes."""
+
+    def faults(late: float, at: int) -> tuple[Fault, ...]:
+        return fault if fault.at else replace(fault, at=at), Fault(kind, at, seconds=late)
+
+    return lambda: chain.from_iterable(at_every_message(partial(faults, late)) for late in seconds)
+
+
+MUTATIONS: dict[Callable[[Patch], None], Schedules] = {
+    replies_of_any_epoch: _late(Fault(Kind.KILL, who=1), Kind.OVERTAKE, 0.1),
+    requests_of_any_epoch: _late(
+        Fault(Kind.FORGET, who=1), Kind.OVERTAKE, 0.08, 0.09, 0.1, 0.11, 0.12
+    ),
+    parts_of_any_replay: _late(
+        Fault(Kind.DRAIN, at=1, who=2, seconds=8.0), Kind.REPEAT, 0.005, 0.01
+    ),
+    redialled_hop_is_slow: _drawn(
+        300, (Kind.KILL, Kind.STALL_LINK, Kind.SLOW), layout="three hops", latencies=0
+    ),
+    unused_hops_are_kept: _drawn(),
+    interrupted_repair_keeps_hops: _drawn(),
+    failed_reorder_is_forgotten: _drawn(),
+    reordered_is_dropped: _drawn(60, (Kind.KILL, Kind.KILL_SILENTLY, Kind.FAIL)),
+    log_forgets_last_row: _drawn(),
+    steps_run_twice: _drawn(),
+    cut_steps_are_answered: _drawn(),
+    switch_without_rows: _drawn(0, (Kind.DRAIN,)),
+    draining_hop_misses_epoch: _drawn(0, (Kind.DRAIN, Kind.KILL, Kind.BREAK)),
+    repaired_step_has_new_ids: _drawn(60, (Kind.KILL, Kind.KILL_SILENTLY, Kind.FAIL)),
+    old_hops_are_not_freed: _drawn(),
+}
+"""How a rule is broken -> the schedules of which one has to fail."""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_is_found(mutation: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutation(monkeypatch)
+    for number, schedule in enumerate(MUTATIONS[mutation]()):
+        try:
+            play(schedule)
+        except AssertionError as error:
+            print(f"schedule {number}: {str(error).splitlines()[0]}")
+            return
+    pytest.fail(f"the check passes although {mutation.__name__}")

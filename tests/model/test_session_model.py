@@ -1,32 +1,27 @@
-"""The real session core of both ends in virtual time, under drawn schedules of steps and faults.
+"""The real session core of both ends in virtual time, under schedules of steps and faults.
 
 `play` fails if an output is not the reference's, if a step does not end in time, if an invariant of
-an idle session is broken, or if a reservation is left behind.
+an idle session is broken, or if a reservation is left behind. ``make model-check`` plays more.
 """
 
-from hypothesis import HealthCheck, given, settings
+import pytest
 
-from support.simulation.play import Schedule, play
+from support.simulation.faults import Fault, FaultKind
+from support.simulation.play import play
 
-from .schedules import ALL_KINDS, REALISTIC, schedules
+from .schedules import ALL_KINDS, at_every_message, draw
 
-NUM_EXAMPLES = 300
-QUICK = settings(
-    max_examples=NUM_EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+NUM_DRAWN = 400
+NUM_PARTS = 4
 
 
-@QUICK
-@given(schedules(REALISTIC, max_rounds=6))
-def test_faults_that_happen(schedule: Schedule) -> None:
-    play(schedule)
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_drawn_schedules(part: int) -> None:
+    for number in range(part, NUM_DRAWN, NUM_PARTS):
+        play(draw(number))
 
 
-@QUICK
-@given(schedules(ALL_KINDS, max_rounds=6))
-def test_messages_that_are_lost_repeated_and_overtaken(schedule: Schedule) -> None:
-    play(schedule)
+@pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: kind.name.lower())
+def test_one_fault_at_every_message(kind: FaultKind) -> None:
+    for schedule in at_every_message(lambda at: (Fault(kind, at, who=1 + at % 2, seconds=0.7),)):
+        play(schedule)

@@ -48,7 +48,7 @@ from support.simulation.servers import (
     SimServerOptions,
 )
 from support.simulation.story import Story
-from support.simulation.toy_blocks import NOTHING, run_whole, token_states
+from support.simulation.toy_blocks import NOTHING, token_states, whole_outputs
 from support.simulation.virtual_time import run_virtually
 
 STEP_BOUND_SECONDS = 120.0
@@ -350,7 +350,7 @@ class _Play:
     ) -> None:
         assert len(output) == sum(counts)
         for number, (row, start, part) in enumerate(zip(after, starts, output.split(list(counts)))):
-            expected = run_whole(token_states(row), self._blocks)[start:]
+            expected = whole_outputs(tuple(row), self._blocks.end)[start:]
             assert torch.equal(part, expected), f"row {number} has wrong outputs from {start} on"
 
     def _check_error(self, error: BaseException) -> None:
@@ -422,8 +422,7 @@ class _Play:
             assert all(more >= length for more, length in pairs), f"{leg.peer_id} lacks rows"
             if not held.outputs.is_dropped:
                 outputs = list(held.outputs.read((0,) * len(lengths), lengths))
-                passed = BlockSpan(0, leg.blocks.end)
-                expected = [run_whole(token_states(row), passed) for row in self._held_rows]
+                expected = [whole_outputs(tuple(row), leg.blocks.end) for row in self._held_rows]
                 is_right = torch.equal(torch.cat([*outputs, NOTHING]), torch.cat(expected))
                 assert is_right, f"{leg.peer_id} keeps wrong outputs"
 

@@ -188,7 +188,7 @@ def _check_values(record: AnyRecord) -> None:
     if isinstance(record, ServerRecord):
         for start, end in record.spans + record.next_spans:
             if not start < end <= record.num_blocks:
-                raise RecordInvalid(f"BlockRange {start}:{end} are not a span of the model.")
+                raise RecordInvalid(f"Blocks {start}:{end} are not a span of the model.")
 
 
 def _texts_of(record: AnyRecord) -> Iterator[str]:
