@@ -217,8 +217,9 @@ def _make_class(original: type[PreTrainedModel], is_base: bool) -> type[PreTrain
         role = DistributedCausalLM
     names: dict[str, Any] = {"__module__": __name__, "__doc__": original.__doc__}
     for name in ("forward", "prepare_inputs_for_generation"):
-        if name in vars(role):
-            names[name] = with_signature_of(getattr(original, name), vars(role)[name])
+        own = getattr(role, name, None)
+        if own is not None:
+            names[name] = with_signature_of(getattr(original, name), own)
     return type(f"Distributed{original.__name__}", (Loadable, role, original), names)
 
 

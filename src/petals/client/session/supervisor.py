@@ -58,6 +58,7 @@ class SessionSupervisor:
         timeouts = StepTimeouts(config.failover, config.step_timeout)
         self._context = SessionContext(self.state, swarm, spec, timeouts, self._on_draining)
         self._config, self._swarm = config, swarm
+        self._num_retries = config.num_retries
         self._migration = MigrationLoop(self._context)
         self._tasks = BackgroundTasks()
         self._was_open = False
@@ -91,7 +92,7 @@ class SessionSupervisor:
             self._progress_at = self._context.now
             patience = self._config.repair_timeout if self._was_open else 0.0
             history = History(
-                holds_state=True, max_failures=self._config.num_retries, max_wait_seconds=patience
+                holds_state=True, max_failures=self._num_retries, max_wait_seconds=patience
             )
             step = state.begin(rows, reorder, history)
             try:

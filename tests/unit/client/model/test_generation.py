@@ -79,7 +79,6 @@ def test_the_text_side_of_a_multimodal_model():
 FILES_OF_A_TOKEN = {
     "connection/event_loop.py",
     "model/distributed.py",
-    "model/generation.py",
     "model/inference_session.py",
     "model/padding.py",
     "model/remote_sequential.py",
