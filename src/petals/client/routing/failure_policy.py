@@ -48,7 +48,7 @@ class Reaction(Enum):
     EXCLUDE = "ask another server; this one stays out of this request"
     BAN = "ask another server; every request of this client avoids this one for a time"
     WAIT = "no server can do it now: pause, read the directory, try again"
-    RAISE = "tell the user"
+    RAISE = "raise the error to the user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def decide(error: PetalsError, history: History) -> Decision:
     if isinstance(error, PeerError):
         return _failed(error, history)
     if isinstance(error, MissingBlocksError | NoCapacity | CacheFull | TrainingRefused):
-        return _nobody_can(history)
+        return _none_left(history)
     return Decision(Reaction.RAISE)
 
 
@@ -151,7 +151,7 @@ def _failed(error: PeerError, history: History) -> Decision:
     return Decision(Reaction.BAN, cause)
 
 
-def _nobody_can(history: History) -> Decision:
+def _none_left(history: History) -> Decision:
     """No server is left: wait for one until ``max_wait_seconds`` are over."""
     if history.waiting_since is None:
         is_allowed = history.max_wait_seconds > 0
