@@ -25,6 +25,7 @@ from petals.errors import (
     NoCapacity,
     OutboxLost,
     PeerError,
+    PeerMisbehaved,
     PeerTimeout,
     PeerUnreachable,
     PetalsError,
@@ -32,7 +33,7 @@ from petals.errors import (
     SessionGap,
     TrainingRefused,
 )
-from petals.types import PeerId
+from petals.types import Hop, PeerId
 
 SELF_REPORTED = (PeerError,)
 """Errors that a server may report of itself: it is busy, it failed, it timed out."""
@@ -161,3 +162,12 @@ def _none_left(history: History) -> Decision:
     if left <= 0:
         return Decision(Reaction.RAISE)
     return Decision(Reaction.WAIT, refresh=True, max_pause_seconds=left)
+
+
+def misbehaved(hop: Hop, what: str) -> PeerMisbehaved:
+    """The error for an answer of ``hop`` that cannot be right."""
+    return PeerMisbehaved(
+        f"The server of blocks {hop.blocks} answered with {what}.",
+        hint="It is avoided from now on; report it to the operators of the swarm.",
+        peer_id=hop.peer_id,
+    )
