@@ -5,6 +5,7 @@ nothing is ever pickled. Must not know sockets and messages.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,3 +68,21 @@ def check_states(hidden: Tensor) -> None:
             "Hidden states hold NaN or infinity.",
             hint="Check their source, for example prompts that diverged in training.",
         )
+
+
+def what_is_wrong(
+    answer: Sequence[Tensor], likes: Sequence[Tensor], *, any_dtype: bool = False
+) -> str:
+    """Why a server's answer cannot be what was computed for tensors ``likes``; empty if it can.
+
+    ``any_dtype``: another floating dtype is not wrong.
+    """
+    if len(answer) != len(likes):
+        return f"{len(answer)} tensors instead of {len(likes)}"
+    for tensor, like in zip(answer, likes):
+        is_of_dtype = tensor.is_floating_point() if any_dtype else tensor.dtype == like.dtype
+        if tensor.shape != like.shape or not is_of_dtype:
+            return f"{tensor.dtype} {list(tensor.shape)} for {like.dtype} {list(like.shape)}"
+        if not is_finite(tensor):
+            return "NaN or infinity"
+    return ""

@@ -25,6 +25,7 @@ from petals.errors import (
     NoCapacity,
     OutboxLost,
     PeerError,
+    PeerMisbehaved,
     PeerTimeout,
     PeerUnreachable,
     PetalsError,
@@ -32,7 +33,7 @@ from petals.errors import (
     SessionGap,
     TrainingRefused,
 )
-from petals.types import PeerId
+from petals.types import Hop, PeerId
 
 SELF_REPORTED = (PeerError,)
 """Errors that a server may report of itself: it is busy, it failed, it timed out."""
@@ -48,7 +49,7 @@ class Reaction(Enum):
     EXCLUDE = "ask another server; this one stays out of this request"
     BAN = "ask another server; every request of this client avoids this one for a time"
     WAIT = "no server can do it now: pause, read the directory, try again"
-    RAISE = "tell the user"
+    RAISE = "raise the error to the user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def decide(error: PetalsError, history: History) -> Decision:
     if isinstance(error, PeerError):
         return _failed(error, history)
     if isinstance(error, MissingBlocksError | NoCapacity | CacheFull | TrainingRefused):
-        return _nobody_can(history)
+        return _none_left(history)
     return Decision(Reaction.RAISE)
 
 
@@ -151,7 +152,7 @@ def _failed(error: PeerError, history: History) -> Decision:
     return Decision(Reaction.BAN, cause)
 
 
-def _nobody_can(history: History) -> Decision:
+def _none_left(history: History) -> Decision:
     """No server is left: wait for one until ``max_wait_seconds`` are over."""
     if history.waiting_since is None:
         is_allowed = history.max_wait_seconds > 0
@@ -161,3 +162,12 @@ def _nobody_can(history: History) -> Decision:
     if left <= 0:
         return Decision(Reaction.RAISE)
     return Decision(Reaction.WAIT, refresh=True, max_pause_seconds=left)
+
+
+def misbehaved(hop: Hop, what: str) -> PeerMisbehaved:
+    """The error for an answer of ``hop`` that cannot be right."""
+    return PeerMisbehaved(
+        f"The server of blocks {hop.blocks} answered with {what}.",
+        hint="It is avoided from now on; report it to the operators of the swarm.",
+        peer_id=hop.peer_id,
+    )

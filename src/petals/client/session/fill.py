@@ -14,7 +14,8 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from petals.client.session.hop import HopReply, HopSession, misbehaved, next_hops
+from petals.client.routing.failure_policy import misbehaved
+from petals.client.session.hop import HopReply, HopSession, next_hops
 from petals.client.session.pipeline import SessionContext, expect
 from petals.client.session.state import ReplicaProgress
 from petals.errors import PeerMisbehaved, PeerTimeout, PetalsError, RequestError

@@ -24,7 +24,6 @@ from petals.errors import (
     BadInput,
     PeerError,
     PeerFailed,
-    PeerMisbehaved,
     PeerTimeout,
     PeerUnreachable,
     PetalsError,
@@ -56,7 +55,6 @@ from petals.wire.requests import (
     ReplayPart,
 )
 from petals.wire.services import BLOCKS_SERVICE
-from petals.wire.tensors import is_finite
 
 logger = get_logger(__name__)
 
@@ -409,30 +407,3 @@ async def _dial(swarm: SwarmState, peer: PeerId, seconds: float) -> Channel:
 def next_hops(hops: Sequence[HopSession]) -> NextHops:
     """Hops as messages name them."""
     return tuple(NextHop(hop.peer_id, hop.session_id) for hop in hops)
-
-
-def what_is_wrong(
-    answer: Sequence[Tensor], likes: Sequence[Tensor], *, any_dtype: bool = False
-) -> str:
-    """Why a server's answer cannot be what was computed for tensors ``likes``; empty if it can.
-
-    ``any_dtype``: another floating dtype is not wrong.
-    """
-    if len(answer) != len(likes):
-        return f"{len(answer)} tensors instead of {len(likes)}"
-    for tensor, like in zip(answer, likes):
-        is_of_dtype = tensor.is_floating_point() if any_dtype else tensor.dtype == like.dtype
-        if tensor.shape != like.shape or not is_of_dtype:
-            return f"{tensor.dtype} {list(tensor.shape)} for {like.dtype} {list(like.shape)}"
-        if not is_finite(tensor):
-            return "NaN or infinity"
-    return ""
-
-
-def misbehaved(hop: Hop, what: str) -> PeerMisbehaved:
-    """The error for an answer of ``hop`` that cannot be right."""
-    return PeerMisbehaved(
-        f"The server of blocks {hop.blocks} answered with {what}.",
-        hint="It is avoided from now on; report it to the operators of the swarm.",
-        peer_id=hop.peer_id,
-    )

@@ -16,15 +16,10 @@ from math import inf
 from torch import Tensor
 
 from petals.client.config import ClientConfig
+from petals.client.routing.failure_policy import misbehaved
 from petals.client.routing.latency import StepTimeouts
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.session.hop import (
-    HopReply,
-    HopSession,
-    misbehaved,
-    next_hops,
-    what_is_wrong,
-)
+from petals.client.session.hop import HopReply, HopSession, next_hops
 from petals.client.session.state import SessionState, StepPiece
 from petals.client.session.types import SessionSpec
 from petals.client.trace import EdgeTrace, StepTiming, Way
@@ -34,6 +29,7 @@ from petals.swarm.background import gather_bounded
 from petals.types import PeerId
 from petals.wire.replies import ForwardFailed, StepResult
 from petals.wire.requests import ReplayPart, Step
+from petals.wire.tensors import what_is_wrong
 
 logger = get_logger(__name__)
 

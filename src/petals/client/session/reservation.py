@@ -58,7 +58,7 @@ async def reserve(
 
 
 class _RouteReservation:
-    """One attempt after another, with what they have taught. See ``reserve``."""
+    """Attempts one after the other, and which servers they have found full or unwilling."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class _RouteReservation:
         except asyncio.CancelledError:
             # Not here: who is cancelled once may be cancelled twice.
             work = _give_up(tasks, held)
-            self._swarm.node.background.start(work, "freeing hops that nobody waits for")
+            self._swarm.node.background.start(work, "freeing hops of an attempt that was cancelled")
             raise
         errors = [(hop, task.exception()) for hop, task in zip(missing, tasks) if task.exception()]
         if not errors:

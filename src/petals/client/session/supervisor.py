@@ -58,9 +58,12 @@ class SessionSupervisor:
         timeouts = StepTimeouts(config.failover, config.step_timeout)
         self._context = SessionContext(self.state, swarm, spec, timeouts, self._on_draining)
         self._config, self._swarm = config, swarm
-        self._num_retries = config.num_retries
         self._migration = MigrationLoop(self._context)
         self._tasks = BackgroundTasks()
+        self._fresh = History(holds_state=True, max_failures=config.num_retries)
+        """The history of a step that begins. The first step, which opens the session, waits for no
+        server.
+        """
         self._was_open = False
         self._progress_at = 0.0
         self._warm_spares_at = 0.0
@@ -90,11 +93,7 @@ class SessionSupervisor:
         state, config = self.state, self._config.failover
         async with state.lock:
             self._progress_at = self._context.now
-            patience = self._config.repair_timeout if self._was_open else 0.0
-            history = History(
-                holds_state=True, max_failures=self._num_retries, max_wait_seconds=patience
-            )
-            step = state.begin(rows, reorder, history)
+            step = state.begin(rows, reorder, self._fresh)
             try:
                 while not (state.legs and step.is_done):
                     await self._perform(next_action(state, config, self._context.now), step)
@@ -138,11 +137,7 @@ class SessionSupervisor:
                 if await repair(self._context, self.state.legs[start:end]):
                     step.history = replace(step.history, waiting_since=None)
             case Redial(legs):
-                for leg in (self.state.legs[index] for index in legs):
-                    if leg.state.error is not None:
-                        decision = decide(leg.state.error, step.history)
-                        step.history = step.history.after(leg.state.error, decision)
-                await self._redial(legs)
+                await self._redial(legs, step)
             case Wait(seconds, legs):
                 await self._wait(seconds, legs, step)
             case Raise(error):
@@ -161,8 +156,8 @@ class SessionSupervisor:
         await switch(self._context, (), hops)
         if is_first:
             self._was_open = True
-            seconds = self._config.repair_timeout
-            step.history = replace(step.history, max_wait_seconds=seconds)
+            self._fresh = replace(self._fresh, max_wait_seconds=self._config.repair_timeout)
+            step.history = self._fresh
             self._tasks.start(self._keep_alive(), "keeping a session alive")
         else:
             await self._feed(step)
@@ -190,10 +185,13 @@ class SessionSupervisor:
         legs, state.legs, state.has_diverged, step.pieces = state.legs, [], False, []
         await release(legs)
 
-    async def _redial(self, indices: Iterable[int]) -> None:
+    async def _redial(self, indices: Iterable[int], step: PendingStep) -> None:
         """Open new streams to lost legs, all at the same time."""
 
         async def redial(leg: HopSession) -> None:
+            error = leg.state.error
+            if error is not None and not leg.state.is_booked:
+                step.history = step.history.after(error, decide(error, step.history))
             await leg.redial()
             logger.debug("a stream to …%s broke and was opened anew", leg.peer_id[-6:])
             self.state.losses.pop(leg.hop, None)
@@ -218,7 +216,7 @@ class SessionSupervisor:
             logger.warning(text, swarm.config.repair_timeout, since, failure.message)
         step.num_repairs = 0  # the time that waiting takes is limited by itself
         await swarm.node.clock.sleep(seconds)
-        await self._redial(legs)
+        await self._redial(legs, step)
         if not legs or any(state.legs[index].state.is_lost for index in legs):
             await swarm.look_again(state.blocks)
 

@@ -11,14 +11,15 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from petals.client.routing.failure_policy import misbehaved
 from petals.client.routing.swarm_state import SwarmState
-from petals.client.session.hop import misbehaved, what_is_wrong
 from petals.errors import PassExpired
 from petals.models.adapters.low_rank import Adapter
 from petals.types import BlockSpan, Hop
 from petals.wire.fields import Message
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
 from petals.wire.services import BLOCKS_SERVICE
+from petals.wire.tensors import what_is_wrong
 
 _PASS_ID_BYTES = 16
 M = TypeVar("M", bound=Message)

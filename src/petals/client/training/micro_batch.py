@@ -203,7 +203,7 @@ class MicroBatch:
                 in_haste = bool(lost or history.redialled)
                 return await swarm.route(needs, throughput=True, in_haste=in_haste)
             except (MissingBlocksError, NoCapacity, TrainingRefused) as error:
-                # Without a lost server nobody is expected to come back: waiting would be useless.
+                # Without a lost server none is expected to come back: waiting would be useless.
                 seconds = swarm.config.repair_timeout if lost else 0.0
                 now = swarm.node.clock.monotonic()
                 history = replace(history, now=now, max_wait_seconds=seconds)
@@ -217,12 +217,12 @@ class MicroBatch:
                 await swarm.refresh(older_than=pause)
 
     def _reason(self, error: PetalsError, blocks: BlockSpan, is_lost: bool) -> PetalsError:
-        """What the user is told when no route is left: the last refusal says most."""
+        """The error when no route is left: the last refusal says most."""
         if self._refused or not is_lost:
             return next(reversed(self._refused.values()), error)
-        nobody = _nobody(blocks, self._swarm.model)
-        nobody.__cause__ = next(reversed(self._lost.errors.values()))
-        return nobody
+        missing = _missing(blocks, self._swarm.model)
+        missing.__cause__ = next(reversed(self._lost.errors.values()))
+        return missing
 
     async def _react(self, peer: PeerId, error: PetalsError) -> None:
         """Follow the failure policy. Raises the error if no other server can help."""
@@ -244,9 +244,9 @@ class MicroBatch:
                 raise error
 
 
-def _nobody(blocks: BlockSpan, model: str) -> MissingBlocksError:
+def _missing(blocks: BlockSpan, model: str) -> MissingBlocksError:
     return MissingBlocksError(
-        f"Nobody serves blocks {blocks} of {model} any more.",
-        hint=f"Start somebody: petals serve {model} --blocks {blocks} --join ADDR. What was "
+        f"No server has blocks {blocks} of {model} any more.",
+        hint=f"Start a server: petals serve {model} --blocks {blocks} --join ADDR. What was "
         "computed so far is lost; parameters and optimizer are yours and untouched.",
     )
