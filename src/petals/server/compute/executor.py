@@ -14,6 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, cast
 
 from petals.errors import PeerFailed, PetalsError, SessionClosed
@@ -125,27 +126,17 @@ class ComputeThread(ABC):
             self._loop.call_soon_threadsafe(_deliver, answers)
 
 
+@dataclass(slots=True, eq=False)
 class _QueuedJob:
     """A job with its caller's future and its times (``time.perf_counter``)."""
 
-    __slots__ = (
-        "batch_tokens",
-        "compute_seconds",
-        "future",
-        "job",
-        "key",
-        "queued_at",
-        "started_at",
-    )
-
-    def __init__(self, key: int, job: Job[Any], future: "asyncio.Future[Any]") -> None:
-        self.key = key
-        self.job = job
-        self.future = future
-        self.queued_at = time.perf_counter()
-        self.started_at = 0.0
-        self.compute_seconds = 0.0
-        self.batch_tokens = 0
+    key: int
+    job: Job[Any]
+    future: "asyncio.Future[Any]"
+    queued_at: float = field(default_factory=time.perf_counter)
+    started_at: float = 0.0
+    compute_seconds: float = 0.0
+    batch_tokens: int = 0
 
 
 class Executor(ComputeThread):

@@ -277,8 +277,11 @@ class TestFailure:
 
     async def test_accounts_that_do_not_add_up_are_an_error(self, rig: Rig) -> None:
         await rig.executor.run(rig.step(torch.ones(1, 1)))
-        rig.pool._reserved_bytes += 1
-        await rig.executor.call(lambda: None)
+
+        def check() -> None:
+            raise AssertionError("reservations do not add up")
+
+        await rig.executor.call_on_device(lambda device: rig.executor.attach(device, check))
         await rig.failed.wait()
         with pytest.raises(PeerFailed):
             await rig.executor.call(lambda: None)

@@ -1,7 +1,7 @@
 """Channels to next hops: opened on demand, shared, reopened once, closed when idle."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -96,8 +96,16 @@ class Swarm:
         await self.links.send(PEER, message, (), on_lost, replay_of=replay_of)
 
 
-async def test_all_share_one_channel_and_keep_their_order() -> None:
-    swarm = Swarm()
+@pytest.fixture
+async def swarm(request: pytest.FixtureRequest) -> AsyncIterator[Swarm]:
+    """With limits of a test's own by indirect parametrization."""
+    made = Swarm(getattr(request, "param", LIMITS))
+    yield made
+    await made.links.close()
+    assert not made.num_open
+
+
+async def test_all_share_one_channel_and_keep_their_order(swarm: Swarm) -> None:
     messages = [numbered(i) for i in range(5)]
     await asyncio.gather(*map(swarm.send, messages))
     (channel,) = swarm.channels
@@ -107,16 +115,7 @@ async def test_all_share_one_channel_and_keep_their_order() -> None:
     assert channel.is_closed
 
 
-async def test_a_replay_has_a_channel_of_its_own() -> None:
-    swarm = Swarm()
-    await swarm.send()
-    await swarm.send(replay_of=b"s")
-    assert swarm.num_open == 2
-    await swarm.links.close()
-
-
-async def test_a_broken_channel_is_opened_again_but_once() -> None:
-    swarm = Swarm()
+async def test_a_broken_channel_is_opened_again_but_once(swarm: Swarm) -> None:
     await swarm.send()
     swarm.channels[0].is_broken = True
     await swarm.send()
@@ -125,11 +124,9 @@ async def test_a_broken_channel_is_opened_again_but_once() -> None:
     with pytest.raises(PeerUnreachable):
         await swarm.send()
     assert swarm.num_dials == 3
-    await swarm.links.close()
 
 
-async def test_those_in_line_do_not_all_dial_in_vain() -> None:
-    swarm = Swarm()
+async def test_those_in_line_do_not_all_dial_in_vain(swarm: Swarm) -> None:
     swarm.is_reachable = False
     results = await asyncio.gather(*[swarm.send() for _ in range(5)], return_exceptions=True)
     assert all(isinstance(result, PeerUnreachable) for result in results)
@@ -137,27 +134,25 @@ async def test_those_in_line_do_not_all_dial_in_vain() -> None:
     swarm.is_reachable = True
     await swarm.clock.advance(1.0)
     await swarm.send()
-    await swarm.links.close()
 
 
-async def test_a_channel_that_rests_for_long_is_closed() -> None:
-    swarm = Swarm()
+async def test_a_replay_has_its_own_channel_and_one_that_rests_is_closed(swarm: Swarm) -> None:
     await swarm.send()
     await swarm.send(replay_of=b"s")
+    assert swarm.num_open == 2
     await swarm.clock.advance(LIMITS.replay_link_idle_seconds)
     assert [channel.is_closed for channel in swarm.channels] == [False, True]
     await swarm.send()
     await swarm.clock.advance(LIMITS.link_idle_seconds - 1)
     assert swarm.num_open == 1
     await swarm.clock.advance(LIMITS.link_idle_seconds)
-    assert swarm.num_open == 0
+    assert swarm.num_open == 0 and not swarm.lost
     await swarm.send()
     assert swarm.num_dials == 3
-    await swarm.links.close()
 
 
-async def test_there_are_only_so_many() -> None:
-    swarm = Swarm(FailoverConfig(max_links=2))
+@pytest.mark.parametrize("swarm", [FailoverConfig(max_links=2)], indirect=True)
+async def test_there_are_only_so_many(swarm: Swarm) -> None:
     await swarm.send(replay_of=b"1")
     await swarm.send(replay_of=b"2")
     with pytest.raises(PeerBusy):
@@ -165,31 +160,25 @@ async def test_there_are_only_so_many() -> None:
     await swarm.clock.advance(LIMITS.replay_link_idle_seconds)
     await swarm.send(replay_of=b"3")
     assert swarm.num_open == 1
-    await swarm.links.close()
 
 
-async def test_a_link_is_opened_ahead_of_its_use() -> None:
-    swarm = Swarm()
+async def test_a_link_is_opened_ahead_of_its_use(swarm: Swarm) -> None:
     swarm.links.connect(PEER)
     swarm.links.connect(PEER)
     await swarm.send()
     assert swarm.num_dials == 1 and len(swarm.channels[0].sent) == 1
     swarm.links.connect(PEER)
     assert swarm.num_dials == 1
-    await swarm.links.close()
 
 
-async def test_a_link_that_cannot_be_opened_ahead_harms_nobody() -> None:
-    swarm = Swarm()
+async def test_a_link_that_cannot_be_opened_ahead_harms_nobody(swarm: Swarm) -> None:
     swarm.is_reachable = False
     swarm.links.connect(PEER)
     with pytest.raises(PeerUnreachable):
         await swarm.send()
-    await swarm.links.close()
 
 
-async def test_a_link_that_breaks_tells_in_order_what_may_be_lost() -> None:
-    swarm = Swarm()
+async def test_a_link_that_breaks_tells_in_order_what_may_be_lost(swarm: Swarm) -> None:
     messages = [numbered(i) for i in range(4)]
     for message in messages:
         await swarm.send(message)
@@ -205,9 +194,7 @@ async def test_a_link_that_breaks_tells_in_order_what_may_be_lost() -> None:
     assert swarm.lost == messages[2:]
 
 
-async def test_one_that_cannot_be_told_holds_up_no_other() -> None:
-    swarm = Swarm()
-
+async def test_one_that_cannot_be_told_holds_up_no_other(swarm: Swarm) -> None:
     async def never() -> None:
         await asyncio.Event().wait()
 
@@ -216,11 +203,9 @@ async def test_one_that_cannot_be_told_holds_up_no_other() -> None:
     swarm.channels[0].die(PeerUnreachable("broken"))
     await settle()
     assert swarm.lost == [GetInfo()]
-    await swarm.links.close()
 
 
-async def test_who_is_told_of_silence_need_not_dial() -> None:
-    swarm = Swarm()
+async def test_who_is_told_of_silence_need_not_dial(swarm: Swarm) -> None:
     await swarm.send()
     (channel,) = swarm.channels
     assert channel.silence_seconds == LIMITS.silence_seconds
@@ -230,20 +215,13 @@ async def test_who_is_told_of_silence_need_not_dial() -> None:
     with pytest.raises(PeerUnreachable):
         await swarm.send()
     assert swarm.num_dials == 1
-    await swarm.links.close()
 
 
-async def test_a_link_that_rests_has_lost_nothing() -> None:
-    swarm = Swarm()
-    await swarm.send(replay_of=b"s")
-    await swarm.clock.advance(LIMITS.replay_link_idle_seconds)
-    assert swarm.channels[0].is_closed and not swarm.lost
-    await swarm.links.close()
-
-
-async def test_a_peer_that_takes_nothing_does_not_hold_the_link() -> None:
+@pytest.mark.parametrize(
+    "swarm", [FailoverConfig(send_seconds=2.0, link_rest_seconds=1.0)], indirect=True
+)
+async def test_a_peer_that_takes_nothing_does_not_hold_the_link(swarm: Swarm) -> None:
     """It answers pings and gives no credit; others wait for the link behind the message."""
-    swarm = Swarm(FailoverConfig(send_seconds=2.0, link_rest_seconds=1.0))
     await swarm.send()
     swarm.channels[0].is_full = True
     waiting = [asyncio.create_task(swarm.send()) for _ in range(3)]
@@ -256,14 +234,12 @@ async def test_a_peer_that_takes_nothing_does_not_hold_the_link() -> None:
     assert swarm.num_dials == 1, "a new channel would be as full"
     await swarm.clock.advance(1.0)
     await swarm.send()
-    await swarm.links.close()
 
 
-async def test_only_the_last_sends_are_remembered() -> None:
-    swarm = Swarm(FailoverConfig(max_unconfirmed=2))
+@pytest.mark.parametrize("swarm", [FailoverConfig(max_unconfirmed=2)], indirect=True)
+async def test_only_the_last_sends_are_remembered(swarm: Swarm) -> None:
     for number in range(4):
         await swarm.send(numbered(number))
     swarm.channels[0].die(PeerUnreachable("broken"))
     await settle()
     assert swarm.lost == [numbered(2), numbered(3)]
-    await swarm.links.close()
