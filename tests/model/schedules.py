@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from support.simulation.faults import CODES, LIES, Fault, FaultKind
-from support.simulation.play import LAYOUTS, Event, Rest, Schedule, Setting, Turn
+from support.simulation.schedule import LAYOUTS, Event, Rest, Schedule, Setting, Turn
 
 ADVERSARIAL = (FaultKind.LOSE, FaultKind.REPEAT, FaultKind.OVERTAKE)
 """What no real stream does that goes on: single messages lost, repeated, reordered. Only schedules

@@ -5,7 +5,9 @@ the first ``MAX_SCHEDULES``; nothing is shrunk. Work that does not end is a fail
 limits of ``support.simulation.virtual_time``.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -24,7 +26,8 @@ from petals.wire.header import RequestHeader
 from petals.wire.requests import ReplayPart
 from support.simulation.faults import Fault
 from support.simulation.faults import FaultKind as Kind
-from support.simulation.play import Schedule, play
+from support.simulation.play import play
+from support.simulation.schedule import Schedule
 
 from .schedules import at_every_message, draw
 
@@ -51,22 +54,20 @@ def parts_of_any_replay(patch: Patch) -> None:
     patch.setattr(InboundReplay, "check", lambda self, part: None)
 
 
-def redialled_hop_is_slow(patch: Patch) -> None:
+def redialled_hop_dies_as_slow(patch: Patch) -> None:
     redial, book = HopSession.redial, replacement.book
-    were_slow: set[HopSession] = set()
+    were_redialled: set[HopSession] = set()
 
-    async def redial_slow(self: HopSession, *args: Any) -> None:
-        was_slow = self.state.status is LegStatus.SLOW
-        await redial(self, *args)
-        if was_slow:
-            were_slow.add(self)
+    async def redial_and_remember(self: HopSession) -> None:
+        await redial(self)
+        were_redialled.add(self)
 
     def book_slow(context: Any, hops: Sequence[HopSession], excluded: Any) -> None:
-        for hop in were_slow.intersection(hops):
+        for hop in were_redialled.intersection(hops):
             hop.state = replace(hop.state, status=LegStatus.SLOW)
         book(context, hops, excluded)
 
-    patch.setattr(HopSession, "redial", redial_slow)
+    patch.setattr(HopSession, "redial", redial_and_remember)
     patch.setattr(replacement, "book", book_slow)
 
 
@@ -163,6 +164,29 @@ def interrupted_repair_keeps_hops(patch: Patch) -> None:
     patch.setattr(SessionState, "take_unused", lambda self: [])
 
 
+def step_spins(patch: Patch) -> None:
+    async def perform(self: Any, *args: Any) -> None:
+        await asyncio.sleep(0)
+
+    patch.setattr(supervisor.SessionSupervisor, "_perform", perform)
+
+
+def step_waits_for_ever(patch: Patch) -> None:
+    async def perform(self: Any, *args: Any) -> None:
+        await asyncio.sleep(1.0)
+
+    patch.setattr(supervisor.SessionSupervisor, "_perform", perform)
+
+
+def close_waits_for_ever(patch: Patch) -> None:
+    async def close(self: Any) -> None:
+        while True:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.1)
+
+    patch.setattr(HopSession, "close", close)
+
+
 Schedules = Callable[[], Iterator[Schedule]]
 
 
@@ -188,9 +212,7 @@ MUTATIONS: dict[Callable[[Patch], None], Schedules] = {
     parts_of_any_replay: _late(
         Fault(Kind.DRAIN, at=1, who=2, seconds=8.0), Kind.REPEAT, 0.005, 0.01
     ),
-    redialled_hop_is_slow: _drawn(
-        300, (Kind.KILL, Kind.STALL_LINK, Kind.SLOW), layout="three hops", latencies=0
-    ),
+    redialled_hop_dies_as_slow: _drawn(0, (Kind.BREAK, Kind.KILL)),
     unused_hops_are_kept: _drawn(),
     interrupted_repair_keeps_hops: _drawn(),
     failed_reorder_is_forgotten: _drawn(),
@@ -202,6 +224,9 @@ MUTATIONS: dict[Callable[[Patch], None], Schedules] = {
     draining_hop_misses_epoch: _drawn(0, (Kind.DRAIN, Kind.KILL, Kind.BREAK)),
     repaired_step_has_new_ids: _drawn(60, (Kind.KILL, Kind.KILL_SILENTLY, Kind.FAIL)),
     old_hops_are_not_freed: _drawn(),
+    step_spins: _drawn(),
+    step_waits_for_ever: _drawn(),
+    close_waits_for_ever: _drawn(),
 }
 """How a rule is broken -> the schedules of which one has to fail."""
 

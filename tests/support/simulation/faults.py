@@ -83,7 +83,7 @@ class Fault:
     code: int = 0
 
 
-class Nemesis:
+class FaultInjector:
     """Strikes the faults of a schedule.
 
     on_user: what to do when the user cancels or closes. num_struck: faults that have happened.

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals.client.config import ClientConfig
 from petals.client.routing.bans import Cause
 from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.rows import SessionRows
@@ -27,19 +26,28 @@ from petals.client.session.state import SessionState
 from petals.client.session.supervisor import SessionSupervisor
 from petals.errors import PeerTimeout, PetalsError, RequestError, RouteError, SessionClosed
 from petals.server.session.session import Session, SessionKey
-from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan, PeerId, SessionId
 from petals.wire.fields import Message
 from petals.wire.header import RequestHeader
 from petals.wire.requests import Forwarded
+from support.simulation.channels import SimNode
 from support.simulation.faults import (
     KINDS_THAT_LOSE_NOTHING,
     Fault,
+    FaultInjector,
     FaultKind,
-    Nemesis,
     seeded_latencies,
 )
-from support.simulation.network import SimNetwork, SimNode
+from support.simulation.network import SimNetwork
+from support.simulation.schedule import (
+    FAILOVER,
+    LAYOUTS,
+    MAX_LENGTH,
+    Rest,
+    Schedule,
+    Turn,
+    client_config,
+)
 from support.simulation.servers import (
     LEASE_SECONDS,
     MODEL,
@@ -51,87 +59,10 @@ from support.simulation.story import Story
 from support.simulation.toy_blocks import NOTHING, token_states, whole_outputs
 from support.simulation.virtual_time import run_virtually
 
+CLIENT = PeerId("client")
 STEP_BOUND_SECONDS = 120.0
 CALM_SECONDS = 25.0
 """Longer than any ban and than the time for which a direct link is not used."""
-
-MAX_LENGTH = 48
-CLIENT = PeerId("client")
-
-FAILOVER = FailoverConfig(
-    check_integrity=True,
-    hung_seconds=2.0,
-    link_retry_seconds=3.0,
-    max_ban_seconds=20.0,
-    link_dial_seconds=1.0,
-    link_rest_seconds=0.5,
-    silence_seconds=1.0,
-    send_seconds=2.0,
-    migration_max_pause_seconds=2.0,
-    parts_ahead=2,
-    replay_link_idle_seconds=5.0,
-)
-
-LAYOUTS: dict[str, tuple[tuple[int, int, float], ...]] = {
-    # (first block, end, blocks per second)
-    "one hop": ((0, 3, 1000.0), (0, 3, 900.0)),
-    "two hops": ((0, 2, 1000.0), (2, 4, 1000.0), (0, 2, 900.0), (2, 4, 900.0)),
-    "three hops": (
-        (0, 1, 1000.0),
-        (1, 3, 1000.0),
-        (3, 4, 1000.0),
-        (0, 1, 900.0),
-        (1, 3, 900.0),
-        (3, 4, 900.0),
-    ),
-    "one spare for all": ((0, 2, 1000.0), (2, 4, 1000.0), (0, 4, 9.0)),
-    "no spares": ((0, 2, 1000.0), (2, 4, 1000.0)),
-    "overlapping": ((0, 3, 1000.0), (3, 4, 1000.0), (1, 4, 700.0), (0, 2, 700.0), (2, 4, 600.0)),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A step. New row r continues old row ``order[r]`` (None: the rows stay), loses its last
-    ``cuts[r]`` tokens and gets ``counts[r]`` new ones.
-    """
-
-    counts: tuple[int, ...]
-    cuts: tuple[int, ...] = (0,)
-    order: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """The user does nothing."""
-
-    seconds: float
-
-
-Event = Turn | Rest | Fault
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """The swarm, and how the client and the servers are set up. 0 bytes: without limit."""
-
-    layout: str = "two hops"
-    num_rows: int = 2
-    is_direct: bool = True
-    has_max_length: bool = True
-    latencies: int = 0
-    kept_bytes: int = 0
-    log_bytes: int = 0
-    has_kv_format: bool = True
-    chunk_tokens: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """What is played."""
-
-    setting: Setting
-    events: tuple[Event, ...]
 
 
 @dataclass(slots=True)
@@ -212,8 +143,10 @@ class _Play:
         ]
         self._directory.servers = self._servers
         self._blocks = BlockSpan(0, max(end for _, end, _ in LAYOUTS[setting.layout]))
-        self._nemesis = Nemesis(self._net, CLIENT, self._servers, self._on_user)
-        self._access = SwarmConnection(self._config(), MODEL, self._blocks.end, self._client)
+        self._injector = FaultInjector(self._net, CLIENT, self._servers, self._on_user)
+        self._access = SwarmConnection(
+            client_config(setting), MODEL, self._blocks.end, self._client
+        )
         self._session = SessionRows(
             self._access,
             self._blocks,
@@ -245,7 +178,7 @@ class _Play:
                     self._note(f"rests for {seconds:g} s")
                     await self._net.clock.sleep(seconds)
                 case Fault():
-                    self._nemesis.arm(event)
+                    self._injector.arm(event)
             await self._check_idle()
         await self._end()
 
@@ -254,29 +187,6 @@ class _Play:
     def _server(self, number: int, options: SimServerOptions) -> SimServer:
         peer = PeerId("ABCDEFGH"[number])
         return SimServer(self._net, self._directory, peer, options, FAILOVER)
-
-    def _config(self) -> ClientConfig:
-        setting = self._setting
-        return ClientConfig(
-            initial_peers=(),
-            show_route=False,
-            use_server_to_server=setting.is_direct,
-            connect_timeout=2.0,
-            request_timeout=6.0,
-            alloc_timeout=2.0,
-            silence_timeout=1.0,
-            step_timeout=0.3,
-            repair_timeout=8.0,
-            max_kept_bytes=setting.kept_bytes or 1 << 30,
-            update_period=20.0,
-            max_retries=3,
-            min_backoff=0.2,
-            max_backoff=1.0,
-            ban_timeout=2.0,
-            ping_timeout=1.0,
-            prefill_chunk_tokens=setting.chunk_tokens,
-            failover=FAILOVER,
-        )
 
     def _note(self, what: str) -> None:
         self._story.note(self._net.now(), "user", what)
@@ -365,7 +275,7 @@ class _Play:
             assert self._setting.kept_bytes, "the inputs were not kept"
             self._is_lost = True
             return
-        assert self._nemesis.num_struck, "a step failed although nothing has happened"
+        assert self._injector.num_struck, "a step failed although nothing has happened"
         assert error.reported or not isinstance(error, RequestError), "the user is blamed"
 
     async def _check_idle(self) -> None:
@@ -418,7 +328,8 @@ class _Play:
             if leg.state.is_lost or session is None:
                 continue
             held = session.rows
-            pairs = zip(held.lengths, lengths, strict=True)
+            assert len(held.lengths) == len(lengths), f"{leg.peer_id} has another number of rows"
+            pairs = zip(held.lengths, lengths)
             assert all(more >= length for more, length in pairs), f"{leg.peer_id} lacks rows"
             if not held.outputs.is_dropped:
                 outputs = list(held.outputs.read((0,) * len(lengths), lengths))
@@ -434,11 +345,11 @@ class _Play:
 
     async def _end(self) -> None:
         """Everything works again: the session does, too; then it leaves nothing behind."""
-        await self._nemesis.calm()
+        await self._injector.calm()
         await self._net.clock.sleep(CALM_SECONDS)
-        struck = self._nemesis.num_struck
+        struck = self._injector.num_struck
         if self._closing is None and not self._is_lost:
-            self._nemesis.num_struck = Counter()
+            self._injector.num_struck = Counter()
             await self._turn(Turn((1,)))
         self._outcome.faults = struck
         self._outcome.num_repairs = len(self._session.trace.repairs)

@@ -13,7 +13,8 @@ from petals.swarm.directory.records import ServerRecord, View
 from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan, ModelId, PeerId, ServerState
 from petals.wire.services import BLOCKS_SERVICE, RING_SERVICE
-from support.simulation.network import SimNetwork, SimNode
+from support.simulation.channels import SimNode
+from support.simulation.network import SimNetwork
 from support.simulation.toy_blocks import WIDTH, InlineExecutor, layout_of
 
 MODEL = ModelId("toy")

@@ -5,29 +5,13 @@ Lines are kept as values and are written out only if somebody reads them.
 
 from dataclasses import dataclass
 
+import msgspec
+
 from petals.wire.fields import Message
-from petals.wire.handshake import Refusal
 from petals.wire.header import RequestHeader
 from petals.wire.requests import Forwarded
 
-_SHOWN = (
-    "starts",
-    "counts",
-    "reorder",
-    "index",
-    "before_step",
-    "lengths",
-    "base_rows",
-    "blocks",
-    "num_rows",
-    "sources",
-    "seconds",
-    "reason",
-    "state",
-    "max_length",
-    "max_batch_tokens",
-)
-_FLAGS = ("ends", "reordered", "kv")
+_NOT_SHOWN = ("header", "hint", "timings", "queue_seconds", "compute_seconds", "batch_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +58,10 @@ class Story:
         parts = [type(message).__name__]
         if isinstance(header, RequestHeader):
             parts.append(f"{self._name(header)} epoch {header.epoch} id {header.request_id}")
-        if isinstance(message, Refusal):
-            parts.append(f"{message.code}: {message.message}")
-        for name in _SHOWN:
-            value = getattr(message, name, None)
-            if value not in (None, ()):
-                parts.append(f"{name} {value}")
-        parts += [name for name in _FLAGS if getattr(message, name, False)]
-        for name in ("next_hops", "undelivered"):
-            hops = getattr(message, name, ())
-            if hops:
-                parts.append(f"{name} {[hop.peer_id for hop in hops]}")
+        for field in msgspec.structs.fields(message):
+            value = getattr(message, field.name)
+            if value not in (None, (), False, 0, "") and field.name not in _NOT_SHOWN:
+                parts.append(f"{field.name} {value}")
         return " ".join(parts)
 
     def _name(self, header: RequestHeader) -> str:

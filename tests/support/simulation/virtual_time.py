@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from petals.clock import Timer
+from petals.clock import SystemClock
 
 T = TypeVar("T")
 
@@ -85,8 +85,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         """Nobody waits in another thread."""
 
 
-class VirtualClock:
-    """``petals.clock.Clock`` of a VirtualTimeLoop."""
+class VirtualClock(SystemClock):
+    """The clocks of a VirtualTimeLoop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -96,12 +96,6 @@ class VirtualClock:
 
     def monotonic(self) -> float:
         return self._loop.time()
-
-    def call_later(self, delay_seconds: float, callback: Callable[[], object]) -> Timer:
-        return self._loop.call_later(delay_seconds, callback)
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
 
 def run_virtually(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
