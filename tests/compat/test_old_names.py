@@ -9,23 +9,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from petals.client import ClientConfig, InferenceSession, RemoteSequenceManager
 from petals.client.model import legacy
 from petals.errors import ConfigError, ModelNotSupported
-from petals.models.checkpoint.arch import describe
-from petals.testing.tiny_models import write_tiny_model
-from support.local_blocks import LocalBlocks
+from support.local_blocks import run_here
 
 KINDS = ("Config", "Model", "ForCausalLM", "ForSequenceClassification")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    return {name: str(write_tiny_model(root / name, name)) for name in ("llama", "bloom")}
-
-
-def served_here(remote, folder):
-    local = AutoModelForCausalLM.from_pretrained(folder)
-    remote.remote_blocks.runner = LocalBlocks(local.base_model, describe(local.config))
-    return remote
+@pytest.fixture
+def folders(llama, bloom):
+    return {"llama": str(llama), "bloom": str(bloom)}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +97,7 @@ def test_speculative_generation(folders):
     )
     for model in (made, loaded):
         assert isinstance(model, legacy.DistributedLlamaForSpeculativeGeneration)
-        model = served_here(model, folder)
+        model = run_here(model, folder)
         assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
     plain = legacy.DistributedLlamaForCausalLM.from_pretrained(folder)
     assert not isinstance(plain, legacy.DistributedLlamaForSpeculativeGeneration)
@@ -116,7 +107,7 @@ def test_speculative_generation(folders):
 
 def test_a_path_of_ones_own_through_bloom(folders):
     """As the original's notebooks did: embed, run some blocks, norm, head."""
-    remote = served_here(
+    remote = run_here(
         legacy.DistributedBloomForCausalLM.from_pretrained(folders["bloom"]), folders["bloom"]
     )
     ids = torch.tensor([[5, 6, 7]])
@@ -132,17 +123,17 @@ def test_a_path_of_ones_own_through_bloom(folders):
 def test_a_chat_loop(folders):
     """As in the original's README: one session, one generate per turn."""
     folder = folders["bloom"]
-    remote = served_here(legacy.DistributedBloomForCausalLM.from_pretrained(folder), folder)
+    remote = run_here(legacy.DistributedBloomForCausalLM.from_pretrained(folder), folder)
     local = AutoModelForCausalLM.from_pretrained(folder)
-    told = torch.zeros(1, 0, dtype=torch.int64)
+    tokens = torch.zeros(1, 0, dtype=torch.int64)
     with remote.inference_session(max_length=64) as session:
         for turn in ([5, 6, 7], [8], [9, 10]):
             prefix = torch.tensor([turn])
             while True:
                 answer = remote.generate(prefix, max_new_tokens=1, do_sample=0, session=session)
-                told = torch.cat([told, answer], dim=1)
+                tokens = torch.cat([tokens, answer], dim=1)
                 prefix = None
-                if told.shape[1] % 8 == 0:
+                if tokens.shape[1] % 8 == 0:
                     break
-            assert torch.equal(session.output_ids, told)
-    assert torch.equal(told[:, :8], local.generate(told[:, :3], max_new_tokens=5))
+            assert torch.equal(session.output_ids, tokens)
+    assert torch.equal(tokens[:, :8], local.generate(tokens[:, :3], max_new_tokens=5))

@@ -14,7 +14,7 @@ class TestEach:
     def test_says_what_it_means(self, kind: type[PetalsError]) -> None:
         assert vars(kind)["__doc__"].strip().endswith(".")
 
-    def test_has_a_hint_even_if_nobody_thought_of_one(self, kind: type[PetalsError]) -> None:
+    def test_has_a_default_hint(self, kind: type[PetalsError]) -> None:
         assert "default_hint" in vars(kind)
         assert kind("It went wrong.").hint.endswith(".") or "?" in kind("x").hint
         assert kind("It went wrong.", hint="Do this.").hint == "Do this."

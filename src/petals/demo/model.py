@@ -105,7 +105,7 @@ def get_demo_model(
         check_sha256(gguf, model.sha256)
         say("Converting it to safetensors, once (about half a minute)")
         converted = work / "converted"
-        _convert(gguf, converted)
+        convert_gguf(gguf, converted)
         say("Moving it into the cache")
         publish(converted, target)
     return target
@@ -147,7 +147,11 @@ def _unpack(model: DemoModel, source: Path, work: Path) -> Path:
     return extract(source, f"*/{model.file_name}", work)[0]
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file to ``folder``: float32, safetensors.
+
+    Raises ConfigError if a library that this needs is not installed.
+    """
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise ConfigError(

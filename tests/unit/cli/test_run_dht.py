@@ -35,7 +35,7 @@ def test_flags_find_their_fields() -> None:
     assert (config.use_relay, config.relay) == (False, None)
 
 
-def test_what_has_no_effect_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_without_effect_warn_or_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     config_of("--refresh_period", "10")
     assert "--refresh_period has no effect" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="IPFS"):

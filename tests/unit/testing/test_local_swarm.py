@@ -1,4 +1,4 @@
-"""A swarm of processes tells what went wrong and leaves nothing behind."""
+"""A swarm of processes reports what went wrong and leaves nothing behind."""
 
 import json
 import os
@@ -36,10 +36,11 @@ CONFIG = LocalSwarmConfig(
 )
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *failing: str) -> None:
-    """Let a few lines of Python stand in for the real commands."""
+@pytest.fixture(autouse=True)
+def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request) -> None:
+    """Let a few lines of Python stand in for the real commands, of which some fail."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(failing=failing))
+    program.write_text(PROGRAM.format(failing=getattr(request, "param", ())))
     monkeypatch.setattr(local_swarm, "COMMAND", (sys.executable, str(program)))
 
 
@@ -51,8 +52,7 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def test_starts_names_and_stops_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend(monkeypatch, tmp_path)
+def test_starts_names_and_stops_all() -> None:
     stages: list[str] = []
     with LocalSwarm(CONFIG, say=stages.append) as swarm:
         state = json.loads(json.dumps(swarm.state()))
@@ -62,40 +62,31 @@ def test_starts_names_and_stops_all(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert all(is_running(pid) for pid in pids)
         assert swarm.exited() == set()
         logs = swarm.servers[0].log.parent
+        ready = swarm.servers[1].log.with_suffix(".json")
+        arguments = " ".join(json.loads(ready.read_text())["argv"])
+    assert "serve some/model --blocks 2:4 --dtype float32 --join /address" in arguments
+    assert "--host 127.0.0.1" in arguments
     assert stages[-1] == "2 of 2 servers are online"
     assert not any(is_running(pid) for pid in pids)
     assert not logs.exists()
 
 
-def test_servers_are_told_what_to_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend(monkeypatch, tmp_path)
-    with LocalSwarm(CONFIG) as swarm:
-        ready = swarm.servers[1].log.with_suffix(".json")
-        arguments = " ".join(json.loads(ready.read_text())["argv"])
-    assert "serve some/model --blocks 2:4 --dtype float32 --join /address" in arguments
-    assert "--host 127.0.0.1" in arguments
-
-
-def test_a_server_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend(monkeypatch, tmp_path, "serve")
+@pytest.mark.parametrize("failing", [("serve",)], indirect=True)
+def test_a_server_that_fails_is_quoted() -> None:
     swarm = LocalSwarm(CONFIG)
     with pytest.raises(SwarmError, match=r"(?s)server-1 ended with status 3.*no room for serve"):
         swarm.start()
     assert swarm.servers == []
 
 
-def test_a_killed_server_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend(monkeypatch, tmp_path)
+def test_a_killed_server_is_noticed() -> None:
     with LocalSwarm(CONFIG) as swarm:
         os.kill(swarm.servers[0].pid, signal.SIGKILL)
         os.waitid(os.P_PID, swarm.servers[0].pid, os.WEXITED | os.WNOWAIT)
         assert swarm.exited() == {"server-1"}
 
 
-def test_what_is_ended_on_purpose_is_forgotten(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pretend(monkeypatch, tmp_path)
+def test_processes_ended_on_purpose_are_no_failures() -> None:
     with LocalSwarm(CONFIG) as swarm:
         killed, ended = swarm.servers
         swarm.kill(killed)
@@ -107,8 +98,7 @@ def test_what_is_ended_on_purpose_is_forgotten(
         assert [process.name for process in swarm.processes] == ["bootstrap-3"]
 
 
-def test_one_more_server_can_join(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend(monkeypatch, tmp_path)
+def test_one_more_server_can_join() -> None:
     with LocalSwarm(CONFIG) as swarm:
         (server,) = swarm.add_servers(BlockSpan(0, 2))
         assert is_running(server.pid)
@@ -117,9 +107,6 @@ def test_one_more_server_can_join(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not is_running(server.pid)
 
 
-def test_a_swarm_without_servers_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pretend(monkeypatch, tmp_path)
+def test_a_swarm_without_servers_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one server"):
         LocalSwarm(LocalSwarmConfig(model="m", spans=())).start()

@@ -1,4 +1,4 @@
-"""Words appear when they are whole, and the numbers under an answer are right."""
+"""Characters appear when they are whole, and the numbers under an answer are right."""
 
 import pytest
 import torch
@@ -16,32 +16,24 @@ class ByteTokenizer:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
-def stream_of(text: str, *, cut: int | None = None) -> tuple[WordStream, list[str]]:
-    shown: list[str] = []
-    stream = WordStream(ByteTokenizer(), shown.append)
+@pytest.mark.parametrize(
+    ("text", "cut", "shown"),
+    [
+        ("hi", None, ["h", "i"]),  # the prompt is not repeated
+        ("a€b", None, ["a", "€", "b"]),  # shown when all bytes of a character are there,
+        ("a€", 3, ["a", "\ufffd"]),  # or at the end
+    ],
+)
+def test_whole_characters_are_shown(text: str, cut: int | None, shown: list[str]) -> None:
+    pieces: list[str] = []
+    stream = WordStream(ByteTokenizer(), pieces.append)
     stream.put(torch.tensor([[1, 2, 3]]))
-    for token in text.encode()[:cut]:
+    tokens = text.encode()[:cut]
+    for token in tokens:
         stream.put(torch.tensor([token]))
     stream.end()
-    return stream, [piece for piece in shown if piece]
-
-
-def test_the_prompt_is_not_repeated() -> None:
-    stream, shown = stream_of("hi")
-    assert shown == ["h", "i"]
-    assert stream.num_tokens == 2
-    assert stream.text == "hi"
-
-
-def test_a_character_is_shown_when_all_its_bytes_are_there() -> None:
-    stream, shown = stream_of("a€b")
-    assert shown == ["a", "€", "b"]
-    assert stream.num_tokens == 5
-
-
-def test_a_character_cut_off_at_the_end_is_still_shown() -> None:
-    stream, shown = stream_of("a€", cut=3)
-    assert shown == ["a", "\ufffd"]
+    assert [piece for piece in pieces if piece] == shown
+    assert (stream.num_tokens, stream.text) == (len(tokens), "".join(shown))
 
 
 def answer(
@@ -66,9 +58,6 @@ def answer(
 
 def test_speed_counts_the_tokens_after_the_first() -> None:
     assert answer(21, 2.5).tokens_per_second == pytest.approx(10.0)
-
-
-def test_one_token_has_no_speed() -> None:
     assert answer(1, 0.5).tokens_per_second == 0.0
 
 
@@ -79,17 +68,17 @@ def test_the_line_names_servers_blocks_and_speed() -> None:
     )
 
 
-def test_a_way_that_is_not_direct_is_named() -> None:
-    assert "alpha1 (0.0 ms) → 10:30" in describe(answer(2, 1.0))
-    assert "alpha1 (0.0 ms) → (relayed) → 10:30" in describe(answer(2, 1.0, Way.RELAYED))
-    assert "(via the client)" in describe(answer(2, 1.0, Way.VIA_CLIENT))
+@pytest.mark.parametrize(
+    ("way", "words"), [(Way.RELAYED, "(relayed)"), (Way.VIA_CLIENT, "(via the client)")]
+)
+def test_a_way_that_is_not_direct_is_named(way: Way, words: str) -> None:
+    assert f"alpha1 (0.0 ms) → {words} → 10:30" in describe(answer(2, 1.0, way))
 
 
-def test_what_was_mended_is_said_with_the_longest_stall() -> None:
+def test_repairs_are_named_with_the_longest_stall() -> None:
     repairs = tuple(
         Repair(PeerId(f"12D3KooW{name}"), BlockSpan(0, 10), "gone", (), seconds)
         for name, seconds in (("alpha1", 0.25), ("bravo2", 0.75))
     )
-    assert "mended" not in describe(answer(2, 1.0))
     line = describe(answer(2, 1.0, repairs=repairs))
     assert line.endswith("; mended 0:10 of …alpha1, 0:10 of …bravo2 in 0.75 s at most")

@@ -2,6 +2,8 @@
 
 from types import MappingProxyType
 
+import pytest
+
 from petals.cli.terminal.block_map import MAP_WIDTH, block_map, draw_map
 from petals.swarm.directory.records import ServerRecord, View
 from petals.types import ModelId, PeerId, ServerState
@@ -21,18 +23,16 @@ def view(*records: ServerRecord, num_blocks: int = 10) -> View:
 
 def test_names_the_servers_of_every_block() -> None:
     found = block_map(view(record("alpha", (0, 6)), record("bravo", (4, 10))))
-    assert found["complete"]
+    assert found["complete"] and found["missing"] == []
     assert found["coverage"] == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
     assert found["blocks"][3]["servers"] == ["alpha"]
     assert found["blocks"][5]["servers"] == ["alpha", "bravo"]
     assert found["thinnest"] == {"num_servers": 1, "blocks": [0, 1, 2, 3, 6, 7, 8, 9]}
-    assert found["missing"] == []
 
 
 def test_a_gap_is_the_thinnest_place() -> None:
     found = block_map(view(record("alpha", (0, 3)), record("bravo", (7, 10))))
-    assert not found["complete"]
-    assert found["missing"] == [[3, 7]]
+    assert not found["complete"] and found["missing"] == [[3, 7]]
     assert found["thinnest"] == {"num_servers": 0, "blocks": [3, 4, 5, 6]}
 
 
@@ -54,10 +54,17 @@ def test_draws_rows_counts_and_marks() -> None:
     assert "thinnest, 1 server: 8 blocks, first 0" in marks
 
 
-def test_a_gap_is_said_aloud() -> None:
-    lines = draw_map(block_map(view(record("alpha", (1, 10)))))
-    assert lines[0].endswith("INCOMPLETE")
-    assert "no server: block 0" in lines[-1]
+@pytest.mark.parametrize(
+    ("servers", "title", "marks"),
+    [
+        ([record("alpha", (1, 10))], "INCOMPLETE", "no server: block 0"),
+        ([], "0 servers, INCOMPLETE", "no server: 10 blocks, first 0"),
+    ],
+)
+def test_gaps_are_named(servers: list[ServerRecord], title: str, marks: str) -> None:
+    lines = draw_map(block_map(view(*servers)))
+    assert lines[0].endswith(title)
+    assert marks in lines[-1]
 
 
 def test_a_large_model_fits_the_terminal() -> None:
@@ -67,12 +74,6 @@ def test_a_large_model_fits_the_terminal() -> None:
     assert {len(bar) for bar in bars} == {42}
     assert len(bars[0]) <= MAP_WIDTH
     assert sum(bar.count("·") for bar in bars) == 22
-
-
-def test_no_server_at_all() -> None:
-    lines = draw_map(block_map(view()))
-    assert "0 servers, INCOMPLETE" in lines[0]
-    assert "no server: 10 blocks, first 0" in lines[-1]
 
 
 def test_a_server_behind_a_relay_is_marked() -> None:

@@ -198,9 +198,9 @@ def test_stock_peft_adapts_the_clients_own_parts(tmp_path):
         (LoraConfig, {"target_modules": ["experts"]}, "No matrix"),
         (LoraConfig, {"r": 0}, "rank"),
         (LoraConfig, {"modules_to_save": ["score"]}, "score"),
-        (peft.LoraConfig, {"use_dora": True}, ""),
-        (peft.IA3Config, {"feedforward_modules": []}, ""),
-        (dict, {}, ""),
+        (peft.LoraConfig, {"use_dora": True}, None),
+        (peft.IA3Config, {"feedforward_modules": []}, None),
+        (dict, {}, None),
     ],
 )
 def test_configs_that_the_model_cannot_run_are_refused(kind, settings, message):
