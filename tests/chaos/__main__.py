@@ -84,8 +84,10 @@ def _run_all(options: argparse.Namespace) -> list[Outcome]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             print(f"starting the swarm of {name}", flush=True)
             runner = open_runner(name, stack, folder=folder, lab=lab)
-            while progress() < share - _ROUNDING:
+            while True:
                 outcomes.append(_run(runner, draw(space, options.seed, next(numbers))))
+                if progress() >= share - _ROUNDING:
+                    break
             _check_leases(runner, outcomes[-1])
     return outcomes
 
