@@ -83,10 +83,9 @@ def measure(world: World, path: Path, options: argparse.Namespace) -> str:
     model = AutoDistributedModelForCausalLM.from_pretrained(
         str(path), initial_peers=[world.address], dtype=torch.float32, show_route=False
     )
-    for name in ("supervisor", "context"):
-        logger = logging.getLogger(f"petals.client.session.{name}")
-        logger.setLevel(logging.DEBUG)
-        logger.addHandler(events)
+    logger = logging.getLogger("petals.client.session")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(events)
     with model.inference_session(max_length=ids.shape[1] + options.tokens) as session:
         tokens = model.generate(ids, streamer=times, **plan)
         repairs = session.trace.repairs

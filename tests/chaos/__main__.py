@@ -27,6 +27,9 @@ from netlab import NetLab
 WEIGHTS = {"bloom": 4, "smollm2": 1}
 """Shares of the runs, or of the time, that each model gets."""
 
+_ROUNDING = 1e-9
+"""Sums of shares may be this much too large."""
+
 RTT_MS = 5
 ENV_LAB = "CHAOS_LAB"
 """Name of the laboratory, for the child that runs on its client's host."""
@@ -69,6 +72,8 @@ def _run_all(options: argparse.Namespace) -> list[Outcome]:
     # One model after the other: two swarms would not fit on a small machine.
     for name in options.models:
         share += WEIGHTS[name] / sum(WEIGHTS[model] for model in options.models)
+        if progress() >= share - _ROUNDING:
+            continue
         space = ScenarioSpace(
             model=name,
             num_hops=NUM_HOPS,
@@ -79,10 +84,11 @@ def _run_all(options: argparse.Namespace) -> list[Outcome]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             print(f"starting the swarm of {name}", flush=True)
             runner = open_runner(name, stack, folder=folder, lab=lab)
-            while progress() < share - 1e-9:
+            while True:
                 outcomes.append(_run(runner, draw(space, options.seed, next(numbers))))
-            if outcomes:
-                _check_leases(runner, outcomes[-1])
+                if progress() >= share - _ROUNDING:
+                    break
+            _check_leases(runner, outcomes[-1])
     return outcomes
 
 

@@ -84,7 +84,10 @@ class LeakCheck:
             if first is None or (excused_seconds > 0 and not after_leases):
                 continue
             leaks = _unreleased(
-                lambda server=server: server_holdings(manager, server),
+                # A server that leaves may end meanwhile, and then holds nothing.
+                lambda server=server, first=first: (
+                    server_holdings(manager, server) if server.process.is_running else first
+                ),
                 first,
                 _SERVER_SPARES,
                 _RELEASE_SECONDS + max(0.0, excused_seconds),

@@ -58,8 +58,7 @@ class Runner:
         self._leak_check = LeakCheck(cluster)
         self._source = source
         self._scale = scale
-        self._workloads: dict[Phase, Workload] = {}
-        self._baselines: dict[Phase, Baseline] = {}
+        self._undisturbed: dict[Phase, tuple[Workload, Baseline]] = {}
 
     def run(self, scenario: Scenario) -> Outcome:
         """Never raises for what the swarm did wrong: that is in the outcome."""
@@ -68,7 +67,7 @@ class Runner:
         before = client_holdings()
         try:
             with self.client() as model:
-                if scenario.phase not in self._baselines:
+                if scenario.phase not in self._undisturbed:
                     self._run_undisturbed(model, scenario.phase, outcome)
                 self._run_with_faults(model, scenario, outcome)
                 outcome.problems += self._leak_check.leaks(manager_of(model))
@@ -105,20 +104,20 @@ class Runner:
 
     def _run_undisturbed(self, model: PreTrainedModel, phase: Phase, outcome: Outcome) -> None:
         """Note the steps of a phase and its time to the first token."""
-        self._workloads[phase] = workload = make_workload(self.local, phase, self._scale)
+        workload = make_workload(self.local, phase, self._scale)
         with client_runs(workload) as runs:
             for run in runs:
                 run.start(model)
             _join(runs)
         outcome.problems += self._problems(workload, runs)
         timeline = runs[0].timeline
-        first_gap = timeline.gaps[0] if timeline.gaps else 0.0
-        self._baselines[phase] = Baseline(len(timeline.ended), first_gap)
+        baseline = Baseline(len(timeline.ended), timeline.gaps[0] if timeline.gaps else 0.0)
+        self._undisturbed[phase] = workload, baseline
 
     def _run_with_faults(
         self, model: PreTrainedModel, scenario: Scenario, outcome: Outcome
     ) -> None:
-        workload, baseline = self._workloads[scenario.phase], self._baselines[scenario.phase]
+        workload, baseline = self._undisturbed[scenario.phase]
         with client_runs(workload) as runs:
             first, *others = runs
             injector = FaultInjector(self.cluster, self._leak_check, first)

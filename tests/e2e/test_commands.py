@@ -144,14 +144,6 @@ def test_a_closed_swarm_serves_members_only(terminal: Terminal, tmp_path: Path) 
     assert alive == [], "servers must not outlive the process that started them"
 
 
-def test_a_bootstrap_that_does_not_answer(terminal: Terminal) -> None:
-    result = terminal.run("status", "--join", UNREACHABLE)
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert "hint:" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_bootstrap_prints_addresses_and_leaves(terminal: Terminal, tmp_path: Path) -> None:
     ready = tmp_path / "ready.json"
     process = terminal.start("bootstrap", "--host", "127.0.0.1", "--ready-file", str(ready))
@@ -167,9 +159,16 @@ def test_bootstrap_prints_addresses_and_leaves(terminal: Terminal, tmp_path: Pat
 
 
 def test_wrong_options_are_told_apart_from_failures(terminal: Terminal, tmp_path: Path) -> None:
-    missing = terminal.run("generate", str(tmp_path / "nothing"), "--prompt", "x")
-    assert missing.returncode == 2
-    assert "--join" in missing.stderr
-    empty = terminal.run("generate", "any", "--prompt", " ", "--join", UNREACHABLE)
-    assert empty.returncode == 2
-    assert "The prompt is empty." in empty.stderr
+    join = ("--join", UNREACHABLE)
+    endings = {
+        ("status", *join): (1, "hint:"),
+        ("generate", str(tmp_path / "nothing"), "--prompt", "x"): (2, "--join"),
+        ("generate", "any", "--prompt", " ", *join): (2, "The prompt is empty."),
+    }
+    started = [terminal.start(*words) for words in endings]
+    for process, (status, sentence) in zip(started, endings.values()):
+        result = terminal.result(process)
+        assert result.returncode == status
+        assert result.stdout == ""
+        assert sentence in result.stderr
+        assert "Traceback" not in result.stderr
