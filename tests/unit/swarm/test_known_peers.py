@@ -63,9 +63,10 @@ def test_a_folder_that_takes_nothing_is_no_error(tmp_path: Path) -> None:
 
 def test_swarms_are_forgotten_that_nobody_joins(tmp_path: Path) -> None:
     for number in range(MAX_FILES + 2):
-        memory = PeerMemory(tmp_path, addresses(number), None)
-        memory.add(INITIAL)
-        os.utime(memory._path, (number, number))
+        before = set(tmp_path.iterdir())
+        PeerMemory(tmp_path, addresses(number), None).add(INITIAL)
+        (written,) = set(tmp_path.iterdir()) - before
+        os.utime(written, (number, number))
     PeerMemory(tmp_path, addresses(999), None).add(INITIAL)
     assert len(list(tmp_path.iterdir())) == MAX_FILES
     assert PeerMemory(tmp_path, addresses(0), None).read() == ()

@@ -11,12 +11,8 @@ PROTOCOL = "/test"
 
 
 @pytest.fixture
-async def ends(server, client):
-    """Both ends of one stream."""
-    arrived: asyncio.Queue = asyncio.Queue()
-    await server.transport.serve(PROTOCOL, arrived.put)
-    ours = await client.transport.open_stream(server.peer_id, PROTOCOL, 1.0)
-    return ours, await arrived.get()
+async def ends(connect):
+    return await connect()
 
 
 async def test_bytes_arrive_in_order(ends, client):

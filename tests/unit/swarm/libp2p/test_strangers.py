@@ -1,27 +1,30 @@
 """Searches in the directory do not wait for members that have never answered."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
+from hivemind.dht.protocol import DHTProtocol
 
 from petals.clock import SystemClock
 from petals.swarm.libp2p import dht
 from petals.swarm.libp2p.dht import DhtRecords
+from petals.swarm.membership import Admission
+from petals.types import PeerId
 
 PEER = "12D3KooWStranger"
 ANSWER = {"key": (None, {})}
 
 
-class Member:
-    """Answers as soon as ``awake`` is set."""
+class OneMember(DHTProtocol):
+    """hivemind's protocol with a member that answers as soon as ``awake`` is set."""
 
     def __init__(self) -> None:
-        self.awake = asyncio.Event()
-        self.asked = asyncio.Event()
-        self.ended = asyncio.Event()
+        self.awake, self.asked, self.ended = (asyncio.Event() for _ in range(3))
 
-    async def find(self, peer: object, keys: object) -> object:
+    async def call_find(self, peer: object, keys: object) -> object:
         self.asked.set()
         try:
             await self.awake.wait()
@@ -31,32 +34,41 @@ class Member:
 
 
 @pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> DhtRecords:
+async def member(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OneMember]:
+    """Its ``call_find`` is the one that searches use."""
+    member = OneMember()
+    node = SimpleNamespace(protocol=member)
     monkeypatch.setattr(dht, "_STRANGER_SECONDS", 0.0)
-    return DhtRecords(SimpleNamespace(), SystemClock())
+    monkeypatch.setattr(dht.DHTNode, "create", AsyncMock(return_value=node))
+    records = DhtRecords(Admission(PeerId("own"), None), SystemClock())
+    await records.start(None, only_asks=True)
+    yield member
+    await records.close()
 
 
 async def test_a_stranger_that_does_not_answer_is_left_out_and_remembered_later(
-    records: DhtRecords,
+    member: OneMember,
 ) -> None:
-    member = Member()
-    assert await records._find_others(member.find, PEER, ["key"]) is None
+    assert await member.call_find(PEER, ["key"]) is None
     member.awake.set()
     await member.ended.wait()
     # It has answered, if late: now it has as much time as any call.
     member.awake.clear()
     member.asked.clear()
-    asking = asyncio.create_task(records._find_others(member.find, PEER, ["key"]))
+    asking = asyncio.create_task(member.call_find(PEER, ["key"]))
     await member.asked.wait()
     assert not asking.done()
     member.awake.set()
     assert await asking == ANSWER
 
 
-async def test_a_cancelled_search_asks_no_longer(records: DhtRecords) -> None:
-    records._answered[PEER] = None
-    member = Member()
-    asking = asyncio.create_task(records._find_others(member.find, PEER, ["key"]))
+async def test_a_cancelled_search_asks_no_longer(member: OneMember) -> None:
+    member.awake.set()
+    await member.call_find(PEER, ["key"])
+    await member.ended.wait()
+    for event in (member.awake, member.asked, member.ended):
+        event.clear()
+    asking = asyncio.create_task(member.call_find(PEER, ["key"]))
     await member.asked.wait()
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -1,6 +1,8 @@
-"""Greeting, admission, services: what a peer is told and what it is not."""
+"""Greeting, admission, services: what a peer learns and what it does not."""
 
 import asyncio
+import contextlib
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -16,11 +18,11 @@ from petals.errors import (
     ProtocolError,
     VersionMismatch,
 )
-from petals.swarm.config import NodeConfig
+from petals.swarm.config import ChannelLimits, NodeConfig
 from petals.swarm.membership import SwarmKey
 from petals.swarm.node import SwarmNode
-from petals.swarm.rpc import dispatcher
-from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL, answering
+from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL, RpcParts, RpcServer, answering
+from petals.swarm.rpc.receive_buffer import Budget
 from petals.testing.manual_clock import settle
 from petals.wire import frames
 from petals.wire.frames import PROTOCOL_VERSION, FrameKind, decode_message, encode_message
@@ -28,8 +30,11 @@ from petals.wire.handshake import Hello, Refusal, Welcome
 from petals.wire.header import RequestHeader
 from petals.wire.passes import Forward, ForwardResult
 from petals.wire.requests import GetInfo, KeepSession
+from support.raw_streams import encoded, read_message
 
 FORWARD = Forward("m", (0, 2), (1,))
+NEWER = PROTOCOL_VERSION + 1
+KEY = SwarmKey.generate()
 
 
 async def double(peer, message, tensors):
@@ -42,41 +47,52 @@ async def broken(peer, message, tensors):
     raise ZeroDivisionError("a bug")
 
 
-async def read_message(stream):
-    kind, length = frames.decode_header(await stream.read_exactly(5))
-    assert kind is FrameKind.MESSAGE
-    return decode_message(await stream.read_exactly(length))[0]
-
-
-def frame(message) -> bytes:
-    return frames.encode_frame(FrameKind.MESSAGE, encode_message(message))
-
-
-async def test_request_and_answer(server, client):
+@pytest.fixture
+async def doubler(server, client):
+    """The client's channel to a service that doubles tensors."""
     server.serve("double", answering({Forward: double}))
     async with await client.open_channel(server.peer_id, "double") as channel:
-        assert channel.peer_id == server.peer_id
-        for _ in range(3):
-            _, (answer,) = await channel.request(FORWARD, [torch.ones(5)], expect=ForwardResult)
-            assert answer.sum() == 10
+        yield channel
 
 
-async def test_a_refused_request_is_not_the_end(server, client):
-    server.serve("double", answering({Forward: double}))
-    async with await client.open_channel(server.peer_id, "double") as channel:
+@pytest.fixture
+async def node(net, clock):
+    """``await node(**config)`` -> a member of the network, until the test ends."""
+    async with contextlib.AsyncExitStack() as nodes:
+
+        async def enter(**config) -> SwarmNode:
+            member = SwarmNode(NodeConfig(**config), engine=net.engine, clock=clock)
+            return await nodes.enter_async_context(member)
+
+        yield enter
+
+
+@pytest.fixture
+async def rpc(server, client, clock):
+    """What answers the streams to ``server``, with a limit of 300 streams of each peer."""
+    limits, budget = ChannelLimits(max_streams_per_peer=300), Budget(2**30, 2**30)
+    parts = RpcParts(admission=server.admission, limits=limits, budget=budget, clock=clock)
+    rpc = RpcServer(parts)
+    await server.transport.serve(STREAM_PROTOCOL, rpc.handle)
+    yield rpc
+    await rpc.close()
+
+
+async def test_requests_are_answered_one_by_one_refused_ones_too(server, doubler):
+    assert doubler.peer_id == server.peer_id
+    for _ in range(3):
+        _, (answer,) = await doubler.request(FORWARD, [torch.ones(5)], expect=ForwardResult)
+        assert answer.sum() == 10
         with pytest.raises(BadInput, match="nothing to double"):
-            await channel.request(FORWARD, expect=ForwardResult)
-        await channel.request(FORWARD, [torch.ones(5)], expect=ForwardResult)
+            await doubler.request(FORWARD, expect=ForwardResult)
 
 
-async def test_a_message_the_service_does_not_know(server, client):
-    server.serve("double", answering({Forward: double}))
-    async with await client.open_channel(server.peer_id, "double") as channel:
-        with pytest.raises(ProtocolError, match="GetInfo"):
-            await channel.request(GetInfo(), expect=ForwardResult)
+async def test_a_message_the_service_does_not_know(doubler):
+    with pytest.raises(ProtocolError, match="GetInfo"):
+        await doubler.request(GetInfo(), expect=ForwardResult)
 
 
-async def test_a_bug_in_a_service_is_told_without_details(server, client, caplog):
+async def test_a_bug_in_a_service_is_reported_without_details(server, client, caplog):
     server.serve("broken", answering({Forward: broken}))
     async with await client.open_channel(server.peer_id, "broken") as channel:
         with pytest.raises(PeerFailed) as caught:
@@ -95,129 +111,91 @@ async def test_unknown_service(server, client):
 
 async def test_streams_of_a_peer_are_bounded(server, client):
     limit = server.config.limits.max_streams_per_peer
-    opened = [await client.open_channel(server.peer_id, "node") for _ in range(limit)]
-    with pytest.raises(PeerBusy):
-        await client.open_channel(server.peer_id, "node")
-    for channel in opened:
-        await channel.close()
-    await settle()
-    assert server._server.num_streams == 0
-    assert await client.ping(server.peer_id) >= 0
+    for _ in range(2):  # once all are closed, the same number may be opened again
+        opened = [await client.open_channel(server.peer_id, "node") for _ in range(limit)]
+        with pytest.raises(PeerBusy):
+            await client.open_channel(server.peer_id, "node")
+        for channel in opened:
+            await channel.close()
+        await settle()
 
 
-@pytest.mark.parametrize("key", [None, SwarmKey.generate()])
-async def test_a_private_swarm_refuses_others(net, clock, key):
-    private = NodeConfig(swarm_key=SwarmKey.generate())
-    async with SwarmNode(private, engine=net.engine, clock=clock) as member:
-        join = NodeConfig(initial_peers=await member.addresses(), swarm_key=key)
-        with pytest.raises(AdmissionDenied) as caught:
-            async with SwarmNode(join, engine=net.engine, clock=clock):
-                pass
-        assert "--swarm-key" in caught.value.hint
+@pytest.mark.parametrize("asks", [True, False], ids=["joining", "asked by a member"])
+@pytest.mark.parametrize("key", [None, SwarmKey.generate()], ids=["no key", "another key"])
+async def test_a_private_swarm_and_others_refuse_each_other(node, key, asks):
+    """Both sides of a stream prove that they hold the key."""
+    member = await node(swarm_key=KEY)
+    with pytest.raises(AdmissionDenied) as caught:
+        if asks:
+            await node(initial_peers=await member.addresses(), swarm_key=key)
+        else:
+            stranger = await node(swarm_key=key)
+            await member.open_channel(stranger.peer_id, "node")
+    assert "--swarm-key" in caught.value.hint
 
 
-async def test_a_member_does_not_talk_to_a_peer_without_the_key(net, clock):
-    """The answering side proves itself, too."""
-    async with SwarmNode(NodeConfig(), engine=net.engine, clock=clock) as stranger:
-        config = NodeConfig(swarm_key=SwarmKey.generate())
-        async with SwarmNode(config, engine=net.engine, clock=clock) as member:
-            with pytest.raises(AdmissionDenied):
-                await member.open_channel(stranger.peer_id, "node")
-
-
-async def test_without_the_key_only_a_refusal_comes_back(net, clock):
-    config = NodeConfig(swarm_key=SwarmKey.generate())
-    async with SwarmNode(config, engine=net.engine, clock=clock) as member:
-        async with SwarmNode(NodeConfig(), engine=net.engine, clock=clock) as stranger:
-            stream = await stranger.transport.open_stream(member.peer_id, STREAM_PROTOCOL, 1.0)
-            stream.write(frame(Hello(PROTOCOL_VERSION, "node")) + frame(GetInfo()))
-            answer = await read_message(stream)
-            assert isinstance(answer, Refusal) and answer.code == "admission_denied"
-            with pytest.raises(PeerUnreachable):
-                await stream.read_exactly(1)
-
-
-async def test_members_of_a_private_swarm(net, clock):
-    key = SwarmKey.generate()
-    async with SwarmNode(NodeConfig(swarm_key=key), engine=net.engine, clock=clock) as one:
-        config = NodeConfig(swarm_key=key, initial_peers=await one.addresses())
-        async with SwarmNode(config, engine=net.engine, clock=clock) as two:
-            assert await two.ping(one.peer_id) >= 0
-            assert await one.ping(two.peer_id) >= 0
-
-
-async def test_versions_differ_at_the_answering_side(server, client, monkeypatch):
-    monkeypatch.setattr(dispatcher, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
-    opening = asyncio.create_task(client.open_channel(server.peer_id, "node"))
-    await asyncio.sleep(0)  # the newer hello is on its way
-    monkeypatch.setattr(dispatcher, "PROTOCOL_VERSION", PROTOCOL_VERSION)
-    with pytest.raises(VersionMismatch, match=f"{PROTOCOL_VERSION + 1}"):
-        await opening
-
-
-async def test_a_hello_of_a_version_we_cannot_read(server, client):
-    stream = await client.transport.open_stream(server.peer_id, STREAM_PROTOCOL, 1.0)
-    newer = PROTOCOL_VERSION + 1
-    foreign = msgspec.msgpack.encode([["Hello", newer, {"new": "shape"}], [], "more"])
-    stream.write(frames.encode_frame(FrameKind.MESSAGE, foreign))
+async def test_without_the_key_only_a_refusal_comes_back(node):
+    member, stranger = await node(swarm_key=KEY), await node()
+    stream = await stranger.transport.open_stream(member.peer_id, STREAM_PROTOCOL, 1.0)
+    stream.write(encoded(Hello(PROTOCOL_VERSION, "node")) + encoded(GetInfo()))
     answer = await read_message(stream)
-    assert isinstance(answer, Refusal) and answer.code == "version_mismatch"
-    assert f"the other {newer}" in answer.message
+    assert isinstance(answer, Refusal) and answer.code == "admission_denied"
+    with pytest.raises(PeerUnreachable):
+        await stream.read_exactly(1)
 
 
-async def test_versions_differ_at_the_opening_side(net, clock, client):
-    """A newer peer that answers instead of refusing is noticed by the one who opened."""
+async def test_members_of_a_private_swarm(node):
+    one = await node(swarm_key=KEY)
+    two = await node(swarm_key=KEY, initial_peers=await one.addresses())
+    assert await two.ping(one.peer_id) >= 0
+    assert await one.ping(two.peer_id) >= 0
 
-    async def newer(stream):
-        await read_message(stream)
-        stream.write(frame(Welcome(PROTOCOL_VERSION + 1)))
 
-    async with SwarmNode(NodeConfig(), engine=net.engine, clock=clock) as node:
-        await node.transport.serve(STREAM_PROTOCOL, newer)
-        with pytest.raises(VersionMismatch):
-            await client.open_channel(node.peer_id, "node")
+UNREADABLE_HELLO = msgspec.msgpack.encode([["Hello", NEWER, {"new": "shape"}], [], "more"])
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "code"),
     [
-        b"GET / HTTP/1.1\r\n\r\n",
-        frames.encode_header(FrameKind.MESSAGE, 200_000),
-        frames.encode_frame(FrameKind.PING, b"12345678"),
-        frame(KeepSession(RequestHeader(b"s" * 16, 0))),
-        frames.encode_frame(FrameKind.MESSAGE, b"\xc1" * 20),
-        frames.encode_frame(FrameKind.MESSAGE, b"\x91" * 10_000),
+        (b"GET / HTTP/1.1\r\n\r\n", "protocol"),
+        (frames.encode_header(FrameKind.MESSAGE, 200_000), "protocol"),
+        (frames.encode_frame(FrameKind.PING, b"12345678"), "protocol"),
+        (encoded(KeepSession(RequestHeader(b"s" * 16, 0))), "protocol"),
+        (frames.encode_frame(FrameKind.MESSAGE, b"\xc1" * 20), "protocol"),
+        (frames.encode_frame(FrameKind.MESSAGE, b"\x91" * 10_000), "protocol"),
+        (encoded(Hello(NEWER, "node")), "version_mismatch"),
+        (frames.encode_frame(FrameKind.MESSAGE, UNREADABLE_HELLO), "version_mismatch"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
-async def test_a_stream_that_does_not_begin_with_a_greeting(server, client, data):
+async def test_a_stream_that_does_not_begin_with_our_greeting(
+    rpc, server, client, data, code
+):
     stream = await client.transport.open_stream(server.peer_id, STREAM_PROTOCOL, 1.0)
     stream.write(data)
     answer = await read_message(stream)
-    assert isinstance(answer, Refusal) and answer.code == "protocol"
+    assert isinstance(answer, Refusal) and answer.code == code
+    assert (f"the other {NEWER}" in answer.message) is (code == "version_mismatch")
     await settle()
-    assert server._server.num_streams == 0
-    assert await client.ping(server.peer_id) >= 0
+    assert rpc.num_streams == 0
 
 
-async def test_a_stream_that_ends_before_it_says_anything(server, client):
-    stream = await client.transport.open_stream(server.peer_id, STREAM_PROTOCOL, 1.0)
-    stream.reset()
-    await settle()
-    assert server._server.num_streams == 0
+@pytest.mark.parametrize(
+    ("answer", "error"), [(Welcome(NEWER), VersionMismatch), (GetInfo(), ProtocolError)]
+)
+async def test_a_greeting_that_is_not_answered_with_one_of_ours(server, client, answer, error):
+    """A newer peer that answers in place of refusing is noticed by the peer that opened."""
+
+    async def reply(stream):
+        await read_message(stream)
+        stream.write(encoded(answer))
+
+    await server.transport.serve(STREAM_PROTOCOL, reply)
+    with pytest.raises(error):
+        await client.open_channel(server.peer_id, "node")
 
 
-async def test_a_peer_that_answers_nonsense(net, clock, client):
-    async def odd(stream):
-        stream.write(frame(GetInfo()))
-
-    async with SwarmNode(NodeConfig(), engine=net.engine, clock=clock) as node:
-        await node.transport.serve(STREAM_PROTOCOL, odd)
-        with pytest.raises(ProtocolError):
-            await client.open_channel(node.peer_id, "node")
-
-
-async def test_leaving_ends_services_that_wait(net, clock, client):
+async def test_leaving_ends_services_that_wait(node, client):
     ended = []
 
     async def waits(channel):
@@ -226,16 +204,17 @@ async def test_leaving_ends_services_that_wait(net, clock, client):
         finally:
             ended.append(channel.peer_id)
 
-    async with SwarmNode(NodeConfig(), engine=net.engine, clock=clock) as node:
-        node.serve("waits", waits)
-        channel = await client.open_channel(node.peer_id, "waits")
-        await settle()
+    leaving = await node()
+    leaving.serve("waits", waits)
+    channel = await client.open_channel(leaving.peer_id, "waits")
+    await settle()
+    await leaving.close()
     assert ended == [client.peer_id]
     with pytest.raises(PeerUnreachable):
         await channel.receive()
 
 
-async def test_a_service_learns_that_its_client_vanished(net, server, client):
+async def test_a_service_ends_when_its_client_vanishes(net, rpc, server, client):
     ended = asyncio.Event()
 
     async def session(channel):
@@ -244,44 +223,60 @@ async def test_a_service_learns_that_its_client_vanished(net, server, client):
         finally:
             ended.set()
 
-    server.serve("session", session)
+    rpc.add("session", session)
     await client.open_channel(server.peer_id, "session")
     net.kill(client.peer_id)
     await asyncio.wait_for(ended.wait(), 1.0)
     await settle()
-    assert server._server.num_streams == 0
+    assert rpc.num_streams == 0
 
 
-async def test_silent_streams_keep_nobody_out(net, clock, server, client, monkeypatch):
-    """Those that have said nothing make room, the oldest first."""
-    monkeypatch.setattr(dispatcher, "_MAX_GREETING_STREAMS", 3)
-    silent = []
-    for _ in range(3):
-        node = await SwarmNode(NodeConfig(), engine=net.engine, clock=clock).__aenter__()
-        stream = await node.transport.open_stream(server.peer_id, STREAM_PROTOCOL, 1.0)
-        silent.append((node, stream))
-        await settle()
-    assert await client.ping(server.peer_id) >= 0
-    with pytest.raises(PeerUnreachable):
-        await silent[0][1].read_exactly(1)
-    assert len(server._server._greeting) == 2
-    for node, _ in silent:
-        await node.close()
+async def test_silent_streams_keep_no_peer_out(rpc, server, client):
+    """Of the streams that have sent nothing the oldest makes room for a new one."""
+    rpc.add("double", answering({Forward: double}))
+    open_stream = client.transport.open_stream
+    silent = [await open_stream(server.peer_id, STREAM_PROTOCOL, 1.0) for _ in range(258)]
     await settle()
-    assert not server._server._greeting
+    assert rpc.num_streams == 256
+    async with await client.open_channel(server.peer_id, "double"):
+        for stream in silent[:3]:
+            with pytest.raises(PeerUnreachable):
+                await stream.read_exactly(1)
+        assert rpc.num_streams == 254 + 1 + 1
+    for stream in silent[3:]:
+        stream.reset()
+    await settle()
+    assert rpc.num_streams == 0
 
 
-async def test_who_floods_is_not_even_refused(server, client):
-    """Over real networks refusals take a while; here those under way are counted by hand."""
-    being_refused = 2 * server.config.limits.max_streams_per_peer
-    server._server._open[client.peer_id] += being_refused
-    with pytest.raises(PeerUnreachable):
-        await client.ping(server.peer_id)
-    server._server._open[client.peer_id] -= being_refused
-    assert await client.ping(server.peer_id) >= 0
+class SlowStream:
+    """A stream whose bytes, and whose end, take until ``over``."""
+
+    remote = "peer"
+
+    def __init__(self, over: asyncio.Event) -> None:
+        self.over, self.close = over, over.wait
+        self.write, self.reset = Mock(), Mock()
+
+    async def read_exactly(self, num_bytes: int) -> bytes:
+        await self.over.wait()
+        raise PeerUnreachable("The stream ended.")
 
 
-def test_the_words_of_a_peer_cannot_command_a_terminal():
+async def test_a_peer_that_floods_is_not_even_refused(rpc):
+    """Refusals that are on their way count as streams, up to as many as may be open."""
+    over, limit = asyncio.Event(), 2 * rpc.parts.limits.max_streams_per_peer
+    streams = [SlowStream(over) for _ in range(limit + 1)]
+    async with asyncio.TaskGroup() as handling:
+        for stream in streams:
+            handling.create_task(rpc.handle(stream))
+        await settle()
+        assert rpc.num_streams == limit
+        assert [stream.reset.called for stream in streams[-2:]] == [False, True]
+        over.set()
+
+
+def test_the_text_of_a_peer_cannot_command_a_terminal():
     error = Refusal("bad_input", "a\x1b[2Jb", "c\x07").to_error("peer")
     assert isinstance(error, BadInput)
     assert (error.message, error.reported_hint) == ("a [2Jb", "c ")
