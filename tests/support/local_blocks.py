@@ -1,13 +1,14 @@
 """A test double: the blocks of a whole tiny model in this process, as a client's BlockRunner.
 
-Each step runs its rows again from their beginnings; sessions record the steps that they are sent.
+Each row has an exact cache of its own; sessions record the steps that they are sent.
 """
 
 import copy
-from types import SimpleNamespace
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from petals.client.config import ClientConfig
 from petals.client.model.load import distribute, layers_return_tuple
@@ -18,28 +19,24 @@ from petals.client.training.hop_call import PassOutput
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
 from petals.models.checkpoint.arch import describe, parent_of
 from petals.models.loading.head import HeadKind, class_for
-from petals.models.loading.quantize import QuantKind
-from petals.models.runtime.batch import Segment
-from petals.models.runtime.span import Span
 from petals.models.verify.tiny import tiny_config
 from petals.types import BlockSpan
 
 
+class Captured(Exception):
+    pass
+
+
 class LocalBlocks:
-    """Runs consecutive blocks of ``base``, one row at a time and without a cache."""
+    """Runs consecutive blocks of ``base``, one row at a time, as the model itself does."""
 
     def __init__(self, base, arch):
-        base = copy.deepcopy(base)  # a span changes how its model attends
-        host = base.get_submodule(arch.host_path)
-        loaded = SimpleNamespace(
-            base=host,
-            layers=base.get_submodule(arch.layers_path),
-            config=host.config,
-            blocks=BlockSpan(0, arch.num_blocks),
-            dtype=torch.float32,
-            quant=QuantKind.NONE,
-        )
-        self.span = Span(loaded)
+        self.host = base.get_submodule(arch.host_path)
+        self.layers = base.get_submodule(arch.layers_path)
+        self.num_blocks = arch.num_blocks
+        is_hybrid = "linear_attention" in (getattr(self.host.config, "layer_types", None) or ())
+        self.cache_config = {"config": self.host.config} if is_hybrid else {}
+        self.width = self.host.get_input_embeddings().embedding_dim
         self.sessions = []  # the sessions that have run a step
         self.errors = {}  # number of a session's step -> the error that it raises, once
         self.num_whole = 0
@@ -56,23 +53,84 @@ class LocalBlocks:
             prompts = prompts.expand(-1, len(call.counts), -1, -1).unbind(1)
         rows, tapped = [], {block: [] for block in call.taps}
         for number, row in enumerate(hidden.split(list(call.counts))):
-            outputs = self.run(row, blocks, prompts[number] if prompts else None, call.adapter)
-            rows.append(outputs[blocks.end - 1] if len(blocks) else row)
+            extras = Extras(prompts[number] if prompts else None, call.adapter)
+            rows.append(self.run(row, blocks, self.new_cache(), extras))
             for block, parts in tapped.items():
-                parts.append(outputs[block])
+                parts.append(extras.outputs.get(block, row[:0]))
         return PassOutput(
             torch.cat(rows), {block: torch.cat(parts) for block, parts in tapped.items()}
         )
 
-    def run(self, row, blocks, prompts, adapter):
-        """The output [n, H] of each block for a whole row; prompts: [blocks, P, H]."""
-        row = row.float()
-        if not len(row) or not len(blocks):
-            return dict.fromkeys(range(blocks.start, blocks.end), row)
-        adapter = None if adapter is None else adapter.within(blocks)
-        segment = Segment(hidden=row, blocks=blocks, prompts=prompts, adapter=adapter)
-        outputs = self.span.trace([segment])[blocks.start : blocks.end]
-        return {blocks.start + index: output[0] for index, output in enumerate(outputs)}
+    def new_cache(self):
+        # Without a config no layer drops what left its window, so that every layer can roll back.
+        return DynamicCache(**self.cache_config)
+
+    def run(self, hidden, blocks, cache, extras=None):
+        """[n, H] -> [n, H], after the tokens in ``cache``."""
+        hidden = hidden.float()
+        if not len(hidden) or not len(blocks):
+            return hidden
+        extras = extras or Extras()
+        handles = extras.attach(self.layers, blocks, hidden)
+        try:
+            self.host(
+                inputs_embeds=torch.zeros(1, len(hidden), self.width),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except Captured:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return extras.outputs[blocks.end - 1]
+
+
+@dataclass
+class Extras:
+    """Hooks for the blocks of one row: prompts [blocks, P, H] from ``start``, an adapter."""
+
+    prompts: torch.Tensor | None = None
+    adapter: object | None = None
+    start: int = 0
+    outputs: dict = field(default_factory=dict)
+    """Output of each block, [n, H]."""
+
+    def attach(self, layers, blocks, hidden):
+        def enter(block, layer, args, kwargs):
+            given = args[0] if args else kwargs["hidden_states"]
+            states = self.prompted(hidden if block == blocks.start else given[0], block, blocks)
+            if args:
+                return (states[None], *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": states[None]}
+
+        def leave(block, layer, args, output):
+            self.outputs[block] = (output[0] if isinstance(output, tuple) else output)[0]
+            if block == blocks.end - 1:
+                raise Captured
+
+        handles = []
+        for block in range(blocks.start, blocks.end):
+            layer = layers[block]
+            handles.append(layer.register_forward_pre_hook(partial(enter, block), with_kwargs=True))
+            handles.append(layer.register_forward_hook(partial(leave, block)))
+        adapter = None if self.adapter is None else self.adapter.within(blocks)
+        if adapter is not None:
+            pairs = zip(adapter.tensors[::2], adapter.tensors[1::2])
+            for ((block, path), part), (a, b) in zip(adapter.parts.items(), pairs):
+                adapt = partial(_adapt, part.scaling, a, b)
+                handles.append(layers[block].get_submodule(path).register_forward_hook(adapt))
+        return handles
+
+    def prompted(self, states, block, blocks):
+        if self.prompts is None or self.start >= self.prompts.shape[1]:
+            return states
+        prompt = self.prompts[block - blocks.start, self.start : self.start + len(states)]
+        return torch.cat([states[: len(prompt)] + prompt, states[len(prompt) :]])
+
+
+def _adapt(scaling, a, b, module, args, output):
+    return output + scaling * (args[0] @ a.T) @ b.T
 
 
 class LocalRows:
@@ -81,13 +139,13 @@ class LocalRows:
     def __init__(self, runner, blocks, max_length, tuning):
         self.runner, self.blocks, self.tuning = runner, blocks, tuning
         self.max_length = max_length
-        self.inputs, self.lengths = [], ()  # the inputs [n, H] of each row
+        self.caches, self.lengths = [], ()
         self.is_closed = False
         self.steps = []  # (starts, counts, reorder)
 
     @property
     def is_open(self):
-        return bool(self.inputs) and not self.is_closed
+        return bool(self.caches) and not self.is_closed
 
     async def step(self, hidden, starts, counts, reorder=None):
         if self.is_closed:
@@ -99,23 +157,23 @@ class LocalRows:
             raise LengthExceeded(f"{longest} tokens in a session for {self.max_length}.")
         assert hidden.shape[0] == sum(counts)
         self.steps.append((tuple(starts), tuple(counts), reorder))
-        if not self.inputs:
+        if not self.caches:
             self.runner.sessions.append(self)
-            self.inputs = [hidden[:0]] * len(counts)
-        assert reorder is not None or len(self.inputs) == len(counts)
+            self.caches = [self.runner.new_cache() for _ in counts]
+        lengths = self.lengths or (0,) * len(counts)
+        assert reorder is not None or len(lengths) == len(counts)
         if reorder is not None:
-            self.inputs = [self.inputs[row] for row in reorder]
+            self.caches = [copy.deepcopy(self.caches[row]) for row in reorder]
+            lengths = tuple(lengths[row] for row in reorder)
         outputs = []
         for row, part in enumerate(hidden.split(list(counts))):
-            if starts[row] > len(self.inputs[row]):
-                raise SessionGap(f"{starts[row]} > {len(self.inputs[row])}")
-            self.inputs[row] = torch.cat([self.inputs[row][: starts[row]], part])
+            if starts[row] > lengths[row]:
+                raise SessionGap(f"{starts[row]} > {lengths[row]}")
+            if starts[row] < lengths[row]:
+                self.caches[row].crop(starts[row] - lengths[row])
+            extras = Extras(self.tuning.prompts, self.tuning.adapter, starts[row])
             with torch.no_grad():
-                made = self.runner.run(
-                    self.inputs[row], self.blocks, self.tuning.prompts, self.tuning.adapter
-                )
-            output = made[self.blocks.end - 1] if len(self.blocks) else self.inputs[row]
-            outputs.append(output[starts[row] :])
+                outputs.append(self.runner.run(part, self.blocks, self.caches[row], extras))
         self.lengths = tuple(start + count for start, count in zip(starts, counts))
         return torch.cat(outputs)
 
@@ -134,7 +192,7 @@ def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
             parameter.copy_(torch.randn_like(parameter) * 0.2)
     remote = copy.deepcopy(local).requires_grad_(False)
     base = remote.base_model
-    runner = LocalBlocks(base, arch)
+    runner = LocalBlocks(copy.deepcopy(base), arch)
     manager = RemoteSequenceManager(ClientConfig(dht_prefix="tiny"), BlockSpan(0, arch.num_blocks))
     blocks = RemoteSequential(remote.config, sequence_manager=manager, runner=runner)
     blocks.returns_tuple = layers_return_tuple(arch, config)

@@ -90,6 +90,7 @@ class Worker:
     device: DeviceContext
     faults: Faults
     is_training: bool
+    _held: list[threading.Event] = field(default_factory=list)
 
     @property
     def peer_id(self) -> PeerId:
@@ -143,8 +144,14 @@ class Worker:
     def hold(self) -> Callable[[], None]:
         """Keep the compute thread busy until the returned function is called."""
         free = threading.Event()
+        self._held.append(free)
         self.executor.post(free.wait)
         return free.set
+
+    def release(self) -> None:
+        """End all that ``hold`` has begun."""
+        for free in self._held:
+            free.set()
 
 
 @dataclass(kw_only=True)
@@ -343,7 +350,10 @@ async def running(node: SwarmNode, span: Span, options: WorkerOptions) -> AsyncI
         async with service:
             trains = not options.no_training
             worker = Worker(node, service, runner, executor, pool, logs, device, faults, trains)
-            yield worker
+            try:
+                yield worker
+            finally:
+                worker.release()
             await worker.check()
         await executor.call(pool.check_integrity)
         assert pool.reserved_bytes == logs.used_bytes == 0

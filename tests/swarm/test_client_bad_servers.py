@@ -87,7 +87,6 @@ async def test_a_server_that_lives_and_never_answers_is_left_if_another_is_known
         await swarm.decode(session, text, 4)
         (repair,) = session.trace.repairs
         assert repair.peer_id == hung.peer_id and "It lives" in repair.reason
-        assert repair.stall_seconds < 3.0
         assert session.trace.hops[1].peer_id == spare.peer_id
         release()
 

@@ -22,6 +22,7 @@ from petals.server.compute.scheduler import Scheduler
 from petals.server.config import (
     AnnounceConfig,
     ComputeConfig,
+    LimitsConfig,
     MemoryConfig,
     ServerConfig,
     SourceConfig,
@@ -204,3 +205,10 @@ async def test_what_cannot_start_says_why(
         await swarm.add(**changes)
     assert caught.value.hint
     assert await swarm.node.directory.models() == ()
+
+
+@pytest.mark.parametrize("allow_training", [True, False])
+async def test_whether_it_trains_is_announced(swarm: InProcessSwarm, allow_training: bool) -> None:
+    peer = await swarm.add(BlockSpan(0, 1), limits=LimitsConfig(allow_training=allow_training))
+    view = await swarm.node.directory.view(swarm.model_id, NUM_BLOCKS)
+    assert view.records[peer].trains == allow_training

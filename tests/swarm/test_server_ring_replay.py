@@ -122,3 +122,17 @@ async def test_replays_that_cannot_be(lengths, changes, num_hops) -> None:
         request = session.replay(head, session.legs[1 : 1 + num_hops], 3, lengths, **changes)
         assert (await head.refused(request)).code == "bad_input"
         await session.step([1])
+
+
+@pytest.mark.parametrize("at", [3, 5], ids=["tokens twice", "tokens are missing"])
+async def test_a_part_that_does_not_follow_the_rows_is_refused(at: int) -> None:
+    """How parts are numbered: tests/unit/server/session."""
+    async with linked_servers(1) as swarm:
+        (leg,) = (await linked(swarm, (10, 14))).legs
+        text = states(12)
+        first = ReplayPart(leg.header(10), 0, 5, (0,), (4,), (0,))
+        await leg.channel.send(first, (text[:4],))
+        gap = ReplayPart(leg.header(10), 1, 5, (at,), (4,))
+        assert (await leg.refused(gap, text[at : at + 4])).code == "session_gap"
+        (output,) = await leg.step(5, [4], [text[4:5]])
+        assert_close(output, swarm.expected(text)[4:5])

@@ -70,11 +70,11 @@ def test_every_part_is_used_on_a_page() -> None:
 
 
 def test_make_targets_in_pages_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
     for page in pages:
         code = re.findall(r"```.*?```|`[^`]*`", page.read_text(encoding="utf-8"), re.DOTALL)
-        named = set(re.findall(r"\bmake (\w+)", "\n".join(code)))
+        named = set(re.findall(r"\bmake ([\w-]+)", "\n".join(code)))
         assert named <= targets, f"{page.name}: {named - targets}"
 
 

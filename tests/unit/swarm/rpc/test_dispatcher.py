@@ -168,9 +168,7 @@ UNREADABLE_HELLO = msgspec.msgpack.encode([["Hello", NEWER, {"new": "shape"}], [
     ],
     ids=range(8),
 )
-async def test_a_stream_that_does_not_begin_with_our_greeting(
-    rpc, server, client, data, code
-):
+async def test_a_stream_that_does_not_begin_with_our_greeting(rpc, server, client, data, code):
     stream = await client.transport.open_stream(server.peer_id, STREAM_PROTOCOL, 1.0)
     stream.write(data)
     answer = await read_message(stream)
