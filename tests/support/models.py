@@ -77,11 +77,13 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.layers if hasattr(model, "layers") else model.h
 
 
-def random_adapter(blocks: Iterable[int], rank: int = 3, seed: int = 0) -> Adapter:
+def random_adapter(
+    blocks: Iterable[int], rank: int = 3, seed: int = 0, module: str = "self_attn.q_proj"
+) -> Adapter:
     """An adapter of one matrix in each of ``blocks`` of a tiny llama."""
     random = torch.Generator().manual_seed(seed)
     parts = {}
     for block in blocks:
         a, b = (torch.randn(*shape, generator=random) for shape in ((rank, WIDTH), (WIDTH, rank)))
-        parts[block, "self_attn.q_proj"] = LowRank(0.3 * a, 0.3 * b, 0.5)
+        parts[block, module] = LowRank(0.3 * a, 0.3 * b, 0.5)
     return Adapter(parts)

@@ -28,9 +28,9 @@ from support.talk import MODEL, Talk
 FORWARD = Forward(MODEL, (10, 14), (6,))
 
 
-def adapter_of(rank: int, seed: int = 0) -> Adapter:
-    """An adapter of all blocks."""
-    return random_adapter(range(10, 14), rank, seed)
+def adapter_of(rank: int, seed: int = 0, module: str = "self_attn.q_proj") -> Adapter:
+    """An adapter of one matrix in all blocks."""
+    return random_adapter(range(10, 14), rank, seed, module)
 
 
 def putting(adapter: Adapter, name: str = "", **changes: object) -> PutAdapter:
@@ -55,7 +55,7 @@ def expected(swarm: Served, hidden: torch.Tensor, adapter: Adapter | None) -> to
 
 async def test_four_sessions_with_adapters_of_their_own_share_batches() -> None:
     async with served() as swarm:
-        adapters = [adapter_of(2, 1), None, adapter_of(4, 2), adapter_of(7, 3)]
+        adapters = [adapter_of(2, 1, "self_attn.o_proj"), None, adapter_of(4, 2), adapter_of(7, 3)]
         texts = [states(6, seed=number) for number in range(4)]
         talks = [await swarm.talk() for _ in adapters]
         for number, (talk, adapter) in enumerate(zip(talks, adapters)):

@@ -1,5 +1,6 @@
 """Random and broken bytes at a server that holds sessions: pages come back, others go on."""
 
+import asyncio
 import random
 
 import msgspec
@@ -10,6 +11,7 @@ from petals.errors import VersionMismatch
 from petals.server.config import ClientLimits
 from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL
 from petals.swarm.transport import Stream
+from petals.testing.manual_clock import settle
 from petals.wire import frames
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind
@@ -128,6 +130,24 @@ async def test_whatever_is_said_every_page_comes_back(seed: int) -> None:
         assert any(opened) and swarm.runner.batches, "else this proves little"
         await swarm.at_rest()
         await still_right(swarm)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_strangers_that_never_greet(seed: int) -> None:
+    dice = random.Random(seed)
+    async with served() as swarm:
+        await still_right(swarm)
+        await settle()
+        before = len(asyncio.all_tasks())
+        transport, server = swarm.client.transport, swarm.workers[0].peer_id
+        for _ in range(25):
+            stream = await transport.open_stream(server, STREAM_PROTOCOL, 1.0)
+            stream.write(a_conversation(dice) if dice.random() < 0.5 else dice.randbytes(400))
+            await stream.close()
+        assert swarm.pool.reserved_bytes == 0
+        await still_right(swarm)
+        await settle()
+        assert len(asyncio.all_tasks()) == before
 
 
 STEP = encoded(Step(RequestHeader(b"s" * 16, 0, 0), (0,), (6,)), states(6))
