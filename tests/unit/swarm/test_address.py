@@ -49,44 +49,32 @@ def test_what_cannot_be_dialled(text: str) -> None:
     assert "/ip4/" in caught.value.hint
 
 
-def test_the_peer_is_added_and_taken_away_once() -> None:
+def test_a_peer_is_added_and_removed_once_and_a_port_replaced() -> None:
     bare = Address("/ip4/1.2.3.4/tcp/5")
     full = bare.with_peer(ONE)
     assert full.text == f"/ip4/1.2.3.4/tcp/5/p2p/{ONE}"
     assert full.with_peer(ONE) == full
     assert full.without_peer(ONE) == bare.without_peer(ONE) == bare
     assert full.without_peer(RELAY) == full
-
-
-def test_another_port() -> None:
-    address = Address("/ip4/0.0.0.0/udp/0/quic-v1").with_port(31337)
-    assert address.text == "/ip4/0.0.0.0/udp/31337/quic-v1"
+    other_port = Address("/ip4/0.0.0.0/udp/0/quic-v1").with_port(31337)
+    assert other_port.text == "/ip4/0.0.0.0/udp/31337/quic-v1"
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "is_loopback", "seen_host"),
     [
-        ("/ip4/127.0.0.1/tcp/5", True),
-        ("/ip6/::1/tcp/5", True),
-        ("/ip4/1.2.3.4/tcp/5", False),
-        ("/ip6/::2/tcp/5", False),
+        ("/ip4/127.0.0.1/tcp/5", True, "/ip4/127.0.0.1"),
+        ("/ip6/::1/tcp/5", True, "/ip6/::1"),
+        ("/ip6/::2/tcp/5", False, "/ip6/::2"),
+        ("/ip4/1.2.3.4/tcp/5/p2p/x", False, "/ip4/1.2.3.4"),
+        ("/ip4/1.2.3.4/udp/5/quic-v1", False, "/ip4/1.2.3.4"),
+        ("/ip4/1.2.3.4/tcp/5/p2p/x/p2p-circuit", False, ""),
+        ("", False, ""),
     ],
 )
-def test_loopback(text: str, expected: bool) -> None:
-    assert Address(text).is_loopback is expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("/ip4/1.2.3.4/tcp/5/p2p/x", "/ip4/1.2.3.4"),
-        ("/ip4/1.2.3.4/udp/5/quic-v1", "/ip4/1.2.3.4"),
-        ("/ip4/1.2.3.4/tcp/5/p2p/x/p2p-circuit", ""),
-        ("", ""),
-    ],
-)
-def test_where_a_peer_is_seen(text: str, expected: str) -> None:
-    assert Address(text).seen_host == expected
+def test_where_a_peer_is_seen(text: str, is_loopback: bool, seen_host: str) -> None:
+    assert Address(text).is_loopback is is_loopback
+    assert Address(text).seen_host == seen_host
 
 
 def test_where_a_peer_listens() -> None:

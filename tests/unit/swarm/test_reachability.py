@@ -8,20 +8,13 @@ from petals.swarm.reachability import check_reachability, choose_relays
 from petals.wire.handshake import DialBack, DialedBack
 
 
-async def test_peers_that_can_dial_back(server, client):
+async def test_whether_peers_can_dial_back(net, server, client):
     found = await client.check_reachability([server.peer_id])
     assert found.reached is True and found.num_asked == 1
-
-
-async def test_peers_that_cannot(server, client):
     elsewhere = ["/ip4/203.0.113.1/tcp/1/p2p/x"]
     found = await check_reachability(client.open_channel, [server.peer_id], elsewhere)
-    assert found.reached is False
-    assert "--port" in found.advice
-
-
-async def test_nobody_to_ask(net, server, client):
-    net.kill(server.peer_id)
+    assert found.reached is False and "--port" in found.advice
+    net.kill(server.peer_id)  # there is no peer to ask
     found = await client.check_reachability([server.peer_id])
     assert found.reached is None and found.num_asked == 0
 

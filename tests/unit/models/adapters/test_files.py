@@ -13,27 +13,24 @@ from petals.models.adapters.config import LoraConfig
 from petals.models.adapters.files import SavedAdapter, read_adapter, write_adapter
 from petals.models.adapters.low_rank import check_finite, check_fits
 from petals.models.loading.split import load_blocks
+from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Span
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
 from support.peft_adapters import peft_model, save_adapter, through_blocks, token_ids
+from support.reference import assert_close
 
 ALL = BlockSpan(0, 5)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture(scope="module")
-def span(folder: Path) -> Span:
-    return Span(load_blocks(str(folder), ALL))
+def span(llama: Path) -> Span:
+    return Span(load_blocks(str(llama), ALL))
 
 
 @pytest.fixture
-def saved(folder: Path, tmp_path: Path) -> Path:
-    return save_adapter(folder, tmp_path / "adapter")
+def saved(llama: Path, tmp_path: Path) -> Path:
+    return save_adapter(llama, tmp_path / "adapter")
 
 
 def rewrite(adapter: Path, *, tensors=None, **settings) -> None:
@@ -48,26 +45,24 @@ def renamed(old: str, new: str):
     return lambda tensors: {key.replace(old, new): value.clone() for key, value in tensors.items()}
 
 
+def assert_runs(span: Span, adapter, states: torch.Tensor, expected: torch.Tensor) -> None:
+    (output,) = span.run([Segment(hidden=states, blocks=ALL, adapter=adapter)])
+    assert_close(output, expected)
+
+
 @torch.no_grad()
-def test_patterns_of_ranks_and_scales_and_layers(folder: Path, span: Span, tmp_path: Path) -> None:
+def test_patterns_of_ranks_and_scales_and_layers(llama: Path, span: Span, tmp_path: Path) -> None:
     settings = {
         "rank_pattern": {"q_proj": 2, r"layers\.3\.mlp\.down_proj": 6},
         "alpha_pattern": {"v_proj": 30},
         "layers_to_transform": [0, 3],
     }
-    model = peft_model(folder, **settings)
+    model = peft_model(llama, **settings)
     model.save_pretrained(tmp_path)
     adapter = read_adapter(str(tmp_path), "layers").adapter
     assert {block for block, _ in adapter.parts} == {0, 3}
     states, expected = through_blocks(model, token_ids(5))
-    (output,) = span.run([_segment(states, adapter)])
-    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def _segment(states, adapter):
-    from petals.models.runtime.batch import Segment
-
-    return Segment(hidden=states, blocks=ALL, adapter=adapter)
+    assert_runs(span, adapter, states, expected)
 
 
 @pytest.mark.parametrize(
@@ -94,27 +89,27 @@ def test_other_kinds_and_foreign_settings_are_refused(saved: Path, settings) -> 
     assert caught.value.hint
 
 
-def test_a_pickle_is_refused(saved: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("adapter_model.bin", b"\x80\x04.", "pickle"),
+        ("unrelated", b"", "has no adapter_model"),
+        ("adapter_model.safetensors", b"\x00" * 40, "not a whole"),
+        ("adapter_config.json", b"[1]", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_adapter(saved: Path, file: str, content: bytes, says: str) -> None:
     (saved / "adapter_model.safetensors").unlink()
-    (saved / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(AdapterRefused, match="pickle"):
+    (saved / file).write_bytes(content)
+    with pytest.raises(AdapterRefused, match=says):
         read_adapter(str(saved), "layers")
 
 
-def test_no_adapter_at_all(folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_no_adapter_at_all(llama: Path) -> None:
     with pytest.raises(ModelNotFound, match="adapter_config"):
-        read_adapter(str(folder), "layers")
+        read_adapter(str(llama), "layers")
     with pytest.raises(ModelNotFound, match="no folder"):
         read_adapter("./poems", "layers")
-    (saved / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterRefused, match="has no adapter_model"):
-        read_adapter(str(saved), "layers")
-    (saved / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(AdapterRefused, match="not a whole"):
-        read_adapter(str(saved), "layers")
-    (saved / "adapter_config.json").write_text("[1]")
-    with pytest.raises(AdapterRefused, match="cannot be read"):
-        read_adapter(str(saved), "layers")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +180,9 @@ def test_a_digest_is_of_the_content(saved: Path) -> None:
 
 
 @torch.no_grad()
-def test_what_is_written_stock_peft_reads(folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_what_is_written_stock_peft_reads(
+    llama: Path, span: Span, saved: Path, tmp_path: Path
+) -> None:
     read = read_adapter(str(saved), "layers")
     config = LoraConfig.of(peft.LoraConfig.from_pretrained(str(saved)))
     assert config == read.config
@@ -194,8 +191,7 @@ def test_what_is_written_stock_peft_reads(folder: Path, saved: Path, tmp_path: P
     again = read_adapter(str(tmp_path / "mine"), "layers")
     assert again.config == config
     assert again.adapter.digest == doubled.adapter.digest
-    plain = peft_model(folder).get_base_model()
+    plain = peft_model(llama).get_base_model()
     model = peft.PeftModel.from_pretrained(plain, str(tmp_path / "mine")).eval()
     states, expected = through_blocks(model, token_ids(5))
-    (output,) = Span(load_blocks(str(folder), ALL)).run([_segment(states, doubled.adapter)])
-    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert_runs(span, doubled.adapter, states, expected)

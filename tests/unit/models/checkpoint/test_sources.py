@@ -90,21 +90,18 @@ def test_old_names_give_one_notice(
     ]
 
 
-@pytest.mark.parametrize("source", ["someone/unknown", "no-such-folder"])
-def test_unknown_name(source: str, hub: FakeHub) -> None:
-    with pytest.raises(ModelNotFound, match="neither a folder here nor a repository") as caught:
-        open_checkpoint(source)
-    assert "spelling" in caught.value.hint
-
-
-def test_path_that_is_no_repository_name() -> None:
-    with pytest.raises(ModelNotFound):
-        open_checkpoint("./no/such/folder/anywhere")
-
-
-def test_unknown_revision(hub: FakeHub) -> None:
-    with pytest.raises(ModelNotFound, match="no revision nowhere"):
-        open_checkpoint("someone/tiny", HubAccess(revision="nowhere"))
+@pytest.mark.parametrize(
+    ("source", "revision", "reason"),
+    [
+        ("someone/unknown", None, "neither a folder here nor a repository .*spelling"),
+        ("no-such-folder", None, "neither a folder here nor a repository .*spelling"),
+        ("./no/such/folder/anywhere", None, ""),
+        ("someone/tiny", "nowhere", "no revision nowhere"),
+    ],
+)
+def test_unknown_names(source: str, revision: str | None, reason: str, hub: FakeHub) -> None:
+    with pytest.raises(ModelNotFound, match=f"(?s){reason}"):
+        open_checkpoint(source, HubAccess(revision=revision))
 
 
 def test_hub_out_of_reach(hub: FakeHub) -> None:
@@ -169,49 +166,73 @@ def test_foreign_code_is_refused(settings: dict, reason: str, tmp_path: Path) ->
         open_checkpoint(str(tmp_path))
 
 
-def test_pickle_is_refused_with_the_command(tiny_folder: WriteModel, tmp_path: Path) -> None:
+@pytest.fixture
+def bare(tiny_folder: WriteModel, tmp_path: Path) -> Path:
+    """The folder of a model without weights."""
     shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+def test_pickle_is_refused_with_the_command(bare: Path) -> None:
+    torch.save({}, bare / "pytorch_model.bin")
     with pytest.raises(PickleCheckpointRefused) as caught:
-        load_blocks(str(tmp_path), BlockSpan(0, 1))
-    expected = f"petals models convert {tmp_path} {tmp_path.name}-safetensors"
-    assert caught.value.hint.endswith(expected)
+        load_blocks(str(bare), BlockSpan(0, 1))
+    assert caught.value.hint.endswith(f"petals models convert {bare} {bare.name}-safetensors")
 
 
-def test_pickle_on_the_hub_is_refused_before_it_is_downloaded(
-    hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path
-) -> None:
-    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    hub.repositories["someone/old"] = tmp_path
+def test_pickle_on_the_hub_is_refused_before_it_is_downloaded(hub: FakeHub, bare: Path) -> None:
+    torch.save({}, bare / "pytorch_model.bin")
+    hub.repositories["someone/old"] = bare
     with pytest.raises(PickleCheckpointRefused) as caught:
         load_blocks("someone/old", BlockSpan(0, 1))
     assert caught.value.hint.endswith("petals models convert someone/old old-safetensors")
     assert hub.downloaded == ["config.json"]
 
 
-def test_no_weights_at_all(tiny_folder: WriteModel, tmp_path: Path) -> None:
-    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
-    with pytest.raises(ModelFilesBroken, match="no safetensors weights"):
-        load_blocks(str(tmp_path), BlockSpan(0, 1))
+@pytest.mark.parametrize(
+    ("listed", "reason"),
+    [
+        (None, "no safetensors weights"),
+        ("../secret.safetensors", "not a safetensors file beside it"),
+        ("/etc/passwd", "not a safetensors file beside it"),
+        ("model.bin", "not a safetensors file beside it"),
+    ],
+)
+def test_weights_that_are_nowhere_or_elsewhere(listed: str | None, reason: str, bare: Path) -> None:
+    if listed is not None:
+        index = {"weight_map": {"model.norm.weight": listed}}
+        (bare / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFilesBroken, match=reason):
+        load_blocks(str(bare), BlockSpan(0, 1))
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "model.bin"])
-def test_index_that_points_elsewhere(file: str, tiny_folder: WriteModel, tmp_path: Path) -> None:
-    shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
-    index = {"weight_map": {"model.norm.weight": file}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelFilesBroken, match="not a safetensors file beside it"):
-        load_blocks(str(tmp_path), BlockSpan(0, 1))
-
-
-def test_missing_shard(tiny_folder: WriteModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("bloom", PUBLISHED["bloom"]), folder)
+def test_missing_shard(edited: WriteModel) -> None:
+    folder = edited("bloom", published=True)
     for path in folder.glob("model-*"):
         path.unlink()
     with pytest.raises(ModelFilesBroken, match="the file is missing"):
         load_blocks(str(folder), BlockSpan(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "model_id"),
+    [
+        ("someone/tiny", None, "someone--tiny"),
+        ("bigscience/bloom-petals", None, "bigscience--bloom"),
+        ("someone/tiny", "v2", "someone--tiny@v2"),
+    ],
+)
+def test_model_id_of_a_repository(
+    source: str, revision: str | None, model_id: str, hub: FakeHub
+) -> None:
+    assert open_checkpoint(source, HubAccess(revision=revision)).model_id == model_id
+
+
+def test_model_id_of_a_folder_follows_its_settings(edited: WriteModel) -> None:
+    first = open_checkpoint(str(edited("llama"))).model_id
+    newer = edited("llama", transformers_version="6.0")
+    assert open_checkpoint(f"{newer}/").model_id == first
+    assert open_checkpoint(str(edited("llama", rms_norm_eps=0.5))).model_id != first
 
 
 def test_model_id(hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path) -> None:

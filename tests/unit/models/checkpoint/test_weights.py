@@ -1,8 +1,5 @@
 """Only the tensors of a part are read, and only the files that hold them."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,17 +17,13 @@ from support.models import WriteModel
 
 @pytest.mark.parametrize("model_type", ["bloom", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("span", [BlockSpan(0, 1), BlockSpan(2, 4), BlockSpan(4, 5)], ids=str)
-def test_other_files_are_never_opened(
-    model_type: str, span: BlockSpan, tiny_folder: WriteModel, tmp_path: Path
-) -> None:
-    published = tiny_folder(model_type, PUBLISHED[model_type])
-    folder = tmp_path / "model"
-    shutil.copytree(published, folder)
+def test_other_files_are_never_opened(model_type: str, span: BlockSpan, edited: WriteModel) -> None:
+    folder = edited(model_type, published=True)
     weight_map = open_checkpoint(str(folder)).weight_map
     holding = {
         file
         for key, file in weight_map.items()
-        if any(f"h.{block}." in key or f"layers.{block}." in key for block in span_blocks(span))
+        if any(f"h.{i}." in key or f"layers.{i}." in key for i in range(span.start, span.end))
     }
     others = set(weight_map.values()) - holding
     assert len(others) >= 2
@@ -39,18 +32,20 @@ def test_other_files_are_never_opened(
     assert load_blocks(str(folder), span).blocks == span
 
 
-def span_blocks(span: BlockSpan) -> range:
-    return range(span.start, span.end)
-
-
-def test_published_names_are_as_on_the_hub(tiny_folder: WriteModel) -> None:
-    bloom = open_checkpoint(str(tiny_folder("bloom", PUBLISHED["bloom"]))).weight_map
-    assert "h.0.self_attention.query_key_value.weight" in bloom
-    assert "word_embeddings_layernorm.weight" in bloom
-    mixtral = open_checkpoint(str(tiny_folder("mixtral", PUBLISHED["mixtral"]))).weight_map
-    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in mixtral
-    deepseek = open_checkpoint(str(tiny_folder("deepseek_v3", PUBLISHED["deepseek_v3"]))).weight_map
-    assert "model.layers.2.mlp.experts.0.gate_proj.weight" in deepseek
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("bloom", "h.0.self_attention.query_key_value.weight"),
+        ("bloom", "word_embeddings_layernorm.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.3.w1.weight"),
+        ("deepseek_v3", "model.layers.2.mlp.experts.0.gate_proj.weight"),
+    ],
+)
+def test_published_names_are_as_on_the_hub(
+    model_type: str, name: str, tiny_folder: WriteModel
+) -> None:
+    folder = tiny_folder(model_type, PUBLISHED[model_type])
+    assert name in open_checkpoint(str(folder)).weight_map
 
 
 def test_block_10_is_not_block_1() -> None:
@@ -81,18 +76,16 @@ def test_progress_counts_every_byte_once(tiny_folder: WriteModel) -> None:
     assert {total for _, total in seen} == {num_bytes}
 
 
-def test_damaged_file(tiny_folder: WriteModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("bloom", PUBLISHED["bloom"]), folder)
+def test_damaged_file(edited: WriteModel) -> None:
+    folder = edited("bloom", published=True)
     for path in folder.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ModelFilesBroken, match="damaged"):
         load_blocks(str(folder), BlockSpan(0, 5))
 
 
-def test_tensor_listed_but_absent(tiny_folder: WriteModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("bloom", PUBLISHED["bloom"]), folder)
+def test_tensor_listed_but_absent(edited: WriteModel) -> None:
+    folder = edited("bloom", published=True)
     checkpoint = open_checkpoint(str(folder))
     key, file = next(iter(checkpoint.weight_map.items()))
     tensors = load_file(folder / file)

@@ -1,11 +1,9 @@
 """A client's ends around the whole model's own layers answer as the whole model does."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -74,11 +72,8 @@ def test_only_the_ends_are_loaded(tiny_folder: WriteModel) -> None:
     assert not any(p.requires_grad for p in ends.parameters())
 
 
-def test_config_and_generation_config_are_the_models(
-    tiny_folder: WriteModel, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("llama"), folder)
+def test_config_and_generation_config_are_the_models(edited: WriteModel) -> None:
+    folder = edited("llama")
     (folder / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
     ends = load_client_part(str(folder), HeadKind.CAUSAL_LM, no_layers)
     assert ends.config.num_hidden_layers == 5
@@ -107,12 +102,8 @@ def test_saved_score_head_is_loaded(tiny_folder: WriteModel, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [HeadKind.CAUSAL_LM, HeadKind.SEQUENCE_CLASSIFICATION])
-def test_missing_norm_is_fatal(kind: HeadKind, tiny_folder: WriteModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("llama"), folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors")
+def test_missing_norm_is_fatal(kind: HeadKind, edited: WriteModel) -> None:
+    folder = edited("llama", {"model.norm.weight": None})
     with pytest.raises(ModelFilesBroken, match=r"model\.norm\.weight"):
         load_client_part(str(folder), kind, no_layers)
 
@@ -122,33 +113,36 @@ def test_class_that_transformers_lacks(tiny_folder: WriteModel) -> None:
         load_client_part(str(tiny_folder("codegen")), HeadKind.SEQUENCE_CLASSIFICATION, no_layers)
 
 
+CHUNKED = ClientPartOptions(load=LoadOptions(dtype=torch.bfloat16), chunked=True, chunk_rows=17)
+MEASURED = ClientPartOptions(load=LoadOptions(dtype=torch.bfloat16))
+WIDE = ClientPartOptions(chunked=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_faster", "is_chunked"),
+    [(MEASURED, True, True), (MEASURED, False, False), (WIDE, True, False), (CHUNKED, False, True)],
+)
+def test_narrow_heads_are_chunked_if_asked_or_faster(
+    options: ClientPartOptions,
+    is_faster: bool,
+    is_chunked: bool,
+    tiny_folder: WriteModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(head, "prefers_chunks", lambda weight: is_faster)
+    ends = load_client_part(str(tiny_folder("llama")), HeadKind.CAUSAL_LM, no_layers, options)
+    assert type(ends.lm_head) is (ChunkedHead if is_chunked else nn.Linear)
+
+
 def test_chunked_head_equals_wide_arithmetic(tiny_folder: WriteModel) -> None:
-    options = ClientPartOptions(load=LoadOptions(dtype=torch.bfloat16), chunked=True, chunk_rows=17)
-    ends = load_client_part(str(tiny_folder("bloom")), HeadKind.CAUSAL_LM, no_layers, options)
-    assert isinstance(ends.lm_head, ChunkedHead)
+    ends = load_client_part(str(tiny_folder("bloom")), HeadKind.CAUSAL_LM, no_layers, CHUNKED)
     assert ends.lm_head.weight is ends.transformer.word_embeddings.weight
     hidden = torch.randn(2, 3, 32, dtype=torch.bfloat16)
     expected = hidden.float() @ ends.lm_head.weight.float().T
     torch.testing.assert_close(ends.lm_head(hidden), expected)
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_chunks_by_measurement(
-    faster: bool, tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(head, "prefers_chunks", lambda weight: faster)
-    options = ClientPartOptions(load=LoadOptions(dtype=torch.bfloat16))
-    ends = load_client_part(str(tiny_folder("llama")), HeadKind.CAUSAL_LM, no_layers, options)
-    assert isinstance(ends.lm_head, ChunkedHead) is faster
-
-
-def test_wide_heads_are_left_alone(tiny_folder: WriteModel) -> None:
-    options = ClientPartOptions(chunked=True)
-    ends = load_client_part(str(tiny_folder("llama")), HeadKind.CAUSAL_LM, no_layers, options)
-    assert type(ends.lm_head) is nn.Linear
-
-
-def test_chunked_head_has_gradients(tiny_folder: WriteModel) -> None:
+def test_chunked_head_has_gradients() -> None:
     linear = nn.Linear(8, 20, dtype=torch.bfloat16)
     hidden = torch.randn(3, 8, requires_grad=True)
     ChunkedHead(linear, 6)(hidden).sum().backward()

@@ -20,28 +20,45 @@ def a_linear(bias: bool = False) -> nn.Linear:
     return nn.Linear(WIDTH, VOCABULARY, bias=bias).requires_grad_(False)
 
 
-class Watched(SharedHead):
-    """Counts products; the first one waits at ``door``, and fails if it is told to."""
+class Products:
+    """Stands in for torch's ``functional``: notes the rows of each product, and waits at the first
+    until ``may_go_on``, where it fails if it ``fails_once``.
+    """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, copy_by_column=False, swap_factors=True)
-        self.products: list[int] = []
-        self.door = threading.Event()
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.may_go_on = threading.Event()
         self.fails_once = False
 
-    def _product(self, rows: Tensor) -> Tensor:
-        self.products.append(len(rows))
-        if len(self.products) == 1:
-            assert self.door.wait(10)
+    def linear(self, rows: Tensor, *layer: Tensor) -> Tensor:
+        self.rows.append(len(rows))
+        if len(self.rows) == 1:
+            assert self.may_go_on.wait(10)
             if self.fails_once:
                 raise KeyboardInterrupt
-        return super()._product(rows)
+        return functional.linear(rows, *layer)
 
-    def wait_for_calls(self, count: int) -> None:
-        deadline = time.monotonic() + 10
-        while len(self._calls) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0)
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Products:
+    products = Products()
+    monkeypatch.setattr(shared_head, "functional", products)
+    return products
+
+
+def plain_head(linear: nn.Linear) -> SharedHead:
+    return SharedHead(linear, copy_by_column=False, swap_factors=False)
+
+
+def call_together(pool: ThreadPoolExecutor, head: SharedHead, inputs: list[Tensor]) -> list[Tensor]:
+    """A call from each thread of the pool, so that the head knows them all from now on."""
+    together = threading.Barrier(len(inputs))
+
+    def call(hidden: Tensor) -> Tensor:
+        together.wait(10)
+        return head(hidden)
+
+    return list(pool.map(call, inputs))
 
 
 @pytest.mark.parametrize("copy_by_column", [False, True])
@@ -58,62 +75,60 @@ def test_the_numbers_are_those_of_the_linear_layer(
     assert head.weight is linear.weight
 
 
-def test_calls_that_meet_run_as_one_product() -> None:
-    linear = a_linear()
-    head = Watched(linear)
-    inputs = [torch.randn(1, 1, WIDTH) for _ in range(6)]
+def test_calls_that_find_the_head_busy_run_as_one_product(
+    products: Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, inputs = a_linear(), [torch.randn(1, 1, WIDTH) for _ in range(7)]
+    head = plain_head(linear)
+    monkeypatch.setattr(shared_head, "_GRACE_SECONDS", 10.0)
     with ThreadPoolExecutor(6) as pool:
         first = pool.submit(head, inputs[0])
-        while not head.products:
+        while not products.rows:
             time.sleep(0)
+        # Five threads queue a call each; the sixth follows when its first product is done.
         others = [pool.submit(head, hidden) for hidden in inputs[1:]]
-        head.wait_for_calls(5)
-        head.door.set()
-        outputs = [first.result(10), *(other.result(10) for other in others)]
-    assert head.products == [1, 5]
+        products.may_go_on.set()
+        outputs = [call.result(10) for call in [first, *others]]
+    assert products.rows == [1, 6]
     for hidden, output in zip(inputs, outputs):
         torch.testing.assert_close(output, linear(hidden))
 
 
-def test_those_who_come_a_moment_after_each_other_run_as_one_product(
-    monkeypatch: pytest.MonkeyPatch,
+def test_calls_a_moment_after_each_other_run_as_one_product(
+    products: Products, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linear = a_linear()
-    head = Watched(linear)
-    head.door.set()
-    inputs = [torch.randn(1, 1, WIDTH) for _ in range(4)]
+    linear, inputs = a_linear(), [torch.randn(1, 1, WIDTH) for _ in range(4)]
+    head = plain_head(linear)
+    products.may_go_on.set()
     with ThreadPoolExecutor(4) as pool:
-        together = threading.Barrier(4)
-
-        def call(hidden: Tensor) -> Tensor:
-            together.wait(10)
-            return head(hidden)
-
-        list(pool.map(call, inputs))  # now all four are known
-        head.products.clear()
+        call_together(pool, head, inputs)
+        products.rows.clear()
         monkeypatch.setattr(shared_head, "_GRACE_SECONDS", 10.0)
-        outputs = list(pool.map(call, inputs))
-    assert head.products == [4]
+        outputs = call_together(pool, head, inputs)
+    assert products.rows == [4]
     for hidden, output in zip(inputs, outputs):
         torch.testing.assert_close(output, linear(hidden))
 
 
-def test_one_who_is_interrupted_leaves_the_others_their_turn() -> None:
-    linear = a_linear()
-    head = Watched(linear)
-    head.fails_once = True
+def test_an_interrupted_product_is_computed_for_the_other_threads(
+    products: Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, inputs = a_linear(), [torch.randn(1, 1, WIDTH) for _ in range(4)]
+    head = plain_head(linear)
+    products.may_go_on.set()
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(head, torch.randn(1, 1, WIDTH))
-        while not head.products:
-            time.sleep(0)
-        inputs = [torch.randn(1, 1, WIDTH) for _ in range(2)]
-        others = [pool.submit(head, hidden) for hidden in inputs]
-        head.wait_for_calls(2)
-        head.door.set()
-        with pytest.raises(KeyboardInterrupt):
-            first.result(10)
-        for hidden, other in zip(inputs, others):
-            torch.testing.assert_close(other.result(10), linear(hidden))
+        call_together(pool, head, inputs[:3])
+        products.rows.clear()
+        monkeypatch.setattr(shared_head, "_GRACE_SECONDS", 10.0)
+        products.fails_once = True
+        # The interrupted thread takes the fourth call, and joins the other two.
+        calls = [pool.submit(head, hidden) for hidden in inputs]
+        errors = [call.exception(10) for call in calls]
+    assert [type(error) for error in errors if error is not None] == [KeyboardInterrupt]
+    assert products.rows == [3, 3]
+    for hidden, call, error in zip(inputs, calls, errors):
+        if error is None:
+            torch.testing.assert_close(call.result(), linear(hidden))
 
 
 def test_a_head_that_learns_is_a_plain_layer_and_keeps_no_stale_copy() -> None:

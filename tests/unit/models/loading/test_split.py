@@ -1,12 +1,9 @@
 """A chain of spans is the whole model, bit by bit, and a span holds nothing else."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
@@ -111,13 +108,9 @@ def test_a_span_holds_nothing_else(tiny_folder: WriteModel) -> None:
     assert loaded.base.config.layer_types == loaded.config.layer_types[1:3]
 
 
-def test_blocks_are_numbered_from_zero(tiny_folder: WriteModel) -> None:
+def test_blocks_are_numbered_from_zero_frozen_and_in_eval_mode(tiny_folder: WriteModel) -> None:
     loaded = load_blocks(str(tiny_folder("bloom")), BlockSpan(3, 5))
     assert [layer.self_attention.layer_idx for layer in loaded.layers] == [0, 1]
-
-
-def test_frozen_and_in_eval_mode(tiny_folder: WriteModel) -> None:
-    loaded = load_blocks(str(tiny_folder("gpt2")), BlockSpan(0, 2))
     assert not any(p.requires_grad for p in loaded.base.parameters())
     assert not any(module.training for module in loaded.base.modules())
 
@@ -136,45 +129,32 @@ def test_blocks_the_model_does_not_have(span: BlockSpan, tiny_folder: WriteModel
 
 
 @pytest.mark.parametrize(
-    "dropped", ["model.layers.2.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"]
+    ("model_type", "dropped", "settings", "span", "reason"),
+    [
+        ("llama", "model.layers.2.mlp.up_proj.weight", {}, (2, 3), "lacks 1 needed"),
+        ("llama", "model.layers.2.input_layernorm.weight", {}, (2, 3), "lacks 1 needed"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight", {}, (1, 2), ""),
+        ("llama", "", {"intermediate_size": 64}, (0, 1), "do not fit"),
+    ],
+    ids=["matrix", "norm", "expert", "another size"],
 )
-def test_a_missing_tensor_is_fatal(dropped: str, tiny_folder: WriteModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("llama"), folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[dropped]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ModelFilesBroken, match="lacks 1 needed"):
-        load_blocks(str(folder), BlockSpan(2, 3))
-    assert load_blocks(str(folder), BlockSpan(3, 5)).blocks == BlockSpan(3, 5)
+def test_weights_that_are_missing_or_of_another_size_are_fatal(
+    model_type: str,
+    dropped: str,
+    settings: dict,
+    span: tuple[int, int],
+    reason: str,
+    edited: WriteModel,
+) -> None:
+    folder = edited(model_type, {dropped: None}, **settings)
+    with pytest.raises(ModelFilesBroken, match=reason):
+        load_blocks(str(folder), BlockSpan(*span))
+    if not settings:  # the other blocks are whole
+        assert load_blocks(str(folder), BlockSpan(3, 5)).blocks == BlockSpan(3, 5)
 
 
-def test_a_missing_expert_is_fatal(tiny_folder: WriteModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("mixtral"), folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ModelFilesBroken):
-        load_blocks(str(folder), BlockSpan(1, 2))
-
-
-def test_weights_of_another_size_are_fatal(tiny_folder: WriteModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("llama"), folder)
-    settings = json.loads((folder / "config.json").read_text())
-    settings["intermediate_size"] = 64
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelFilesBroken, match="do not fit"):
-        load_blocks(str(folder), BlockSpan(0, 1))
-
-
-def test_extra_prediction_layers_are_left_out(tiny_folder: WriteModel, tmp_path: Path) -> None:
+def test_extra_prediction_layers_are_left_out(edited: WriteModel) -> None:
     # DeepSeek-V3 publishes its multi-token-prediction layer as one block more than the model has.
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder("deepseek_v3"), folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors[f"model.layers.{NUM_BLOCKS}.eh_proj.weight"] = torch.ones(2, 2)
-    save_file(tensors, folder / "model.safetensors")
-    loaded = load_blocks(str(folder), BlockSpan(3, 5))
+    extra = {f"model.layers.{NUM_BLOCKS}.eh_proj.weight": torch.ones(2, 2)}
+    loaded = load_blocks(str(edited("deepseek_v3", extra)), BlockSpan(3, 5))
     assert describe(loaded.base.config).num_blocks == 2

@@ -11,27 +11,24 @@ def layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 24), nn.LayerNorm(24), nn.Linear(24, 8))
 
 
-def test_only_strides_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_layout, "_is_faster_by_column", lambda linears: True)
+@pytest.fixture
+def by_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of any size are measured, and found faster by column."""
+    monkeypatch.setattr(weight_layout, "MIN_MATRIX_BYTES", 0)
+    monkeypatch.setattr(weight_layout, "is_clearly_faster", lambda *ways: True)
+
+
+@pytest.mark.usefixtures("by_column")
+def test_only_strides_change_and_parameters_leave_the_memory_they_were_mapped_from() -> None:
     blocks = layers()
     token = torch.randn(3, 8)
     before, weights = blocks(token), [p.detach().clone() for p in blocks.parameters()]
+    held = [parameter.data for parameter in blocks.parameters()]
     assert choose_weight_layouts(blocks) == {(24, 8): True, (8, 24): True}
     assert blocks[0].weight.stride() == (1, 24)
     assert all(torch.equal(a, b) for a, b in zip(blocks.parameters(), weights))
     torch.testing.assert_close(blocks(token), before)
-
-
-def test_parameters_leave_the_memory_they_were_mapped_from(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(weight_layout, "_is_faster_by_column", lambda linears: True)
-    blocks = layers()
-    mapped = {parameter.data_ptr() for parameter in blocks.parameters()}
-    held = [parameter.data for parameter in blocks.parameters()]
-    choose_weight_layouts(blocks)
-    assert not mapped & {parameter.data_ptr() for parameter in blocks.parameters()}
-    assert len(held) == 6
+    assert not {p.data_ptr() for p in blocks.parameters()} & {data.data_ptr() for data in held}
 
 
 def test_other_dtypes_are_left_alone() -> None:
@@ -46,6 +43,6 @@ def test_large_matrices_are_measured(monkeypatch: pytest.MonkeyPatch, is_faster:
     assert linear.weight.is_contiguous() is not is_faster
 
 
-def test_small_matrices_are_not_worth_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_matrices_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_layout, "is_clearly_faster", lambda *ways: 1 / 0)
     assert set(choose_weight_layouts(layers()).values()) == {False}

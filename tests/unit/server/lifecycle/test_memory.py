@@ -30,24 +30,25 @@ BLOCKS = [block(GB)] * 5 + [block(2 * GB)] * 5
 CACHE = DEFAULT_CACHE_TOKENS * 10_000
 
 
-def test_blocks_are_counted_at_the_price_of_the_dearest() -> None:
-    free_bytes = RESERVE_BYTES + 3 * (2 * GB + CACHE)
-    assert plan_capacity(BLOCKS, free_bytes) == Capacity(3, DEFAULT_CACHE_TOKENS)
-    assert plan_capacity(BLOCKS, free_bytes - 1).num_blocks == 2
-
-
-def test_never_more_blocks_than_the_model_has() -> None:
-    assert plan_capacity(BLOCKS, 1000 * GB).num_blocks == 10
-
-
-def test_a_number_of_blocks_is_kept_and_the_cache_gets_the_rest() -> None:
-    free_bytes = RESERVE_BYTES + 4 * 2 * GB + 4 * 5000 * 10_000
-    assert plan_capacity(BLOCKS, free_bytes, num_blocks=4) == Capacity(4, 5000)
-
-
-def test_one_block_may_have_little_cache() -> None:
-    free_bytes = RESERVE_BYTES + 2 * GB + LEAST_CACHE_TOKENS * 10_000
-    assert plan_capacity(BLOCKS, free_bytes) == Capacity(1, LEAST_CACHE_TOKENS)
+@pytest.mark.parametrize(
+    ("free_bytes", "asked", "planned"),
+    [
+        # A block is counted at the price of the dearest.
+        (3 * (2 * GB + CACHE), {}, Capacity(3, DEFAULT_CACHE_TOKENS)),
+        (3 * (2 * GB + CACHE) - 1, {}, 2),
+        # Never more blocks than the model has.
+        (1000 * GB, {}, 10),
+        # A number of blocks is kept, and the cache gets the rest.
+        (4 * 2 * GB + 4 * 5000 * 10_000, {"num_blocks": 4}, Capacity(4, 5000)),
+        # One block may have a small cache.
+        (2 * GB + LEAST_CACHE_TOKENS * 10_000, {}, Capacity(1, LEAST_CACHE_TOKENS)),
+    ],
+)
+def test_as_many_blocks_as_fit(
+    free_bytes: int, asked: dict[str, int], planned: Capacity | int
+) -> None:
+    found = plan_capacity(BLOCKS, RESERVE_BYTES + free_bytes, **asked)
+    assert planned in (found, found.num_blocks)
 
 
 @pytest.mark.parametrize("num_blocks", [None, 1, 4])
@@ -66,29 +67,33 @@ def test_blocks_without_cache_can_be_planned() -> None:
     assert plan_capacity([block(GB, 0)], RESERVE_BYTES + 2 * GB).num_blocks == 1
 
 
-class TestContainers:
-    def write(self, folder: Path, most: str, used: int, droppable: int) -> Path:
-        (folder / "memory.max").write_text(most)
-        (folder / "memory.current").write_text(str(used))
-        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {droppable}\n")
-        return folder
+def write_limit(folder: Path, most: str, used: int, droppable: int) -> None:
+    (folder / "memory.max").write_text(most)
+    (folder / "memory.current").write_text(str(used))
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {droppable}\n")
 
-    def test_a_limit_counts(self, tmp_path: Path) -> None:
-        self.write(tmp_path, "1000000", 700_000, 200_000)
-        assert free_memory_bytes("cpu", tmp_path) == 500_000
 
-    def test_a_limit_that_is_used_up_leaves_nothing(self, tmp_path: Path) -> None:
-        self.write(tmp_path, "1000", 2000, 0)
-        assert free_memory_bytes("cpu", tmp_path) == 0
+@pytest.mark.parametrize(
+    ("most", "used", "droppable", "free"),
+    [("1000000", 700_000, 200_000, 500_000), ("1000", 2000, 0, 0)],
+    ids=["a part is used", "used up"],
+)
+def test_the_limit_of_a_container_counts(
+    most: str, used: int, droppable: int, free: int, tmp_path: Path
+) -> None:
+    write_limit(tmp_path, most, used, droppable)
+    assert free_memory_bytes("cpu", tmp_path) == free
 
-    def test_no_limit_leaves_what_the_machine_has(self, tmp_path: Path) -> None:
-        self.write(tmp_path, "max", 700_000, 0)
-        assert free_memory_bytes("cpu", tmp_path) > 2**20
-        assert free_memory_bytes("cpu", tmp_path / "absent") > 2**20
 
-    def test_the_older_layout_is_read_too(self, tmp_path: Path) -> None:
-        (tmp_path / "memory").mkdir()
-        (tmp_path / "memory" / "memory.limit_in_bytes").write_text("900000\n")
-        (tmp_path / "memory" / "memory.usage_in_bytes").write_text("300000\n")
-        (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 1000\n")
-        assert free_memory_bytes("cpu", tmp_path) == 601_000
+def test_no_limit_leaves_what_the_machine_has(tmp_path: Path) -> None:
+    write_limit(tmp_path, "max", 700_000, 0)
+    assert free_memory_bytes("cpu", tmp_path) > 2**20
+    assert free_memory_bytes("cpu", tmp_path / "absent") > 2**20
+
+
+def test_the_older_layout_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("900000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("300000\n")
+    (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 1000\n")
+    assert free_memory_bytes("cpu", tmp_path) == 601_000

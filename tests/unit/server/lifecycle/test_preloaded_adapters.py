@@ -12,7 +12,6 @@ from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
 from petals.models.loading.split import load_blocks
 from petals.models.runtime.span import Span
 from petals.server.lifecycle.preloaded_adapters import read_preloaded
-from petals.testing.tiny_models import write_tiny_model
 from petals.types import BlockSpan
 from support.peft_adapters import save_adapter
 
@@ -20,23 +19,18 @@ BLOCKS = BlockSpan(1, 3)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+def poems(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(llama, tmp_path_factory.mktemp("adapters") / "poems")
 
 
 @pytest.fixture(scope="module")
-def poems(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(folder, tmp_path_factory.mktemp("adapters") / "poems")
+def checkpoint(llama: Path) -> Checkpoint:
+    return open_checkpoint(str(llama))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder: Path) -> Checkpoint:
-    return open_checkpoint(str(folder))
-
-
-@pytest.fixture(scope="module")
-def span(folder: Path) -> Span:
-    return Span(load_blocks(str(folder), BLOCKS))
+def span(llama: Path) -> Span:
+    return Span(load_blocks(str(llama), BLOCKS))
 
 
 def test_a_folder_goes_by_its_own_name(poems: Path, checkpoint: Checkpoint, span: Span) -> None:
