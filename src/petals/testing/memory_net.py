@@ -197,11 +197,6 @@ class MemoryStream:
         self.remote_address = circuit or _address(remote)
         self._in, self._out = inbound, outbound
 
-    @property
-    def num_unread(self) -> int:
-        """Bytes written here that the other end has not read yet."""
-        return self._out.num_unread
-
     async def read_exactly(self, num_bytes: int) -> bytes:
         return await self._in.read_exactly(num_bytes)
 
