@@ -64,22 +64,14 @@ def test_the_plain_kernel_does_notice(linear: nn.Linear) -> None:
     assert relative_error(beside, alone) > 0.1
 
 
-@pytest.mark.parametrize(
-    ("rows", "dtype"),
-    [
-        (torch.zeros(2, 256), torch.float32),
-        (torch.randn(2, 256) * 1e-30, torch.float32),
-        (torch.randn(2, 256) * 1e30, torch.float32),
-        (torch.randn(2, 256), torch.bfloat16),
-        (torch.empty(0, 256), torch.float32),
-    ],
-    ids=["zeros", "tiny", "large", "bfloat16", "no rows"],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [2, 0])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
 def test_any_rows_stay_finite_and_of_their_dtype(
-    rows: torch.Tensor, dtype: torch.dtype, linear: nn.Linear
+    scale: float, num_rows: int, dtype: torch.dtype, linear: nn.Linear
 ) -> None:
-    output = Int8Linear(linear.weight, linear.bias)(rows.to(dtype))
-    assert output.shape == (len(rows), 192) and output.dtype is dtype
+    output = Int8Linear(linear.weight, linear.bias)((torch.randn(num_rows, 256) * scale).to(dtype))
+    assert output.shape == (num_rows, 192) and output.dtype is dtype
     assert output.isfinite().all()
 
 

@@ -25,7 +25,7 @@ from petals.swarm.rpc.dispatcher import STREAM_PROTOCOL, RpcParts, RpcServer, an
 from petals.swarm.rpc.receive_buffer import Budget
 from petals.testing.manual_clock import settle
 from petals.wire import frames
-from petals.wire.frames import PROTOCOL_VERSION, FrameKind, decode_message, encode_message
+from petals.wire.frames import PROTOCOL_VERSION, FrameKind
 from petals.wire.handshake import Hello, Refusal, Welcome
 from petals.wire.header import RequestHeader
 from petals.wire.passes import Forward, ForwardResult
