@@ -133,7 +133,7 @@ def test_blocks_the_model_does_not_have(span: BlockSpan, tiny_folder: WriteModel
     [
         ("llama", "model.layers.2.mlp.up_proj.weight", {}, (2, 3), "lacks 1 needed"),
         ("llama", "model.layers.2.input_layernorm.weight", {}, (2, 3), "lacks 1 needed"),
-        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight", {}, (1, 2), ""),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight", {}, (1, 2), None),
         ("llama", "", {"intermediate_size": 64}, (0, 1), "do not fit"),
     ],
     ids=["matrix", "norm", "expert", "another size"],
@@ -143,7 +143,7 @@ def test_weights_that_are_missing_or_of_another_size_are_fatal(
     dropped: str,
     settings: dict,
     span: tuple[int, int],
-    reason: str,
+    reason: str | None,
     edited: WriteModel,
 ) -> None:
     folder = edited(model_type, {dropped: None}, **settings)

@@ -95,8 +95,8 @@ def test_too_long_to_be_stored():
 @pytest.mark.parametrize(
     "subkey, own_expiry, expires_at, reason",
     [
-        (Identity.generate().peer_id, NOW + 60, NOW + 60, ""),
-        (ME.peer_id, NOW + 60, NOW + 61, ""),
+        (Identity.generate().peer_id, NOW + 60, NOW + 60, None),
+        (ME.peer_id, NOW + 60, NOW + 61, None),
         (ME.peer_id, NOW - 1, NOW - 1, "expiry"),
         (ME.peer_id, *[NOW + 2 * records.MAX_LIFETIME_SECONDS] * 2, "expiry"),
     ],
