@@ -79,6 +79,7 @@ def test_what_is_no_model(
         ("generate any/model --prompt Once", "", "--join"),
         (f"generate any/model --prompt= --join {UNREACHABLE}", "prompt is empty", ""),
         ("status --join localhost:31337", "", "/ip4/"),
+        ("models convert ./pickled ./new", "is damaged", "download"),
         *((f"serve ./tiny --blocks {blocks}", "", "") for blocks in ("5", "b:a", "4:2", "0:9")),
     ],
 )

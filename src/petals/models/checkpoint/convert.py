@@ -120,7 +120,8 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path.name} holds more than tensors, so it is not unpickled.",
             hint="Look for a safetensors copy of this model; do not load this file elsewhere.",
         ) from error
-    except (EOFError, RuntimeError) as error:
+    except (EOFError, RuntimeError, ValueError, LookupError) as error:
+        # LookupError: the unpickler takes from its empty stack.
         raise ModelFilesBroken(
             f"{path.name} is damaged: {error}", hint="Delete the file and download it again."
         ) from error

@@ -1,6 +1,7 @@
 """Adapters of a model with remote blocks: trained here, saved, loaded, against stock peft."""
 
 import copy
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -200,7 +201,7 @@ def test_stock_peft_adapts_the_clients_own_parts(tmp_path):
         (LoraConfig, {"modules_to_save": ["score"]}, "score"),
         (peft.LoraConfig, {"use_dora": True}, None),
         (peft.IA3Config, {"feedforward_modules": []}, None),
-        (dict, {}, None),
+        (SimpleNamespace, {}, "not the config of an adapter"),
     ],
 )
 def test_configs_that_the_model_cannot_run_are_refused(kind, settings, message):
