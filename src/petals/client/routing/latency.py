@@ -55,6 +55,8 @@ class StepTimeouts:
         self._steps = LatencyEstimate()
         self._pieces = LatencyEstimate()
         self._num_tokens = 0
+        self._num_timeouts = 0
+        """Timeouts since the last step that came to its end."""
 
     def begin(self, num_tokens: int) -> None:
         """A step of ``num_tokens``, in one piece or in several, begins."""
@@ -65,11 +67,31 @@ class StepTimeouts:
         self._pieces.note(num_tokens, seconds)
 
     def end(self, seconds: float) -> None:
-        """The step that was begun last took ``seconds``."""
+        """The step that was begun last took ``seconds``. After a timeout older durations count no
+        more: the route, or the load of its servers, is another one.
+        """
+        if self._num_timeouts:
+            self._steps, self._num_timeouts = LatencyEstimate(), 0
         self._steps.note(self._num_tokens, seconds)
 
+    def note_timeout(self) -> None:
+        """No hop has answered in time."""
+        self._num_timeouts += 1
+
     def seconds(self, num_tokens: int | None = None) -> float:
-        """How long to wait for ``num_tokens`` (None: those of the step under way)."""
+        """How long to wait for ``num_tokens`` (None: those of the step under way).
+
+        After n timeouts in a row, n + 1 times as long: a route that has become slower than any
+        measured step would otherwise never bring one to its end.
+        """
+        return (1 + self._num_timeouts) * self._single_timeout(num_tokens)
+
+    def hung_seconds(self) -> float:
+        """When a hop that answers pings, but not the step under way, is abandoned."""
+        seconds = self._config.hung_factor * self._single_timeout()
+        return max(self._config.hung_seconds, seconds)
+
+    def _single_timeout(self, num_tokens: int | None = None) -> float:
         config, tokens = self._config, self._num_tokens if num_tokens is None else num_tokens
         expected = self._steps.expected_seconds(tokens)
         if expected is None:
@@ -77,10 +99,6 @@ class StepTimeouts:
         if expected is not None:
             return max(self._shortest, config.timeout_factor * expected)
         return self._shortest * config.unmeasured_factor * (1 + tokens / config.unmeasured_tokens)
-
-    def hung_seconds(self) -> float:
-        """When a hop that answers pings, but not the step under way, is abandoned."""
-        return max(self._config.hung_seconds, self._config.hung_factor * self.seconds())
 
 
 def is_straggler(

@@ -95,6 +95,8 @@ class LegState:
 
     def lost(self, error: PetalsError) -> "LegState":
         """The hop failed. The first reason counts, but what ends the reservation counts more."""
+        if error is self.error:  # the loss has answered a request, and comes back as its reply
+            return self
         is_stream = isinstance(error, PeerUnreachable | PeerTimeout) and not error.reported
         status = LegStatus.BROKEN if is_stream else LegStatus.GONE
         if self.status is status or self.status is LegStatus.GONE:
@@ -208,10 +210,12 @@ class HopSession:
         """
         seconds = redial_seconds(self.trace.overhead_seconds, self._swarm.config.failover)
         seconds = min(self._swarm.connect_seconds(self.peer_id), seconds)
-        channel = await _dial(self._swarm, self.peer_id, seconds)
         await self._stop_reading()
         await self._channel.close()
-        self._channel, self._ended, self.state = channel, asyncio.Event(), LegState()
+        # Nothing may pause between the dial and the assignment: a call that is cancelled there
+        # would leave a stream open.
+        self._channel = await _dial(self._swarm, self.peer_id, seconds)
+        self._ended, self.state = asyncio.Event(), LegState()
         self._start_reading()
 
     def header(self, request_id: int = 0) -> RequestHeader:

@@ -235,6 +235,7 @@ class _PiecesRun:
                 if reply is None:
                     # All of a segment live: between two of them something does not pass. A single
                     # hop is lost now.
+                    context.timeouts.note_timeout()
                     context.close_links(legs[at:end])
                     continue
                 index, output = legs.index(reply.hop), _output(reply, hidden)

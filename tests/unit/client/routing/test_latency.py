@@ -41,6 +41,18 @@ def test_the_timeout_before_a_step_was_measured() -> None:
     assert timeouts.seconds() == pytest.approx(4 * 0.5 * 256 / 64)
 
 
+def test_a_route_that_has_become_slower_gets_more_time() -> None:
+    timeouts = StepTimeouts(CONFIG, 1.0)
+    timeouts.begin(1)
+    timeouts.end(0.5)
+    for num_timeouts in range(3):
+        assert timeouts.seconds() == pytest.approx((1 + num_timeouts) * 4 * 0.5)
+        assert timeouts.hung_seconds() == pytest.approx(10.0)
+        timeouts.note_timeout()
+    timeouts.end(3.0)  # older durations count no more
+    assert timeouts.seconds() == pytest.approx(4 * 3.0)
+
+
 @pytest.mark.parametrize(
     ("measured", "one_token", "three_tokens", "hung"),
     [([0.1, 2.0, 2.0], 8.0, 24.0, 32.0), ([0.01], 1.0, 1.0, 10.0)],

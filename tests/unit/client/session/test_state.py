@@ -244,6 +244,7 @@ def test_between_steps(case: tuple[SessionState, Action | None]) -> None:
         (DRAINS.lost(seen(PeerUnreachable)), LegStatus.BROKEN, True),
         (SLOW.lost(seen(PeerUnreachable)), LegStatus.BROKEN, True),
         (SLOW.lost(said(SessionClosed)), LegStatus.GONE, False),
+        (SLOW.lost(SLOW.error), LegStatus.SLOW, True),  # its own loss, as the reply to a request
         (BROKEN.lost(said(SessionClosed)), LegStatus.GONE, False),
         (BROKEN.slow(seen(PeerTimeout)), LegStatus.BROKEN, True),
         (BROKEN.draining(NOW), LegStatus.BROKEN, True),
