@@ -49,5 +49,12 @@ def test_a_route_that_is_slower_than_any_step_before() -> None:
     )
 
 
-def test_a_step_that_is_cancelled_while_a_stream_is_opened_anew_leaves_no_stream() -> None:
-    play(draw(3015))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(3015, id="a step is cancelled while a stream is opened anew: no stream stays"),
+        pytest.param(10546, id="the end of a session is cancelled: its memory is freed"),
+    ],
+)
+def test_schedules_that_have_failed(number: int) -> None:
+    play(draw(number))

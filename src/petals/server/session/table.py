@@ -42,9 +42,9 @@ class SessionTable:
         self._clock = clock
         self._sessions: dict[SessionKey, Session] = {}
         self._openings: dict[SessionKey, _Opening] = {}
-        self._num_ending = 0
         self._leaves_at: float | None = None
         self._notices = BackgroundTasks()
+        self._endings = BackgroundTasks()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -55,7 +55,7 @@ class SessionTable:
     @property
     def is_idle(self) -> bool:
         """Whether no request is under way in any session, and none is being opened or ended."""
-        is_changing = bool(self._openings or self._num_ending)
+        is_changing = bool(self._openings or len(self._endings))
         return not is_changing and all(session.is_idle for session in self)
 
     def get(self, key: SessionKey) -> Session | None:
@@ -98,11 +98,9 @@ class SessionTable:
         if self._sessions.get(session.key) is not session:
             return
         del self._sessions[session.key]
-        self._num_ending += 1
-        try:
-            await session.close()
-        finally:
-            self._num_ending -= 1
+        # In a task of its own: a caller that is cancelled here, since its channel breaks, must not
+        # leave memory behind that no session has any more.
+        await asyncio.wait({self._endings.start(session.close(), "freeing a session")})
         if reason:
             # In a task of its own: a client that takes nothing holds up no other session's end.
             ended = partial(SessionEnded, reason=reason)
@@ -119,6 +117,7 @@ class SessionTable:
         """End every session and give the clients a moment to take the notice."""
         for session in self:
             await self.end(session, reason)
+        await self._endings.wait(self._failover.parting_seconds)
         await self._notices.wait(self._failover.parting_seconds)
 
     async def drain(self, seconds: float) -> None:
