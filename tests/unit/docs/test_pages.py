@@ -80,11 +80,13 @@ def test_make_targets_in_pages_exist() -> None:
 
 def test_tests_named_by_the_list_of_faults_exist() -> None:
     text = (ROOT / "docs" / "reference" / "faults.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:\w+/)*test_\w+)`", text))
-    assert len(named) > 10
-    for name in named:
+    named = re.findall(r"`((?:\w+/)*test_\w+)`(?:: ([\w, ]+?))?(?=[,;] `|;| \||, \[)", text)
+    assert len(named) > 30
+    for name, scenes in named:
         folder = ROOT / "tests" if "/" in name else ROOT / "tests" / "swarm"
-        assert (folder / f"{name}.py").is_file(), name
+        tests = (folder / f"{name}.py").read_text(encoding="utf-8").replace("_", " ")
+        for scene in filter(None, scenes.split(", ")):
+            assert scene in tests, f"{name} has no test of: {scene}"
 
 
 def test_every_public_name_is_in_the_api_reference() -> None:
