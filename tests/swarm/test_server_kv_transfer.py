@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan
 from petals.wire.handshake import Refusal
 from petals.wire.replies import ReplayDone
@@ -64,6 +65,56 @@ async def test_a_successor_has_the_same_bits_and_computes_nothing(model, history
         await change(session, new, 20)
         await session.step([2] * len(session.rows))
         await session.step([1] * len(session.rows), [length - 1 for length in session.lengths])
+
+
+async def test_it_goes_on_where_it_ended() -> None:
+    async with linked_servers(4) as swarm:
+        session = await linked(swarm, *PARTS, rows=2)
+        await plain(session)
+        new = await successor(session)
+        await give(session, new, 10)
+        session.step_id = 10
+        await session.step([1, 1], [12, 9], (1, 0))
+        await session.step([2, 1], [11, 10])
+        await give(session, new, 20, base_rows=(1, 0), starts=(11, 9))
+        assert new.worker.num_batches == 0
+        assert_same_bits(session.legs[1].worker, new.worker)
+        await change(session, new, 20)
+        await session.step([1, 1])
+
+
+@pytest.mark.parametrize(
+    ("counts", "starts", "reorder", "is_spoilt"),
+    [
+        ((1, 1), (30, 30), None, False),
+        ((1, 1), (29, 30), None, True),
+        ((1, 1), (30, 30), (1, 0), True),
+    ],
+    ids=["grows", "is cut", "is reordered"],
+)
+async def test_steps_go_on_while_keys_and_values_are_read(
+    counts, starts, reorder, is_spoilt
+) -> None:
+    # One token in a part: the step's batch comes in between.
+    async with linked_servers(4, failover=FailoverConfig(kv_part_bytes=1)) as swarm:
+        session = await linked(swarm, *PARTS, rows=2)
+        await session.step([30, 30])
+        old, new = session.legs[1], await successor(session)
+        lengths, request = session.lengths, session.replay(old, [new], 10, kv=True)
+        await old.channel.send(request)
+        rows = new.worker.session.rows
+        await new.worker.until(lambda: rows.lengths[0] > 0)
+        assert rows.lengths != lengths
+        session.step_id = 10
+        await session.step(counts, starts, reorder)
+        if is_spoilt:
+            answer, _ = await old.hear()
+            assert isinstance(answer, Refusal)
+            assert (answer.code, answer.header) == ("session_gap", request.header)
+        else:
+            await session.filled(new, request)
+            assert rows.lengths == lengths
+        await session.step([1, 1])
 
 
 async def test_outputs_that_were_dropped_are_not_made_up() -> None:
