@@ -13,7 +13,7 @@ from petals.swarm.failover_config import FailoverConfig
 from petals.testing.manual_clock import ManualClock, settle
 from petals.wire.header import RequestHeader
 from petals.wire.replies import Info, SessionOpened, StepResult
-from petals.wire.requests import BeginEpoch, GetInfo, ReplayPart, ReplayRequest
+from petals.wire.requests import BeginEpoch, GetInfo, KeepSession, ReplayPart, ReplayRequest
 from support.models import WIDTH
 from support.reference import assert_close, states
 from support.service import FussySpan, Worker, served
@@ -82,6 +82,32 @@ async def test_states_travel_in_the_dtype_of_the_session() -> None:
         assert output.dtype == torch.bfloat16
         expected = swarm.expected(text.float())
         assert (output.float() - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+async def test_replies_go_to_the_channel_that_was_opened_last() -> None:
+    """What a client has sent on a channel that it has left may be read late."""
+    async with served() as swarm:
+        talk, text = await swarm.talk(), states(6)
+        await talk.open()
+        old, talk.channel = talk.channel, (await swarm.talk()).channel
+        await talk.channel.send(KeepSession(talk.header()))
+        await talk.channel.ping()
+        await old.send(talk.message(0, (0,), (6,)), (text,))
+        answer, (output,) = await talk.channel.receive(20.0)
+        assert isinstance(answer, StepResult)
+        assert_close(output, swarm.expected(text))
+
+
+async def test_two_clients_may_choose_the_same_id() -> None:
+    async with served() as swarm:
+        texts = [states(5, seed=1), states(5, seed=2)]
+        talks = [await swarm.talk(), await swarm.talk(swarm.stranger)]
+        talks[1].session_id = talks[0].session_id
+        for talk in talks:
+            await talk.open()
+        for talk, text in zip(talks, texts):
+            (output,) = await talk.step(0, [0], [text])
+            assert_close(output, swarm.expected(text))
 
 
 class TestOpening:

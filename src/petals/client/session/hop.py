@@ -132,7 +132,8 @@ class HopSession:
     """A reservation at one server. ``open`` makes one; ``close`` frees it.
 
     state: how it is; only this class changes it. epoch, sources: those announced last. waiting:
-    what takes the reply to a request, by the header of both. relays_onward: the last states passed
+    what takes the reply to a request, by the header of both. is_attached: the server is known to
+    send replies to the present stream: it has sent one. relays_onward: the last states passed
     to the next hop through a relay. on_draining: called with the peer, once it has announced that
     it stops, and the seconds until then.
     """
@@ -155,6 +156,7 @@ class HopSession:
         self.opened: SessionOpened
         self.timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self.waiting: dict[RequestHeader, Callable[[HopReply], None]] = {}
+        self.is_attached = True
         self.relays_onward = False
         self._swarm = swarm
         self._on_draining = on_draining
@@ -215,7 +217,7 @@ class HopSession:
         # Nothing may pause between the dial and the assignment: a call that is cancelled there
         # would leave a stream open.
         self._channel = await _dial(self._swarm, self.peer_id, seconds)
-        self._ended, self.state = asyncio.Event(), LegState()
+        self._ended, self.state, self.is_attached = asyncio.Event(), LegState(), False
         self._start_reading()
 
     def header(self, request_id: int = 0) -> RequestHeader:
@@ -365,6 +367,7 @@ class HopSession:
         header = getattr(message, "header", None)
         if isinstance(header, RequestHeader) and header.session_id != self.session_id:
             return  # a hop knows the ids of the hops behind it, and must not answer for them
+        self.is_attached = True
         match message:
             case StepResult() | ReplayDone() | ReplayPart() | ForwardFailed():
                 self._answer(message.header, message, tensors)

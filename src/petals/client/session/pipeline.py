@@ -67,9 +67,16 @@ class SessionContext:
         return is_open and near != far and self.config.use_server_to_server
 
     def segment_end(self, hops: Sequence[HopSession], start: int = 0) -> int:
-        """The first hop after ``start`` that its predecessor does not forward to."""
+        """The first hop after ``start`` that its predecessor does not forward to.
+
+        A hop whose stream was opened anew gets its next states from the client, on that stream.
+        States from another hop could arrive before the new stream is known there, and the reply
+        would go to the old one.
+        """
         end = start + 1
-        while end < len(hops) and self.is_direct(hops[end - 1].peer_id, hops[end].peer_id):
+        while end < len(hops) and hops[end].is_attached:
+            if not self.is_direct(hops[end - 1].peer_id, hops[end].peer_id):
+                break
             end += 1
         return end
 

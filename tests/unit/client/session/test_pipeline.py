@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from petals.client.config import ClientConfig
+from petals.client.routing.latency import StepTimeouts
 from petals.client.session.fill import ReplayBuffer
 from petals.client.session.hop import HopReply, HopSession
-from petals.client.session.pipeline import PendingReply, SessionContext, expect
+from petals.client.session.pipeline import PendingReply, SessionContext, expect, run_pieces
+from petals.client.session.state import SessionState, StepPiece
 from petals.client.session.types import SessionSpec
 from petals.errors import PeerUnreachable
+from petals.models.runtime.token_log import RowSlices, TokenLog
 from petals.testing.manual_clock import ManualClock, settle
 from petals.types import BlockSpan, Hop, PeerId
 from petals.wire.fields import Message
@@ -31,7 +34,7 @@ from petals.wire.replies import (
     SessionOpened,
     StepResult,
 )
-from petals.wire.requests import CloseSession, GetInfo, OpenSession, ReplayPart
+from petals.wire.requests import CloseSession, GetInfo, OpenSession, ReplayPart, Step
 
 INFO = Info("toy", (0, 1), "online", 4, "float32", 9, 8, 99, 0, 0, 0.0)
 
@@ -42,6 +45,8 @@ class FakeChannel:
     is_relayed = is_closed = False
 
     def __init__(self) -> None:
+        self.steps: list[int] = []
+        """Request ids of the steps that were sent."""
         self._arrived: asyncio.Queue[tuple[Message, list[torch.Tensor]]] = asyncio.Queue()
 
     async def send(self, message: Message, tensors: Sequence[torch.Tensor] = ()) -> None:
@@ -52,6 +57,8 @@ class FakeChannel:
                 await self.say(SessionOpened(message.header, 9, 60.0))
             case CloseSession():
                 await self.say(SessionEnded(message.header))
+            case Step():
+                self.steps.append(message.header.request_id)
 
     async def say(self, message: Message, *tensors: torch.Tensor) -> None:
         await self._arrived.put((message, list(tensors)))
@@ -70,17 +77,23 @@ class Server:
 
     hop: HopSession
     say: Callable[..., Awaitable[None]]
+    steps: list[int]
 
     def header(self, request_id: int) -> RequestHeader:
         return self.hop.header(request_id)
 
 
 @pytest.fixture
-async def servers() -> AsyncIterator[list[Server]]:
-    channels = iter(opened := [FakeChannel() for _ in range(3)])
+def channels() -> list[FakeChannel]:
+    """The streams that were opened, in their order."""
+    return []
 
+
+@pytest.fixture
+async def servers(channels: list[FakeChannel]) -> AsyncIterator[list[Server]]:
     async def open_channel(*args: object) -> FakeChannel:
-        return next(channels)
+        channels.append(FakeChannel())
+        return channels[-1]
 
     node = SimpleNamespace(open_channel=open_channel, clock=ManualClock())
     swarm = SimpleNamespace(node=node, config=ClientConfig(), connect_seconds=lambda peer: 1.0)
@@ -91,7 +104,7 @@ async def servers() -> AsyncIterator[list[Server]]:
         )
         for name in "ABC"
     ]
-    yield [Server(hop, channel.say) for hop, channel in zip(hops, opened)]
+    yield [Server(hop, channel.say, channel.steps) for hop, channel in zip(hops, channels)]
     await asyncio.gather(*(hop.close() for hop in hops))
 
 
@@ -251,7 +264,44 @@ def test_a_replay_that_cannot_be_right_is_misbehaviour(
     assert buffer.add(part(header, *numbers), tensors) and buffer.wrong
 
 
-A, B, C, D = (SimpleNamespace(peer_id=PeerId(name)) for name in "ABCD")
+async def test_pieces_reach_every_hop_in_their_order(servers: list[Server]) -> None:
+    first, second, _ = servers
+    state = SessionState(BlockSpan(0, 2), TokenLog(1), legs=[first.hop, second.hop])
+    swarm = SimpleNamespace(
+        config=ClientConfig(use_server_to_server=False),
+        closed_links={},
+        node=SimpleNamespace(clock=ManualClock()),
+    )
+    timeouts = StepTimeouts(swarm.config.failover, 60.0)
+    context = SessionContext(state, swarm, first.hop.spec, timeouts, lambda *args: None)
+    pieces = [StepPiece(n, RowSlices((n,), (1,), torch.full((1, 4), float(n)))) for n in range(3)]
+    running = asyncio.create_task(run_pieces(context, pieces))
+    await settle()
+    assert first.steps == [0, 1, 2]
+    for number in (2, 1, 0):  # no server answers like this, but a step that is repeated may
+        assert second.steps == []
+        await first.say(result(first.header(number)), torch.ones(1, 4))
+    await settle()
+    assert second.steps == [0, 1, 2]
+    for number in range(3):
+        await second.say(result(second.header(number)), torch.full((1, 4), 10.0 + number))
+    assert await running
+    assert [piece.output[0, 0].item() for piece in pieces] == [10.0, 11.0, 12.0]
+
+
+async def test_a_stream_opened_anew_counts_once_it_has_brought_a_reply(
+    servers: list[Server], channels: list[FakeChannel]
+) -> None:
+    hop = servers[0].hop
+    assert hop.is_attached
+    hop.lose(PeerUnreachable("The stream broke."))
+    await hop.redial()
+    assert not hop.state.is_lost and not hop.is_attached
+    await channels[-1].say(result(hop.header(1)), torch.ones(1, 4))
+    assert hop.is_attached
+
+
+A, B, C, D = (SimpleNamespace(peer_id=PeerId(name), is_attached=True) for name in "ABCD")
 
 
 class TestSegments:
@@ -293,6 +343,14 @@ class TestSegments:
         assert self.segments(context, A, B) == ["A", "B"]
         await clock.advance(0.1)
         assert self.segments(context, A, B) == ["AB"]
+
+    def test_a_stream_opened_anew_brings_the_states_until_it_has_brought_a_reply(
+        self, context: SessionContext
+    ) -> None:
+        far = SimpleNamespace(peer_id=PeerId("E"), is_attached=False)
+        assert self.segments(context, A, far, C) == ["A", "EC"]
+        far.is_attached = True
+        assert self.segments(context, A, far, C) == ["AEC"]
 
     def test_a_server_does_not_forward_to_itself(self, context: SessionContext) -> None:
         assert self.segments(context, A, A, B) == ["A", "AB"]
