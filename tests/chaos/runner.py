@@ -38,6 +38,11 @@ _VIEW_SECONDS = 45.0
 _WAKE_SECONDS = 30.0
 """Longest time until a server that was stopped answers again, or one that leaves has gone."""
 
+MAX_STALL_SECONDS = 10.0
+"""Longest stall (s) that one fault explains: a silence of 3 s, and room for other work beside it.
+A longer one is a wait that only a timeout has ended.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
@@ -134,6 +139,7 @@ class Runner:
         outcome.problems += self._problems(workload, runs)
         outcome.landed = _landed(scenario, injector.injected_at, first.timeline.ended)
         outcome.stalls += [stall_seconds(run.timeline.gaps, baseline) for run in runs]
+        outcome.problems += long_stalls(outcome.stalls, len(scenario.faults))
         if first.session is not None:
             outcome.notes += [
                 f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason}"
@@ -207,6 +213,13 @@ def stall_seconds(gaps: Sequence[float], baseline: Baseline) -> float:
         return 0.0
     first, later = gaps[0] - baseline.first_gap_seconds, gaps[1:]
     return max(0.0, first, max(later) - median(later) if later else 0.0)
+
+
+def long_stalls(stalls: Sequence[float], num_faults: int) -> Iterator[str]:
+    """The stalls (s) that ``num_faults`` faults do not explain."""
+    for number, stall in enumerate(stalls):
+        if stall > MAX_STALL_SECONDS * num_faults:
+            yield f"client {number} waited {stall:.1f} s"
 
 
 def _join(runs: Sequence[ClientRun]) -> None:

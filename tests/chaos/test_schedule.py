@@ -1,5 +1,6 @@
 """The schedule is repeatable and complete."""
 
+from chaos.runner import MAX_STALL_SECONDS, long_stalls
 from chaos.schedule import ON_PROCESSES, PAIRABLE, TWO_AT_ONCE, Phase, ScenarioSpace, draw
 
 SPACE = ScenarioSpace(model="tiny", num_hops=3, kinds=ON_PROCESSES)
@@ -25,3 +26,9 @@ def test_two_at_once_hit_two_hops_in_the_same_step() -> None:
     for one, other in pairs:
         assert one.hop != other.hop and one.at == other.at
         assert {one.kind, other.kind} <= set(PAIRABLE)
+
+
+def test_a_stall_that_the_faults_do_not_explain_is_a_failure() -> None:
+    stalls = [0.1, 1.5 * MAX_STALL_SECONDS]
+    assert list(long_stalls(stalls, num_faults=1)) == [f"client 1 waited {stalls[1]:.1f} s"]
+    assert list(long_stalls(stalls, num_faults=2)) == []
