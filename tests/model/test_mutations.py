@@ -54,7 +54,7 @@ def parts_of_any_replay(patch: Patch) -> None:
     patch.setattr(InboundReplay, "check", lambda self, part: None)
 
 
-def redialled_hop_dies_as_slow(patch: Patch) -> None:
+def redialled_hop_dies_as_hung(patch: Patch) -> None:
     redial, book = HopSession.redial, replacement.book
     were_redialled: set[HopSession] = set()
 
@@ -62,13 +62,13 @@ def redialled_hop_dies_as_slow(patch: Patch) -> None:
         await redial(self)
         were_redialled.add(self)
 
-    def book_slow(context: Any, hops: Sequence[HopSession], excluded: Any) -> None:
+    def book_hung(context: Any, hops: Sequence[HopSession], excluded: Any) -> None:
         for hop in were_redialled.intersection(hops):
-            hop.state = replace(hop.state, status=LegStatus.SLOW)
+            hop.state = replace(hop.state, status=LegStatus.HUNG)
         book(context, hops, excluded)
 
     patch.setattr(HopSession, "redial", redial_and_remember)
-    patch.setattr(replacement, "book", book_slow)
+    patch.setattr(replacement, "book", book_hung)
 
 
 def unused_hops_are_kept(patch: Patch) -> None:
@@ -212,7 +212,7 @@ MUTATIONS: dict[Callable[[Patch], None], Schedules] = {
     parts_of_any_replay: _late(
         Fault(Kind.DRAIN, at=1, who=2, seconds=8.0), Kind.REPEAT, 0.005, 0.01
     ),
-    redialled_hop_dies_as_slow: _drawn(0, (Kind.BREAK, Kind.KILL)),
+    redialled_hop_dies_as_hung: _drawn(0, (Kind.BREAK, Kind.KILL)),
     unused_hops_are_kept: _drawn(),
     interrupted_repair_keeps_hops: _drawn(),
     failed_reorder_is_forgotten: _drawn(),

@@ -11,6 +11,7 @@ from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.session.hop import HopReply
 from petals.client.session.pipeline import PendingReply
 from petals.errors import (
+    BadInput,
     MissingBlocksError,
     PeerMisbehaved,
     RequestError,
@@ -18,7 +19,7 @@ from petals.errors import (
 from petals.swarm.rpc.receive_buffer import WINDOW_BYTES
 from petals.types import BlockSpan, Hop
 from petals.wire.replies import StepResult
-from petals.wire.requests import GetInfo, ReplayPart, Step
+from petals.wire.requests import GetInfo, OpenSession, ReplayPart, Step
 from support.models import WIDTH
 from support.reference import assert_close, states
 from support.server_faults import computing_for, wrong_outputs, wrong_replays
@@ -45,15 +46,34 @@ async def test_a_slow_server_is_left_for_a_faster_one() -> None:
         spare = await swarm.add(2, 4)
         spare.faults.rewrite = computing_for(5.0)
         await know(connection, spare)
-        await swarm.decode(session, text[:8], 3)
+        await swarm.decode(session, text[:7], 3)
+        await spare.until(lambda: bool(session.trace.repairs))
+        await swarm.decode(session, text[:8], 7)
         assert session.trace.hops[1].peer_id == spare.peer_id
-        assert [len(worker.faults.all(Step)) for worker in (slow, spare)] == [3, 3]
-        assert swarm.num_asked(ReplayPart) == [0, 0, 0, 1]
+        assert len(spare.faults.all(Step)) == 1
+        assert swarm.num_asked(ReplayPart)[3] >= 1
         (repair,) = session.trace.repairs
         assert repair.peer_id == slow.peer_id
         assert "slow" in repair.reason
         swarm.net.kill(spare.peer_id)
         await swarm.decode(session, text, 8)
+        assert session.trace.hops[1].peer_id == slow.peer_id
+
+
+async def test_a_slow_server_serves_on_if_the_faster_one_refuses() -> None:
+    async with split(*THREE) as swarm:
+        connection = swarm.connection(straggler_look_seconds=0.0)
+        text, slow = states(8), swarm.workers[1]
+        session = swarm.session(connection)
+        slow.faults.rewrite = computing_for(5.0)
+        await session.step(text[:3], (0,), (3,))
+        spare = await swarm.add(2, 4)
+        refusals = spare.faults.refusals[OpenSession]
+        refusals += [BadInput("Not you.") for _ in range(9)]
+        await know(connection, spare)
+        await swarm.decode(session, text, 3)
+        assert len(refusals) < 9
+        assert not session.trace.repairs
         assert session.trace.hops[1].peer_id == slow.peer_id
 
 

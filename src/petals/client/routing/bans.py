@@ -12,8 +12,8 @@ from petals.types import PeerId
 class Cause(IntEnum):
     """Why a server is avoided, the worst cause last.
 
-    SLOW: a session left it as a straggler. UNANSWERED: it did not answer a request, but held no
-    state of this client. FAILED: it failed while it served this client.
+    SLOW: a session replaced it as a straggler, or left it as hung. UNANSWERED: it did not answer a
+    request, but held no state of this client. FAILED: it failed while it served this client.
     """
 
     SLOW = 0

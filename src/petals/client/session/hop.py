@@ -8,6 +8,7 @@ requests. Decides nothing. Knows no model and no tokens.
 
 import asyncio
 import contextlib
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -68,7 +69,8 @@ class LegStatus(Enum):
     CONNECTED = "it answers"
     DRAINING = "it answers, and has announced that it stops"
     BROKEN = "its stream is lost; it may still hold the rows"
-    SLOW = "it answers too slowly and is left for another server"
+    SLOW = "it answers, and is replaced by a faster server while it does"
+    HUNG = "it answers pings, but not the step, and is left for another server"
     GONE = "it refuses, has misbehaved, or does not know the session any more"
 
 
@@ -91,7 +93,12 @@ class LegState:
     @property
     def may_hold_rows(self) -> bool:
         """True if the hop is lost, and calling it again may bring it and its rows back."""
-        return self.status in (LegStatus.BROKEN, LegStatus.SLOW)
+        return self.status in (LegStatus.BROKEN, LegStatus.HUNG)
+
+    @property
+    def migrates(self) -> bool:
+        """True if the hop serves until a replacement has its rows."""
+        return self.status in (LegStatus.DRAINING, LegStatus.SLOW)
 
     def lost(self, error: PetalsError) -> "LegState":
         """The hop failed. The first reason counts, but what ends the reservation counts more."""
@@ -103,9 +110,17 @@ class LegState:
             return self
         return LegState(status, error)
 
-    def slow(self, error: PetalsError) -> "LegState":
-        """The hop is left as too slow."""
-        return self if self.is_lost else LegState(LegStatus.SLOW, error)
+    def hung(self, error: PetalsError) -> "LegState":
+        """The hop lives, and is left because it does not answer a step."""
+        return self if self.is_lost else LegState(LegStatus.HUNG, error)
+
+    def slow(self) -> "LegState":
+        """A faster server is to replace the hop; there is no hurry."""
+        return LegState(LegStatus.SLOW, drains_at=math.inf) if self == LegState() else self
+
+    def kept(self) -> "LegState":
+        """No faster server could replace the hop."""
+        return LegState() if self.status is LegStatus.SLOW else self
 
     def draining(self, until: float) -> "LegState":
         """The server has announced that it stops."""
@@ -252,9 +267,17 @@ class HopSession:
         error.peer_id = error.peer_id or self.peer_id
         self._change(self.state.lost(error))
 
-    def leave_as_slow(self, reason: str) -> None:
-        """Give the hop up although it answers."""
-        self._change(self.state.slow(PeerTimeout(reason, peer_id=self.peer_id)))
+    def leave_as_hung(self, reason: str) -> None:
+        """Give the hop up although it answers pings."""
+        self._change(self.state.hung(PeerTimeout(reason, peer_id=self.peer_id)))
+
+    def replace_as_slow(self) -> None:
+        """Let a faster server replace the hop while it serves on."""
+        self._change(self.state.slow())
+
+    def keep_though_slow(self) -> None:
+        """Serve on: there is no faster server that can replace the hop."""
+        self._change(self.state.kept())
 
     def book(self) -> None:
         """The loss has been entered into bans and exclusions."""

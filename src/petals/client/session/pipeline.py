@@ -286,7 +286,7 @@ class _PiecesRun:
             # It answers pings but not the step. Where no other server that was measured and has
             # room can take its place, waiting is all that can be done.
             if context.swarm.alternative_seconds(hop.hop, hop.spec.cache_tokens) is not None:
-                hop.leave_as_slow(f"It lives, but has not answered a step in {hung_seconds:.0f} s.")
+                hop.leave_as_hung(f"It lives, but has not answered a step in {hung_seconds:.0f} s.")
 
         look = context.swarm.node.clock.call_later(hung_seconds, leave_if_hung)
         try:

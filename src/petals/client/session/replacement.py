@@ -1,4 +1,4 @@
-"""Other hops in the place of a session's hops: of lost ones, and of those that are about to stop.
+"""Other hops in the place of a session's hops: of lost ones, and of those that drain or are slow.
 
 Both kinds of replacement reserve hops, fill them with the session's rows, and switch over. A repair
 does so while a step waits. A migration does so while steps go on and the old hops still serve: the
@@ -27,7 +27,7 @@ from petals.client.session.state import (
     Wait,
     next_action,
 )
-from petals.errors import CacheFull, MissingBlocksError, NoCapacity, PetalsError
+from petals.errors import CacheFull, MissingBlocksError, NoCapacity, PeerTimeout, PetalsError
 from petals.logs import get_logger
 from petals.models.runtime.token_log import TokenLog
 from petals.types import PeerId
@@ -82,9 +82,9 @@ def book(
         history = History(holds_state=True) if step is None else step.history
         decision = decide(error, history)
         if decision.cause is not None:
-            is_slow = hop.state.status is LegStatus.SLOW
+            is_hung = hop.state.status is LegStatus.HUNG
             context.swarm.note_failure(
-                hop.peer_id, error, Cause.SLOW if is_slow else decision.cause
+                hop.peer_id, error, Cause.SLOW if is_hung else decision.cause
             )
         if decision.reaction is Reaction.EXCLUDE:
             excluded[hop.peer_id] = error
@@ -138,7 +138,7 @@ class MigrationLoop:
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
-        """Begin, unless it has begun. To be called while a hop drains."""
+        """Begin, unless it has begun. To be called while a hop drains or is slow."""
         if self._task is None or self._task.done():
             background = self._context.swarm.node.background
             self._task = background.start(self._run(), "migrating a session")
@@ -178,7 +178,7 @@ class MigrationLoop:
     async def _reserve(self, old: list[HopSession]) -> None:
         """Reserve replacements, if possible such that the server before them can forward to."""
         context, state = self._context, self._state
-        draining = {leg.peer_id for leg in state.legs if leg.state.status is LegStatus.DRAINING}
+        leaving = {leg.peer_id for leg in state.legs if leg.state.migrates}
         aside: set[PeerId] = set()
         start = state.legs.index(old[0])
         if start and context.config.use_server_to_server:
@@ -189,10 +189,10 @@ class MigrationLoop:
         attempt = partial(reserve, context, old, state.num_rows, self._excluded, kv_donors=donors)
         hops: list[HopSession] = []
         try:
-            if aside - draining:
+            if aside - leaving:
                 with suppress(MissingBlocksError, NoCapacity, CacheFull):
-                    hops = await attempt(unfit=frozenset(draining | aside | {near}))
-            hops = hops or await attempt(unfit=frozenset(draining))
+                    hops = await attempt(unfit=frozenset(leaving | aside | {near}))
+            hops = hops or await attempt(unfit=frozenset(leaving))
         except PetalsError as error:
             self._excluded.clear()
             self._postpone(error.message)
@@ -245,7 +245,17 @@ class MigrationLoop:
         self._pause_seconds = self._config.migration_pause_seconds
         await switch(self._context, migration.old, migration.hops)
         for hop in migration.old:
-            self._state.note_repair(hop.hop, "The server leaves.", self._context.now - began)
+            self._state.note_repair(hop.hop, self._reason(hop), self._context.now - began)
+
+    def _reason(self, hop: HopSession) -> str:
+        """Why a hop was replaced. A slow server is avoided from now on."""
+        if hop.state.status is not LegStatus.SLOW:
+            return "The server leaves."
+        reason = "It is slow: others would take less than half the time."
+        self._context.swarm.note_failure(
+            hop.peer_id, PeerTimeout(reason, peer_id=hop.peer_id), Cause.SLOW
+        )
+        return reason
 
     def _may_give_kv(self, hop: HopSession) -> bool:
         return self._context.config.use_server_to_server and hop.peer_id not in self._no_kv
@@ -262,9 +272,11 @@ class MigrationLoop:
         return is_alike and is_direct and is_quick and self._may_give_kv(old)
 
     def _postpone(self, why: str) -> None:
-        """Give the replacements up, and try again after a pause."""
+        """Give the replacements up. Slow hops are kept; for others it is tried after a pause."""
         logger.info("migration has to wait: %s", why)
         self._drop()
+        for leg in self._state.legs:
+            leg.keep_though_slow()
         self._state.migrate_at = self._context.now + self._pause_seconds
         longest = self._config.migration_max_pause_seconds
         self._pause_seconds = min(2 * self._pause_seconds, longest)

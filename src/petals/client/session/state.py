@@ -155,7 +155,7 @@ class ReplicaProgress:
 
 @dataclass(slots=True, eq=False)
 class SessionMigration:
-    """``hops`` are to take the place of the draining ``old`` ones.
+    """``hops`` are to take the place of the ``old`` ones, which drain or are slow.
 
     have: what they have, or will have once the copy under way has arrived, of the rows as they are
     now.
@@ -208,9 +208,9 @@ class SessionState:
         return min((limit for limit in limits if limit), default=0)
 
     @property
-    def is_draining(self) -> bool:
-        """A server of the route has announced that it stops."""
-        return any(leg.state.status is LegStatus.DRAINING for leg in self.legs)
+    def must_migrate(self) -> bool:
+        """A hop of the route is to be replaced while it serves."""
+        return any(leg.state.migrates for leg in self.legs)
 
     def begin(
         self, rows: RowSlices, reorder: tuple[int, ...] | None, history: History
@@ -275,7 +275,7 @@ class SessionState:
         assert self.joining == (self.migration.hops if self.migration else []), "a forgotten hop"
         assert all(hop.epoch == self.epoch for hop in self.joining), "of another epoch (I4)"
         for before, leg in zip([None, *self.legs], self.legs):
-            if leg.state.status in (LegStatus.CONNECTED, LegStatus.DRAINING):
+            if not leg.state.is_lost:
                 assert leg.epoch == self.epoch, "the epoch was not announced (I5)"
                 sources = () if before is None else (before.peer_id,)
                 assert set(sources) <= set(leg.sources), "the sources are of another route (I9)"
@@ -287,7 +287,7 @@ class Do(Enum):
     OPEN_ROUTE = "reserve hops for all blocks, and feed them from the client's own log"
     REBUILD = "give up all hops: their rows are unknown or cannot be handed on"
     RUN = "run the pieces of the step"
-    COPY = "send the replacements of draining hops what they lack, while steps go on"
+    COPY = "send the replacements of hops that serve what they lack, while steps go on"
     SWITCH = "send them the rest, and let them take over before the next step"
 
 
@@ -301,7 +301,7 @@ class Redial:
 @dataclass(frozen=True, slots=True)
 class Replace:
     """Reserve hops in the place of legs [start, end). During a step these are lost: fill the hops
-    and switch over. Between two steps they drain: COPY and SWITCH follow.
+    and switch over. Between two steps they serve on: COPY and SWITCH follow.
     """
 
     start: int
@@ -378,7 +378,7 @@ def _between_steps(state: SessionState, config: FailoverConfig, now: float) -> A
     """Migration; a loss waits for the next step, which repairs it."""
     legs, migration = state.legs, state.migration
     is_hurt = state.has_diverged or any(leg.state.is_lost for leg in legs)
-    start, end = _first_run(legs, lambda leg: leg.state.status is LegStatus.DRAINING)
+    start, end = _first_run(legs, lambda leg: leg.state.migrates)
     if state.is_closed or is_hurt or start == end:
         return None
     if migration is None:

@@ -69,7 +69,9 @@ class SessionSupervisor:
         self._warm_spares_at = 0.0
         self._compare_at = 0.0
         self._rest_until: dict[BlockSpan, float] = {}
-        """Blocks whose hop was left as a straggler -> time (s) from which on it may be again."""
+        """Blocks whose hop was to be replaced as a straggler -> time (s) from which on it may be
+        again.
+        """
         swarm.sessions.add(self)
 
     @property
@@ -261,7 +263,7 @@ class SessionSupervisor:
         return time.strftime("%H:%M:%S", time.localtime(clock.now() - waited))
 
     def _leave_stragglers(self) -> None:
-        """Give up hops that others would outrun; the next step replaces them like dead ones."""
+        """Have hops replaced, as if they drained, that others would outrun."""
         swarm, config, now = self._swarm, self._config.failover, self._context.now
         for leg in self.state.legs:
             expected = (
@@ -272,7 +274,7 @@ class SessionSupervisor:
             if may_leave and is_straggler(leg.timings, expected, config):
                 # Without a rest a session would move back and forth between two slow servers.
                 self._rest_until[leg.blocks] = now + config.straggler_rest_seconds
-                leg.leave_as_slow("It is slow: others would take less than half the time.")
+                leg.replace_as_slow()
 
     def _warm_spares(self) -> None:
         """Ask possible replacements how they are, so that a repair finds them ready."""
@@ -300,5 +302,5 @@ class SessionSupervisor:
         self._migrate()
 
     def _migrate(self) -> None:
-        if self.state.is_draining and not self.state.is_closed:
+        if self.state.must_migrate and not self.state.is_closed:
             self._migration.begin()

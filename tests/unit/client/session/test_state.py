@@ -56,7 +56,8 @@ def said(kind: type[PetalsError]) -> PetalsError:
 OK = LegState()
 BROKEN = OK.lost(seen(PeerUnreachable))
 SILENT = OK.lost(seen(PeerTimeout))
-SLOW = OK.slow(seen(PeerTimeout))
+HUNG = OK.hung(seen(PeerTimeout))
+SLOW = OK.slow()
 LIAR = OK.lost(seen(PeerMisbehaved))
 FAILED = OK.lost(said(PeerFailed))
 REFUSED = OK.lost(said(BadInput))
@@ -118,20 +119,21 @@ IN_A_STEP: dict[str, tuple[SessionState, Action]] = {
     "first step": (step(history=FIRST), Do.OPEN_ROUTE),
     "all well": (step(OK, OK, OK), Do.RUN),
     "draining hops serve": (step(OK, DRAINS, OK), Do.RUN),
+    "slow hops serve": (step(SLOW, OK), Do.RUN),
     # Losses.
     "a broken stream": (step(OK, BROKEN, OK), Redial((1,))),
     "two broken streams": (step(BROKEN, OK, BROKEN), Redial((0, 2))),
     "a broken stream beside a dead hop": (step(BROKEN, SILENT, OK), Redial((0,))),
     "broken again": (step(OK, BROKEN, OK, history=REDIALLED), Replace(1, 2)),
     "silent": (step(OK, SILENT, OK), Replace(1, 2)),
-    "slow": (step(SLOW, OK), Replace(0, 1)),
+    "hung": (step(HUNG, OK), Replace(0, 1)),
     "misbehaved": (step(OK, OK, LIAR), Replace(2, 3)),
     "failed": (step(OK, FAILED), Replace(1, 2)),
     "refused": (step(OK, REFUSED, OK), Replace(1, 2)),
     "forgot the session": (step(OK, FORGOT), Replace(1, 2)),
     "two neighbours": (step(OK, SILENT, LIAR), Replace(1, 3)),
     "two apart: the first first": (step(SILENT, OK, SILENT), Replace(0, 1)),
-    "all": (step(SILENT, SLOW, REFUSED), Replace(0, 3)),
+    "all": (step(SILENT, HUNG, REFUSED), Replace(0, 3)),
     "failed once too often": (step(OK, FAILED, history=FAILED_OFTEN), Raise(FAILED.error)),
     "booked failures are not counted again": (
         step(OK, FAILED.booked(), history=FAILED_OFTEN),
@@ -153,7 +155,7 @@ IN_A_STEP: dict[str, tuple[SessionState, Action]] = {
     "no room at the first step": (step(history=FIRST, failure=FULL), Raise(FULL)),
     "nobody serves them": (step(OK, SILENT.booked(), failure=MISSING), Wait(0.0, (1,))),
     "still nobody": (
-        step(OK, SLOW.booked(), history=WAITED, failure=NO_ROOM),
+        step(OK, HUNG.booked(), history=WAITED, failure=NO_ROOM),
         Wait(CONFIG.look_again_seconds, (1,)),
     ),
     "who refused is not called": (
@@ -212,6 +214,7 @@ BETWEEN_STEPS: dict[str, tuple[SessionState, Action | None]] = {
     "all well": (idle(OK, OK), None),
     "no route": (idle(), None),
     "one drains": (idle(OK, DRAINS, OK), Replace(1, 2)),
+    "one is slow": (idle(OK, SLOW), Replace(1, 2)),
     "neighbours drain": (idle(DRAINS, DRAINS, OK), Replace(0, 2)),
     "two apart drain": (idle(DRAINS, OK, DRAINS), Replace(0, 1)),
     "not yet": (idle(DRAINS, migrate_at=NOW + 2), Wait(2.0)),
@@ -238,15 +241,17 @@ def test_between_steps(case: tuple[SessionState, Action | None]) -> None:
     [
         (BROKEN, LegStatus.BROKEN, True),
         (SILENT, LegStatus.BROKEN, True),
-        (SLOW, LegStatus.SLOW, True),
+        (HUNG, LegStatus.HUNG, True),
         (LIAR, LegStatus.GONE, False),
         (OK.lost(said(PeerUnreachable)), LegStatus.GONE, False),
         (DRAINS.lost(seen(PeerUnreachable)), LegStatus.BROKEN, True),
-        (SLOW.lost(seen(PeerUnreachable)), LegStatus.BROKEN, True),
-        (SLOW.lost(said(SessionClosed)), LegStatus.GONE, False),
-        (SLOW.lost(SLOW.error), LegStatus.SLOW, True),  # its own loss, as the reply to a request
+        (HUNG.lost(seen(PeerUnreachable)), LegStatus.BROKEN, True),
+        (HUNG.lost(said(SessionClosed)), LegStatus.GONE, False),
+        (HUNG.lost(HUNG.error), LegStatus.HUNG, True),  # its own loss, as the reply to a request
         (BROKEN.lost(said(SessionClosed)), LegStatus.GONE, False),
-        (BROKEN.slow(seen(PeerTimeout)), LegStatus.BROKEN, True),
+        (BROKEN.hung(seen(PeerTimeout)), LegStatus.BROKEN, True),
+        (BROKEN.slow(), LegStatus.BROKEN, True),
+        (SLOW.lost(seen(PeerUnreachable)), LegStatus.BROKEN, True),
         (BROKEN.draining(NOW), LegStatus.BROKEN, True),
         (FORGOT.lost(seen(PeerUnreachable)), LegStatus.GONE, False),
     ],
@@ -254,6 +259,12 @@ def test_between_steps(case: tuple[SessionState, Action | None]) -> None:
 def test_losses(state: LegState, status: LegStatus, may_hold_rows: bool) -> None:
     assert (state.status, state.may_hold_rows) == (status, may_hold_rows)
     assert state.is_lost
+
+
+def test_only_a_hop_that_is_well_is_replaced_as_slow_and_it_alone_is_kept_afterwards() -> None:
+    assert DRAINS.slow() is DRAINS and DRAINS.kept() is DRAINS and BROKEN.kept() is BROKEN
+    assert SLOW.kept() == OK
+    assert SLOW.draining(NOW).status is LegStatus.DRAINING
 
 
 def test_the_first_reason_counts() -> None:
