@@ -38,6 +38,7 @@ class FaultKind(Enum):
     FAIL = "the next steps of a server fail in the middle"
     FORGET = "a server ends all sessions"
     BREAK = "the streams between two peers are reset"
+    DAEMON = "the daemon of a peer starts anew; others notice the end of streams seconds later"
     STALL_LINK = "a link delivers nothing for some seconds"
     CUT = "a link swallows everything for some seconds"
     REFUSE = "a server answers the next request by a refusal"
@@ -98,7 +99,7 @@ class FaultInjector:
     ) -> None:
         self.num_struck: Counter[FaultKind] = Counter()
         self._net = net
-        self._client = client
+        self._peers = [client, *(server.peer_id for server in servers)]
         self._servers = servers
         self._on_user = on_user
         self._armed: list[tuple[int, Fault]] = []
@@ -147,6 +148,10 @@ class FaultInjector:
         if fault.kind in KINDS_OF_USERS:
             self._note("user", fault.kind.value)
             self._on_user(fault.kind)
+        elif fault.kind is FaultKind.DAEMON:
+            peer = self._peers[fault.who % len(self._peers)]
+            self._note(peer, f"{fault.kind.value} ({fault.seconds:g} s)")
+            self._later(fault.seconds, self._net.drop_streams(peer))
         elif fault.kind in (FaultKind.BREAK, FaultKind.STALL_LINK, FaultKind.CUT):
             self._strike_link(fault)
         else:
@@ -156,7 +161,7 @@ class FaultInjector:
         return None
 
     def _strike_link(self, fault: Fault) -> None:
-        peers = [self._client, *(server.peer_id for server in self._servers)]
+        peers = self._peers
         one, other = peers[fault.who % len(peers)], peers[fault.other % len(peers)]
         if one == other:
             other = peers[0] if one != peers[0] else peers[1]

@@ -74,6 +74,7 @@ class SimNetwork:
         self._gone: set[PeerId] = set()
         self._cut: set[tuple[PeerId, PeerId]] = set()
         self._stalled: dict[tuple[PeerId, PeerId], float] = {}
+        self._unnoticed: list[Callable[[], None]] = []
 
     def now(self) -> float:
         return self.loop.time()
@@ -138,6 +139,9 @@ class SimNetwork:
         """All links pass everything and no peer stands still. Streams that lost messages stay
         broken.
         """
+        for notice in self._unnoticed:
+            notice()
+        self._unnoticed.clear()
         self._cut.clear()
         self._stalled.clear()
         self._paused.clear()
@@ -148,6 +152,24 @@ class SimNetwork:
         for channel in list(self.channels):
             if {channel.outbound.source, channel.outbound.target} == {one, other}:
                 channel.abort(PeerUnreachable("The stream was reset.", peer_id=channel.peer_id))
+
+    def drop_streams(self, peer: PeerId) -> Callable[[], None]:
+        """The streams of a peer are gone, and nothing says so to the other ends until they notice:
+        when the function that is returned is called, at the latest when all links are healed.
+        """
+        self._note_obstacle(lambda source, target: peer in (source, target))
+        others = [end.other for end in self.channels if end.outbound.source == peer]
+        for other in others:
+            other.outbound.swallow()
+            other.inbound.swallow()
+            other.other.abort(PeerUnreachable("The daemon has ended."))
+
+        def notice() -> None:
+            for other in others:
+                other.abort(PeerUnreachable("The stream was reset.", peer_id=peer))
+
+        self._unnoticed.append(notice)
+        return notice
 
     def vanish(self, peer: PeerId, *, silently: bool) -> None:
         """A peer is gone. silently: its machine is, so nothing says that its streams have ended."""

@@ -73,13 +73,16 @@ def book(
 ) -> None:
     """Enter the losses among ``hops``, once each: ban servers, or add them to ``excluded``, as the
     failure policy says, and remember what is to be repaired.
+
+    All are decided with the history as it was before: a server of two hops that has forgotten the
+    session has forgotten it once, not twice.
     """
     state, step = context.state, context.state.step
+    history = History(holds_state=True) if step is None else step.history
     for hop in hops:
         error = hop.state.error
         if error is None or hop.state.is_booked:
             continue
-        history = History(holds_state=True) if step is None else step.history
         decision = decide(error, history)
         if decision.cause is not None:
             is_hung = hop.state.status is LegStatus.HUNG
@@ -89,7 +92,7 @@ def book(
         if decision.reaction is Reaction.EXCLUDE:
             excluded[hop.peer_id] = error
         if step is not None:
-            step.history, step.last_error = history.after(error, decision), error
+            step.history, step.last_error = step.history.after(error, decision), error
         if hop in state.legs:
             state.losses[hop.hop] = error.message
         hop.book()
@@ -102,7 +105,7 @@ async def repair(context: SessionContext, lost: Sequence[HopSession]) -> bool:
     """
     state, step = context.state, context.state.step
     assert step is not None
-    book(context, lost, state.excluded)
+    book(context, state.legs, state.excluded)
     start = state.legs.index(lost[0])
     donor = state.legs[start - 1] if start else step.inputs
     # The log brings rows as the step reorders them. Empty rows are not brought at all, so the step
