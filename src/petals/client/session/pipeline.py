@@ -218,6 +218,13 @@ class _PiecesRun:
             for pending in self._paced:
                 pending.limit(timeouts.seconds())
 
+    def _note_timeout(self) -> None:
+        """What is measured begins anew: time that was waited in vain must not make the next waits
+        longer.
+        """
+        self._context.timeouts.note_timeout()
+        self._began, self._num_done = self._context.now, 0
+
     async def _turn(self, number: int, hop: int) -> None:
         """Return once the piece before has been sent to ``hop``; the next thing is to send this."""
         while number and self._reached[number - 1] < hop:
@@ -242,7 +249,7 @@ class _PiecesRun:
                 if reply is None:
                     # All of a segment live: between two of them something does not pass. A single
                     # hop is lost now.
-                    context.timeouts.note_timeout()
+                    self._note_timeout()
                     context.close_links(legs[at:end])
                     continue
                 index, output = legs.index(reply.hop), _output(reply, hidden)

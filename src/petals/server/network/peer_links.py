@@ -111,6 +111,7 @@ class PeerLinks:
                 channel = link.channel or await self._dial(link)
                 try:
                     await channel.send(message, tensors)
+                    _check_open(channel)
                 except PeerTimeout as error:
                     # The peer lives and takes nothing: a new channel would wait as long.
                     self._break(link, channel)
@@ -195,3 +196,12 @@ class PeerLinks:
     def _is_idle(self, link: Link) -> bool:
         rested = self._clock.monotonic() - link.used_at >= link.idle_seconds
         return rested and not link.in_order.locked()
+
+
+def _check_open(channel: Channel) -> None:
+    """Raise PeerUnreachable for a channel that has ended while a message was being sent.
+
+    The losses of the channel may have been reported by then, and this message was not among them.
+    """
+    if channel.is_closed:
+        raise PeerUnreachable("The channel has ended.", peer_id=channel.peer_id)

@@ -29,7 +29,7 @@ class FakeChannel:
         self.clock = clock
         self.peer_id = PEER
         self.sent: list[Message] = []
-        self.is_broken = self.is_closed = self.is_full = False
+        self.is_broken = self.is_closed = self.is_full = self.dies_while_it_sends = False
         self.confirmed_at = 0.0
         self.silence_seconds = self.send_seconds = 0.0
         self.end: asyncio.Future[PeerError] = asyncio.get_running_loop().create_future()
@@ -42,6 +42,9 @@ class FakeChannel:
             await self.clock.sleep(self.send_seconds)
             raise PeerTimeout("It takes nothing.")
         self.sent.append(message)
+        if self.dies_while_it_sends:
+            self.die(PeerUnreachable("broken"))
+            await settle()
 
     async def receive(self, timeout: float) -> tuple[Message, list[object]]:
         timer = self.clock.call_later(timeout, lambda: self.end.done() or self._rest())
@@ -192,6 +195,14 @@ async def test_a_link_that_breaks_tells_in_order_what_may_be_lost(swarm: Swarm) 
     assert swarm.num_dials == 2
     await swarm.links.close()
     assert swarm.lost == messages[2:]
+
+
+async def test_what_was_sent_while_the_channel_ended_is_sent_again(swarm: Swarm) -> None:
+    await swarm.send(numbered(1))
+    swarm.channels[0].dies_while_it_sends = True
+    await swarm.send(numbered(2))
+    assert [channel.sent[-1] for channel in swarm.channels] == [numbered(2), numbered(2)]
+    assert swarm.lost == [numbered(1)]
 
 
 async def test_one_that_cannot_be_told_holds_up_no_other(swarm: Swarm) -> None:
