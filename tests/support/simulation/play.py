@@ -263,6 +263,10 @@ class _Play:
 
     def _explained_seconds(self, num_tokens: int) -> float:
         """How long a step of ``num_tokens`` may take after the faults that have struck."""
+        if self._injector.num_struck[FaultKind.LOSE]:
+            # No real stream loses a message alone. Only the timeout of a step ends such a wait,
+            # and that is a multiple of what one slow step took for each of its tokens.
+            return STEP_BOUND_SECONDS
         setting, struck = self._schedule.setting, sum(self._injector.num_struck.values())
         faults = [event for event in self._schedule.events if isinstance(event, Fault)]
         slowest = max((f.seconds for f in faults if f.kind is FaultKind.SLOW), default=0.0)
