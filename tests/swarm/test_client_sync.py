@@ -147,7 +147,7 @@ def test_routes_can_be_looked_at(swarm: Served, manager: RemoteSequenceManager) 
     one, other = swarm.workers
     assert [hop.peer_id for hop in manager.make_sequence()] == [one.peer_id, other.peer_id]
     (hop,) = manager[1:].make_sequence(1, mode="max_throughput")
-    assert (hop.peer_id, hop.blocks) == (other.peer_id, BlockSpan(2, 4))
+    assert (hop.peer_id, hop.start, hop.end, hop.length) == (other.peer_id, 1, 3, 2)
     manager.on_request_failure(one.peer_id)
     manager.on_request_success(one.peer_id)
 
@@ -223,9 +223,9 @@ def test_shutdown_ends_sessions(swarm: Served, manager: RemoteSequenceManager) -
     session = InferenceSession(manager, max_length=10)
     session.step(batch(1))
     manager[1:].shutdown()
-    assert manager.is_alive
+    assert manager.is_alive()
     manager.shutdown()
-    assert not manager.is_alive
+    assert not manager.is_alive()
     client_loop.run(swarm.at_rest())
     with pytest.raises(SwarmError):
         InferenceSession(manager, max_length=10).step(batch(1))

@@ -151,6 +151,13 @@ class ClientConfig(Settings):
             "session that does not fit survives the loss of other hops only."
         ),
     ] = 2 * 1024**3
+    wire_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Setting(
+            "Precision in which states and gradients travel. auto: the client's own. A narrower one "
+            "halves the traffic and rounds at every server."
+        ),
+    ] = "auto"
     update_period: Annotated[
         PositiveFloat,
         Setting("Age at which the records of the servers are read again."),

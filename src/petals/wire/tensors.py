@@ -47,6 +47,16 @@ def decode(spec: TensorSpec, data: bytearray) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype).view(spec.shape)
 
 
+def narrowed(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """``states`` in ``dtype``. What float16 cannot hold becomes its largest value, as in hivemind;
+    infinity and NaN stay what they are, so that they are noticed.
+    """
+    if dtype is not torch.float16 or states.dtype is torch.float16:
+        return states.to(dtype)
+    bound = torch.finfo(dtype).max
+    return torch.where(states.isfinite(), states.clamp(-bound, bound), states).to(dtype)
+
+
 def is_finite(values: Tensor) -> bool:
     """True if there is no NaN and no infinity."""
     # A finite sum proves it in one pass without a temporary; a sum may overflow, so it disproves

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from petals.client.connection.event_loop import client_loop
 from petals.client.model.padding import Rows, pack, unpack
 from petals.client.routing.sequence_manager import RemoteSequenceManager
+from petals.client.routing.wire_dtype import on_wire
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.trace import SessionTrace
@@ -174,11 +175,11 @@ class InferenceSession:
         order = past.origin
         if order == tuple(range(len(self._rows.lengths))):
             order = None
-        packed = pack(hidden.detach(), new.real)
+        packed = on_wire(self.manager, "rpc_inference", pack(hidden.detach(), new.real))
         # Starts before a row's end on the servers roll that row back; the order comes first.
         output = client_loop.run(self._rows.step(packed, past.lengths, new.lengths, order))
         self.columns = past.joined(new)
-        return unpack(output.to(hidden.device), new.real)
+        return unpack(output.to(hidden), new.real)
 
     def close(self) -> None:
         """Free what the servers hold. Idempotent; a step afterwards raises SessionClosed."""

@@ -101,7 +101,7 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
     def make_remote(arch: ModelArch, config: PretrainedConfig) -> nn.Module:
         attach(config, client, request.tuning)
         archs.append(arch)
-        manager = RemoteSequenceManager(client, BlockSpan(0, arch.num_blocks))
+        manager = RemoteSequenceManager(config, BlockSpan(0, arch.num_blocks))
         blocks = RemoteSequential(config, sequence_manager=manager)
         blocks.returns_tuple = layers_return_tuple(arch, checkpoint.config)
         return blocks

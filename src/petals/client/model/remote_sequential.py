@@ -6,7 +6,6 @@ own forward runs, the list has one entry, the `ModelPass` of that forward. Knows
 or token ids.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,12 +20,13 @@ from petals.client.model.hidden_states import ENTRY
 from petals.client.model.inference_session import InferenceSession
 from petals.client.model.padding import Rows, pack, unpack
 from petals.client.routing.sequence_manager import RemoteSequenceManager, SwarmConnection
+from petals.client.routing.wire_dtype import on_wire
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.training.autograd import run_whole
 from petals.client.training.hop_call import PassCall, PassOutput
 from petals.client.tuning.lora import RemoteLora
-from petals.errors import BadInput, NotSupported
+from petals.errors import BadInput, ConfigError, NotSupported
 from petals.types import BlockSpan
 
 T = TypeVar("T")
@@ -59,8 +59,9 @@ class RemoteSequential(nn.Module):
 
     ``h[2:5]``, ``h[3]``, ``len(h)`` and iteration work as on a list of layers; a slice is a
     RemoteSequential of its own. ``config`` is the model's config with the fields of ClientConfig
-    (as `AutoDistributedConfig` gives it); without a manager one is made from it, for all blocks of
-    the model. ``dht`` is accepted for old scripts and not used.
+    (as `AutoDistributedConfig` gives it); without a manager one is made from it and from ``dht``
+    (see RemoteSequenceManager). Raises ConfigError for a manager together with one of ``dht``,
+    ``start_block`` and ``end_block``, which it decides itself.
     """
 
     def __init__(
@@ -74,18 +75,14 @@ class RemoteSequential(nn.Module):
         runner: BlockRunner = IN_SWARM,
     ) -> None:
         super().__init__()
-        if dht is not None:
-            warnings.warn(
-                "RemoteSequential(dht=...) is not needed any more: the client joins the swarm by "
-                "itself, at config.initial_peers.",
-                FutureWarning,
-                stacklevel=2,
-            )
         if sequence_manager is None:
-            num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-            sequence_manager = RemoteSequenceManager(config, BlockSpan(0, num_blocks))
-        if start_block is not None or end_block is not None:
-            sequence_manager = sequence_manager[start_block:end_block]
+            span = _span_of(config, start_block, end_block)
+            sequence_manager = RemoteSequenceManager(config, span, dht=dht)
+        elif any(given is not None for given in (dht, start_block, end_block)):
+            raise ConfigError(
+                "dht, start_block and end_block have no effect on a given sequence_manager.",
+                hint="Slice the manager: sequence_manager=manager[2:5].",
+            )
         self.config = config
         self.sequence_manager = sequence_manager
         self.runner = runner
@@ -289,11 +286,24 @@ class ModelPass:
         )
         if ENTRY in self.tapped:
             self.tapped[ENTRY] = hidden
-        access, packed = blocks.sequence_manager.access, pack(hidden, real)
+        manager = blocks.sequence_manager
+        access, packed = manager.access, on_wire(manager, "rpc_forward", pack(hidden, real))
         output = blocks.runner.run_whole(access, blocks.blocks, packed, call)
         for block, tapped in output.tapped.items():
             self.tapped[block] = unpack(tapped, real).to(hidden)
         return unpack(output.hidden, real).to(hidden)
+
+
+def _span_of(config: PretrainedConfig, start: int | None, end: int | None) -> BlockSpan:
+    """Blocks [start, end) of the model, by default all. Raises ConfigError if it has fewer."""
+    num_blocks = config.get_text_config(decoder=True).num_hidden_layers
+    span = BlockSpan(start or 0, num_blocks if end is None else end)
+    if span.end > num_blocks:
+        raise ConfigError(
+            f"The model has blocks 0:{num_blocks}, not {span}.",
+            hint=f"Choose start_block and end_block inside 0:{num_blocks}.",
+        )
+    return span
 
 
 def _check_hidden(inputs: Tensor) -> None:

@@ -5,46 +5,82 @@ for a range of blocks. Knows no tensors and no tokens.
 """
 
 import asyncio
+import copy
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from petals.client.config import ClientConfig
 from petals.client.connection.event_loop import client_loop
 from petals.client.connection.nodes import nodes
+from petals.client.routing.config_source import ConfigSource
 from petals.client.routing.route import Needs
+from petals.client.routing.spending_policy import NoSpendingPolicy, SpendingPolicyBase
 from petals.client.routing.swarm_state import SwarmState
-from petals.errors import ConfigError, PeerFailed, PetalsError, SwarmError
+from petals.data_structures import RemoteSpanInfo, ServerInfo
+from petals.errors import ConfigError, MissingBlocksError, PeerFailed, PetalsError, SwarmError
 from petals.swarm.node import SwarmNode
-from petals.types import BlockSpan, Hop, PeerId
+from petals.types import BlockSpan, PeerId
+from petals.wire.replies import Info
+from petals.wire.requests import GetInfo
+from petals.wire.services import BLOCKS_SERVICE
+
+__all__ = ["MissingBlocksError"]
 
 T = TypeVar("T")
 
+SequenceManagerConfig = ClientConfig
+"""Its name in the original before version 2.0."""
+
 
 class SwarmConnection:
-    """The view of one model's servers, connected at first use; a manager's slices share it."""
+    """The view of one model's servers, connected at first use; a manager's slices share it.
+
+    ``source``: the object that ``config`` was read from, if its attributes may change later.
+    """
 
     def __init__(
-        self, config: ClientConfig, model: str, num_blocks: int, node: SwarmNode | None = None
+        self,
+        config: ClientConfig,
+        model: str,
+        num_blocks: int,
+        node: SwarmNode | None = None,
+        source: ConfigSource | None = None,
     ) -> None:
-        self.config = config
         self.model = model
         self.num_blocks = num_blocks
+        self._config = config
+        self._source = source
         self._given = node
         self._view: SwarmState | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
 
+    @property
+    def config(self) -> ClientConfig:
+        """The config as it stands now. Raises ConfigError for a change that is not allowed."""
+        if self._source is not None:
+            self._config = self._source.read(self._config)
+        return self._config
+
     async def view(self) -> SwarmState:
-        """The view, once connected. Raises BootstrapFailed, ConfigError, SwarmError."""
-        if self._view is not None:
-            return self._view
+        """The view under the present config, once connected.
+
+        Raises BootstrapFailed, ConfigError, SwarmError.
+        """
+        config = self.config
         async with self._connecting:
             if self._closed:
                 raise SwarmError("This sequence manager was shut down.", hint="Make a new one.")
             if self._view is None:
-                node = self._given or await nodes.acquire(self.config)
-                self._view = SwarmState(node, self.config, self.model, self.num_blocks)
+                node = self._given or await nodes.acquire(config)
+                self._view = SwarmState(node, config, self.model, self.num_blocks)
+            elif self._view.config is not config:
+                # Sessions and passes under way keep the view, and so the config, that they have.
+                self._view = self._view.under(config)
             return self._view
 
     async def close(self) -> None:
@@ -62,37 +98,53 @@ class SwarmConnection:
         return not self._closed
 
 
+@dataclass(slots=True)
+class SequenceManagerState:
+    """What managers of one model share. ``rpc_info``: see the manager; None: to be asked anew."""
+
+    rpc_info: dict[str, Any] | None = None
+
+
 class RemoteSequenceManager:
     """A range of a model's blocks and the servers that run them.
 
-    ``blocks`` is a BlockSpan, or block uids as in old Petals (``"prefix.0", "prefix.1", ...``). The
-    model's name in the swarm is ``config.dht_prefix``, else the uids' prefix. Slices (``origin`` is
-    the whole) share the connection. It ends with ``shutdown``, with the context, when the last of
-    them is forgotten, or with the process. ``node``: use this running node instead of our own.
+    ``block_uids`` are the original's (``"prefix.0", "prefix.1", ...``), or a BlockSpan. The model's
+    name in the swarm is ``config.dht_prefix``, else the uids' prefix. ``config``: a ClientConfig,
+    or an object with fields of it as attributes, such as a model's config; those that are set later
+    count for sessions and sequences begun from then on. ``dht``: a hivemind.DHT, whose peers are
+    joined in place of ``config.initial_peers``. ``state``: that of another manager, to share.
+    ``node``: use this running node instead of our own.
+
+    Slices share the connection, and are of the manager's own class. It ends with ``shutdown``, with
+    the context, when the last of them is forgotten, or with the process.
     """
 
     def __init__(
         self,
         config: ClientConfig | object,
-        blocks: BlockSpan | Sequence[str],
+        block_uids: BlockSpan | Sequence[str],
         *,
+        dht: object = None,
+        state: SequenceManagerState | None = None,
         node: SwarmNode | None = None,
-        origin: "RemoteSequenceManager | None" = None,
     ) -> None:
-        self.config = ClientConfig.of(config)
-        prefix, self.blocks = _named(blocks)
-        self._origin = origin
-        self.access: SwarmConnection
-        if origin is not None:
-            self.access = origin.access
-            return
-        model = self.config.dht_prefix or prefix
+        own, source = ClientConfig.of(config), None
+        if not isinstance(config, ClientConfig):
+            source = ConfigSource(config)
+        if dht is not None:
+            own = replace(own, initial_peers=_peers_of(dht))
+        self.dht = dht
+        self.state = state or SequenceManagerState()
+        self.policy: SpendingPolicyBase = NoSpendingPolicy()
+        prefix, self.blocks = _named(block_uids)
+        self._origin: RemoteSequenceManager | None = None
+        model = own.dht_prefix or prefix
         if not model:
             raise ConfigError(
                 "The model has no name in the swarm.",
                 hint="Pass dht_prefix=NAME, the name its servers were started with.",
             )
-        self.access = SwarmConnection(self.config, model, self.blocks.end, node)
+        self.access = SwarmConnection(own, model, self.blocks.end, node, source)
         client_loop.at_exit(self.access.close)
         weakref.finalize(self, _close_soon, self.access).atexit = False
 
@@ -117,8 +169,17 @@ class RemoteSequenceManager:
         else:
             start = range(len(self))[index]
             end = start + 1
-        span = BlockSpan(self.blocks.start + start, self.blocks.start + end)
-        return RemoteSequenceManager(self.config, span, origin=self._origin or self)
+        # A copy: attributes and overridden methods of a user's own class stay.
+        part = copy.copy(self)
+        part.blocks = BlockSpan(self.blocks.start + start, self.blocks.start + end)
+        part.state = SequenceManagerState()
+        part._origin = self._origin or self
+        return part
+
+    @property
+    def config(self) -> ClientConfig:
+        """The config as it stands now."""
+        return self.access.config
 
     @property
     def model(self) -> str:
@@ -134,7 +195,6 @@ class RemoteSequenceManager:
         """``"prefix.i"`` for every block."""
         return tuple(f"{self.model}.{i}" for i in range(self.blocks.start, self.blocks.end))
 
-    @property
     def is_alive(self) -> bool:
         """False after ``shutdown``."""
         return self.access.is_alive
@@ -145,25 +205,79 @@ class RemoteSequenceManager:
 
     def make_sequence(
         self,
-        start: int = 0,
-        end: int | None = None,
+        start_index: int = 0,
+        end_index: int | None = None,
         *,
         mode: Literal["min_latency", "max_throughput"] = "min_latency",
         cache_tokens_needed: int | None = None,
-    ) -> list[Hop]:
-        """A route through blocks [start, end) of ours, counted from our first.
+    ) -> list[RemoteSpanInfo]:
+        """A route through blocks [start_index, end_index); all are counted from our first.
 
         ``max_throughput`` draws among many. Raises MissingBlocksError, NoCapacity, UnknownAdapter,
         and BootstrapFailed at first use.
         """
-        blocks = self[start:end].blocks
+        blocks, first = self[start_index:end_index].blocks, self.blocks.start
         needs = Needs(blocks=blocks, model=self.model, cache_tokens=cache_tokens_needed or 0)
 
-        async def find() -> list[Hop]:
+        async def find() -> list[RemoteSpanInfo]:
             view = await self.access.view()
-            return list(await view.route(needs, throughput=mode == "max_throughput"))
+            route = await view.route(needs, throughput=mode == "max_throughput")
+            known = (await view.records()).records
+            return [
+                RemoteSpanInfo(
+                    hop.peer_id,
+                    hop.blocks.start - first,
+                    hop.blocks.end - first,
+                    ServerInfo.of(known[hop.peer_id]),
+                )
+                for hop in route
+            ]
 
         return client_loop.run(find())
+
+    @property
+    def rpc_info(self) -> dict[str, Any]:
+        """What a server of the first block says of itself: all of ``wire.replies.Info``, and
+
+        ``cache_tokens_available``, the free cache in tokens of one block. Asked once; again after
+        ``state.rpc_info = None``. Raises MissingBlocksError, PeerError.
+        """
+        if self.state.rpc_info is None:
+            info = client_loop.run(self._ask_first_server())
+            self.state.rpc_info = {
+                **msgspec.structs.asdict(info),
+                "cache_tokens_available": info.tokens_free,
+                "dht_client_mode": False,
+            }
+        return self.state.rpc_info
+
+    async def _ask_first_server(self) -> Info:
+        view = await self.access.view()
+        first = BlockSpan(self.blocks.start, self.blocks.start + 1)
+        (hop,) = await view.route(Needs(blocks=first, model=self.model))
+        seconds = view.connect_seconds(hop.peer_id)
+        async with view.channels.lent(hop.peer_id, BLOCKS_SERVICE, seconds) as channel:
+            timeout = view.config.request_timeout
+            info, _ = await channel.request(GetInfo(), expect=Info, timeout=timeout)
+        return info
+
+    def get_request_metadata(
+        self, protocol: str, args_structure: object = None, *args: object, **kwargs: object
+    ) -> dict[str, Any]:
+        """What a request brings along, as in the original; a subclass may override it.
+
+        protocol: "rpc_forward", "rpc_backward" or "rpc_inference". ``output_compression`` in the
+        answer of a subclass is honoured, see ``client.routing.compression``.
+        """
+        return {
+            "points": self.policy.get_points(protocol, *args, **kwargs),
+            "active_adapter": self.config.active_adapter,
+            "args_structure": args_structure,
+        }
+
+    def get_retry_delay(self, attempt_no: int) -> float:
+        """Pause (s) before attempt ``attempt_no`` + 1; none before the first repetition."""
+        return self.config.backoff_seconds(attempt_no + 1)
 
     def update(self, *, wait: bool = True) -> None:
         """Read the directory anew. ``wait`` is accepted and always true."""
@@ -202,6 +316,20 @@ def _close_soon(access: SwarmConnection) -> None:
     client_loop.forget(access.close)
     if access.is_alive:
         client_loop.start(access.close)
+
+
+def _peers_of(dht: object) -> tuple[str, ...]:
+    """Addresses of the swarm that a hivemind.DHT is in. Raises ConfigError if it names none."""
+    given = getattr(dht, "initial_peers", None) or ()
+    if not getattr(dht, "client_mode", True):
+        given = (*given, *dht.get_visible_maddrs())  # type: ignore[attr-defined]
+    if not given:
+        raise ConfigError(
+            "The dht names no peers to join.",
+            hint="Pass hivemind.DHT(initial_peers=[ADDR], ...), or leave dht out and give "
+            "initial_peers=[ADDR] in the config.",
+        )
+    return tuple(str(address) for address in given)
 
 
 def _named(blocks: BlockSpan | Sequence[str]) -> tuple[str, BlockSpan]:

@@ -7,6 +7,7 @@ decides nothing itself. Lives in one event loop.
 
 import asyncio
 import contextlib
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -82,6 +83,14 @@ class SwarmState:
         self._infos: dict[PeerId, tuple[Info, float]] = {}
         self._leaving_until: dict[PeerId, float] = {}
         self._table: tuple[Candidate, ...] | None = None
+
+    def under(self, config: ClientConfig) -> "SwarmState":
+        """The same servers under another config; measurements, bans, channels and sessions are
+        shared. Records are read by each view for itself.
+        """
+        other = copy.copy(self)
+        other.config, other._table, other._refreshing = config, None, None
+        return other
 
     async def close(self) -> None:
         """Close open sessions and idle channels. The node is its owner's."""

@@ -191,7 +191,8 @@ class SessionRows:
                 )
             if self.max_length is not None and start + count > self.max_length:
                 raise LengthExceeded(
-                    f"{start + count} tokens in a session of max_length={self.max_length}.",
+                    f"Maximum length exceeded: {start + count} tokens in a session of "
+                    f"max_length={self.max_length}.",
                     hint="Open the session with a larger max_length.",
                 )
 

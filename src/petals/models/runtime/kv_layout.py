@@ -163,7 +163,8 @@ class SlabRow:
             raise SessionGap(f"Block {block} holds {filled} tokens, position {start} is a gap.")
         if end > self.max_length:
             raise LengthExceeded(
-                f"The step ends at position {end}, the session was opened for {self.max_length}.",
+                f"Maximum length exceeded: the step ends at position {end} in a session for "
+                f"{self.max_length} tokens.",
                 hint="Open the session with a larger max_length.",
             )
         doubled = max(MIN_SLAB_TOKENS, end, 2 * old.capacity if old is not None else 0)

@@ -86,7 +86,8 @@ def check_size(offer: ServedModel, num_rows: int, max_length: int) -> None:
         )
     if max_length > offer.max_length:
         raise LengthExceeded(
-            f"This server takes sequences of up to {offer.max_length} tokens, not {max_length}.",
+            f"Maximum length exceeded: this server takes sequences of up to {offer.max_length} "
+            f"tokens, not {max_length}.",
             hint="Ask for a smaller max_length, or for a server with a larger one.",
         )
 

@@ -1,8 +1,7 @@
-"""The KV memory of one server: a budget of pages that sessions reserve, and the rows that hold KV.
+"""The KV memory of one server: a budget that sessions reserve from, and the rows that hold KV.
 
-A page is ``PAGE_TOKENS`` tokens of one row in one block. A session reserves every page it may ever
-need when it opens, so that a generation never runs out of memory half-way; memory itself is
-allocated only as rows grow. Knows no clients, no waiting and no network: a refused caller decides
+A session reserves all memory it may ever need when it opens, so that a generation never runs out of
+memory half-way; memory itself is allocated only as rows grow. Knows no clients, no waiting and no network: a refused caller decides
 what to do next (``admission.kv_queue`` lets it wait).
 """
 
@@ -13,9 +12,6 @@ from types import TracebackType
 from petals.errors import CacheFull, LengthExceeded, RequestTooLarge, SessionClosed
 from petals.models.runtime.kv_layout import KVLayout, SlabRow
 from petals.types import BlockSpan
-
-PAGE_TOKENS = 16
-"""Tokens per page: reservations are rounded up to whole pages."""
 
 
 class KVPool:
@@ -57,9 +53,13 @@ class KVPool:
         return self._tokens_in(self.budget_bytes)
 
     @property
-    def tokens_free(self) -> int:
-        """The same for the part of the budget that is not reserved."""
-        return self._tokens_in(self.budget_bytes - self._reserved_bytes)
+    def block_tokens_free(self) -> int:
+        """Tokens of one row in one block, of the average size, that are not reserved."""
+        num_bytes, span = self.budget_bytes - self._reserved_bytes, self.layout.span
+        token_bytes = self.layout.token_bytes(span)
+        if not token_bytes:
+            return self._tokens_in(num_bytes) * len(span)
+        return max(0, num_bytes - self.layout.state_bytes(span)) * len(span) // token_bytes
 
     def reserve(self, num_rows: int, max_length: int, blocks: BlockSpan) -> "SessionKV":
         """Reserve ``num_rows`` rows of up to ``max_length`` tokens in ``blocks``.
@@ -124,10 +124,10 @@ class KVPool:
     def _tokens_in(self, num_bytes: int) -> int:
         span = self.layout.span
         fixed = self.layout.state_bytes(span)
-        page_bytes = PAGE_TOKENS * self.layout.token_bytes(span)
-        if page_bytes == 0:
+        token_bytes = self.layout.token_bytes(span)
+        if not token_bytes:
             return num_bytes // fixed if fixed else num_bytes
-        return max(0, num_bytes - fixed) // page_bytes * PAGE_TOKENS
+        return max(0, num_bytes - fixed) // token_bytes
 
     def _book(self, session: "SessionKV", num_rows: int, max_length: int) -> None:
         """Change the reservation of ``session`` to that size, or raise and change nothing."""
@@ -244,8 +244,7 @@ class SessionKV:
 
 
 def _row_bytes(layout: KVLayout, blocks: BlockSpan, max_length: int) -> int:
-    num_pages = -(-max_length // PAGE_TOKENS)
-    return num_pages * PAGE_TOKENS * layout.token_bytes(blocks) + layout.state_bytes(blocks)
+    return max_length * layout.token_bytes(blocks) + layout.state_bytes(blocks)
 
 
 def _mib(num_bytes: int) -> str:

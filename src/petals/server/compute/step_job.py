@@ -17,6 +17,7 @@ from petals.server.compute.device import DeviceContext
 from petals.server.compute.jobs import BatchableJob
 from petals.server.compute.kv_pool import SessionKV
 from petals.types import BlockSpan
+from petals.wire.tensors import narrowed
 
 MAX_DECODE_TOKENS_PER_ROW = 16
 """Most new tokens in a row of a decode step: one token, or a speculation to be verified."""
@@ -131,7 +132,8 @@ def _check_size(plan: StepPlan, limits: StepLimits) -> None:
     longest = max(plan.lengths_after, default=0)
     if longest > limits.max_length:
         raise LengthExceeded(
-            f"A row would grow to {longest} tokens; the session takes {limits.max_length}.",
+            f"Maximum length exceeded: a row would grow to {longest} tokens; the session takes "
+            f"{limits.max_length}.",
             hint="Open the session with a larger max_length.",
         )
     if plan.num_tokens > limits.max_step_tokens:
@@ -222,7 +224,7 @@ class StepJob(BatchableJob[Tensor]):
         # torch.cat copies even a single output: a view would keep the outputs of the whole batch in
         # memory for as long as the caller keeps this one.
         joined = torch.cat(self._outputs) if self._outputs else self.hidden
-        return joined.to("cpu", self.out_dtype)
+        return narrowed(joined, self.out_dtype).cpu()
 
 
 def arrange_rows(kv: SessionKV, plan: StepPlan) -> None:

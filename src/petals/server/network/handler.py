@@ -375,7 +375,7 @@ class BlocksService:
             dtype=offer.dtype,
             max_length=offer.max_length,
             max_batch_tokens=offer.max_step_tokens,
-            tokens_free=pool.tokens_free * len(offer.blocks),
+            tokens_free=pool.block_tokens_free,
             num_sessions=len(self.sessions),
             queue_tokens=self._executor.waiting_tokens,
             step_seconds=self._executor.step_seconds,

@@ -11,6 +11,7 @@ from petals.server.training.chunked_pass import ChunkedPass, Parts
 from petals.server.training.chunks import FORWARD_COST, RowChunk
 from petals.server.training.saved_activations import ChunkActivations, PassInputs, SavedActivations
 from petals.server.training.saved_passes import PassSlot
+from petals.wire.tensors import narrowed
 
 ForwardOutput = tuple[list[Tensor], bool]
 """Outputs of the last block and of each tap, [sum(counts), H] on the CPU in the dtype of the input;
@@ -47,7 +48,9 @@ class ForwardPass(ChunkedPass[ForwardOutput]):
     def result(self) -> ForwardOutput:
         """See ForwardOutput. Hands the saved activations over to the slot."""
         dtype = self.inputs.hidden.dtype
-        outputs = [states.to("cpu", dtype) for states in (self._output, *self._tapped.values())]
+        outputs = [
+            narrowed(states, dtype).cpu() for states in (self._output, *self._tapped.values())
+        ]
         if self.saved is None or self._slot is None:
             return outputs, False
         self._slot.keep(self.saved)

@@ -6,7 +6,7 @@ import torch
 from petals.client.config import ClientConfig
 from petals.client.model.remote_sequential import RemoteSequential
 from petals.client.routing.sequence_manager import RemoteSequenceManager
-from petals.errors import BadInput, LengthExceeded, NotSupported, SessionClosed
+from petals.errors import BadInput, ConfigError, LengthExceeded, NotSupported, SessionClosed
 from petals.types import BlockSpan
 from support.local_blocks import tiny_pair
 
@@ -105,9 +105,10 @@ def test_wrong_inputs(blocks, wrong):
 def test_the_old_way_to_make_one():
     config = tiny_pair("llama")[0].config
     config.initial_peers, config.dht_prefix = ["/ip4/127.0.0.1/tcp/1"], "some-model"
-    with pytest.warns(FutureWarning, match="dht"):
-        blocks = RemoteSequential(config, dht=object(), start_block=1, end_block=4)
+    blocks = RemoteSequential(config, start_block=1, end_block=4)
     assert len(blocks) == 3
+    with pytest.raises(ConfigError, match="0:5, not 3:6"):
+        RemoteSequential(config, start_block=3, end_block=6)
     assert blocks.sequence_manager.block_uids == tuple(f"some-model.{i}" for i in (1, 2, 3))
     assert blocks[1:].sequence_manager.block_uids == ("some-model.2", "some-model.3")
 
@@ -117,4 +118,27 @@ def test_the_blocks_of_a_manager():
     with RemoteSequenceManager(ClientConfig(dht_prefix="m"), BlockSpan(0, 5)) as manager:
         blocks = RemoteSequential(config, sequence_manager=manager[1:4])
         assert [str(part.blocks) for part in blocks] == ["1:2", "2:3", "3:4"]
-        assert str(RemoteSequential(config, sequence_manager=manager, end_block=2).blocks) == "0:2"
+        assert blocks.sequence_manager.access is manager.access
+        blocks = RemoteSequential(config, sequence_manager=manager)
+        assert blocks.sequence_manager is manager
+        for more in ({"start_block": 1}, {"end_block": 2}, {"dht": object()}):
+            with pytest.raises(ConfigError, match="no effect on a given sequence_manager"):
+                RemoteSequential(config, sequence_manager=manager, **more)
+
+
+def test_a_dht_names_the_swarm():
+    class Dht:
+        initial_peers = ["/ip4/192.0.2.1/tcp/1"]
+        client_mode = True
+
+    config = tiny_pair("llama")[0].config
+    config.dht_prefix = "some-model"
+    blocks = RemoteSequential(config, dht=Dht())
+    assert blocks.sequence_manager.config.initial_peers == ("/ip4/192.0.2.1/tcp/1",)
+    assert blocks.sequence_manager.dht.client_mode
+    Dht.client_mode, Dht.get_visible_maddrs = False, lambda self: ["/ip4/192.0.2.2/tcp/1"]
+    manager = RemoteSequential(config, dht=Dht(), start_block=3).sequence_manager
+    assert manager.config.initial_peers == ("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/1")
+    with pytest.raises(ConfigError, match="names no peers") as refusal:
+        RemoteSequential(config, dht=object())
+    assert "initial_peers" in refusal.value.hint

@@ -8,7 +8,7 @@ import pytest
 from petals.errors import CacheFull, RequestTooLarge
 from petals.models.runtime.kv_layout import BlockLayout, KVLayout
 from petals.server.admission.kv_queue import CacheRequest, KVQueue
-from petals.server.compute.kv_pool import PAGE_TOKENS, KVPool
+from petals.server.compute.kv_pool import KVPool
 from petals.testing.manual_clock import ManualClock, settle
 from petals.types import BlockSpan
 
@@ -24,15 +24,15 @@ class Inline:
 
 
 class Rig:
-    """A queue for a pool of ten rows of one page."""
+    """A queue for a pool of ten rows of 16 tokens."""
 
     def __init__(self) -> None:
         self.clock = ManualClock()
-        self.pool = KVPool.for_tokens(LAYOUT, 10 * PAGE_TOKENS)
+        self.pool = KVPool.for_tokens(LAYOUT, 10 * 16)
         self.queue = KVQueue(self.pool, Inline(), self.clock)
 
     def ask(self, num_rows: int, timeout_seconds: float = 60.0) -> "asyncio.Task":
-        request = CacheRequest(num_rows, PAGE_TOKENS, SPAN)
+        request = CacheRequest(num_rows, 16, SPAN)
         return asyncio.create_task(self.queue.reserve(request, timeout_seconds))
 
 
@@ -43,7 +43,7 @@ def rig() -> Rig:
 
 async def test_free_memory_is_granted_at_once(rig: Rig) -> None:
     kv = await rig.ask(10, timeout_seconds=0.0)
-    assert rig.pool.tokens_free == 0
+    assert rig.pool.block_tokens_free == 0
     rig.queue.release(kv)
     assert rig.pool.reserved_bytes == len(rig.queue) == 0
 

@@ -6,7 +6,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from petals.errors import CacheFull, LengthExceeded, RequestTooLarge, SessionClosed
 from petals.models.runtime.kv_layout import BlockLayout, KVLayout
-from petals.server.compute.kv_pool import PAGE_TOKENS, KVPool, SessionKV
+from petals.server.compute.kv_pool import KVPool, SessionKV
 from petals.types import BlockSpan
 
 SPAN = BlockSpan(4, 7)
@@ -44,26 +44,34 @@ def marks(session: SessionKV, row: int) -> list[float]:
     return keys[0, :, 0].tolist()
 
 
-def test_a_reservation_takes_whole_pages_of_its_blocks_only() -> None:
-    pool = KVPool.for_tokens(LAYOUT, 10 * PAGE_TOKENS)
-    whole = LAYOUT.token_bytes(SPAN) * PAGE_TOKENS
-    part = LAYOUT.token_bytes(BlockSpan(5, 6)) * PAGE_TOKENS
-    with pool.reserve(2, PAGE_TOKENS + 1, SPAN), pool.reserve(1, 1, BlockSpan(5, 6)):
-        assert pool.reserved_bytes == 2 * 2 * whole + part
-    assert pool.tokens_free == pool.tokens_total == 10 * PAGE_TOKENS
+def test_a_reservation_takes_exactly_its_tokens_in_its_blocks() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 160)
+    whole, part = LAYOUT.token_bytes(SPAN), LAYOUT.token_bytes(BlockSpan(5, 6))
+    with pool.reserve(2, 17, SPAN), pool.reserve(1, 1, BlockSpan(5, 6)):
+        assert pool.reserved_bytes == 2 * 17 * whole + part
+    assert pool.block_tokens_free == 3 * pool.tokens_total == 3 * 160
+
+
+def test_free_tokens_are_counted_to_the_token() -> None:
+    blocks = (BlockLayout(key_shape=(1, 4), value_shape=(1, 4)),) * 5
+    pool = KVPool.for_tokens(KVLayout(span=BlockSpan(2, 7), blocks=blocks), 1000)
+    with pool.reserve(1, 100, BlockSpan(2, 5)):
+        assert pool.block_tokens_free == 5 * 1000 - 3 * 100
+        with pool.reserve(2, 50, BlockSpan(6, 7)):
+            assert pool.block_tokens_free == 5 * 1000 - 3 * 100 - 2 * 50
 
 
 def test_full_is_not_the_same_as_too_large() -> None:
-    pool = KVPool.for_tokens(LAYOUT, 4 * PAGE_TOKENS)
-    with pool.reserve(1, 3 * PAGE_TOKENS, SPAN):
+    pool = KVPool.for_tokens(LAYOUT, 64)
+    with pool.reserve(1, 48, SPAN):
         with pytest.raises(CacheFull) as full:
-            pool.reserve(1, 2 * PAGE_TOKENS, SPAN)
+            pool.reserve(1, 32, SPAN)
         with pytest.raises(RequestTooLarge) as large:
-            pool.reserve(1, 5 * PAGE_TOKENS, SPAN)
+            pool.reserve(1, 80, SPAN)
         assert full.value.retryable and not large.value.retryable
         assert full.value.hint and large.value.hint
         pool.check_integrity()
-    pool.reserve(1, 4 * PAGE_TOKENS, SPAN).free()
+    pool.reserve(1, 64, SPAN).free()
     assert pool.num_sessions == 0
 
 
@@ -96,10 +104,10 @@ def test_a_reorder_names_rows_there_are_and_a_freed_session_has_none() -> None:
 def test_recurrent_states_are_paid_for() -> None:
     layout = KVLayout(span=BlockSpan(0, 1), blocks=(BlockLayout(state_bytes=1000),), input_bytes=8)
     pool = KVPool(layout, budget_bytes=6000)
-    with pool.reserve(1, PAGE_TOKENS, BlockSpan(0, 1)):
-        assert pool.reserved_bytes == 5 * 1000 + PAGE_TOKENS * 8
+    with pool.reserve(1, 16, BlockSpan(0, 1)):
+        assert pool.reserved_bytes == 5 * 1000 + 16 * 8
         with pytest.raises(CacheFull):
-            pool.reserve(1, PAGE_TOKENS, BlockSpan(0, 1))
+            pool.reserve(1, 16, BlockSpan(0, 1))
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -109,7 +117,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = KVPool.for_tokens(LAYOUT, 20 * PAGE_TOKENS)
+        self.pool = KVPool.for_tokens(LAYOUT, 320)
         self.expected: dict[SessionKV, list[list[float]]] = {}
         self.mark = 0.0
 
@@ -200,5 +208,5 @@ TestPool = PoolMachine.TestCase
 @given(num_tokens=st.integers(1, 500))
 def test_what_is_said_to_be_free_can_be_reserved(num_tokens: int) -> None:
     pool = KVPool.for_tokens(LAYOUT, num_tokens)
-    pool.reserve(1, pool.tokens_free, SPAN).free()
-    assert pool.tokens_free >= num_tokens
+    pool.reserve(1, pool.block_tokens_free // len(SPAN), SPAN).free()
+    assert pool.block_tokens_free >= len(SPAN) * num_tokens
