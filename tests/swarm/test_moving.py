@@ -105,6 +105,43 @@ async def test_it_stays_if_nobody_would_hold_its_blocks(bloom: Path) -> None:
         assert len(swarm.infos(peer)) == 1
 
 
+RARELY = MovingConfig(
+    policy=MovePolicy(look_seconds=600.0, gap_seconds=0.2, seconds_between_looks=0.05)
+)
+"""Looks for load every ten minutes; times of gaps are a 25th of the defaults."""
+
+
+async def test_a_gap_is_filled_at_once_whatever_the_period(bloom: Path) -> None:
+    async with real_swarm(bloom) as swarm:
+        restless = await add_restless(swarm, RARELY)
+        right = await add(swarm, RIGHT, 30.0)
+        await add(swarm, BlockSpan(0, 3), 30.0)
+        await swarm.stop(right)
+        async with asyncio.timeout(10.0):  # without the rule: 600 s and 45 s
+            while len(swarm.infos(restless)) < 2:
+                await asyncio.sleep(0.02)
+        assert swarm.info(restless).blocks == RIGHT
+
+
+async def test_of_two_holders_one_goes_to_a_gap_and_one_stays(bloom: Path) -> None:
+    """Each would leave its blocks to the other."""
+    async with real_swarm(bloom) as swarm:
+        middle = await add(swarm, BlockSpan(2, 3), 30.0)
+        first = await add_restless(swarm, RARELY)
+        right = await add(swarm, RIGHT, 300.0)
+        second = await add_restless(swarm, RARELY)
+        assert swarm.info(first).blocks == swarm.info(second).blocks == LEFT
+        await swarm.stop(right)
+        moved = set()
+        async with asyncio.timeout(20.0):
+            while not moved:
+                moved = {peer for peer in (first, second) if swarm.info(peer).blocks == RIGHT}
+                await asyncio.sleep(0.02)
+        states = await states_of(swarm)
+        spans = [span for peer in (middle, first, second) for span in states[peer][1]]
+        assert sorted(spans) == [LEFT, BlockSpan(2, 3), RIGHT]
+
+
 async def test_who_may_not_move_stays(bloom: Path) -> None:
     async with real_swarm(bloom) as swarm:
         peer = await add_restless(swarm, replace(EAGER, enabled=False))

@@ -154,8 +154,8 @@ class ClientConfig(Settings):
     wire_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Setting(
-            "Precision in which states and gradients travel. auto: the client's own. A narrower one "
-            "halves the traffic and rounds at every server."
+            "Precision in which states and gradients travel. auto: the client's own. A narrower "
+            "one halves the traffic and rounds at every server."
         ),
     ] = "auto"
     update_period: Annotated[

@@ -16,7 +16,9 @@ class MovePolicy(Settings):
 
     A server looks about once in ``max(look_seconds, number of servers x seconds_between_looks)``.
     It moves if it finds the same reason twice, ``confirm_seconds`` apart, and waits
-    ``turn_seconds`` for each server whose move is better, ``patience_seconds`` at most.
+    ``turn_seconds`` for each server whose move is better, ``patience_seconds`` at most. Both times
+    are at most ``look_seconds``. While a block has no server, all three are at most
+    ``max(gap_seconds, number of servers x seconds_between_looks)``.
     """
 
     enough: Annotated[
@@ -42,6 +44,13 @@ class MovePolicy(Settings):
     seconds_between_looks: Annotated[
         NonNegativeFloat, Setting("Mean time between two looks in the whole swarm, at least.")
     ] = 1.0
+    gap_seconds: Annotated[
+        PositiveFloat,
+        Setting(
+            "How often to look for blocks without any server, and the longest wait before such a "
+            "block is filled, for each server whose move is better."
+        ),
+    ] = 5.0
     confirm_seconds: Annotated[
         NonNegativeFloat, Setting("Time between finding a reason to move and looking again.")
     ] = 60.0

@@ -1,8 +1,8 @@
 """The KV memory of one server: a budget that sessions reserve from, and the rows that hold KV.
 
 A session reserves all memory it may ever need when it opens, so that a generation never runs out of
-memory half-way; memory itself is allocated only as rows grow. Knows no clients, no waiting and no network: a refused caller decides
-what to do next (``admission.kv_queue`` lets it wait).
+memory half-way; memory itself is allocated only as rows grow. Knows no clients, no waiting and no
+network: a refused caller decides what to do next (``admission.kv_queue`` lets it wait).
 """
 
 import threading

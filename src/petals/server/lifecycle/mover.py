@@ -1,8 +1,8 @@
 """When a running server moves to other blocks.
 
 The loop around the pure decision of ``rebalancing``: it reads views, waits, announces DRAINING, and
-pings the other holders of the blocks before the server leaves them. Knows no sessions and no models
-beyond their names.
+asks the other holders of the blocks for their state before the server leaves them. Knows no
+sessions and no models beyond their names.
 """
 
 import asyncio
@@ -14,18 +14,22 @@ from petals.errors import PetalsError
 from petals.logs import get_logger
 from petals.server.config import MovingConfig
 from petals.server.lifecycle import rebalancing
+from petals.server.lifecycle.placement import coverage_of
 from petals.server.lifecycle.served_span import ServedSpan
 from petals.swarm.directory.records import View
 from petals.swarm.node import SwarmNode
 from petals.types import BlockSpan, PeerId, ServerState
+from petals.wire.replies import Info
+from petals.wire.requests import GetInfo
+from petals.wire.services import BLOCKS_SERVICE
 
 logger = get_logger(__name__)
 
-_PING_SECONDS = 3.0
-"""Timeout of a ping; a server that does not answer counts as dead."""
+_ASK_SECONDS = 3.0
+"""Time limit (s) for a server's answer; one that does not answer counts as dead."""
 
-_MAX_PINGED = 64
-"""Most servers that are pinged before a move; others count as dead."""
+_MAX_ASKED = 64
+"""Most servers that are asked before a move; others count as dead."""
 
 
 class Mover:
@@ -43,8 +47,9 @@ class Mover:
     async def next_blocks(self, served: ServedSpan) -> BlockSpan:
         """Return when the server should leave ``served``, with the blocks to move to.
 
-        By then DRAINING was announced for ``propagation_seconds``, and every block of the server
-        is held by another server that has answered a ping.
+        By then DRAINING was announced for ``propagation_seconds`` (at most ``look_seconds``; not at
+        all if some block has no server), and every block of the server is held by another server
+        that has just said that it is ONLINE.
         """
         me, policy = self._node.peer_id, self._config.policy
         view = await self._view()
@@ -55,23 +60,28 @@ class Mover:
             view, now = await self._view(), self._clock.monotonic()
             if me not in view.records:
                 # The directory has lost our record for the moment; the decision is based on it.
-                state = replace(state, next_look=now + policy.look_seconds)
+                state = replace(state, next_look=now + min(policy.look_seconds, policy.gap_seconds))
                 continue
             state, blocks = rebalancing.should_move(view, me, now, state, policy)
-            if blocks is not None and await self._confirm_move(served, blocks):
+            has_gap = not coverage_of(view).served.all()
+            if blocks is not None and await self._confirm_move(served, blocks, has_gap=has_gap):
                 return blocks
 
-    async def _confirm_move(self, served: ServedSpan, blocks: BlockSpan) -> bool:
+    async def _confirm_move(self, served: ServedSpan, blocks: BlockSpan, *, has_gap: bool) -> bool:
         """Announce DRAINING and look again; ONLINE again if a block would have no other server.
 
         Two holders of a block may decide to leave it at the same time, each relying on the other.
-        After ``propagation_seconds`` both see that the other is DRAINING, and both stay.
+        Each is DRAINING before it asks the other, so at least one of them learns that the other is
+        DRAINING, and stays. The wait lets the others see where this server goes before they decide
+        themselves; a gap is filled without it.
         """
         logger.info("blocks %s need this server more than %s", blocks, served.blocks)
         await served.announce_state(ServerState.DRAINING, blocks)
-        await self._clock.sleep(self._config.propagation_seconds)
+        if not has_gap:
+            longest = self._config.policy.look_seconds
+            await self._clock.sleep(min(self._config.propagation_seconds, longest))
         view = await self._view()
-        if rebalancing.may_leave(await self._without_the_dead(view, served.blocks), self._me):
+        if rebalancing.may_leave(await self._of_those_who_stay(view, served.blocks), self._me):
             return True
         logger.info("staying at blocks %s: no other server holds all of them", served.blocks)
         await served.announce_state(ServerState.ONLINE)
@@ -84,22 +94,31 @@ class Mover:
     async def _view(self) -> View:
         return await self._node.directory.view(self._model, self._num_blocks, whole=True)
 
-    async def _without_the_dead(self, view: View, blocks: BlockSpan) -> View:
-        """``view`` without the other holders of ``blocks`` that did not answer a ping."""
-        holders = [
-            peer
+    async def _of_those_who_stay(self, view: View, blocks: BlockSpan) -> View:
+        """``view`` without the other holders of ``blocks`` that have not just said that they are
+        ONLINE at the blocks of their record.
+        """
+        holders = {
+            peer: record
             for peer, record in view.records.items()
             if peer != self._me and any(span.overlaps(blocks) for span in record.block_spans)
-        ]
-        pinged = holders[:_MAX_PINGED]
-        answers = await asyncio.gather(*map(self._answers, pinged))
-        alive = {peer for peer, answer in zip(pinged, answers) if answer}
-        kept = {p: r for p, r in view.records.items() if p not in holders or p in alive}
+        }
+        asked = list(holders)[:_MAX_ASKED]
+        answers = await asyncio.gather(*map(self._info_of, asked))
+        staying = {
+            peer
+            for peer, info in zip(asked, answers)
+            if info is not None
+            and info.state == ServerState.ONLINE
+            and info.blocks in holders[peer].spans
+        }
+        kept = {p: r for p, r in view.records.items() if p not in holders or p in staying}
         return replace(view, records=MappingProxyType(kept))
 
-    async def _answers(self, peer: PeerId) -> bool:
+    async def _info_of(self, peer: PeerId) -> Info | None:
         try:
-            await self._node.ping(peer, _PING_SECONDS)
+            async with await self._node.open_channel(peer, BLOCKS_SERVICE, _ASK_SECONDS) as channel:
+                info, _ = await channel.request(GetInfo(), expect=Info, timeout=_ASK_SECONDS)
         except PetalsError:
-            return False
-        return True
+            return None
+        return info

@@ -6,10 +6,14 @@ all servers from the same view; a server whose move is not the best waits one tu
 move, and sees by then in the others' records where they go. A move must gain much for the size of
 the server. A reason to move must hold at two looks in a row. A server that has just come stays. The
 random numbers are hashes of the peer id, the time is an argument: values in, values out.
+
+A block without any server stops the whole swarm, so a server looks for such a block more often, and
+all waiting times are shorter while there is one.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 
@@ -19,18 +23,27 @@ from petals.swarm.directory.records import ServerRecord, View
 from petals.types import BlockSpan, PeerId, ServerState
 
 
+class MoveReason(StrEnum):
+    """Why blocks need a server: they have none, or too little throughput."""
+
+    GAP = "gap"
+    LOAD = "load"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoverState:
     """What a server remembers between two looks; times in seconds of the caller's clock.
 
-    since: when it came online at its present blocks. next_look: when to look again. num_looks:
-    number of looks, an input of ``draw``. is_confirming: the last look has found a reason to move.
+    since: when it came online at its present blocks. next_look: when to look again. load_due: when
+    load becomes a reason again; looks before that only notice gaps. num_looks: number of looks, an
+    input of ``draw``. confirming: the reason to move that an earlier look has found.
     """
 
     since: float
     next_look: float
+    load_due: float = 0.0
     num_looks: int = 0
-    is_confirming: bool = False
+    confirming: MoveReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +61,8 @@ def begin(me: PeerId, now: float, num_servers: int, policy: MovePolicy | None = 
     """The state of a server that has just come online in a swarm of ``num_servers``."""
     policy = policy or MovePolicy()
     pause = _period(num_servers, policy) * draw(me, 0, "pause")
-    return MoverState(since=now, next_look=now + pause)
+    glance = _glance(num_servers, policy) * draw(me, 0, "glance")
+    return MoverState(since=now, next_look=now + min(pause, glance), load_due=now + pause)
 
 
 def should_move(
@@ -72,28 +86,42 @@ def look(
     coverage: Coverage, record: ServerRecord, now: float, state: MoverState, policy: MovePolicy
 ) -> tuple[MoverState, BlockSpan | None]:
     """``should_move`` for a caller that has the coverage and the record of the server already."""
-    me, count = PeerId(record.peer_id), state.num_looks + 1
-    period = _period(len(coverage.servers), policy)
+    me, count, num_servers = PeerId(record.peer_id), state.num_looks + 1, len(coverage.servers)
+    reason = MoveReason.LOAD if coverage.served.all() else MoveReason.GAP
+    period, glance = _period(num_servers, policy), _glance(num_servers, policy)
+    is_due, glance_at = now >= state.load_due, now + glance * (0.5 + draw(me, count, "glance"))
+    if not is_due and (reason is MoveReason.LOAD or state.confirming is MoveReason.GAP):
+        waiting = replace(state, next_look=min(state.load_due, glance_at), num_looks=count)
+        return waiting, None
+    load_due = now + period * (0.5 + draw(me, count, "pause"))
     later = MoverState(
         since=state.since,
-        next_look=now + period * (0.5 + draw(me, count, "pause")),
+        next_look=min(load_due, glance_at),
+        load_due=load_due,
         num_looks=count,
     )
-    if now - state.since < policy.min_stay_seconds and coverage.served.all():
+    if now - state.since < policy.min_stay_seconds and reason is MoveReason.LOAD:
         return later, None
     move = find_move(coverage, record, policy)
     if move is None:
         return later, None
-    if state.is_confirming:
+    if state.confirming is reason and is_due:
         return later, move.blocks
+    is_gap = reason is MoveReason.GAP
+    longest = max(policy.gap_seconds, glance) if is_gap else policy.look_seconds
+    confirm_seconds = min(policy.confirm_seconds, longest)
     # Servers with a better move that look before this server would move.
-    num_before = move.num_better * min(1.0, policy.confirm_seconds / period)
-    pause = policy.confirm_seconds + policy.turn_seconds * num_before
+    num_before = move.num_better * min(1.0, confirm_seconds / (glance if is_gap else period))
+    pause = confirm_seconds + min(policy.turn_seconds, longest) * num_before
     if pause > policy.patience_seconds:
         return later, None
-    pause *= 0.9 + 0.2 * draw(me, count, "pause")
-    confirming = MoverState(
-        since=state.since, next_look=now + pause, num_looks=count, is_confirming=True
+    due = now + pause * (0.9 + 0.2 * draw(me, count, "pause"))
+    confirming = replace(
+        later,
+        # A gap that appears meanwhile does not wait for its turn in what is confirmed here.
+        next_look=due if is_gap else min(due, glance_at),
+        load_due=due,
+        confirming=reason,
     )
     return confirming, None
 
@@ -152,3 +180,9 @@ def draw(me: PeerId, count: int, purpose: str) -> float:
 
 def _period(num_servers: int, policy: MovePolicy) -> float:
     return max(policy.look_seconds, policy.seconds_between_looks * num_servers)
+
+
+def _glance(num_servers: int, policy: MovePolicy) -> float:
+    """Mean time (s) between two looks for gaps."""
+    seconds = min(policy.look_seconds, policy.gap_seconds)
+    return max(seconds, policy.seconds_between_looks * num_servers)

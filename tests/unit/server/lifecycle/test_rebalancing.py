@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from petals.server.lifecycle.placement import coverage_of
 from petals.server.lifecycle.rebalancing import (
     Move,
+    MoveReason,
     MoverState,
     begin,
     draw,
@@ -17,6 +19,7 @@ from petals.swarm.directory.records import ServerRecord, View
 from petals.types import BlockSpan, ModelId, PeerId, ServerState
 
 ONLINE, JOINING, DRAINING = ServerState.ONLINE, ServerState.JOINING, ServerState.DRAINING
+GAP, LOAD = MoveReason.GAP, MoveReason.LOAD
 POLICY = MovePolicy()
 LONG_AGO = MoverState(since=-1e6, next_look=0.0)
 
@@ -135,27 +138,28 @@ def until_decided(view: View, me: str, state: MoverState) -> tuple[list[float], 
 def test_a_reason_that_holds_twice_moves() -> None:
     times, blocks = until_decided(CROWDED, "a", LONG_AGO)
     assert blocks == BlockSpan(3, 6)
-    assert len(times) >= 2 and times[-1] - times[-2] >= POLICY.confirm_seconds / 2
+    assert len(times) >= 2 and times[-1] - times[0] >= POLICY.confirm_seconds / 2
 
 
 def test_a_reason_that_is_gone_when_looked_at_again_does_not() -> None:
-    confirming = MoverState(since=-1e6, next_look=0.0, num_looks=3, is_confirming=True)
+    confirming = MoverState(since=-1e6, next_look=0.0, num_looks=3, confirming=LOAD)
     assert should_move(CROWDED, PeerId("a"), 0.0, confirming)[1] == BlockSpan(3, 6)
     state, blocks = should_move(TWO_ARE_JOINING, PeerId("a"), 0.0, confirming)
-    assert blocks is None and not state.is_confirming
+    assert blocks is None and state.confirming is None
 
 
 def test_nothing_is_decided_before_its_time_or_without_a_record() -> None:
-    early = MoverState(since=-1e6, next_look=10.0, is_confirming=True)
+    early = MoverState(since=-1e6, next_look=10.0, confirming=LOAD)
     assert should_move(CROWDED, PeerId("a"), 9.9, early) == (early, None)
     assert should_move(CROWDED, PeerId("stranger"), 11.0, early) == (early, None)
 
 
 def test_a_server_that_has_just_come_stays_unless_a_block_has_no_server() -> None:
-    new = MoverState(since=0.0, next_look=10.0, is_confirming=True)
+    new = MoverState(since=0.0, next_look=10.0, confirming=LOAD)
     assert should_move(CROWDED, PeerId("a"), 10.0, new)[1] is None
     assert should_move(CROWDED, PeerId("a"), POLICY.min_stay_seconds, new)[1] is not None
-    assert should_move(HOLE, PeerId("a"), 10.0, new)[1] == BlockSpan(3, 6)
+    filling = replace(new, confirming=GAP)
+    assert should_move(HOLE, PeerId("a"), 10.0, filling)[1] == BlockSpan(3, 6)
 
 
 def test_a_balanced_swarm_never_moves() -> None:
@@ -167,7 +171,7 @@ def test_in_a_large_crowd_few_start_at_once() -> None:
     crowd = [(f"s{i:03}", 0, 3, ONLINE, 1.0) for i in range(120)]
     hole = view_of(*crowd)
     started = [
-        should_move(hole, PeerId(name), 0.0, LONG_AGO)[0].is_confirming for name, *_ in crowd
+        should_move(hole, PeerId(name), 0.0, LONG_AGO)[0].confirming is GAP for name, *_ in crowd
     ]
     assert 5 < sum(started) < 40
 
@@ -201,10 +205,49 @@ def test_they_look_again_one_after_another_and_then_the_hole_is_filled() -> None
 
 
 def test_looks_are_spread_and_rarer_in_large_swarms() -> None:
-    first = [begin(PeerId(f"p{i}"), 100.0, 10_000).next_look - 100.0 for i in range(200)]
+    first = [begin(PeerId(f"p{i}"), 100.0, 10_000).load_due - 100.0 for i in range(200)]
     period = 10_000 * POLICY.seconds_between_looks
     assert 0 <= min(first) < period / 10 and period * 0.9 < max(first) <= period
-    assert max(begin(PeerId(f"p{i}"), 0.0, 3).next_look for i in range(50)) <= POLICY.look_seconds
+    few = [begin(PeerId(f"p{i}"), 0.0, 3) for i in range(50)]
+    assert max(state.load_due for state in few) <= POLICY.look_seconds
+    assert max(state.next_look for state in few) <= POLICY.gap_seconds
+
+
+@pytest.mark.parametrize("look_seconds", [1.0, 60.0, 3600.0])
+def test_a_gap_is_filled_within_seconds_whatever_the_period(look_seconds: float) -> None:
+    policy = MovePolicy(look_seconds=look_seconds)
+    for name in "ab":
+        state = begin(PeerId(name), 0.0, 2, policy)
+        while state.next_look < 50.0:  # some looks while nothing is wrong
+            state, blocks = should_move(EVEN, PeerId(name), state.next_look, state, policy)
+            assert blocks is None
+        began, blocks = state.next_look, None
+        while blocks is None:
+            now = state.next_look
+            state, blocks = should_move(HOLE, PeerId(name), now, state, policy)
+        assert blocks == BlockSpan(3, 6)
+        assert now - began <= 3 * POLICY.gap_seconds
+
+
+@pytest.mark.parametrize("look_seconds", [2.0, 600.0])
+def test_a_load_is_confirmed_within_the_period_of_looks(look_seconds: float) -> None:
+    policy = MovePolicy(look_seconds=look_seconds, seconds_between_looks=0.0)
+    state, blocks = should_move(CROWDED, PeerId("a"), 0.0, LONG_AGO, policy)
+    assert blocks is None and state.confirming is LOAD
+    assert state.load_due <= 1.1 * min(look_seconds, policy.confirm_seconds)
+
+
+def test_a_gap_does_not_wait_for_a_load_that_is_being_confirmed() -> None:
+    state, _ = should_move(CROWDED, PeerId("a"), 0.0, LONG_AGO)
+    assert state.confirming is LOAD
+    now = state.next_look
+    state, blocks = should_move(HOLE, PeerId("a"), now, state)
+    assert blocks is None and state.confirming is GAP
+    # The turn of a gap is kept: an earlier look changes nothing.
+    early = replace(state, next_look=now)
+    assert should_move(HOLE, PeerId("a"), now + 0.1, early)[0].load_due == state.load_due
+    state, blocks = should_move(HOLE, PeerId("a"), state.next_look, state)
+    assert blocks == BlockSpan(3, 6) and state.next_look - now < 4 * POLICY.gap_seconds
 
 
 def test_draws_are_even_and_independent_of_each_other() -> None:
