@@ -28,6 +28,11 @@ ENV_SWARM_KEY = "PETALS_SWARM_KEY"
 ENV_MAX_RETRIES = "PETALS_MAX_RETRIES"
 """Further attempts of a client after the first when servers fail; a whole number. Default: 3."""
 
+ENV_LOGGING = "PETALS_LOGGING"
+"""``False`` or ``0``: a program that has imported hivemind is not shown the messages of all loggers
+when it imports Petals.
+"""
+
 DTYPE_NAMES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -51,6 +56,11 @@ def swarm_key_file() -> Path | None:
     """The key file of a closed swarm from PETALS_SWARM_KEY, None when the variable is unset."""
     value = os.environ.get(ENV_SWARM_KEY)
     return Path(value).expanduser() if value else None
+
+
+def shows_logs() -> bool:
+    """Whether logs are shown to programs that use hivemind; False by PETALS_LOGGING=False."""
+    return os.environ.get(ENV_LOGGING, "True").lower() not in ("false", "0")
 
 
 def max_retries() -> int | None:

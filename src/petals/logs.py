@@ -1,13 +1,15 @@
 """Logging: every message goes to a logger under ``petals``; the command line decides where it is
 shown.
 
-Programs that import Petals see nothing unless they configure logging themselves. Must not know
-network and torch.
+Programs that import Petals see nothing unless they configure logging themselves, or have imported
+hivemind: then they see what they saw with the original. Must not know network and torch.
 """
 
 import logging
 import sys
 from typing import TextIO
+
+from petals import constants
 
 _ROOT = "petals"
 
@@ -34,3 +36,15 @@ def configure_logging(level: int | str = logging.INFO, stream: TextIO | None = N
     root.addHandler(handler)
     root.setLevel(level)
     root.propagate = False
+
+
+def show_with_hivemind() -> None:
+    """Show the messages of all loggers with hivemind's handler, as the original did at import.
+
+    Only in a program that has imported hivemind and has not configured logging itself; the
+    variable PETALS_LOGGING=False prevents it.
+    """
+    hivemind_logging = sys.modules.get("hivemind.utils.logging")
+    if hivemind_logging is None or logging.getLogger().handlers or not constants.shows_logs():
+        return
+    hivemind_logging.use_hivemind_log_handler("in_root_logger")

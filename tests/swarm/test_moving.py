@@ -46,6 +46,13 @@ async def becomes(swarm: RealSwarm, peer: PeerId, state: ServerState) -> None:
         await asyncio.sleep(0.02)
 
 
+async def one_is_at(swarm: RealSwarm, blocks: BlockSpan, *peers: PeerId) -> None:
+    while True:
+        if blocks in {swarm.info(peer).blocks for peer in peers}:
+            return
+        await asyncio.sleep(0.02)
+
+
 async def add(swarm: RealSwarm, span: BlockSpan, throughput: float) -> PeerId:
     return await swarm.add(span, announce=AnnounceConfig(throughput=throughput))
 
@@ -118,8 +125,7 @@ async def test_a_gap_is_filled_at_once_whatever_the_period(bloom: Path) -> None:
         await add(swarm, BlockSpan(0, 3), 30.0)
         await swarm.stop(right)
         async with asyncio.timeout(10.0):  # without the rule: 600 s and 45 s
-            while len(swarm.infos(restless)) < 2:
-                await asyncio.sleep(0.02)
+            await one_is_at(swarm, RIGHT, restless)
         assert swarm.info(restless).blocks == RIGHT
 
 
@@ -132,11 +138,8 @@ async def test_of_two_holders_one_goes_to_a_gap_and_one_stays(bloom: Path) -> No
         second = await add_restless(swarm, RARELY)
         assert swarm.info(first).blocks == swarm.info(second).blocks == LEFT
         await swarm.stop(right)
-        moved = set()
         async with asyncio.timeout(20.0):
-            while not moved:
-                moved = {peer for peer in (first, second) if swarm.info(peer).blocks == RIGHT}
-                await asyncio.sleep(0.02)
+            await one_is_at(swarm, RIGHT, first, second)
         states = await states_of(swarm)
         spans = [span for peer in (middle, first, second) for span in states[peer][1]]
         assert sorted(spans) == [LEFT, BlockSpan(2, 3), RIGHT]

@@ -1,7 +1,8 @@
 """`python -m petals.cli.run_server`: the original's command of a server, with all its flags.
 
 Translates what `server_flags` read into a ServerConfig; what runs is `petals serve`. Each flag is
-honoured, or accepted with one warning that names its replacement.
+honoured, or accepted with one warning that names its replacement. The default of --torch_dtype is
+the original's (``server.block_utils.resolve_block_dtype``), not that of `petals serve`.
 """
 
 from typing import Any
@@ -33,6 +34,8 @@ def translate(flags: Flags) -> ServerConfig:
     """
     _warn(flags)
     values = {path: flags[flag] for flag, path in KEPT.items() if flag in flags}
+    if flags.get("torch_dtype", "auto") == "auto":
+        values["compute.dtype"] = "half"
     values |= _source(flags) | _network(flags) | _announcement(flags) | _moving(flags)
     return build(ServerConfig, values)
 
@@ -106,6 +109,11 @@ def _throughput(flags: Flags) -> float | None:
 
 
 def _warn(flags: Flags) -> None:
+    if flags.get("compression", "NONE") != "NONE":
+        say(
+            "warning: --compression has no effect any more: clients choose how states travel, "
+            'with from_pretrained(..., wire_dtype="float16").'
+        )
     for flag in DROPPED:
         if flag.name in flags:
             say(f"warning: --{flag.name} has no effect any more: {flag.instead}.")

@@ -8,8 +8,10 @@ from importlib import import_module
 _HOMES = {
     "ClientConfig": "petals.client.config",
     "InferenceSession": "petals.client.model.inference_session",
+    "NoSpendingPolicy": "petals.client.routing.spending_policy",
     "RemoteSequenceManager": "petals.client.routing.sequence_manager",
     "RemoteSequential": "petals.client.model.remote_sequential",
+    "SpendingPolicyBase": "petals.client.routing.spending_policy",
 }
 
 __all__ = sorted(_HOMES)

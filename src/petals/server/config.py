@@ -22,7 +22,7 @@ from petals.swarm.config import MIB, NodeConfig
 from petals.swarm.failover_config import FailoverConfig
 from petals.types import BlockSpan, ModelId
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16", "int8"]
 QuantName = Literal["none", "auto", "int8", "bnb-int8", "nf4"]
 DeviceName = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
 
@@ -73,7 +73,8 @@ class ComputeConfig(Settings):
         DtypeName,
         Setting(
             "Precision of weights and states. auto: half-precision checkpoints in bfloat16 where "
-            "that is fastest, float32 otherwise; int8: float32 with int8 weights.",
+            "that is fastest, float32 otherwise; half: the checkpoint's own 16-bit precision, "
+            "bfloat16 for float32 checkpoints; int8: float32 with int8 weights.",
             "--dtype",
             "DTYPE",
         ),

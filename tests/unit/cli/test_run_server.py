@@ -30,7 +30,15 @@ def test_a_new_swarm_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.network.initial_peers == ()
     assert (config.limits, config.clients) == (LimitsConfig(), ClientLimits())
     assert (config.moving.enabled, config.moving.policy.enough) == (True, 0.9)
+    assert config.compute.dtype == "half"
     assert capsys.readouterr().err == ""
+
+
+def test_compression_is_the_clients(capsys: pytest.CaptureFixture[str]) -> None:
+    config_of("--new_swarm", "--compression", "NONE")
+    assert capsys.readouterr().err == ""
+    config_of("--new_swarm", "--compression", "float16")
+    assert "wire_dtype" in capsys.readouterr().err
 
 
 def test_flags_find_their_fields() -> None:

@@ -75,7 +75,6 @@ DROPPED = (
     Dropped("increase_file_limit", "one process needs few files; use ulimit -n if you must"),
     Dropped("request_timeout", "clients set their own (ClientConfig.request_timeout)"),
     Dropped("skip_reachability_check", "not being reachable is only a warning", takes_value=False),
-    Dropped("compression", "states travel in the precision of the server (--torch_dtype)"),
 )
 
 
@@ -126,6 +125,7 @@ def _add_special_flags(parser: argparse.ArgumentParser) -> None:
     add("--public_ip", help="IPv4 address at which others reach this peer; needs --port")
     add("--no_auto_relay", action="store_true", help="never be reached through relays")
     add("--throughput", help="a number, auto or eval")
+    add("--compression", type=str.upper, help="NONE; otherwise no effect: clients set wire_dtype")
     add("--balance_quality", type=float, help="move if the swarm is worse than this; 0: never")
 
 

@@ -1,8 +1,10 @@
 """Class names of the original Petals for one family, like `DistributedBloomForCausalLM`.
 
-Each is the class that the auto classes load, made at first use. Has no behaviour of its own.
+Each is the class that the auto classes load, made at first use, or the class of a block in
+transformers (`WrappedBloomBlock`). Has no behaviour of its own.
 """
 
+from importlib import import_module
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
@@ -14,6 +16,12 @@ from petals.models.checkpoint.arch import base_class_of, describe
 from petals.models.loading.head import HeadKind, class_for
 
 FAMILIES = {"Bloom": "bloom", "Falcon": "falcon", "Llama": "llama", "Mixtral": "mixtral"}
+_BLOCKS = {
+    "WrappedBloomBlock": "bloom.modeling_bloom.BloomBlock",
+    "WrappedFalconBlock": "falcon.modeling_falcon.FalconDecoderLayer",
+    "WrappedLlamaBlock": "llama.modeling_llama.LlamaDecoderLayer",
+    "WrappedMixtralBlock": "mixtral.modeling_mixtral.MixtralDecoderLayer",
+}
 _KINDS = {
     "ForCausalLM": HeadKind.CAUSAL_LM,
     "ForSequenceClassification": HeadKind.SEQUENCE_CLASSIFICATION,
@@ -81,6 +89,10 @@ def __getattr__(name: str) -> type:
 
 
 def _make(name: str) -> type | None:
+    if name in _BLOCKS:
+        module, _, block = _BLOCKS[name].rpartition(".")
+        found: type = getattr(import_module(f"transformers.models.{module}"), block)
+        return found
     for family, model_type in FAMILIES.items():
         prefix = f"Distributed{family}"
         suffix = name.removeprefix(prefix)

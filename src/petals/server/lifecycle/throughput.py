@@ -87,23 +87,33 @@ def choose_precision(
     """The dtype and quantization of ``config``.
 
     dtype "auto" is the fastest that holds all of the dtype in which the weights are ``stored``;
+    "half" is that dtype if it has 16 bits, else bfloat16, as in the original's run_server;
     quant "auto" is int8 where that is faster. ``cache``: the folder for the result of probing.
     """
     quant = QuantKind.NONE if config.quant in ("none", "auto") else QuantKind(config.quant)
     if config.dtype == "int8":
         return Precision(torch.float32, QuantKind.INT8)
+    if config.dtype == "half":
+        own = stored if stored in _HALF else torch.bfloat16
+        is_int8 = quant is QuantKind.INT8
+        return Precision(torch.float32 if is_int8 else _on_device(own, device), quant)
     if config.dtype != "auto":
         return Precision(getattr(torch, config.dtype), quant)
     if quant is QuantKind.INT8:
         return Precision(torch.float32, quant)
     if device != "cpu":
-        return Precision(torch.float16 if device == "mps" else torch.bfloat16, quant)
+        return Precision(_on_device(torch.bfloat16, device), quant)
     if stored not in _HALF and config.quant != "auto":
         return Precision(torch.float32, quant)
     fastest = _fastest(device, lossy=config.quant == "auto", cache=cache)
     if fastest.dtype in _HALF and stored not in _HALF:
         return Precision(torch.float32, fastest.quant)
     return fastest
+
+
+def _on_device(half: torch.dtype, device: str) -> torch.dtype:
+    """``half``, or float16 on a device that has no bfloat16."""
+    return torch.float16 if device == "mps" else half
 
 
 def choose_threads(

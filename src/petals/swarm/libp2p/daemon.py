@@ -16,7 +16,7 @@ import base58
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.proto import p2pd_pb2
-from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils import logging as hivemind_logging
 from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.multiaddr.codecs import cid
 
@@ -149,7 +149,9 @@ class Daemon:
         """Start the process and connect to it. Raises ConfigError if it cannot start (a port in
         use, for example).
         """
-        use_hivemind_log_handler("nowhere")
+        if hivemind_logging._current_mode is hivemind_logging.HandlerMode.IN_HIVEMIND:
+            # A program that has chosen where hivemind's handler stands keeps its choice.
+            hivemind_logging.use_hivemind_log_handler("nowhere")
         # hivemind would write peer ids inside addresses in a form that the daemon cannot read.
         cid.PROTO_NAME_TO_CIDv1_CODEC.clear()
         home = Path(self._home.name)
