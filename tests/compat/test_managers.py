@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from petals.errors import (
 )
 from petals.server.handler import CACHE_TOKENS_AVAILABLE
 from petals.types import BlockSpan
+from petals.utils.dht import compute_spans, get_remote_module_infos
 from support.peft_adapters import peft_model, save_adapter
 from support.reference import assert_close
 from support.swarm import HIDDEN, RealSwarm, real_swarm
@@ -246,6 +248,23 @@ def test_compression_that_is_not_offered(config, changes, message):
         with pytest.raises(NotSupported, match=message) as refusal:
             RemoteSequential(config, sequence_manager=manager)(STATES)
         assert refusal.value.hint
+
+
+def test_servers_of_each_block(config, swarm):
+    dht = SimpleNamespace(initial_peers=config.initial_peers, client_mode=True)
+    modules = get_remote_module_infos(dht, uids(config, 1, 4), latest=True)
+    assert [module.uid for module in modules] == uids(config, 1, 4)
+    (peer,) = swarm.peers
+    for module in modules:
+        assert module.servers.keys() == {peer}
+        info = module.servers[peer]
+        assert (info.state, info.start_block, info.end_block) == (ServerState.ONLINE, 0, 5)
+        assert (info.torch_dtype, info.quant_type) == ("float32", "none")
+    spans = compute_spans(modules, min_state=ServerState.ONLINE)
+    assert [(span.peer_id, span.start, span.end) for span in spans.values()] == [(peer, 0, 3)]
+    for name, peers in (("poems", {peer}), ("prose", set())):
+        (module,) = get_remote_module_infos(dht, uids(config, 0, 1), active_adapter=name)
+        assert module.servers.keys() == peers
 
 
 def test_metadata_of_a_request(config):
