@@ -76,11 +76,13 @@ def test_the_blocks_are_those_of_the_manager(config, whole):
 
 def test_a_route_counts_from_the_managers_first_block(config, swarm):
     with RemoteSequenceManager(config, uids(config, 2, 5)) as manager:
+        assert not manager.ready.is_set()
         for mode in ("min_latency", "max_throughput"):
             (span,) = manager.make_sequence(mode=mode)
             assert (span.start, span.end, span.length) == (0, 3, 3)
             assert (span.peer_id, span.state) == (swarm.peers[0], ServerState.ONLINE)
             assert span.server_info.adapters == ("poems",)
+            assert manager.ready.is_set() and manager._thread.ready.is_set()
         (span,) = manager.make_sequence(1, 2, mode="min_latency")
         assert (span.start, span.end) == (1, 2)
         assert manager.is_alive()

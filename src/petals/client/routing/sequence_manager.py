@@ -6,6 +6,7 @@ for a range of blocks. Knows no tensors and no tokens.
 
 import asyncio
 import copy
+import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,8 @@ class SwarmConnection:
         self._view: SwarmState | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
+        self.ready = threading.Event()
+        """Set once the swarm has been joined."""
 
     @property
     def config(self) -> ClientConfig:
@@ -78,6 +81,7 @@ class SwarmConnection:
             if self._view is None:
                 node = self._given or await nodes.acquire(config)
                 self._view = SwarmState(node, config, self.model, self.num_blocks)
+                self.ready.set()
             elif self._view.config is not config:
                 # Sessions and passes under way keep the view, and so the config, that they have.
                 self._view = self._view.under(config)
@@ -198,6 +202,16 @@ class RemoteSequenceManager:
     def is_alive(self) -> bool:
         """False after ``shutdown``."""
         return self.access.is_alive
+
+    @property
+    def ready(self) -> threading.Event:
+        """Set once the swarm has been joined, which the first use does."""
+        return self.access.ready
+
+    @property
+    def _thread(self) -> "RemoteSequenceManager":
+        """The original's tests read ``_thread.ready``; there is no thread of each manager here."""
+        return self
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run a coroutine in the client's event loop; see ``EventLoopThread.run``."""
