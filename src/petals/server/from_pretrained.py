@@ -3,6 +3,8 @@
 Servers load and run blocks otherwise; this is the original's function with its way of calling.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -51,15 +53,14 @@ def load_pretrained_block(
     *,
     config: PretrainedConfig | None = None,
     torch_dtype: torch.dtype | str = "auto",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
+    **hub: Any,
 ) -> PretrainedBlock:
     """Block ``block_index`` of a repository or folder. dtype "auto": see ``resolve_block_dtype``.
 
-    Raises what ``models.loading.split.load_blocks`` raises.
+    hub: ``revision``, ``token``, ``cache_dir``. Raises what ``models.loading.split.load_blocks``
+    raises.
     """
-    access = HubAccess(revision=revision, token=token, cache_dir=cache_dir)
+    access = HubAccess(**hub)
     checkpoint = open_checkpoint(model_name, access)
     dtype = resolve_block_dtype(config or checkpoint.config, torch_dtype)
     options = LoadOptions(dtype=dtype, access=access)

@@ -65,6 +65,7 @@ def test_every_environment_variable() -> None:
         "PETALS_INITIAL_PEERS",
         "PETALS_SWARM_KEY",
         "PETALS_MAX_RETRIES",
+        "PETALS_LOGGING",
     ]
 
 
