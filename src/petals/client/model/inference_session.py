@@ -18,12 +18,13 @@ from transformers.cache_utils import CacheLayerMixin
 from petals.client.connection.event_loop import client_loop
 from petals.client.model.padding import Rows, pack, unpack
 from petals.client.routing.sequence_manager import RemoteSequenceManager
-from petals.client.routing.wire_dtype import on_wire
+from petals.client.routing.wire_dtype import wire_dtype_of
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.trace import SessionTrace
 from petals.errors import BadInput, NotSupported, SessionClosed, SessionGap
 from petals.types import BlockSpan
+from petals.wire.tensors import narrowed
 
 
 class InferenceSession:
@@ -57,6 +58,7 @@ class InferenceSession:
         Columns that were cut, or whose rows were selected, can be assigned: the next step continues
         those. ``output_ids`` stay.
         """
+        self._wire_dtype = wire_dtype_of(manager, "rpc_inference")
         self._rows = open_rows(
             manager.access, manager.blocks, max_length=max_length, num_rows=num_rows, tuning=tuning
         )
@@ -175,7 +177,9 @@ class InferenceSession:
         order = past.origin
         if order == tuple(range(len(self._rows.lengths))):
             order = None
-        packed = on_wire(self.manager, "rpc_inference", pack(hidden.detach(), new.real))
+        packed = pack(hidden.detach(), new.real)
+        if self._wire_dtype is not None:
+            packed = narrowed(packed, self._wire_dtype)
         # Starts before a row's end on the servers roll that row back; the order comes first.
         output = client_loop.run(self._rows.step(packed, past.lengths, new.lengths, order))
         self.columns = past.joined(new)

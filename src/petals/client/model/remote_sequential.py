@@ -20,7 +20,7 @@ from petals.client.model.hidden_states import ENTRY
 from petals.client.model.inference_session import InferenceSession
 from petals.client.model.padding import Rows, pack, unpack
 from petals.client.routing.sequence_manager import RemoteSequenceManager, SwarmConnection
-from petals.client.routing.wire_dtype import on_wire
+from petals.client.routing.wire_dtype import wire_dtype_of
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.training.autograd import run_whole
@@ -28,6 +28,7 @@ from petals.client.training.hop_call import PassCall, PassOutput
 from petals.client.tuning.lora import RemoteLora
 from petals.errors import BadInput, ConfigError, NotSupported
 from petals.types import BlockSpan
+from petals.wire.tensors import narrowed
 
 T = TypeVar("T")
 
@@ -286,9 +287,11 @@ class ModelPass:
         )
         if ENTRY in self.tapped:
             self.tapped[ENTRY] = hidden
-        manager = blocks.sequence_manager
-        access, packed = manager.access, on_wire(manager, "rpc_forward", pack(hidden, real))
-        output = blocks.runner.run_whole(access, blocks.blocks, packed, call)
+        manager, packed = blocks.sequence_manager, pack(hidden, real)
+        wire_dtype = wire_dtype_of(manager, "rpc_forward")
+        if wire_dtype is not None:
+            packed = narrowed(packed, wire_dtype)
+        output = blocks.runner.run_whole(manager.access, blocks.blocks, packed, call)
         for block, tapped in output.tapped.items():
             self.tapped[block] = unpack(tapped, real).to(hidden)
         return unpack(output.hidden, real).to(hidden)

@@ -281,7 +281,7 @@ class RemoteSequenceManager:
         """What a request brings along, as in the original; a subclass may override it.
 
         protocol: "rpc_forward", "rpc_backward" or "rpc_inference". ``output_compression`` in the
-        answer of a subclass is honoured, see ``client.routing.compression``.
+        answer of a subclass is honoured, see ``client.routing.wire_dtype``.
         """
         return {
             "points": self.policy.get_points(protocol, *args, **kwargs),

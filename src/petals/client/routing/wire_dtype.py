@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import NotSupported
-from petals.wire.tensors import narrowed
 
 Protocol = Literal["rpc_forward", "rpc_inference"]
 
@@ -23,17 +21,17 @@ _CODECS: dict[int, torch.dtype | None] = {0: None, 2: torch.float16}
 _SCHEMAS = {"rpc_forward": "forward_schema", "rpc_inference": "inference_schema"}
 
 
-def on_wire(manager: RemoteSequenceManager, protocol: Protocol, states: Tensor) -> Tensor:
-    """``states`` in the dtype in which they are to travel; answers and gradients come in the same.
+def wire_dtype_of(manager: RemoteSequenceManager, protocol: Protocol) -> torch.dtype | None:
+    """In which dtype states, answers and gradients of such requests travel; None: in their own.
 
-    Differentiable. Raises NotSupported for other compression types of hivemind, and if gradients
-    alone are to be compressed.
+    Raises NotSupported for other compression types of hivemind, and if gradients alone are to be
+    compressed.
     """
     name = manager.config.wire_dtype
     dtype = None if name == "auto" else getattr(torch, name)
     if type(manager) is not RemoteSequenceManager:
         dtype = _asked_by_subclass(manager, protocol) or dtype
-    return states if dtype is None else narrowed(states, dtype)
+    return dtype
 
 
 def _asked_by_subclass(manager: RemoteSequenceManager, protocol: Protocol) -> torch.dtype | None:
