@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from petals.errors import ProtocolError
 from petals.wire.frames import TensorSpec, check_specs
-from petals.wire.tensors import DTYPES, decode, encode
+from petals.wire.tensors import DTYPES, decode, encode, narrowed
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
@@ -59,3 +59,12 @@ def test_the_cap_counts_all_tensors_of_a_message() -> None:
 def test_a_tensor_shorter_than_its_spec_is_refused() -> None:
     with pytest.raises(ProtocolError):
         decode(TensorSpec("float32", (4,)), bytearray(12))
+
+
+def test_a_narrower_dtype_makes_no_infinity() -> None:
+    """Else an honest server's large output would look like a broken one."""
+    states = torch.tensor([1.5, -1e6, 1e6, torch.inf, torch.nan])
+    found = narrowed(states, torch.float16)
+    assert found.dtype == torch.float16
+    assert found[:4].tolist() == [1.5, -65504.0, 65504.0, torch.inf] and found[4].isnan()
+    assert narrowed(states[:4], torch.bfloat16).equal(states[:4].bfloat16())
