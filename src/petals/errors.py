@@ -56,6 +56,10 @@ class PetalsError(Exception):
     reported_hint: str = ""
     """The hint of that peer, shown as the peer's words."""
 
+    generated: object | None = None
+    """What `generate` had produced when it raised this: token ids [rows, columns] in the shape of
+    its result, or None. `generate` sets it on errors of other types, too (KeyboardInterrupt)."""
+
     def __init__(self, message: str, *, hint: str = "", peer_id: str = "") -> None:
         super().__init__(message)
         self.message = message
@@ -149,14 +153,10 @@ class RecordInvalid(SwarmError):
 class RouteError(PetalsError):
     """No server can serve the session after the time that the client waits, or the inputs for a
     repair did not fit into ``max_kept_bytes``.
-
-    ``generated`` is what `generate` has produced up to then: token ids [rows, columns] in the shape
-    of its result, or None.
     """
 
     code = "route"
     default_hint = "petals status --join ADDR shows who serves what."
-    generated: object | None = None
 
 
 class MissingBlocksError(RouteError):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals.client.model.generation import draft_with
 from petals.client.model.load import LoadRequest, attach, load_pretrained, open_model
-from petals.client.model.speculative import draft_with
 from petals.errors import ConfigError
 from petals.models.loading.head import HeadKind
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteria
 from transformers.utils import ModelOutput
 
 from petals.client.model.hidden_states import HiddenStates
@@ -111,7 +111,7 @@ class DistributedModel(_Extended):
     def use_session(
         self, session: InferenceSession | None
     ) -> AbstractContextManager[InferenceSession | None]:
-        """Continue ``session`` in all calls inside the ``with`` block; None changes nothing."""
+        """Continue ``session`` in all calls inside the ``with`` block; with None, no session."""
         return self.remote_blocks.use_session(session)
 
     @contextmanager
@@ -169,6 +169,19 @@ class DistributedModel(_Extended):
     activation_checkpointing_disable = gradient_checkpointing_disable
 
 
+class IdsSoFar(StoppingCriteria):
+    """Records the ids of a `generate` call after every token, and never stops it.
+
+    ids: [rows, columns] int64; of beams, the candidates of each prompt, best first.
+    """
+
+    ids: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        self.ids = input_ids
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 class GeneratingModel(DistributedModel):
     """What `generate` of transformers calls before its first forward, and before each."""
 
@@ -197,7 +210,6 @@ class GeneratingModel(DistributedModel):
         """
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if isinstance(cache, SessionCache):
-            cache.seen_ids = input_ids
             num_past, num_columns = cache.get_seq_length(), input_ids.shape[1]
             begins_with_past = mask is None or mask.shape[1] == num_columns
             if next_sequence_length is None and begins_with_past and 0 < num_past < num_columns:
@@ -295,7 +307,7 @@ class DistributedBaseModel(DistributedModel):
                 hint="Call the model with use_cache=True and pass on what it returns, "
                 "or work inside `with model.inference_session(max_length=...)`.",
             )
-        session = self.active_session
+        session = self.remote_blocks.session_of_call()
         if session is not None:
             return self.cache_of(session)
         return self.new_cache() if call.get("use_cache") else None

@@ -1,89 +1,66 @@
 """`generate` on remote blocks: all modes of transformers, in a session of the length they need.
 
 Prepares the call (sessions, continuing without input, padding on the right) and passes it to the
-`generate` of transformers. Contains no decoding and knows no routes or servers.
+`generate` of transformers. A call that fails leaves its session where it stood. Contains no
+decoding and knows no routes or servers.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.candidate_generator import (
-    CandidateGenerator,
-    PromptLookupCandidateGenerator,
-)
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from petals.client.model.distributed import GeneratingModel, check_token_ids
+from petals.client.model.generation_call import (
+    LOCAL_OPTIONS,
+    GenerationCall,
+    Prompt,
+    check_can_start,
+    check_continues,
+    mask_from_padding,
+    refuse_modes,
+)
 from petals.client.model.inference_session import InferenceSession, SessionCache
-from petals.client.model.padding import to_left_padding
-from petals.errors import BadInput, NotSupported, RouteError
+from petals.client.model.padding import reorder_columns, to_left_padding
+from petals.errors import BadInput, ConfigError, NotSupported
+from petals.logs import get_logger
 from petals.models.loading.head import HeadKind
 
-_HUB_MODES = {
-    "penalty_alpha": "Contrastive search",
-    "num_beam_groups": "Group beam search",
-    "constraints": "Constrained beam search",
-    "force_words_ids": "Constrained beam search",
-    "dola_layers": "DoLa",
-}
-"""Options for which transformers 5 downloads code from the hub -> the mode they select."""
+logger = get_logger(__name__)
 
-_NEUTRAL = {"penalty_alpha": 0, "num_beam_groups": 1}
-"""Values of those options that select nothing."""
+_PER_COLUMN = ("inputs_embeds", "position_ids", "token_type_ids")
+"""Arguments of `generate` that have, like the mask, a value for each column of the prompt."""
 
 
-class GenerationCall:
-    """The arguments of a `generate` call after the prompt."""
+class _InItsSession:
+    """A method that continues the session in whose `with` block it was looked up.
 
-    def __init__(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        given = args[0] if args else kwargs.get("generation_config")
-        self.args, self.kwargs = args, kwargs
-        self._given: GenerationConfig | None = given
-        self._model = model
+    ``Thread(target=model.generate)`` and ``executor.submit(model.generate, ids)`` look the method
+    up inside the block and call it in a thread that does not inherit the block.
+    """
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """``name`` from the keywords, else the call's config, else the model's; not None."""
-        sources = (self._given, self._model.generation_config)
-        values = [self.kwargs.get(name), *(getattr(source, name, None) for source in sources)]
-        return next((value for value in values if value is not None), default)
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
 
-    @property
-    def is_assistant(self) -> bool:
-        """Whether another model's `generate` makes the call, to draft for it."""
-        return bool(getattr(self._given, "is_assistant", False))
-
-    @property
-    def has_beams(self) -> bool:
-        return bool(self.get("num_beams", 1) > 1)
-
-    @property
-    def has_drafts(self) -> bool:
-        """Whether tokens are proposed and then verified."""
-        assistant = self.kwargs.get("assistant_model")
-        return assistant is not None or self.get("prompt_lookup_num_tokens") is not None
+    def __get__(self, model: "DistributedCausalLM | None", owner: type | None = None) -> Any:
+        bound = self._method.__get__(model, owner)
+        session = None if model is None else model.active_session
+        return bound if session is None else functools.partial(_call_within, bound, session)
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Token ids [rows, columns] with padding on the left, and the ids as they were given."""
-
-    ids: Tensor
-    mask: Tensor | None
-    given: Tensor
-
-    def restore(self, sequences: Tensor) -> Tensor:
-        """``sequences`` [rows, columns + new] with the prompt's columns as they were given."""
-        if self.given is self.ids:
-            return sequences
-        repeats = sequences.shape[0] // self.given.shape[0]
-        prompt = self.given.repeat_interleave(repeats, dim=0)
-        return torch.cat([prompt, sequences[:, prompt.shape[1] :]], dim=1)
+def _call_within(
+    bound: Callable[..., Any], active: InferenceSession, /, *args: Any, **kwargs: Any
+) -> Any:
+    model = bound.__self__  # type: ignore[attr-defined]
+    if model.remote_blocks.is_in_block:
+        return bound(*args, **kwargs)
+    with model.use_session(active):
+        return bound(*args, **kwargs)
 
 
 class DistributedCausalLM(GeneratingModel):
@@ -93,6 +70,7 @@ class DistributedCausalLM(GeneratingModel):
     small_model: PreTrainedModel | None = None
     """A local model that drafts in every `generate` of this one."""
 
+    @_InItsSession
     @torch.no_grad()
     def generate(
         self,
@@ -104,52 +82,67 @@ class DistributedCausalLM(GeneratingModel):
         """Token ids [batch, prompt + new] int64, or a ModelOutput, as transformers returns them.
 
         ``session`` (or the active one) is continued: its earlier tokens come before ``inputs``,
-        which may be None, and only ``inputs`` and the new tokens are returned. Without a session
-        one is opened for the call, of the length it needs, and closed after it, also on an error.
-        Rows padded on the right run as if padded on the left: each continues its own last token.
-        Raises BadInput (empty prompt, ids outside the vocabulary), NotSupported (modes whose code
-        is on the hub), LengthExceeded and the errors of the swarm; a RouteError has the ids so far
-        as ``generated``, in modes without beams and drafts.
+        which may be None, and only ``inputs`` and the new tokens are returned. ``inputs`` that
+        begin with all ids of the session are the whole text: only what follows is run. Without a
+        session one is opened for the call, of the length it needs, and closed after it, also on an
+        error. Rows padded on the right run as if padded on the left: each continues its own last
+        token.
+
+        A call that raises leaves its session where it stood. The error, whatever it is, has the ids
+        up to then as ``generated``, in the shape of the result (None if the call was refused), and
+        the streamer is ended. Raises BadInput (empty prompt, ids outside the vocabulary),
+        NotSupported (modes whose code is on the hub, options that need local blocks, a call from
+        another thread than that of an open session), LengthExceeded and the errors of the swarm.
         """
-        inputs = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if kwargs.get("do_sample") is not None:
-            kwargs["do_sample"] = bool(kwargs["do_sample"])
         if self.small_model is not None and kwargs.get("prompt_lookup_num_tokens") is None:
             kwargs.setdefault("assistant_model", self.small_model)
-        call = GenerationCall(self, args, kwargs)
-        _refuse_modes(call)
-        if call.is_assistant or kwargs.get("past_key_values") is not None:
-            return super().generate(inputs, *args, **kwargs)
-        session = session if session is not None else self.active_session
-        prompt = None if inputs is None else self._read_prompt(inputs, call)
+        call = GenerationCall(self, args, kwargs | {"inputs": inputs})
+        with call.failing_whole():
+            if call.is_assistant:
+                return self._run(call.inputs, call)
+            refuse_modes(call)
+            if session is None and call.kwargs.get("past_key_values") is None:
+                session = self.remote_blocks.session_of_call()
+            return self._generate(call, session)
+
+    def _generate(
+        self, call: GenerationCall, session: InferenceSession | None
+    ) -> Tensor | ModelOutput:
+        kwargs = call.kwargs
+        cache = kwargs.pop("past_key_values", None)
+        if cache is not None:
+            check_continues(cache, call)
+            return self._decode(call.inputs, cache, call)
+        prompt = self._read_prompt(call)
         if session is not None:
-            return self._continue(session, prompt, call)
+            with session.in_use:
+                return self._continue(session, prompt, call)
         if prompt is None:
-            _check_can_start(call)
-        if prompt is not None and prompt.mask is not None:
+            check_can_start(call)
+        elif prompt.mask is not None:
             kwargs["attention_mask"] = prompt.mask
+        call.shown = _shown(prompt, 0)
         ids = None if prompt is None else prompt.ids
         if call.get("use_cache") is False:
-            return _map_sequences(super().generate(ids, *args, **kwargs), _shown(prompt, 0))
+            return _map_sequences(self._decode(ids, None, call), call.shown)
         with self.new_cache() as cache:
-            return self._decode(ids, cache, call, _shown(prompt, 0))
+            return _map_sequences(self._decode(ids, cache, call), call.shown)
 
     def _decode(
-        self,
-        ids: Tensor | None,
-        cache: SessionCache,
-        call: GenerationCall,
-        shown: Callable[[Tensor], Tensor],
+        self, ids: Tensor | None, cache: object | None, call: GenerationCall
     ) -> Tensor | ModelOutput:
-        """transformers' own `generate`; ``shown``: all ids of the session -> what is returned."""
-        cache.seen_ids = None
-        try:
-            result = super().generate(ids, *call.args, **call.kwargs, past_key_values=cache)
-        except RouteError as error:
-            if not (call.has_beams or call.has_drafts) and cache.seen_ids is not None:
-                error.generated = shown(cache.seen_ids)
-            raise
-        return _map_sequences(result, shown)
+        """transformers' own `generate`, continuing ``cache``."""
+        call.begin(ids)
+        if cache is not None:
+            call.kwargs["past_key_values"] = cache
+        # Only ``cache`` is continued: a processor may run the model on a text of its own, as
+        # classifier-free guidance does.
+        with self.use_session(None):
+            return self._run(ids, call)
+
+    def _run(self, ids: Tensor | None, call: GenerationCall) -> Tensor | ModelOutput:
+        result: Tensor | ModelOutput = super().generate(ids, **call.kwargs)
+        return result
 
     def _continue(
         self, session: InferenceSession, prompt: Prompt | None, call: GenerationCall
@@ -160,136 +153,139 @@ class DistributedCausalLM(GeneratingModel):
                 "A session continues token ids, not embeddings.",
                 hint="Pass input_ids, or generate without a session.",
             )
-        ids, num_past = _with_past(session.output_ids, cache, prompt)
+        past, before = session.output_ids, session.columns
+        shown = _shown(prompt, 0 if past is None else past.shape[1])
+        if prompt is not None and past is not None and _begins_with(prompt.ids, past):
+            shown, prompt = _shown(prompt, 0), _rest_of(prompt, past.shape[1])
+        ids = _with_past(past, cache, prompt)
         for name in ("use_cache", "attention_mask"):
             kwargs.pop(name, None)
         if ids is not None:
-            mask = _whole_mask(cache, prompt, num_past)
+            mask = _whole_mask(cache, prompt, 0 if past is None else past.shape[1])
             kwargs["attention_mask"] = None if mask is None else mask.to(ids.device)
-            expanded = max(call.get("num_beams", 1), call.get("num_return_sequences", 1))
-            if expanded > 1 and cache.batch_size == ids.shape[0]:
-                cache.batch_repeat_interleave(expanded)
-        shown = _shown(prompt, num_past)
+        num_prompts = before.num_rows or (1 if ids is None else ids.shape[0])
+        call.shown = shown
+        try:
+            surplus = 0 if ids is None else cache.get_seq_length() - (ids.shape[1] - 1)
+            if past is not None and surplus > 0:
+                cache.crop(-surplus)  # at least the last token has to run, to give the next one
+            if call.num_expanded > 1 and cache.batch_size == num_prompts:
+                cache.batch_repeat_interleave(call.num_expanded)
+            result = self._decode(ids, cache, call)
+        except BaseException:
+            _keep_columns(session, before.num_columns, num_prompts, 1)
+            raise
 
         def kept(sequences: Tensor) -> Tensor:
             session.output_ids = sequences
-            if call.has_beams:
-                _drop_beams(cache, ids, sequences)
+            if call.get("num_beams", 1) > 1:
+                # The prompt's columns are those of all beams; the tokens after it run again.
+                num_columns = session.num_prompt_tokens + (0 if ids is None else ids.shape[1])
+                _keep_columns(session, num_columns, num_prompts, len(sequences) // num_prompts)
             return shown(sequences.clone())
 
-        try:
-            with self.use_session(session):
-                return self._decode(ids, cache, call, kept)
-        except RouteError:
-            if call.has_beams and cache.is_initialized:
-                _drop_beams(cache, ids, ids)
-            raise
+        return _map_sequences(result, kept)
 
-    def _read_prompt(self, ids: Tensor, call: GenerationCall) -> Prompt:
+    def _read_prompt(self, call: GenerationCall) -> Prompt | None:
         """Check the prompt and move its padding to the left; takes the mask out of ``call``."""
-        check_token_ids(ids, self.get_input_embeddings())
+        ids, embeds = call.inputs, call.kwargs.get("inputs_embeds")
+        if embeds is not None and ids is not None and not ids.numel():
+            ids = None  # what transformers itself begins with where only embeddings are given
+        if ids is not None:
+            check_token_ids(ids, self.get_input_embeddings())
+        columns = ids if embeds is None else embeds
+        if columns is None:
+            return None
+        shape = columns.shape[:2]
         mask = call.kwargs.pop("attention_mask", None)
-        if mask is None:
-            mask = _mask_from_padding(ids, call)
-        if ids.shape[0] > 1 and call.has_drafts:
+        if mask is None and ids is not None and ids.shape == shape:
+            mask = mask_from_padding(ids, call)
+        if shape[0] > 1 and call.has_drafts:
             raise NotSupported(
-                f"Drafting works on one sequence, not on {ids.shape[0]}.",
+                f"Drafting works on one sequence, not on {shape[0]}.",
                 hint="Generate for one prompt at a time, or without a draft.",
             )
-        if mask is None or mask.shape != ids.shape:
+        if mask is None or mask.shape != shape:
             return Prompt(ids, mask, ids)
         if not bool(mask.bool().any(dim=1).all()):
             raise BadInput("A prompt of the batch is empty.", hint="Leave the row out.")
         order = to_left_padding(mask)
         if order is None:
             return Prompt(ids, mask, ids)
-        return Prompt(ids.gather(1, order), mask.gather(1, order), ids)
+        for name in _PER_COLUMN:
+            values = call.kwargs.get(name)
+            if values is not None and values.shape[1] == shape[1]:
+                call.kwargs[name] = reorder_columns(values, order)
+        moved = ids if ids is None or ids.shape != shape else ids.gather(1, order)
+        return Prompt(moved, mask.gather(1, order), ids)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """As the original, without those options of the checkpoint that need local blocks."""
+        config, rest = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in LOCAL_OPTIONS:
+            setattr(config, name, None)
+            rest.pop(name, None)
+        return config, rest
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         found: CandidateGenerator = super()._get_candidate_generator(*args, **kwargs)
-        if isinstance(found, PromptLookupCandidateGenerator):
-            return _BoundedCandidates(found)
-        return found
+        cache, end = (
+            kwargs["model_kwargs"]["past_key_values"],
+            kwargs["generation_config"].max_length,
+        )
+        room = cache.get_max_length()
+        return draft_within(found, end - 1 if room < 0 else min(end - 1, room))
 
-
-class _BoundedCandidates(CandidateGenerator):
-    """Prompt lookup that proposes no token after the end, so that the session needs no longer room.
-
-    Tokens after ``max_length`` would be run and then thrown away.
-    """
-
-    def __init__(self, lookup: PromptLookupCandidateGenerator) -> None:
-        self._lookup = lookup
-
-    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        ids, logits = self._lookup.get_candidates(input_ids, **kwargs)
-        return ids[:, : max(input_ids.shape[1], self._lookup.max_length - 1)], logits
-
-    def update_candidate_strategy(
-        self, input_ids: Tensor, scores: Tensor, num_matches: int
-    ) -> None:
-        self._lookup.update_candidate_strategy(input_ids, scores, num_matches)
-
-
-def _refuse_modes(call: GenerationCall) -> None:
-    for name, mode in _HUB_MODES.items():
-        value = call.get(name)
-        if value is not None and value != _NEUTRAL.get(name):
-            raise NotSupported(
-                f"{mode} ({name}) is no part of transformers 5 any more: "
-                "its code would have to be fetched from the hub and run.",
-                hint="Use greedy search, sampling, beams, prompt lookup or an assistant model.",
-            )
-    if isinstance(call.kwargs.get("custom_generate"), str):
+    def generate_batch(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raises NotSupported: continuous batching of transformers is a scheduler of local keys."""
         raise NotSupported(
-            "custom_generate would fetch code from the hub and run it.",
-            hint="Pass a function of your own as custom_generate.",
-        )
-    if call.get("cache_implementation") is not None:
-        raise NotSupported(
-            "cache_implementation chooses a cache in this process; this model's is on the servers.",
-            hint="Leave it out.",
+            "Continuous batching of transformers keeps keys and values in this process; "
+            "the servers of this model batch the sessions of all clients.",
+            hint="Call model.generate for a padded batch of prompts, or in several threads.",
         )
 
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
-def _check_can_start(call: GenerationCall) -> None:
-    if call.kwargs.get("inputs_embeds") is None and call.get("bos_token_id") is None:
+
+def _begins_with(ids: Tensor | None, past: Tensor) -> bool:
+    if ids is None or ids.shape[0] != past.shape[0] or ids.shape[1] < past.shape[1]:
+        return False
+    return torch.equal(ids[:, : past.shape[1]], past.to(ids.device))
+
+
+def _rest_of(prompt: Prompt, num_past: int) -> Prompt | None:
+    """What follows the session's ids in a prompt that begins with them; None if nothing does."""
+    assert prompt.ids is not None
+    rest = prompt.ids[:, num_past:]
+    logger.info(
+        "The prompt begins with the %d tokens of the session: only the %d after them are run.",
+        num_past,
+        rest.shape[1],
+    )
+    mask = None if prompt.mask is None else prompt.mask[:, num_past:]
+    return Prompt(rest, mask, rest) if rest.shape[1] else None
+
+
+def _with_past(past: Tensor | None, cache: SessionCache, prompt: Prompt | None) -> Tensor | None:
+    """All ids of the session followed by the prompt's."""
+    new = None if prompt is None else prompt.ids
+    num_known = 0 if past is None else past.shape[1]
+    if cache.get_seq_length() > num_known and (past is not None or new is None):
         raise BadInput(
-            "There is nothing to start from: no prompt, and the model has no BOS token.",
-            hint="Pass token ids of shape [batch, tokens].",
+            f"The session was run without generate after its first {num_known} tokens, so ids of "
+            "its tokens are unknown.",
+            hint=f"Pass the next token ids; session.position = {num_known} drops those tokens.",
         )
-
-
-def _mask_from_padding(ids: Tensor, call: GenerationCall) -> Tensor | None:
-    """The mask transformers would infer: PAD tokens are padding unless they also end sequences."""
-    pad, eos = call.get("pad_token_id"), call.get("eos_token_id")
-    ends = eos if isinstance(eos, list) else torch.as_tensor([] if eos is None else eos)
-    if pad is None or bool((torch.as_tensor(ends) == pad).any()) or not bool((ids == pad).any()):
-        return None
-    return ids.ne(pad).long()
-
-
-def _with_past(
-    past: Tensor | None, cache: SessionCache, prompt: Prompt | None
-) -> tuple[Tensor | None, int]:
-    """All ids of the session followed by the prompt's, and how many columns are the session's."""
-    if past is None:
-        if prompt is None and cache.get_seq_length() > 0:
-            raise BadInput(
-                "The session was run without generate, so its last token is unknown.",
-                hint="Pass the next token ids.",
-            )
-        return (None if prompt is None else prompt.ids), 0
-    if prompt is not None and prompt.ids.shape[0] != past.shape[0]:
+    if past is None or new is None:
+        return new if past is None else past
+    if new.shape[0] != past.shape[0]:
         raise BadInput(
-            f"The prompt has {prompt.ids.shape[0]} rows, the session has {past.shape[0]}.",
+            f"The prompt has {new.shape[0]} rows, the session has {past.shape[0]}.",
             hint="Continue a session with the number of rows that it has.",
         )
-    ids = past if prompt is None else torch.cat([past, prompt.ids], dim=1)
-    surplus = cache.get_seq_length() - (ids.shape[1] - 1)
-    if surplus > 0:  # at least the last token has to run, to give the one after it
-        cache.crop(-surplus)
-    return ids, past.shape[1]
+    return torch.cat([past, new], dim=1)
 
 
 def _whole_mask(cache: SessionCache, prompt: Prompt | None, num_past: int) -> Tensor | None:
@@ -300,7 +296,7 @@ def _whole_mask(cache: SessionCache, prompt: Prompt | None, num_past: int) -> Te
     parts = [kept.real.long()]
     if num_past > kept.num_columns:
         parts.append(torch.ones(kept.num_rows, num_past - kept.num_columns, dtype=torch.int64))
-    if prompt is not None:
+    if prompt is not None and prompt.ids is not None:
         mask = prompt.mask if prompt.mask is not None else torch.ones_like(prompt.ids)
         if mask.shape[1] != prompt.ids.shape[1]:
             return mask
@@ -308,16 +304,15 @@ def _whole_mask(cache: SessionCache, prompt: Prompt | None, num_past: int) -> Te
     return torch.cat(parts, dim=1)
 
 
-def _drop_beams(cache: SessionCache, prompt: Tensor, sequences: Tensor) -> None:
-    """Keep the prompt's columns, which all beams share, once per answer of ``sequences``.
-
-    If the session is continued, the tokens after the prompt run again.
-    """
-    num_prompts = prompt.shape[0]
-    cache.crop(min(0, prompt.shape[1] - cache.get_seq_length()))
-    beams, answers = cache.batch_size // num_prompts, sequences.shape[0] // num_prompts
-    rows = [prompt_row * beams for prompt_row in range(num_prompts) for _ in range(answers)]
-    cache.batch_select_indices(torch.tensor(rows))
+def _keep_columns(
+    session: InferenceSession, num_columns: int, num_prompts: int, num_answers: int
+) -> None:
+    """Keep the first columns, which all rows of a prompt share, once per answer to it."""
+    columns = session.columns
+    if columns.num_rows:
+        expanded = columns.num_rows // num_prompts
+        rows = [prompt * expanded for prompt in range(num_prompts) for _ in range(num_answers)]
+        session.columns = columns.cut(num_columns).select(rows)
 
 
 def _shown(prompt: Prompt | None, num_past: int) -> Callable[[Tensor], Tensor]:
@@ -337,3 +332,48 @@ def _map_sequences(
         result.sequences = change(result.sequences)
         return result
     return change(result)
+
+
+def draft_with(model: PreTrainedModel, small_model: PreTrainedModel) -> PreTrainedModel:
+    """Let ``small_model`` draft in every `generate` of ``model``.
+
+    Raises ConfigError for a model that cannot generate or has another vocabulary.
+    """
+    if not isinstance(small_model, PreTrainedModel) or not small_model.can_generate():
+        raise ConfigError(
+            "small_model must be a language model of transformers.",
+            hint="Load one with AutoModelForCausalLM.from_pretrained(...).",
+        )
+    here, there = _vocabulary(model), _vocabulary(small_model)
+    if here != there:
+        raise ConfigError(
+            f"The small model has {there} token ids, the large one {here}: different tokenizers.",
+            hint="Draft with a smaller model of the same family.",
+        )
+    # Not as a submodule: it must not show among the parameters and be saved with the model.
+    model.__dict__["small_model"] = small_model
+    return model
+
+
+def draft_within(candidates: CandidateGenerator, max_length: int) -> CandidateGenerator:
+    """Let ``candidates`` propose no token behind the first ``max_length`` of the text.
+
+    A generator that drafts in the tokens of another tokenizer, or looks its draft up in the prompt,
+    does not count exactly. Tokens behind the end would run, need a longer session, and be dropped.
+    """
+    propose = candidates.get_candidates
+
+    def get_candidates(input_ids: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        ids, logits = propose(input_ids, **kwargs)
+        num_surplus = ids.shape[1] - max(input_ids.shape[1], max_length)
+        if num_surplus <= 0:
+            return ids, logits
+        return ids[:, :-num_surplus], None if logits is None else logits[:, :-num_surplus]
+
+    # On the object itself: transformers asks for its class.
+    candidates.get_candidates = get_candidates
+    return candidates
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).vocab_size)

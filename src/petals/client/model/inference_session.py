@@ -6,6 +6,7 @@ the session to transformers as a cache whose keys and values stay on the servers
 states; knows no model, no text and no sampling (it only stores what belongs to them).
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class InferenceSession:
         """The session as transformers sees it. Written by the model."""
         self.num_prompt_tokens = 0
         """Columns before the first of ``output_ids``: trained prompts. Written by the model."""
+        self.in_use = threading.RLock()
+        """Held by a `generate` that continues the session; one from another thread waits."""
         self.columns = Rows.empty(0)
         """What the rows hold, column by column; no rows before the first step.
 
@@ -207,8 +210,6 @@ class SessionCache(Cache):
 
     def __init__(self, open_session: Callable[[int | None], InferenceSession]) -> None:
         super().__init__(layers=[_SessionLayer(self)])
-        self.seen_ids: Tensor | None = None
-        """[rows, columns] int64: the ids from which `generate` prepared its latest forward."""
         self._open_session: Callable[[int | None], InferenceSession] | None = open_session
         self._session: InferenceSession | None = None
         self._shows_prompts = False

@@ -144,6 +144,12 @@ def to_left_padding(mask: Tensor) -> Tensor | None:
     return mask.argsort(dim=1, stable=True)
 
 
+def reorder_columns(values: Tensor, order: Tensor) -> Tensor:
+    """[rows or 1, columns, ...] -> [rows, columns, ...]: column c of row r is ``order[r, c]``."""
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    return values.expand(len(order), *values.shape[1:])[rows, order]
+
+
 def _read_mask(past: Rows, layout: ColumnLayout) -> Tensor:
     num_rows, num_past = past.real.shape
     mask = layout.attention_mask
@@ -212,7 +218,7 @@ def _first_positions(past: Rows, real: Tensor, positions: Tensor) -> Tensor:
     if bool(((implied != first[:, None]) & real).any()):
         raise NotSupported(
             "The positions of a row's tokens do not follow each other.",
-            hint="Number tokens without gaps: position_ids = (mask.cumsum(-1) - 1).clamp(min=0); "
-            "`generate` does so by itself.",
+            hint="Leave position_ids out, or number all tokens of a row without gaps, those of "
+            "its session first: position_ids = (mask.cumsum(-1) - 1).clamp(min=0).",
         )
     return torch.where(real.any(1) | begun, first, UNKNOWN)

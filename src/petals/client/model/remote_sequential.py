@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ from petals.client.tuning.lora import RemoteLora
 from petals.errors import BadInput, ConfigError, NotSupported
 from petals.types import BlockSpan
 from petals.wire.tensors import narrowed
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +49,11 @@ _scopes: ContextVar[tuple[tuple["RemoteSequential", object], ...]] = ContextVar(
     "remote_scopes", default=()
 )
 """The `with` blocks of this thread or task, innermost last: of which blocks, and the
-InferenceSession that calls continue or the ModelPass that is the model's only layer."""
+InferenceSession that calls continue (None: they continue none) or the ModelPass that is the model's
+only layer."""
+
+_entered: list[tuple["RemoteSequential", "InferenceSession"]] = []
+"""The sessions of the `with` blocks of all threads and tasks, and of which blocks they are."""
 
 
 class RemoteSequential(nn.Module):
@@ -103,14 +104,14 @@ class RemoteSequential(nn.Module):
         return len(self.blocks)
 
     def __iter__(self) -> "Iterator[RemoteSequential | ModelPass]":
-        current = self._innermost(ModelPass)
+        current = self._current_pass()
         if current is not None:
             return iter((current,))
         return (self._part(block, block + 1) for block in range(len(self)))
 
     def __getitem__(self, index: int | slice) -> "RemoteSequential | tuple[ModelPass]":
         if isinstance(index, slice):
-            current = self._innermost(ModelPass)
+            current = self._current_pass()
             if current is not None:
                 return (current,)
             start, stop, stride = index.indices(len(self))
@@ -140,7 +141,38 @@ class RemoteSequential(nn.Module):
     @property
     def active_session(self) -> InferenceSession | None:
         """The session that calls in this thread or task continue; None outside any."""
-        return self._innermost(InferenceSession)
+        found = self._session_scopes()
+        return found[-1] if found else None
+
+    @property
+    def is_in_block(self) -> bool:
+        """Whether a `with` block of this thread or task says which session calls continue."""
+        return bool(self._session_scopes())
+
+    def session_of_call(self) -> InferenceSession | None:
+        """The session that a call made now continues; None for a call of its own.
+
+        A thread, or a task that was begun earlier, does not inherit the `with` block of another
+        one. If such a block is open, it is unknown whether the call belongs to that session, and
+        either guess gives a wrong text without an error. Raises NotSupported.
+        """
+        found = self._session_scopes()
+        if not found and any(owner is self for owner, _ in list(_entered)):
+            raise NotSupported(
+                "A session is open in another thread or task, and this call, made outside its "
+                "`with` block, does not say whether it continues it.",
+                hint="Continue it with generate(..., session=session) or `with "
+                "model.use_session(session):`; run apart from it inside `with "
+                "model.use_session(None):`.",
+            )
+        return found[-1] if found else None
+
+    def _session_scopes(self) -> list[InferenceSession | None]:
+        return [
+            scope
+            for owner, scope in _scopes.get()
+            if owner is self and (scope is None or isinstance(scope, InferenceSession))
+        ]
 
     @property
     def position(self) -> int:
@@ -150,12 +182,18 @@ class RemoteSequential(nn.Module):
 
     @contextmanager
     def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
-        """Calls inside the block continue ``session``, which stays open; None changes nothing."""
+        """Calls inside the block continue ``session``, which stays open; with None, no session."""
         if session is None:
-            yield None
+            with self.entered(None):
+                yield None
             return
-        with self.entered(session):
-            yield session
+        entry = (self, session)
+        _entered.append(entry)
+        try:
+            with self.entered(session):
+                yield session
+        finally:
+            _entered.remove(entry)
 
     @contextmanager
     def inference_session(
@@ -217,15 +255,16 @@ class RemoteSequential(nn.Module):
         shapes, NotSupported for gradients of a session, and the errors of the swarm.
         """
         _check_hidden(inputs)
-        session = self.active_session
+        session = self.session_of_call()
         if session is not None:
             _refuse_gradients(inputs)
             return session.step(inputs, prompts=prompts, hypo_ids=hypo_ids)
         return ModelPass(self, Rows.full(*inputs.shape[:2]), prompts=prompts).run_whole(inputs)
 
     @contextmanager
-    def entered(self, scope: "InferenceSession | ModelPass") -> Iterator[None]:
-        """Calls inside the block, in this thread or task, continue a session or are one pass.
+    def entered(self, scope: "InferenceSession | ModelPass | None") -> Iterator[None]:
+        """Calls inside the block, in this thread or task, continue a session or none, or are one
+        pass.
 
         In a pass, this list has the pass as its only entry.
         """
@@ -238,11 +277,11 @@ class RemoteSequential(nn.Module):
     @property
     def is_in_pass(self) -> bool:
         """Whether a model's own forward runs around this call, in this thread or task."""
-        return self._innermost(ModelPass) is not None
+        return self._current_pass() is not None
 
-    def _innermost(self, kind: type[T]) -> T | None:
+    def _current_pass(self) -> "ModelPass | None":
         for owner, scope in reversed(_scopes.get()):
-            if owner is self and isinstance(scope, kind):
+            if owner is self and isinstance(scope, ModelPass):
                 return scope
         return None
 
