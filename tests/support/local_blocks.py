@@ -38,7 +38,7 @@ class LocalBlocks:
         self.cache_config = {"config": self.host.config} if is_hybrid else {}
         self.width = self.host.get_input_embeddings().embedding_dim
         self.sessions = []  # the sessions that have run a step
-        self.errors = {}  # number of a session's step -> the error that it raises, once
+        self.errors = {}  # number of a session's step -> the error that it raises or awaits, once
         self.num_whole = 0
 
     def open_rows(self, access, blocks, *, max_length=None, num_rows=None, tuning=None):
@@ -151,7 +151,8 @@ class LocalRows:
         if self.is_closed:
             raise SessionClosed("The session is closed.")
         if len(self.steps) in self.runner.errors:
-            raise self.runner.errors.pop(len(self.steps))
+            error = self.runner.errors.pop(len(self.steps))
+            raise error if isinstance(error, Exception) else await error()
         longest = max(start + count for start, count in zip(starts, counts))
         if self.max_length is not None and longest > self.max_length:
             raise LengthExceeded(f"{longest} tokens in a session for {self.max_length}.")

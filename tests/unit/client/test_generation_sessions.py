@@ -1,9 +1,15 @@
 """Continuing a session: in turns, without input, rolled back, after beams, after plain steps."""
 
+import asyncio
+import signal
+import threading
+
 import pytest
 import torch
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
-from petals.errors import BadInput, MissingBlocksError, NotSupported
+from petals.errors import BadInput, LengthExceeded, MissingBlocksError, NotSupported
 from support.local_blocks import tiny_pair
 
 PROMPT = torch.tensor([[11, 54, 7, 33, 54, 23, 90]])
@@ -169,28 +175,243 @@ def test_what_a_session_cannot_continue(remote):
         with pytest.raises(NotSupported, match="embeddings"):
             remote.generate(inputs_embeds=torch.zeros(1, 2, 32), max_new_tokens=2)
         remote(PROMPT)
-        with pytest.raises(BadInput, match="last token"):
+        with pytest.raises(BadInput, match="ids of its tokens are unknown"):
             remote.generate(None, max_new_tokens=2)
 
 
-def test_generated_tokens_survive_the_loss_of_blocks(local, remote):
-    whole = greedy(local, PROMPT, 8)
+class Broken(Exception):
+    pass
+
+
+class Raising:
+    """Something of the caller's that raises at its ``count``-th call."""
+
+    def __init__(self, error, count):
+        self.error, self.count = error, count
+
+    def step(self):
+        self.count -= 1
+        if self.count == 0:
+            raise self.error
+
+
+class RaisingProcessor(Raising, LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        self.step()
+        return scores
+
+
+class RaisingCriterion(Raising, StoppingCriteria):
+    def __call__(self, input_ids, scores):
+        self.step()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class RaisingStreamer(Raising, BaseStreamer):
+    num_ends = 0
+
+    def put(self, value):
+        self.step()
+
+    def end(self):
+        self.num_ends += 1
+        raise Broken
+
+
+def interruptions(remote, count):
+    """Each way to interrupt `generate` after ``count`` tokens: the error, options of the call."""
+    lost = MissingBlocksError("Blocks 2:4 are not served.")
+    for error in (lost, LengthExceeded("Too long.")):
+
+        def in_a_step(error=error):
+            sessions = remote.remote_blocks.runner.sessions
+            num_steps = len(sessions[-1].steps) if sessions else 0
+            remote.remote_blocks.runner.errors[num_steps + count] = error
+            return {}
+
+        yield error, in_a_step
+    for error in (Broken(), KeyboardInterrupt(), SystemExit()):
+        for name, kind in (
+            ("logits_processor", RaisingProcessor),
+            ("stopping_criteria", RaisingCriterion),
+            ("streamer", RaisingStreamer),
+        ):
+            raising = kind(error, count)
+            value = raising if name == "streamer" else [raising]
+            yield error, lambda name=name, value=value: {name: value}
+
+
+MODES = {
+    "greedy": {},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupted_call_leaves_the_session_where_it_stood(local, remote, mode, num_turns):
+    options = MODES[mode]
+    for error, interrupt in interruptions(remote, 3):
+        remote.remote_blocks.runner.sessions.clear()
+        remote.remote_blocks.runner.errors.clear()
+        with remote.inference_session(max_length=60) as session:
+            text = torch.zeros(1, 0, dtype=torch.int64)
+            for _ in range(num_turns):
+                text = joined(text, remote.generate(PROMPT, max_new_tokens=4))
+            before = session.output_ids, session.position
+            interrupting = interrupt()
+            streamer = interrupting.get("streamer")
+            if streamer is not None and mode in ("samples", "beams"):
+                continue  # transformers streams one sequence
+            with pytest.raises(type(error)) as caught:
+                remote.generate(REPLY, max_new_tokens=9, **options, **interrupting)
+            assert caught.value is error
+            assert streamer is None or streamer.num_ends == 1
+            assert session.output_ids is before[0]
+            assert session.position == before[1]
+            generated = error.generated
+            assert torch.equal(generated[:, :3], REPLY.expand(len(generated), -1))
+            assert mode == "lookup" or 3 + 1 <= generated.shape[1] <= 3 + 3
+            assert len(generated) == options.get("num_return_sequences", 1)
+            if mode in ("greedy", "lookup"):
+                whole = greedy(local, joined(text, REPLY), 9)[:, text.shape[1] :]
+                assert torch.equal(generated, whole[:, : generated.shape[1]])
+            torch.manual_seed(1)
+            again = remote.generate(REPLY, max_new_tokens=5, **options)
+            torch.manual_seed(1)
+            whole = local.generate(joined(text, REPLY), max_new_tokens=5, use_cache=True, **options)
+            assert torch.equal(again, whole[:, text.shape[1] :]), (mode, error)
+
+
+def test_ctrl_c_in_a_step(local, remote):
+    async def interrupt():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        await asyncio.Event().wait()  # until the step is cancelled
+
     with remote.inference_session(max_length=40) as session:
-        remote.remote_blocks.runner.errors[4] = MissingBlocksError("Blocks 2:4 are not served.")
-        with pytest.raises(MissingBlocksError) as caught:
-            remote.generate(PROMPT, max_new_tokens=8)
-        assert torch.equal(caught.value.generated, whole[:, : PROMPT.shape[1] + 4])
-        rest = remote.generate(None, max_new_tokens=4)
-        assert torch.equal(session.output_ids, whole)
-        assert torch.equal(rest, whole[:, -4:])
+        first = remote.generate(PROMPT, max_new_tokens=3)
+        remote.remote_blocks.runner.errors[5] = interrupt
+        with pytest.raises(KeyboardInterrupt) as caught:
+            remote.generate(REPLY, max_new_tokens=8)
+        assert torch.equal(session.output_ids, first)
+        answer = remote.generate(REPLY, max_new_tokens=8)
+    assert torch.equal(joined(first, answer), greedy(local, joined(first, REPLY), 8))
+    assert torch.equal(caught.value.generated, answer[:, :5])
 
 
-def test_beams_begin_again_after_the_loss_of_blocks(local, remote):
-    beams = {"max_new_tokens": 6, "num_beams": 2}
+def test_what_was_generated_can_be_continued(local, remote):
     with remote.inference_session(max_length=40):
-        remote.remote_blocks.runner.errors[3] = MissingBlocksError("Blocks 2:4 are not served.")
+        first = remote.generate(PROMPT, max_new_tokens=3)
+        remote.remote_blocks.runner.errors[6] = MissingBlocksError("Blocks 2:4 are not served.")
         with pytest.raises(MissingBlocksError) as caught:
-            remote.generate(PROMPT, **beams)
-        assert caught.value.generated is None
-        again = remote.generate(PROMPT, **beams)
-    assert torch.equal(again, local.generate(PROMPT, use_cache=True, **beams))
+            remote.generate(REPLY, max_new_tokens=8)
+        assert caught.value.generated.shape[1] == REPLY.shape[1] + 3
+        whole = remote.generate(caught.value.generated, max_new_tokens=5)
+    assert torch.equal(joined(first, whole), greedy(local, joined(first, REPLY), 8))
+
+
+def test_a_session_that_was_too_short_goes_on_with_less(local, remote):
+    with remote.inference_session(max_length=24):
+        first = remote.generate(PROMPT, max_new_tokens=10)
+        with pytest.raises(LengthExceeded) as caught:
+            remote.generate(REPLY, max_new_tokens=10)
+        rest = remote.generate(REPLY, max_new_tokens=3)
+    whole = greedy(local, joined(first, REPLY), 5)[:, first.shape[1] :]
+    assert torch.equal(rest, whole[:, :-2])
+    assert torch.equal(caught.value.generated, whole)  # all for which the session has room
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"negative_prompt_ids": torch.tensor([[5, 6]])},
+        {"num_beams": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
+    ids=["plain", "negative prompt", "beams", "samples"],
+)
+def test_guidance_in_a_session(local, remote, options):
+    options = {"guidance_scale": 1.5, "max_new_tokens": 6} | options
+    with remote.inference_session(max_length=40):
+        text = torch.zeros(1, 0, dtype=torch.int64)
+        for turn in (PROMPT, REPLY):
+            torch.manual_seed(2)
+            answer = remote.generate(turn, **options)
+            torch.manual_seed(2)
+            whole = local.generate(joined(text, turn), use_cache=True, **options)
+            assert torch.equal(answer, whole[:, text.shape[1] :])
+            if len(answer) > 1:
+                break  # the next turn needs as many prompts
+            text = joined(text, answer)
+
+
+def test_a_processor_may_run_the_model(local, remote):
+    class Ensemble(LogitsProcessor):
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, input_ids, scores):
+            alone = self.model(input_ids[:, -2:]).logits[:, -1]
+            return scores + alone + self.model.generate(input_ids[:, -1:], max_new_tokens=1)[0, 1]
+
+    with remote.inference_session(max_length=40):
+        first = remote.generate(PROMPT, max_new_tokens=4, logits_processor=[Ensemble(remote)])
+        rest = remote.generate(None, max_new_tokens=3, logits_processor=[Ensemble(remote)])
+    expected = local.generate(
+        PROMPT, max_new_tokens=7, logits_processor=[Ensemble(local)], use_cache=True
+    )
+    assert torch.equal(joined(first, rest), expected)
+
+
+class TestWholeTexts:
+    """`generate(full_text)`, as people call it who do not know that the session has the text."""
+
+    def test_only_what_follows_is_run(self, local, remote, caplog):
+        caplog.set_level("INFO", "petals")
+        with remote.inference_session(max_length=40) as session:
+            text = remote.generate(PROMPT, max_new_tokens=4)
+            assert not caplog.records
+            text = remote.generate(joined(text, REPLY), max_new_tokens=4)
+            assert torch.equal(text, greedy(local, joined(text[:, :11], REPLY), 4))
+            (record,) = caplog.records
+            assert "begins with the 11 tokens of the session" in record.getMessage()
+            assert torch.equal(session.output_ids, text)
+            assert session.position == text.shape[1] - 1
+            again = remote.generate(text, max_new_tokens=2)
+            assert torch.equal(again, greedy(local, text, 2))
+
+    def test_in_a_padded_batch(self, local, remote):
+        ids = torch.tensor([[5, 6, 7, 0, 0], [9, 8, 7, 6, 5]])
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        with remote.inference_session(max_length=40):
+            text = remote.generate(ids, attention_mask=mask, max_new_tokens=3)
+            mask = joined(mask, torch.ones(2, 6, dtype=torch.int64))
+            given = joined(text, REPLY.expand(2, -1))
+            whole = remote.generate(given, attention_mask=mask, max_new_tokens=3)
+        assert torch.equal(whole[:, : given.shape[1]], given)
+        for row, real in enumerate(mask[:, : given.shape[1]].bool()):
+            expected = greedy(local, given[row, real][None], 3)
+            assert torch.equal(whole[row, -3:], expected[0, -3:])
+
+    def test_another_text_follows_the_session(self, local, remote):
+        with remote.inference_session(max_length=40):
+            first = remote.generate(PROMPT, max_new_tokens=3)
+            other = joined(first[:, 1:], REPLY)
+            rest = remote.generate(other, max_new_tokens=3)
+        assert torch.equal(joined(first, rest), greedy(local, joined(first, other), 3))
+
+
+def test_tokens_that_generate_has_not_seen_are_told(local, remote):
+    with torch.no_grad(), remote.inference_session(max_length=40) as session:
+        first = remote.generate(PROMPT, max_new_tokens=3)
+        remote(REPLY)
+        with pytest.raises(BadInput, match="without generate") as refused:
+            remote.generate(REPLY, max_new_tokens=3)
+        assert f"session.position = {first.shape[1]}" in refused.value.hint
+        session.position = first.shape[1] - 1
+        session.output_ids = first
+        rest = remote.generate(REPLY, max_new_tokens=3)
+    assert torch.equal(joined(first, rest), greedy(local, joined(first, REPLY), 3))

@@ -1,10 +1,12 @@
 """`generate` through remote blocks gives the local tokens, in every mode of transformers."""
 
+import copy
 import sys
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.streamers import BaseStreamer
 
 from petals.errors import BadInput, LengthExceeded, MissingBlocksError, NotSupported
@@ -247,6 +249,56 @@ class TestOptions:
         embeddings = local.get_input_embeddings()(PROMPT).detach()
         same(local, remote, inputs_embeds=embeddings, max_new_tokens=5)
 
+    @pytest.mark.parametrize("side", ["left", "right", "inside"])
+    @pytest.mark.parametrize("given", ["ids", "embeds", "both", "empty ids", "other ids"])
+    @pytest.mark.parametrize("extra", ["mask", "mask and positions", "no mask"])
+    def test_padding_moves_all_that_belongs_to_a_column(self, models, side, given, extra):
+        """Each row generates what it generates alone, wherever its padding is."""
+        local, remote = models
+        rows = [torch.tensor([31, 7, 54, 23, 90, 8]), torch.tensor([11, 54, 7])]
+        order = {
+            "left": [3, 4, 5, 0, 1, 2],
+            "right": [0, 1, 2, 3, 4, 5],
+            "inside": [0, 3, 1, 4, 5, 2],
+        }
+        ids = torch.zeros(2, 6, dtype=torch.int64)
+        ids[0] = rows[0]
+        mask = torch.ones_like(ids)
+        padded = torch.zeros(6, dtype=torch.int64)
+        padded[:3] = rows[1]
+        ids[1] = padded[torch.tensor(order[side])]
+        mask[1] = (ids[1] != 0).long()
+        embeddings = local.get_input_embeddings()(ids).detach()
+        call = {"max_new_tokens": 5}
+        if given != "embeds":
+            other = {"empty ids": ids[:, :0], "other ids": ids[:, :2] + 5}
+            call["input_ids"] = other.get(given, ids)
+        if given != "ids":
+            call["inputs_embeds"] = embeddings
+        if extra != "no mask":
+            call["attention_mask"] = mask
+        elif given in ("embeds", "empty ids", "other ids"):
+            return  # padding is unknown; transformers takes all columns as tokens
+        if extra == "mask and positions":
+            call["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        before = {name: copy.deepcopy(value) for name, value in call.items()}
+        answer = remote.generate(**call)
+        assert all(torch.equal(call[name], before[name]) for name in call if name[0] in "ia")
+        if "input_ids" in call:
+            prompt = call["input_ids"]
+            assert torch.equal(answer[:, : prompt.shape[1]], prompt)
+            answer = answer[:, prompt.shape[1] :]
+        for row, new in zip(rows, answer):
+            alone = local.generate(row[None], max_new_tokens=5, use_cache=True)
+            assert torch.equal(new, alone[0, -5:])
+
+    def test_a_pad_id_inside_the_ids_without_a_mask(self, models):
+        local, remote = models
+        ids = torch.tensor([[11, 54, 7, 0, 33, 54, 23, 90, 8]])
+        same(local, remote, ids, max_new_tokens=5)
+        embeddings = local.get_input_embeddings()(ids).detach()
+        same(local, remote, ids, inputs_embeds=embeddings, max_new_tokens=5)
+
     def test_a_prompt_in_chunks(self, models):
         local, remote = models
         same(local, remote, PROMPT, max_new_tokens=5, prefill_chunk_size=3)
@@ -273,15 +325,44 @@ class TestRefusals:
             {"cache_implementation": "static"},
             {"output_hidden_states": True, "return_dict_in_generate": True},
             {"output_attentions": True, "return_dict_in_generate": True},
+            {"cache_implementation": "paged"},
+            {"generation_config": GenerationConfig(cache_implementation="offloaded")},
+            {"assistant_early_exit": 2},
+            {"use_mtp": True},
         ],
         ids=lambda options: next(iter(options)),
     )
     def test_what_cannot_work_says_so_before_anything_is_sent(self, models, options):
         _, remote = models
+        config = remote.config.to_dict()
         with pytest.raises(NotSupported) as refusal:
             remote.generate(PROMPT, max_new_tokens=4, **options)
         assert refusal.value.hint
+        assert refusal.value.generated is None
         assert not sessions(remote)
+        assert remote.config.to_dict() == config
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"cache_implementation": "dynamic"},
+            {"output_attentions": True},
+            {"output_hidden_states": True},
+            {"use_mtp": False},
+        ],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_what_asks_for_nothing_is_accepted(self, models, options):
+        same(*models, PROMPT, max_new_tokens=4, **options)
+
+    @pytest.mark.parametrize(
+        "name", [name for name in vars(ContinuousMixin) if not name.startswith(("_", "destroy"))]
+    )
+    def test_continuous_batching(self, models, name):
+        _, remote = models
+        with pytest.raises(NotSupported, match="Continuous batching") as refusal:
+            getattr(remote, name)([[10, 20], [30]], max_new_tokens=4)
+        assert "padded batch" in refusal.value.hint
 
     @pytest.mark.parametrize(
         ("prompt", "message"),
@@ -322,6 +403,27 @@ class TestRefusals:
         for draft in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": local}):
             with pytest.raises(NotSupported, match="one sequence"):
                 remote.generate(both, max_new_tokens=4, **draft)
+
+    def test_ids_that_do_not_continue_a_cache(self, models):
+        local, remote = models
+        cache = remote.new_cache()
+        cache.open(max_length=20)
+        text = remote.generate(PROMPT, past_key_values=cache, max_new_tokens=3)
+        for ids, mask in (
+            (text[:, -1:], None),  # the last token alone, without a mask
+            (text[:, :-1], None),  # as long as the cache
+            (text, torch.ones(1, 5)),
+            (text[:, -1:], torch.ones(1, 4)),
+        ):
+            with pytest.raises(BadInput, match="do not continue past_key_values of 9") as refusal:
+                remote.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+            assert "those 9 and the new ones" in refusal.value.hint
+        expected = local.generate(PROMPT, max_new_tokens=5, use_cache=True)
+        for ids, mask in ((text, None), (text[:, -1:], torch.ones(1, 10))):
+            given = {"attention_mask": mask, "past_key_values": cache}
+            rest = remote.generate(ids, max_new_tokens=1, **given)
+            cache.crop(-1)
+            assert torch.equal(rest[:, -1:], expected[:, 10:11])
 
     def test_longer_than_the_session(self, models):
         _, remote = models

@@ -77,7 +77,7 @@ def test_sessions_nest(blocks):
         with blocks.inference_session(max_length=4) as inner:
             assert blocks.active_session is inner
         with blocks.use_session(None):
-            assert blocks.active_session is outer
+            assert blocks.active_session is None
         assert blocks.active_session is outer
 
 
