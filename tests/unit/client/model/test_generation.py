@@ -5,7 +5,11 @@ import sys
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.streamers import BaseStreamer
 
