@@ -97,7 +97,7 @@ class DistributedCausalLM(GeneratingModel):
         if self.small_model is not None and kwargs.get("prompt_lookup_num_tokens") is None:
             kwargs.setdefault("assistant_model", self.small_model)
         call = GenerationCall(self, args, kwargs | {"inputs": inputs})
-        with call.failing_whole():
+        with call:
             if call.is_assistant:
                 return self._run(call.inputs, call)
             refuse_modes(call)

@@ -5,8 +5,7 @@ runs nothing.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +50,10 @@ _POSITIONAL = [
 
 
 class GenerationCall:
-    """The arguments of one `generate` call, by name, and what it has generated."""
+    """The arguments of one `generate` call, by name, and what it has generated.
+
+    A context manager around all that may fail in the call.
+    """
 
     def __init__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.kwargs = dict(zip(_POSITIONAL, args)) | kwargs
@@ -105,19 +107,20 @@ class GenerationCall:
         # The first criterion: it has seen a token before a criterion of the caller can raise.
         self.kwargs["stopping_criteria"] = [self._so_far, *(given if given is not None else ())]
 
-    @contextmanager
-    def failing_whole(self) -> Iterator[None]:
-        """End the streamer on every error, so that its reader ends, too, and set ``generated``."""
+    def __enter__(self) -> "GenerationCall":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """On every error: set ``generated``, and end the streamer, so that its reader ends, too."""
+        if error is None:
+            return
+        error.generated = self._generated()  # type: ignore[attr-defined]
+        streamer = self.kwargs.get("streamer")
         try:
-            yield
-        except BaseException as error:
-            error.generated = self._generated()  # type: ignore[attr-defined]
-            streamer = self.kwargs.get("streamer")
-            try:
-                if streamer is not None:
-                    streamer.end()
-            finally:
-                raise error
+            if streamer is not None:
+                streamer.end()
+        finally:  # the streamer may be what is broken
+            raise error
 
     def _generated(self) -> Tensor | None:
         """The ids so far, in the shape of the result; of beams, the best that were running."""
