@@ -1,12 +1,16 @@
 """Stock `generate` on a model whose blocks real servers run, over a network in memory."""
 
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Thread
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 
+from petals.client.connection.event_loop import client_loop
 from petals.types import BlockSpan
 from support.models import WriteModel
 from support.reference import assert_close
@@ -72,6 +76,71 @@ def test_a_conversation(pair: Pair) -> None:
     whole = pair.local.generate(torch.cat([told, reply], dim=1), max_new_tokens=4, use_cache=True)
     assert torch.equal(torch.cat([told, answer], dim=1), whole)
     assert torch.equal(torch.cat([told, again], dim=1), pair.local.generate(told, max_new_tokens=3))
+
+
+class CtrlC(StoppingCriteria):
+    """Interrupts the main thread while the step after the third token is under way."""
+
+    num_tokens = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        self.num_tokens += 1
+        if self.num_tokens == 3:
+            client_loop.loop.call_soon_threadsafe(
+                signal.pthread_kill, threading.main_thread().ident, signal.SIGINT
+            )
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_ctrl_c_in_a_conversation(pair: Pair) -> None:
+    reply = torch.tensor([[8, 41]])
+    with pair.remote.inference_session(max_length=60) as session:
+        text = pair.remote.generate(PROMPT, max_new_tokens=4)
+        for mode in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
+            position = session.position
+            with pytest.raises(KeyboardInterrupt) as stopped:
+                pair.remote.generate(reply, max_new_tokens=12, stopping_criteria=[CtrlC()], **mode)
+            assert session.position == position
+            answer = pair.remote.generate(reply, max_new_tokens=4)
+            whole = torch.cat([text, reply], dim=1)
+            expected = pair.local.generate(whole, max_new_tokens=4, use_cache=True)
+            text = torch.cat([text, answer], dim=1)
+            assert torch.equal(text, expected)
+            if not mode:
+                generated = stopped.value.generated
+                num_common = min(generated.shape[1], answer.shape[1])
+                assert num_common >= reply.shape[1] + 3
+                assert torch.equal(generated[:, :num_common], answer[:, :num_common])
+
+
+def test_guidance_in_a_conversation(pair: Pair) -> None:
+    options = {"guidance_scale": 1.5, "max_new_tokens": 5}
+    reply = torch.tensor([[8, 41]])
+    with pair.remote.inference_session(max_length=40):
+        told = pair.remote.generate(PROMPT, **options)
+        answer = pair.remote.generate(reply, **options)
+    whole = pair.local.generate(PROMPT, use_cache=True, **options)
+    assert torch.equal(told, whole)
+    whole = pair.local.generate(torch.cat([told, reply], dim=1), use_cache=True, **options)
+    assert torch.equal(torch.cat([told, answer], dim=1), whole)
+
+
+def test_a_stream_from_another_thread(pair: Pair) -> None:
+    class Words:
+        def decode(self, ids: list[int], **kwargs: object) -> str:
+            return "".join(f"{int(token)} " for token in ids)
+
+    with pair.remote.inference_session(max_length=40):
+        text = pair.remote.generate(PROMPT, max_new_tokens=4)
+        streamer = TextIteratorStreamer(Words(), timeout=60, skip_prompt=True)
+        call = {"input_ids": torch.tensor([[8, 41]]), "max_new_tokens": 4, "streamer": streamer}
+        Thread(target=pair.remote.generate, kwargs=call).start()
+        words = "".join(streamer).split()
+        rest = pair.remote.generate(None, max_new_tokens=2)  # waits for the thread's call
+    expected = pair.local.generate(
+        torch.cat([text, call["input_ids"]], dim=1), max_new_tokens=6, use_cache=True
+    )[0, text.shape[1] + 2 :].tolist()
+    assert [int(word) for word in words] + rest[0].tolist() == expected
 
 
 def test_a_cache_that_grows(pair: Pair) -> None:
