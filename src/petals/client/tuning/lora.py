@@ -6,15 +6,16 @@ optimizer runs at the client. Reads and writes peft's format. Knows no servers a
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals.client.tuning import whole_modules
+from petals.client.tuning.whole_modules import WholeModules
 from petals.errors import AdapterRefused
 from petals.models.adapters.config import LoraConfig
 from petals.models.adapters.files import SavedAdapter, read_adapter, targeted_slots, write_adapter
@@ -29,7 +30,12 @@ _SHOWN_NAMES = 12
 
 
 class RemoteLora(nn.Module):
-    """The matrices of one adapter, as f32 parameters ``BLOCK.PATH.lora_A`` and ``lora_B``."""
+    """The matrices of one adapter, as f32 parameters ``BLOCK.PATH.lora_A`` and ``lora_B``.
+
+    whole: modules outside the blocks that belong to the adapter; None: there are none.
+    """
+
+    whole: WholeModules | None = None
 
     def __init__(self, config: LoraConfig, adapter: Adapter, *, is_trainable: bool = True) -> None:
         super().__init__()
@@ -93,7 +99,7 @@ class AdaptedBlocks(Protocol):
     lora: RemoteLora | None
 
 
-class RemoteModel(Protocol):
+class RemoteModel(whole_modules.Model, Protocol):
     """What tuning needs of a model with remote blocks.
 
     The four functions below are methods of such a model. It has at most one adapter; calls and
@@ -111,25 +117,27 @@ class RemoteModel(Protocol):
 
     def can_generate(self) -> bool: ...
 
-    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
-
 
 def add_adapter(
     model: RemoteModel, adapter_config: object, adapter_name: str | None = None
 ) -> None:
-    """Add a new trainable adapter. adapter_config: a LoraConfig, of petals or of peft.
+    """Add a new trainable adapter in place of the present one. adapter_config: a LoraConfig, of
+    petals or of peft.
 
-    Its matrices are among ``model.parameters()`` from now on, and ``modules_to_save`` (a score
-    head) become trainable. Raises AdapterRefused for what servers cannot apply.
+    Its matrices are among ``model.parameters()`` from now on. The modules of ``modules_to_save`` (a
+    score head, embeddings) get copies of their parameters, which are trained; ``delete_adapter``
+    puts the originals back. Raises AdapterRefused for what servers cannot apply.
     """
     config = LoraConfig.of(adapter_config)
     slots, transposed = slots_of_model(model.remote_blocks.config)
     config = replace(config, fan_in_fan_out=transposed)
     lora = RemoteLora.new(config, slots, model.blocks_path)
-    for parameter in _whole_modules(model, config).values():
-        parameter.requires_grad_(True)
+    whole_modules.parameters_of(model, config.modules_to_save)
+    delete_adapter(model)
+    values = whole_modules.parameters_of(model, config.modules_to_save)
+    lora.whole = WholeModules(
+        model, values, is_trainable=True, ties_weights=config.ensure_weight_tying
+    )
     model.remote_blocks.lora = lora
 
 
@@ -152,16 +160,26 @@ def load_adapter(
     slots, _ = slots_of_model(model.remote_blocks.config)
     check_fits(saved.adapter, slots)
     check_finite(saved.adapter)
-    whole = _matching(model, saved.rest)
-    model.remote_blocks.lora = RemoteLora(saved.config, saved.adapter, is_trainable=is_trainable)
-    with torch.no_grad():
-        for name, parameter in whole.items():
-            parameter.copy_(saved.rest[name])
-            parameter.requires_grad_(is_trainable)
+    whole_modules.check_fits(model, saved.rest)
+    lora = RemoteLora(saved.config, saved.adapter, is_trainable=is_trainable)
+    delete_adapter(model)
+    lora.whole = WholeModules(
+        model,
+        saved.rest,
+        is_trainable=is_trainable,
+        ties_weights=saved.config.ensure_weight_tying,
+    )
+    model.remote_blocks.lora = lora
 
 
 def delete_adapter(model: RemoteModel, adapter_names: object = None) -> None:
-    """Go on without the adapter."""
+    """Go on without the adapter, with the model's own embeddings and head.
+
+    Raises AdapterRefused if these were resized while the adapter was there.
+    """
+    lora = model.remote_blocks.lora
+    if lora is not None and lora.whole is not None:
+        lora.whole.restore(model)
     model.remote_blocks.lora = None
 
 
@@ -175,7 +193,8 @@ def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
         raise AdapterRefused(
             "The model has no adapter to save.", hint="Add one: model.add_adapter(config)."
         )
-    saved = SavedAdapter(lora.config, lora.snapshot(), _whole_modules(model, lora.config))
+    whole = {} if lora.whole is None else lora.whole.of(model)
+    saved = SavedAdapter(lora.config, lora.snapshot(), whole)
     kind = type(model).__name__
     settings = {
         "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
@@ -192,35 +211,3 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
             root.add_module(name, nn.Module())
         root = root.get_submodule(name)
     root.add_module(last, module)
-
-
-def _whole_modules(model: RemoteModel, config: LoraConfig) -> dict[str, Tensor]:
-    """Parameters of the modules in ``modules_to_save``. Raises AdapterRefused for unknown ones."""
-    found: dict[str, Tensor] = {}
-    for wanted in config.modules_to_save:
-        own = {
-            f"{path}.{name}": parameter
-            for path, module in model.named_modules()
-            if path == wanted or path.endswith(f".{wanted}")
-            for name, parameter in module.named_parameters()
-        }
-        if not own:
-            raise AdapterRefused(
-                f"The client has no module {wanted!r} to train whole (modules_to_save).",
-                hint="Embeddings, final norm and head are here; the blocks are on servers.",
-            )
-        found |= own
-    return found
-
-
-def _matching(model: RemoteModel, rest: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The model's parameters that ``rest`` has values for. Raises AdapterRefused."""
-    own = dict(model.named_parameters())
-    for name, tensor in rest.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise AdapterRefused(
-                f"The adapter has {name} {list(tensor.shape)}, which this model does not have.",
-                hint="Load it with the class it was made for (a classifier's with "
-                "AutoDistributedModelForSequenceClassification).",
-            )
-    return {name: own[name] for name in rest}

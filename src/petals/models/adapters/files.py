@@ -107,7 +107,8 @@ def write_adapter(
         tensors[f"{path}.lora_A.weight"] = part.a.detach().cpu().contiguous()
         tensors[f"{path}.lora_B.weight"] = part.b.detach().cpu().contiguous()
     for name, tensor in saved.rest.items():
-        tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
+        # A copy, because safetensors refuses tensors that share memory: those of tied modules.
+        tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     content = saved.config.as_peft() | dict(settings or {})
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True), "utf-8")
