@@ -70,11 +70,17 @@ class SavedTuning:
             parameter.requires_grad_()
 
 
-def find_tuned(source: str) -> SavedTuning | None:
+def find_tuned(source: str, options: dict[str, Any] | None = None) -> SavedTuning | None:
     """What ``save_pretrained`` wrote into the folder ``source``; None for any other source.
 
-    Raises ModelFilesBroken for a damaged note.
+    ``options`` of ``from_pretrained``: a ``subfolder`` that holds it is removed from them. Raises
+    ModelFilesBroken for a damaged note.
     """
+    options = {} if options is None else options
+    subfolder = options.get("subfolder")
+    if subfolder and (found := find_tuned(str(Path(source) / subfolder))):
+        del options["subfolder"]
+        return found
     folder = Path(source)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
