@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from petals import LoraConfig
 from petals.types import BlockSpan
 from support.reference import assert_close
 from support.swarm import RealSwarm, real_swarm
@@ -80,7 +82,7 @@ def test_steps_are_those_of_the_local_model(
         remote = swarm.model(tuning_mode=mode, pre_seq_len=4, dtype=getattr(torch, dtype))
         reference = TunedReference.of(swarm.local, remote)
         leaves = [p for p in remote.parameters() if p.requires_grad]
-        actual = train(lambda ids: remote(ids, labels=ids).loss, leaves, cast, scale)
+        actual = train(partial(loss_under, remote), leaves, cast, scale)
         expected = train(partial(reference_loss, reference), reference.leaves, cast, scale)
         assert actual[1] == expected[1]
         exact = dtype == "float32" and cast is None
@@ -89,3 +91,27 @@ def test_steps_are_those_of_the_local_model(
         assert actual[0][-1] < actual[0][0]
         assert all(bool(p.isfinite().all()) for p in leaves)
         assert_close([leaves[0]], [reference.prompts], 1e-4 if exact else 0.05)
+
+
+@pytest.mark.parametrize(("cast", "scale"), [(torch.float16, 2.0**40), (None, 2.0**127)])
+def test_an_adapter_takes_the_steps_of_peft(
+    llama: Path, tmp_path: Path, cast: torch.dtype | None, scale: float
+) -> None:
+    with swarm_of(llama, "float32") as swarm:
+        remote = swarm.model()
+        remote.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        remote.save_adapter(tmp_path)
+        local = peft.PeftModel.from_pretrained(swarm.local, tmp_path, is_trainable=True).eval()
+        found = []
+        for model in (remote, local):
+            leaves = [p for p in model.parameters() if p.requires_grad]
+            loss_of = partial(loss_under, model)
+            found.append(train(loss_of, leaves, cast, scale))
+        (losses, scales), (expected, expected_scales) = found
+        assert scales == expected_scales
+        assert losses == pytest.approx(expected, rel=0.02 if cast else 1e-5)
+        assert losses[-1] < losses[0]
+
+
+def loss_under(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss

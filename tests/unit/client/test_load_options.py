@@ -1,4 +1,4 @@
-"""from_pretrained takes the calls that people paste: every argument of the installed transformers."""
+"""from_pretrained takes pasted calls: every argument of the installed transformers."""
 
 import ast
 import copy
@@ -167,6 +167,21 @@ def test_a_config_is_used_as_it_was_given(llama):
     assert CLASSIFIER.from_pretrained(llama, config=str(llama), num_labels=5).num_labels == 5
     with pytest.raises(ConfigError, match="BloomConfig"):
         CAUSAL.from_pretrained(llama, config=AutoConfig.for_model("bloom"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_use_cache_is_honoured(tiny_folder, family):
+    for given, expected in ({}, True), ({"use_cache": False}, False), ({"use_cache": None}, True):
+        config = CAUSAL.from_pretrained(tiny_folder(family), **given).config
+        assert config.use_cache is config.get_text_config(decoder=True).use_cache is expected
+
+
+def test_a_part_of_a_nested_config(tiny_folder):
+    folder = tiny_folder("gemma3")
+    whole = AutoConfig.from_pretrained(folder, text_config={"rms_norm_eps": 0.5})
+    model = CAUSAL.from_pretrained(folder, text_config={"rms_norm_eps": 0.5})
+    assert model.config.text_config.rms_norm_eps == whole.text_config.rms_norm_eps == 0.5
+    assert model.config.text_config.hidden_size == whole.text_config.hidden_size
 
 
 @pytest.mark.parametrize("cls", [CAUSAL, DistributedLlamaForCausalLM, AutoDistributedConfig])

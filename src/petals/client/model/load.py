@@ -46,6 +46,7 @@ class LoadRequest:
     """Keyword arguments of ``from_pretrained``, sorted.
 
     whole_config: used in place of the checkpoint's. config: single settings of the model.
+    use_cache: None leaves it on, also where the checkpoint's config switches it off.
     """
 
     client: ClientConfig
@@ -54,6 +55,7 @@ class LoadRequest:
     whole_config: PretrainedConfig | None = None
     config: dict[str, Any] = field(default_factory=dict)
     generation_config: GenerationConfig | None = None
+    use_cache: bool | None = None
 
     @classmethod
     def read(cls, options: dict[str, Any]) -> "LoadRequest":
@@ -86,6 +88,7 @@ class LoadRequest:
             ends=ends,
             whole_config=given,
             generation_config=options.pop("generation_config", None),
+            use_cache=options.pop("use_cache", None),
             config=options,
         )
 
@@ -129,6 +132,9 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
 
     model = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])
     add_prompts(model.blocks_host, request.tuning, archs[0].num_blocks)
+    if request.use_cache is not None:
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.use_cache = request.use_cache
     if request.generation_config is not None and model.can_generate():
         model.generation_config = copy.deepcopy(request.generation_config)
     return model
@@ -152,6 +158,9 @@ def open_model(source: str, request: LoadRequest) -> tuple[Checkpoint, ClientCon
                 hint="It takes the fields of ClientConfig and of the model's config, and arguments "
                 "of transformers: dtype, device_map, revision, token, ...",
             )
+        present = getattr(config, name)
+        if isinstance(present, PretrainedConfig) and isinstance(value, dict):
+            value = type(present)(**present.to_dict() | value)  # as transformers does
         setattr(config, name, value)
     return replace(checkpoint, config=config), client
 
@@ -220,6 +229,7 @@ def distribute(model: PreTrainedModel, arch: ModelArch) -> PreTrainedModel:
         module.__class__ = distributed_class(_original(type(module)), is_base=not is_head)
         module.blocks_path = blocks_path[len(path) :].lstrip(".")
         module.host_path = _joined(base_path, arch.host_path)[len(path) :].lstrip(".")
+        module.num_base_tokens = len(module.get_input_embeddings().weight)
     # Some configs (MPT's) switch the cache off; without it every token would run the whole prompt
     # again.
     for config in (model.config, model.config.get_text_config(decoder=True)):

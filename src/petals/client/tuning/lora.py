@@ -117,6 +117,13 @@ class RemoteModel(whole_modules.Model, Protocol):
 
     def can_generate(self) -> bool: ...
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module: ...
+
 
 def add_adapter(
     model: RemoteModel, adapter_config: object, adapter_name: str | None = None
@@ -184,7 +191,8 @@ def delete_adapter(model: RemoteModel, adapter_names: object = None) -> None:
 
 
 def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
-    """Write the adapter as peft does, whole modules that were trained with it included.
+    """Write the adapter as peft does, with the whole modules that were trained with it, and with
+    embeddings and head if they were resized.
 
     Raises AdapterRefused if there is none.
     """
@@ -193,7 +201,8 @@ def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
         raise AdapterRefused(
             "The model has no adapter to save.", hint="Add one: model.add_adapter(config)."
         )
-    whole = {} if lora.whole is None else lora.whole.of(model)
+    whole = whole_modules.resized_parameters(model)
+    whole |= {} if lora.whole is None else lora.whole.of(model)
     saved = SavedAdapter(lora.config, lora.snapshot(), whole)
     kind = type(model).__name__
     settings = {

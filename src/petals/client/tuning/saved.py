@@ -1,9 +1,10 @@
 """Files of what was trained, without the model it was trained on.
 
 A folder holds ``model.safetensors`` (every parameter that requires gradients, under its name in
-``state_dict``), ``config.json`` (of the whole model, with a note that names its base model) and,
-where peft has a format for it, the same as an adapter of peft: a LoRA inside the blocks, or prompts
-before the input. Knows neither the network nor how a model is loaded.
+``state_dict``, and embeddings and head if they were resized), ``config.json`` (of the whole model,
+with a note that names its base model) and, where peft has a format for it, the same as an adapter
+of peft: a LoRA inside the blocks, or prompts before the input. Knows neither the network nor how a
+model is loaded.
 """
 
 import copy
@@ -21,6 +22,7 @@ from torch import Tensor
 from petals.client.config import ClientConfig
 from petals.client.tuning.lora import RemoteModel, load_adapter, save_adapter
 from petals.client.tuning.prompts import DEEP_PROMPTS, PROMPTS, TuningConfig
+from petals.client.tuning.whole_modules import resized_parameters
 from petals.errors import ConfigError, ModelFilesBroken
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -33,17 +35,23 @@ _OF_THE_HEAD = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 @dataclass(frozen=True, slots=True)
 class SavedTuning:
-    """A folder of ``save_pretrained``. base, options: arguments of ``from_pretrained``."""
+    """A folder of ``save_pretrained``. base, options: arguments of ``from_pretrained``.
+
+    num_tokens: rows of the embeddings; 0: those of the base. frozen: the saved parameters that were
+    not trained.
+    """
 
     folder: Path
     base: str
     model_class: str
     has_lora: bool
     options: dict[str, Any]
+    num_tokens: int = 0
+    frozen: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def restore(self, model: RemoteModel) -> None:
-        """Copy the trained tensors into the model; they require gradients again.
+        """Copy the trained tensors into the model, resized if it was; they require gradients again.
 
         Raises ModelFilesBroken for a damaged file and for the file of another model, AdapterRefused
         for an adapter of another model.
@@ -54,6 +62,8 @@ class SavedTuning:
             raise ModelFilesBroken(
                 f"{self.folder / WEIGHTS_FILE} cannot be read: {error}"
             ) from error
+        if self.num_tokens and self.num_tokens != model.num_base_tokens:
+            model.resize_token_embeddings(self.num_tokens, mean_resizing=False)
         if self.has_lora:
             load_adapter(model, self.folder, is_trainable=any(".lora_A" in n for n in tensors))
         parameters = dict(model.named_parameters())
@@ -67,7 +77,7 @@ class SavedTuning:
                     hint=f"It was saved by a {self.model_class}; load it as one, on its own base.",
                 )
             parameter.copy_(tensor)
-            parameter.requires_grad_()
+            parameter.requires_grad_(name not in self.frozen)
 
 
 def find_tuned(source: str, options: dict[str, Any] | None = None) -> SavedTuning | None:
@@ -95,7 +105,8 @@ def find_tuned(source: str, options: dict[str, Any] | None = None) -> SavedTunin
             options["id2label"] = {int(key): label for key, label in options["id2label"].items()}
         options |= {entry.name: config[entry.name] for entry in fields(TuningConfig)}
         base, model_class, has_lora = str(note["base"]), str(note["class"]), bool(note["lora"])
-        return SavedTuning(folder, base, model_class, has_lora, options)
+        num_tokens, frozen = int(note.get("tokens", 0)), frozenset(note.get("frozen", ()))
+        return SavedTuning(folder, base, model_class, has_lora, options, num_tokens, frozen)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelFilesBroken(
             f"{folder / CONFIG_FILE} was not written by save_pretrained: {_NOTE} or a setting "
@@ -107,12 +118,14 @@ def find_tuned(source: str, options: dict[str, Any] | None = None) -> SavedTunin
 def save_tuned(model: RemoteModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write the parameters that require gradients, with the values of ``state`` where it has them.
 
-    Raises ConfigError if no parameter requires gradients.
+    Embeddings and head that were resized are written in any case. Raises ConfigError if there is
+    nothing to write.
     """
+    resized = resized_parameters(model)
     trained = {
         name: (state or {}).get(name, parameter).detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad or name in resized
     }
     if not trained:
         raise ConfigError(
@@ -146,6 +159,8 @@ def _config_of(model: RemoteModel) -> dict[str, Any]:
         "base": model.config._name_or_path,
         "class": type(model).__name__,
         "lora": model.remote_blocks.lora is not None,
+        "tokens": len(model.get_input_embeddings().get_parameter("weight")),
+        "frozen": [name for name, p in resized_parameters(model).items() if not p.requires_grad],
     }
     return json.loads(config.to_json_string(use_diff=False)) | {_NOTE: note}
 

@@ -14,7 +14,16 @@ from petals.errors import AdapterRefused
 
 
 class Model(Protocol):
-    """What is needed of a model: its modules and parameters by name."""
+    """What is needed of a model: its modules and parameters by name.
+
+    num_base_tokens: rows of the embeddings that were loaded.
+    """
+
+    num_base_tokens: int
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
 
     def get_submodule(self, target: str) -> nn.Module: ...
 
@@ -98,6 +107,19 @@ def parameters_of(model: Model, modules: Iterable[str]) -> dict[str, Tensor]:
             )
         found |= own
     return found
+
+
+def resized_parameters(model: Model) -> dict[str, Tensor]:
+    """Embeddings and head, by name, if ``resize_token_embeddings`` has changed their rows.
+
+    The base model does not have these rows, so that they are saved, trained or not.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if len(embeddings.get_parameter("weight")) == model.num_base_tokens:
+        return {}
+    own = {id(parameter) for each in (embeddings, head) if each for parameter in each.parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if id(parameter) in own}
 
 
 def check_fits(model: Model, values: Mapping[str, Tensor]) -> None:
