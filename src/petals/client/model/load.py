@@ -35,6 +35,7 @@ from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.client.tuning.saved import find_tuned, save_tuned
 from petals.errors import ConfigError, ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, build_on_meta, parent_of
+from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
 from petals.models.loading.head import ClientPartOptions, HeadKind, base_within, load_client_part
 from petals.models.loading.split import LoadOptions
@@ -131,6 +132,7 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
         return blocks
 
     model = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])
+    model.base_access = checkpoint.access
     add_prompts(model.blocks_host, request.tuning, archs[0].num_blocks)
     if request.use_cache is not None:
         for config in (model.config, model.config.get_text_config(decoder=True)):
@@ -177,6 +179,9 @@ def attach(config: PretrainedConfig, *settings: ClientConfig | TuningConfig) -> 
 
 class Loadable(DistributedModel):
     """A distributed class that can be loaded, and saved as far as it was trained."""
+
+    base_access = HubAccess()
+    """Which files of its repository it was loaded from."""
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str | None = None, **options: Any) -> Self:

@@ -108,6 +108,7 @@ class RemoteModel(whole_modules.Model, Protocol):
 
     config: PretrainedConfig
     blocks_path: str
+    base_access: HubAccess
 
     @property
     def remote_blocks(self) -> AdaptedBlocks: ...

@@ -31,6 +31,8 @@ _NOTE = "petals_tuned"
 """Key of the note in ``config.json``."""
 _OF_THE_HEAD = ("id2label", "label2id", "problem_type", "pad_token_id")
 """Settings of a classifier that its base model's config does not have."""
+_OF_THE_BASE = ("revision", "subfolder", "variant")
+"""Fields of HubAccess that say which files the base model was loaded from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def find_tuned(source: str, options: dict[str, Any] | None = None) -> SavedTunin
         if "id2label" in options:  # keys are strings in JSON
             options["id2label"] = {int(key): label for key, label in options["id2label"].items()}
         options |= {entry.name: config[entry.name] for entry in fields(TuningConfig)}
+        options |= {name: str(value) for name, value in note.get("access", {}).items()}
         base, model_class, has_lora = str(note["base"]), str(note["class"]), bool(note["lora"])
         num_tokens, frozen = int(note.get("tokens", 0)), frozenset(note.get("frozen", ()))
         return SavedTuning(folder, base, model_class, has_lora, options, num_tokens, frozen)
@@ -155,8 +158,12 @@ def _config_of(model: RemoteModel) -> dict[str, Any]:
             delattr(config, entry.name)
     original = type(model).__name__.removeprefix("Distributed")
     config.architectures = [original]
+    access = {name: getattr(model.base_access, name) for name in _OF_THE_BASE}
     note = {
         "base": model.config._name_or_path,
+        "access": {
+            name: value for name in _OF_THE_BASE if (value := getattr(model.base_access, name))
+        },
         "class": type(model).__name__,
         "lora": model.remote_blocks.lora is not None,
         "tokens": len(model.get_input_embeddings().get_parameter("weight")),

@@ -6,7 +6,7 @@ Resolves names and refuses files that are not safe to read. Knows nothing of blo
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -171,6 +171,7 @@ def find_files(source: str, access: HubAccess | None = None) -> SourceFiles:
     if folder.is_dir():
         if access.subfolder:
             source, folder = f"{source.rstrip('/')}/{access.subfolder}", folder / access.subfolder
+            access = replace(access, subfolder=None)
         return SourceFiles(name=source, folder=folder, access=access)
     if folder.is_file() or source.startswith(("/", ".", "~")):
         raise _no_folder(source, folder.is_file())
