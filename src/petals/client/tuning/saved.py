@@ -161,9 +161,7 @@ def _config_of(model: RemoteModel) -> dict[str, Any]:
     access = {name: getattr(model.base_access, name) for name in _OF_THE_BASE}
     note = {
         "base": model.config._name_or_path,
-        "access": {
-            name: value for name in _OF_THE_BASE if (value := getattr(model.base_access, name))
-        },
+        "access": {name: value for name, value in access.items() if value},
         "class": type(model).__name__,
         "lora": model.remote_blocks.lora is not None,
         "tokens": len(model.get_input_embeddings().get_parameter("weight")),
