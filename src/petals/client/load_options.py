@@ -151,6 +151,35 @@ def hub_access(options: dict[str, Any]) -> HubAccess:
     return HubAccess(**{name: value for name, value in found.items() if value is not None})
 
 
+_OF_PEFT_ALONE = frozenset(
+    {
+        *("autocast_adapter_dtype", "ephemeral_gpu_offload", "hotswap", "load_config"),
+        *("low_cpu_mem_usage", "proxies", "repo_type", "torch_device", "use_safetensors"),
+    }
+)
+"""Arguments of peft's ``load_adapter`` that say how its own layers are made."""
+
+
+def adapter_access(options: dict[str, Any]) -> HubAccess:
+    """Where an adapter's files are, from the options of ``load_adapter``.
+
+    Raises ConfigError for others, apart from those that say how peft makes its own layers.
+    """
+    options = options | (options.get("adapter_kwargs") or {})
+    options.pop("adapter_kwargs", None)
+    access = hub_access(options)
+    refused = {
+        name for name in options if name not in _OF_PEFT_ALONE and _asks(name, options[name])
+    }
+    if refused:
+        raise ConfigError(
+            f"load_adapter() does not take {', '.join(sorted(refused))}.",
+            hint="It takes a folder or repository of peft, is_trainable, revision, token, "
+            "cache_dir, subfolder, local_files_only and force_download.",
+        )
+    return access
+
+
 def device_of(device_map: object) -> str:
     """The device of embeddings and head. Raises ConfigError unless ``device_map`` names one."""
     if device_map is None:

@@ -6,6 +6,7 @@ optimizer runs at the client. Reads and writes peft's format. Knows no servers a
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals.client.load_options import adapter_access
 from petals.client.tuning import whole_modules
 from petals.client.tuning.whole_modules import WholeModules
 from petals.errors import AdapterRefused
@@ -25,6 +27,8 @@ from petals.models.checkpoint.hub import HubAccess
 from petals.models.runtime.lora_hooks import slots_of_model
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+DEFAULT_NAME = "default"
+"""peft's name of an adapter that the caller does not name."""
 _SHOWN_NAMES = 12
 """Most names of matrices in an error message."""
 
@@ -32,10 +36,12 @@ _SHOWN_NAMES = 12
 class RemoteLora(nn.Module):
     """The matrices of one adapter, as f32 parameters ``BLOCK.PATH.lora_A`` and ``lora_B``.
 
-    whole: modules outside the blocks that belong to the adapter; None: there are none.
+    whole: modules outside the blocks that belong to the adapter; None: there are none. name: the
+    caller's name for it.
     """
 
     whole: WholeModules | None = None
+    name = DEFAULT_NAME
 
     def __init__(self, config: LoraConfig, adapter: Adapter, *, is_trainable: bool = True) -> None:
         super().__init__()
@@ -102,8 +108,9 @@ class AdaptedBlocks(Protocol):
 class RemoteModel(whole_modules.Model, Protocol):
     """What tuning needs of a model with remote blocks.
 
-    The four functions below are methods of such a model. It has at most one adapter; calls and
-    sessions that begin after the adapter was added use it.
+    The functions below are methods of such a model, in place of those that transformers has for
+    peft. It has at most one adapter; calls and sessions that begin after the adapter was added use
+    it.
     """
 
     config: PretrainedConfig
@@ -146,6 +153,7 @@ def add_adapter(
     lora.whole = WholeModules(
         model, values, is_trainable=True, ties_weights=config.ensure_weight_tying
     )
+    lora.name = adapter_name or DEFAULT_NAME
     model.remote_blocks.lora = lora
 
 
@@ -155,16 +163,18 @@ def load_adapter(
     adapter_name: str | None = None,
     *,
     is_trainable: bool = False,
-    **access: Any,
+    **options: Any,
 ) -> None:
     """Use an adapter that peft or ``save_adapter`` has written: a folder or a repository.
 
-    ``access``: ``revision``, ``token`` and ``cache_dir`` of the hub. The adapter is sent to the
-    servers of this client's sessions and passes only. Raises ModelNotFound, AdapterRefused (pickle,
-    another kind, another model).
+    ``options``: ``revision``, ``token``, ``cache_dir``, ``subfolder``, ``local_files_only``,
+    ``force_download``; others of transformers' ``load_adapter`` are accepted if they ask for
+    nothing. The adapter is sent to the servers of this client's sessions and passes only. Raises
+    ModelNotFound, ConfigError, AdapterRefused (pickle, another kind, another model).
     """
+    access = adapter_access(options)
     layers_path = describe(model.remote_blocks.config).layers_path
-    saved = read_adapter(str(peft_model_id), layers_path, None, HubAccess(**access))
+    saved = read_adapter(str(peft_model_id), layers_path, None, access)
     slots, _ = slots_of_model(model.remote_blocks.config)
     check_fits(saved.adapter, slots)
     check_finite(saved.adapter)
@@ -177,6 +187,7 @@ def load_adapter(
         is_trainable=is_trainable,
         ties_weights=saved.config.ensure_weight_tying,
     )
+    lora.name = adapter_name or DEFAULT_NAME
     model.remote_blocks.lora = lora
 
 
@@ -189,6 +200,36 @@ def delete_adapter(model: RemoteModel, adapter_names: object = None) -> None:
     if lora is not None and lora.whole is not None:
         lora.whole.restore(model)
     model.remote_blocks.lora = None
+
+
+def active_adapters(model: RemoteModel) -> list[str]:
+    """The name of the adapter; empty if there is none."""
+    lora = model.remote_blocks.lora
+    return [] if lora is None else [lora.name]
+
+
+def set_adapter(model: RemoteModel, adapter_name: str | list[str]) -> None:
+    """Accepts the name of the one adapter. Raises AdapterRefused for any other."""
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    present = active_adapters(model)
+    if names != present:
+        raise AdapterRefused(
+            f"The model has {'the adapter ' + present[0] if present else 'no adapter'}, "
+            f"not {', '.join(names)}.",
+            hint="A model has one adapter at a time; load_adapter(FOLDER) takes the other one.",
+        )
+
+
+def not_with_remote_blocks(name: str, instead: str) -> Callable[..., Any]:
+    """A method in place of transformers' method ``name``. Raises AdapterRefused."""
+
+    def refuse(model: RemoteModel, *args: object, **kwargs: object) -> None:
+        raise AdapterRefused(
+            f"{name}: the matrices of an adapter for remote blocks are not layers of this process.",
+            hint=instead,
+        )
+
+    return refuse
 
 
 def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
