@@ -3,11 +3,13 @@
 import ast
 import copy
 import inspect
+import json
 import shutil
 import textwrap
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,8 +30,9 @@ from petals import (
     DistributedLlamaForCausalLM,
 )
 from petals.client.load_options import FULFILLED, HONOURED, REFUSED, WITHOUT_EFFECT, device_of
-from petals.errors import ConfigError, ModelFilesBroken, NotSupported
+from petals.errors import AdapterRefused, ConfigError, ModelFilesBroken, NotSupported
 from support.local_blocks import run_here
+from support.peft_adapters import save_adapter
 from support.reference import assert_close
 
 IDS = torch.tensor([[11, 54, 7, 33]])
@@ -305,3 +308,44 @@ def test_the_options_of_a_call_are_left_alone(llama):
     before = copy.copy(options)
     CAUSAL.from_pretrained(llama, **options)
     assert options == before
+
+
+class TestAdapters:
+    """A name of an adapter loads its base model with it, as transformers does."""
+
+    def test_alone(self, llama, tmp_path):
+        save_adapter(llama, tmp_path, modules_to_save=["lm_head"])
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+        remote = run_here(CAUSAL.from_pretrained(tmp_path), llama)
+        with torch.no_grad():
+            assert_close(remote(IDS).logits, stock(IDS).logits)
+        assert remote.config.name_or_path == str(llama)
+        assert not any(parameter.requires_grad for parameter in remote.parameters())
+        remote.delete_adapter()
+        plain = AutoModelForCausalLM.from_pretrained(llama)
+        with torch.no_grad():
+            assert_close(remote(IDS).logits, plain(IDS).logits)
+
+    def test_beside_its_model(self, llama, tmp_path):
+        shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+        save_adapter(tmp_path, tmp_path)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+        remote = run_here(CAUSAL.from_pretrained(tmp_path), llama)
+        with torch.no_grad():
+            assert_close(remote(IDS).logits, stock(IDS).logits)
+
+    def test_of_no_model(self, llama, tmp_path):
+        save_adapter(llama, tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = None
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(AdapterRefused, match="which model") as refusal:
+            CAUSAL.from_pretrained(tmp_path)
+        assert "load_adapter" in refusal.value.hint
+
+    def test_of_another_kind(self, llama, tmp_path):
+        whole = AutoModelForCausalLM.from_pretrained(llama)
+        config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+        peft.get_peft_model(whole, config).save_pretrained(tmp_path)
+        with pytest.raises(AdapterRefused, match="IA3"):
+            CAUSAL.from_pretrained(tmp_path)

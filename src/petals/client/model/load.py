@@ -31,9 +31,11 @@ from petals.client.model.distributed import (
 from petals.client.model.generation import DistributedCausalLM
 from petals.client.model.remote_sequential import RemoteSequential
 from petals.client.routing.sequence_manager import RemoteSequenceManager
+from petals.client.tuning.lora import load_adapter
 from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.client.tuning.saved import find_tuned, save_tuned
 from petals.errors import ConfigError, ModelNotSupported
+from petals.models.adapters.files import base_of_adapter
 from petals.models.checkpoint.arch import ModelArch, build_on_meta, parent_of
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
@@ -99,7 +101,8 @@ def load_pretrained(
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
     """Load a hub repository, a local folder, or a folder of ``save_pretrained``.
 
-    The last is loaded as the model that was trained, with the trained tensors. With
+    The last is loaded as the model that was trained, with the trained tensors. An adapter of peft
+    is loaded as its base model with the adapter, as in transformers. With
     ``output_loading_info`` a dict of transformers' form comes with the model. Raises what
     ``load_distributed`` and ``SavedTuning.restore`` raise.
     """
@@ -107,7 +110,11 @@ def load_pretrained(
     with_info = options.pop("output_loading_info", False)
     saved = find_tuned(source, options)
     if saved is None:
-        model = load_distributed(source, kind, LoadRequest.read(options))
+        request = LoadRequest.read(options)
+        base = base_of_adapter(source, request.ends.load.access)
+        model = load_distributed(base or source, kind, request)
+        if base is not None:
+            load_adapter(model, source, **asdict(request.ends.load.access))
     else:
         model = load_distributed(saved.base, kind, LoadRequest.read(saved.options | options))
         saved.restore(model)

@@ -191,11 +191,14 @@ def load_adapter(
     model.remote_blocks.lora = lora
 
 
-def delete_adapter(model: RemoteModel, adapter_names: object = None) -> None:
+def delete_adapter(model: RemoteModel, adapter_names: str | list[str] | None = None) -> None:
     """Go on without the adapter, with the model's own embeddings and head.
 
-    Raises AdapterRefused if these were resized while the adapter was there.
+    Raises AdapterRefused if these were resized while the adapter was there, and for a name that
+    is not the adapter's.
     """
+    if adapter_names is not None:
+        set_adapter(model, adapter_names)
     lora = model.remote_blocks.lora
     if lora is not None and lora.whole is not None:
         lora.whole.restore(model)

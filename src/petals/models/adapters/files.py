@@ -21,6 +21,7 @@ from petals.errors import AdapterRefused, ModelNotFound
 from petals.models.adapters.config import LoraConfig
 from petals.models.adapters.low_rank import Adapter, LowRank, Slot
 from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.sources import CONFIG_FILE as MODEL_CONFIG_FILE
 from petals.models.checkpoint.sources import SourceFiles, find_files
 from petals.types import BlockSpan
 
@@ -91,6 +92,31 @@ def read_adapter(
         for (block, module, path), pair in sorted(pairs.items())
     }
     return SavedAdapter(config, Adapter(parts), rest)
+
+
+def base_of_adapter(source: str, access: HubAccess | None = None) -> str | None:
+    """The model that an adapter of peft in ``source`` was made for; None if there is no adapter.
+
+    As in transformers: a folder that also holds a model is that model. Raises ModelNotFound,
+    AdapterRefused.
+    """
+    files = find_files(source, access)
+    has_model = files.find(MODEL_CONFIG_FILE) is not None
+    try:
+        path = files.find(CONFIG_FILE)
+    except ModelNotFound:  # the model's config comes from the cache, and the hub cannot be reached
+        path = None
+    if path is None:
+        return None
+    if files.folder is not None and has_model:
+        return source
+    base = _read_config(files).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise AdapterRefused(
+            f"{source} is an adapter that does not say which model it is for.",
+            hint="Load that model, then call model.load_adapter(NAME).",
+        )
+    return base
 
 
 def write_adapter(

@@ -24,6 +24,7 @@ from petals.errors import (
     NotEnoughDisk,
     PickleCheckpointRefused,
 )
+from petals.models.adapters.files import base_of_adapter
 from petals.models.checkpoint import hub as hub_module
 from petals.models.checkpoint import sources
 from petals.models.checkpoint.hub import HubAccess
@@ -276,6 +277,29 @@ class TestAccess:
             load_blocks(checkpoint, BlockSpan(0, 1))
             assert set(forced) == {wanted}
             assert (len(hub.downloaded) == len(set(hub.downloaded))) == wanted
+
+    def test_an_adapter_is_looked_for_behind_the_model(
+        self, hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "someone/tiny", "peft_type": "LORA"}'
+        )
+        hub.repositories["someone/lora"] = tmp_path
+        assert base_of_adapter("someone/lora") == "someone/tiny"
+        assert base_of_adapter("someone/tiny") is None
+        shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
+        assert base_of_adapter("someone/lora") == "someone/tiny"
+        assert base_of_adapter(str(tmp_path)) == str(tmp_path)
+        with pytest.raises(ModelNotFound, match="neither"):
+            base_of_adapter("someone/unknown")
+
+        def cached_only(repo: str, file_name: str, **access: object) -> str:
+            if file_name != "config.json":
+                raise LocalEntryNotFoundError("no connection")
+            return hub.download(repo, file_name, **access)
+
+        monkeypatch.setattr(hub_module, "hf_hub_download", cached_only)
+        assert base_of_adapter("someone/tiny") is None
 
     def test_local_files_only_asks_no_hub(self, tmp_path: Path) -> None:
         access = HubAccess(cache_dir=str(tmp_path), local_files_only=True)
