@@ -287,6 +287,19 @@ class TestHeads:
         assert info["missing_keys"] == ({"score.weight"} if kind is CLASSIFIER else set())
         assert not model.get_input_embeddings().weight.requires_grad
 
+    @pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma3_text"])
+    def test_tied_with_the_head_alone_in_other_families(self, tiny_folder, tmp_path, family):
+        whole = AutoModelForCausalLM.from_pretrained(tiny_folder(family))
+        embeddings = whole.get_input_embeddings()
+        assert embeddings.weight is whole.lm_head.weight
+        (name,) = [f"{path}.weight" for path, m in whole.named_modules() if m is embeddings]
+        kept = {key: value for key, value in whole.state_dict().items() if key != name}
+        whole.config.save_pretrained(tmp_path)
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        for kind in (CAUSAL, CLASSIFIER, AutoDistributedModel):
+            model = kind.from_pretrained(tmp_path)
+            assert torch.equal(model.get_input_embeddings().weight, embeddings.weight)
+
     def test_without_a_head(self, rewritten):
         folder = rewritten("lm_head.weight")
         for kind in (CLASSIFIER, AutoDistributedModel):

@@ -111,6 +111,25 @@ def test_a_new_adapter_trains_copies(case):
     assert not any(parameter.requires_grad for parameter in remote.parameters())
 
 
+@pytest.mark.parametrize(
+    ("family", "target", "module"),
+    [
+        ("gpt2", "c_attn", "wte"),
+        ("bloom", "query_key_value", "word_embeddings"),
+        ("gemma3_text", "q_proj", "embed_tokens"),
+        ("mpt", "Wqkv", "lm_head"),
+    ],
+)
+def test_tied_models_of_other_families(family, target, module, tmp_path):
+    local, remote = tiny_pair(family)
+    whole = adapted(local, target_modules=[target], modules_to_save=[module])
+    whole.save_pretrained(tmp_path)
+    remote.load_adapter(tmp_path)
+    same(remote, whole)
+    remote.delete_adapter()
+    same(remote, local)
+
+
 def test_a_new_adapter_takes_the_place_of_the_present_one():
     local, remote = tiny_pair("llama", tie_word_embeddings=True)
     config = LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["lm_head"])
