@@ -187,6 +187,13 @@ def test_a_part_of_a_nested_config(tiny_folder):
     assert model.config.text_config.hidden_size == whole.text_config.hidden_size
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_config_that_names_kernels_which_are_not_here(tiny_folder, family):
+    folder = tiny_folder(family)
+    config = AutoConfig.from_pretrained(folder, attn_implementation="flash_attention_2")
+    assert CAUSAL.from_pretrained(folder, config=config).config.model_type == family
+
+
 @pytest.mark.parametrize("cls", [CAUSAL, DistributedLlamaForCausalLM, AutoDistributedConfig])
 def test_the_name_by_its_name_in_transformers(llama, cls):
     found = cls.from_pretrained(pretrained_model_name_or_path=llama)

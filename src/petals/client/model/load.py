@@ -160,6 +160,8 @@ def open_model(source: str, request: LoadRequest) -> tuple[Checkpoint, ClientCon
             f"{source} is a {checkpoint.config.model_type}; config= is a {type(config).__name__}.",
             hint="Leave config out, or read it from the same model.",
         )
+    # A given config may name kernels that are not installed here; they would run blocks only.
+    config._attn_implementation = config._experts_implementation = None
     for name, value in request.config.items():
         if not hasattr(config, name):
             raise ConfigError(
