@@ -263,6 +263,8 @@ class TestMethodsOfTransformers:
         remote.set_adapter(["other"])
         with pytest.raises(AdapterRefused, match="the adapter other, not mine"):
             remote.set_adapter("mine")
+        with pytest.raises(AdapterRefused, match="not mine"):
+            remote.delete_adapter("mine")
         remote.delete_adapter("other")
         assert remote.active_adapters() == []
 
