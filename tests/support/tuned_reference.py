@@ -45,7 +45,7 @@ class TunedReference:
 
     def embed(self, ids):
         embeds = self.model.get_input_embeddings()(ids)
-        return torch.cat([self.prompts.expand(len(ids), -1, -1), embeds], dim=1)
+        return torch.cat([self.prompts.to(embeds).expand(len(ids), -1, -1), embeds], dim=1)
 
     def states(self, ids):
         """The base model's output for ids [rows, T] without padding: [rows, T, H]."""
@@ -76,7 +76,7 @@ class TunedReference:
             def hook(layer, args, kwargs):
                 states = args[0] if args else kwargs["hidden_states"]
                 if states.shape[1] > 1:
-                    prompt = self.deep[number]
+                    prompt = self.deep[number].to(states)
                     first, rest = states[:, : len(prompt)] + prompt, states[:, len(prompt) :]
                     states = torch.cat([first, rest], dim=1)
                 if args:

@@ -96,12 +96,16 @@ class Lesson:
         assert_close(found, self.expected()[0])
         return self
 
-    async def end(self) -> None:
-        """Ask for the gradients, which are right."""
+    async def gradients(self) -> tuple[Tensor, ...]:
+        """Of ``inputs``, as the swarm finds them."""
         last, *taps = self.weights
         grads = await self.running.backward(PassOutput(last, dict(zip(self.call.taps, taps))))
-        found = (grads.hidden, grads.prompts, *grads.adapter)
-        assert_close(found, self.expected()[1], GRADIENT_ERROR)
+        assert grads.prompts is not None
+        return (grads.hidden, grads.prompts, *grads.adapter)
+
+    async def end(self) -> None:
+        """Ask for the gradients, which are right."""
+        assert_close(await self.gradients(), self.expected()[1], GRADIENT_ERROR)
 
     async def learn(self) -> None:
         await (await self.begin()).end()
@@ -167,6 +171,42 @@ async def test_wrong_outputs_and_gradients_are_not_taken(answer: str) -> None:
             await lesson.end()
         with pytest.raises(PeerMisbehaved):
             await run_rows(swarm.connection(max_retries=0), ALL, states(4), (4,))
+
+
+class TestInfiniteGradients:
+    """A gradient scaler lets gradients overflow on purpose: they flow, and honest servers stay."""
+
+    async def test_of_the_output_flow_through_the_servers(self) -> None:
+        async with split(*HALVES) as swarm:
+            lesson = await Lesson(swarm, (5, 4)).begin()
+            for last in lesson.weights:
+                last[6, 0] = torch.inf
+            found = await lesson.gradients()
+            for actual, expected in zip(found, lesson.expected()[1], strict=True):
+                assert torch.equal(actual.isfinite(), expected.isfinite())
+            assert found[0][:5].isfinite().all() and not found[0][5:].isfinite().any()
+            assert swarm.num_asked(Backward) == [1, 1]
+
+    async def test_finite_ones_that_overflow_in_a_server_are_no_fault_of_it(self) -> None:
+        async with split(WHOLE) as swarm:
+            lesson = await Lesson(swarm, (5, 4), max_retries=0).begin()
+            lesson.weights = [weights * 2.0**126 for weights in lesson.weights]
+            assert not all(bool(grad.isfinite().all()) for grad in lesson.expected()[1])
+            found = await lesson.gradients()
+            assert not all(bool(grad.isfinite().all()) for grad in found)
+            # The server was asked again with smaller gradients, whose answer was finite.
+            assert kept(swarm.workers[0]) == [True, False]
+            lesson.weights = [weights * 2.0**-126 for weights in lesson.weights]
+            await lesson.end()
+
+    async def test_a_server_that_makes_them_of_small_ones_is_found_out(self) -> None:
+        async with split(WHOLE, WHOLE) as swarm:
+            lesson = await Lesson(swarm, (4,), max_retries=1).begin()
+            (asked,) = [worker for worker in swarm.workers if worker.faults.all(Forward)]
+            asked.faults.rewrite = wrong_outputs("nan")
+            lesson.weights = [weights * 1e-9 for weights in lesson.weights]
+            await lesson.end()
+            assert kept(asked) == [True]  # they were too small to overflow: it was not asked again
 
 
 async def test_nobody_there() -> None:

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from petals_docs import commands, environment, errors, messages, services, settings
+from petals_docs import commands, environment, errors, loading, messages, services, settings
 
 PARTS: dict[str, Callable[[], str]] = {
     "commands": commands.render,
     "config": settings.render,
     "environment": environment.render,
     "errors": errors.render,
+    "loading": loading.render,
     "messages": messages.render,
     "services": services.render,
 }

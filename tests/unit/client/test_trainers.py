@@ -102,6 +102,31 @@ def test_trainer_accumulates_gradients_as_for_the_local_model(tmp_path):
     torch.testing.assert_close(trained, weight, rtol=0, atol=1e-4)
 
 
+def test_trainer_and_accelerate_in_mixed_precision(tmp_path):
+    found = []
+    for model in tiny_pair("llama", HeadKind.SEQUENCE_CLASSIFICATION):
+        model.requires_grad_(False).score.requires_grad_()
+        trainer = InOrder(model, arguments(tmp_path, bf16=True), train_dataset=DATA)
+        trainer.train()
+        found.append(losses_of(trainer))
+    assert found[1] == pytest.approx(found[0], rel=0.03)
+    assert found[1][-1] < found[1][0]
+    _, remote = classifier()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    optimizer = adam([p for p in remote.parameters() if p.requires_grad])
+    model, optimizer = accelerator.prepare(remote, optimizer)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=LABELS).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    accelerator.unwrap_model(model).save_pretrained(tmp_path / "saved")
+
+
 def test_trainer_resumes_from_a_checkpoint(tmp_path):
     _, undisturbed = classifier()
     whole = InOrder(undisturbed, arguments(tmp_path / "whole"), train_dataset=DATA)

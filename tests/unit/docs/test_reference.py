@@ -9,9 +9,10 @@ import typer
 from msgspec import Meta
 
 from petals.cli.main import app
+from petals.client.load_options import REFUSED, WITHOUT_EFFECT
 from petals.errors import ERRORS_BY_CODE
 from petals.wire.messages import AnyMessage
-from petals_docs import commands, environment, errors, messages, services, settings
+from petals_docs import commands, environment, errors, loading, messages, services, settings
 from petals_docs.markdown import as_markdown, code, table
 from petals_docs.type_words import type_words
 
@@ -67,6 +68,10 @@ def test_every_environment_variable() -> None:
         "PETALS_MAX_RETRIES",
         "PETALS_LOGGING",
     ]
+
+
+def test_every_argument_that_is_not_honoured() -> None:
+    assert first_cells(loading.render()) == sorted([*REFUSED, *WITHOUT_EFFECT])
 
 
 def test_every_message_with_its_fields() -> None:

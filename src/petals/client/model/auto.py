@@ -5,8 +5,9 @@ Contain no behaviour: loading is in `load`, everything else in the classes that 
 
 from typing import Any, ClassVar
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
+from petals.client.load_options import source_of
 from petals.client.model.generation import draft_with
 from petals.client.model.load import LoadRequest, attach, load_pretrained, open_model
 from petals.errors import ConfigError
@@ -17,13 +18,16 @@ class AutoDistributedConfig:
     """The config of a model, with the client's settings as attributes."""
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, **options: Any) -> PretrainedConfig:
+    def from_pretrained(
+        cls, model_name_or_path: str | None = None, **options: Any
+    ) -> PretrainedConfig:
         """Read a model's config. ``options``: fields of ClientConfig, and of the config itself.
 
         Raises ModelNotFound, ModelNotSupported, ConfigError.
         """
+        source = source_of(model_name_or_path, options)
         request = LoadRequest.read(options)
-        checkpoint, client = open_model(str(model_name_or_path), request)
+        checkpoint, client = open_model(source, request)
         attach(checkpoint.config, client, request.tuning)
         return checkpoint.config
 
@@ -40,18 +44,29 @@ class AutoDistributedModel:
         )
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, **options: Any) -> PreTrainedModel:
+    def from_pretrained(cls, model_name_or_path: str | None = None, **options: Any) -> Any:
         """Load embeddings and head of a hub repository or local folder; its blocks are not read.
 
         ``options``: any field of ClientConfig (``initial_peers``, ``swarm_key``, ...) and of
         TuningConfig (``tuning_mode``, ``pre_seq_len``: prompts to train), ``dtype``
-        (or ``torch_dtype``; default: the checkpoint's), ``revision``, ``token``, ``cache_dir``,
-        ``use_chunked_forward``, ``chunked_forward_step``, ``config`` (an AutoDistributedConfig's,
-        for its client settings), and fields of the model's config. Sends nothing to the swarm.
-        Raises ModelNotFound, ModelNotSupported, PickleCheckpointRefused, ModelFilesBroken,
-        NotEnoughDisk, ConfigError.
+        (or ``torch_dtype``; default: the checkpoint's), ``use_chunked_forward``,
+        ``chunked_forward_step``, fields of the model's config, and the arguments of transformers:
+
+        - honoured: ``config`` (in place of the checkpoint's; an AutoDistributedConfig also brings
+          its client settings), ``device_map`` (the one device of embeddings and head),
+          ``generation_config``, ``ignore_mismatched_sizes`` (of a classifier's head),
+          ``output_loading_info`` (returns a pair), ``revision``, ``token``, ``cache_dir``,
+          ``subfolder``, ``variant``, ``force_download``, ``local_files_only``;
+        - without effect, with one warning: what concerns the computation of blocks
+          (``attn_implementation``, kernels), offloading (``max_memory``, ``offload_folder``) and
+          ``proxies``;
+        - refused with the reason: ``quantization_config``, ``state_dict``, ``key_mapping``,
+          ``gguf_file``, ``trust_remote_code``, tensor parallelism, adapters.
+
+        Sends nothing to the swarm. Raises ModelNotFound, ModelNotSupported,
+        PickleCheckpointRefused, ModelFilesBroken, NotEnoughDisk, ConfigError, NotSupported.
         """
-        return load_pretrained(str(model_name_or_path), cls._kind, options)
+        return load_pretrained(source_of(model_name_or_path, options), cls._kind, options)
 
 
 class AutoDistributedModelForCausalLM(AutoDistributedModel):
@@ -70,7 +85,10 @@ class AutoDistributedSpeculativeModel(AutoDistributedModelForCausalLM):
     """A language model whose tokens a small local model drafts and the swarm verifies."""
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, **options: Any) -> PreTrainedModel:
+    def from_pretrained(cls, model_name_or_path: str | None = None, **options: Any) -> Any:
         """As AutoDistributedModelForCausalLM; ``small_model`` is a local one of its vocabulary."""
         small_model = options.pop("small_model", None)
-        return draft_with(super().from_pretrained(model_name_or_path, **options), small_model)
+        loaded = super().from_pretrained(model_name_or_path, **options)
+        if isinstance(loaded, tuple):  # output_loading_info
+            return draft_with(loaded[0], small_model), loaded[1]
+        return draft_with(loaded, small_model)

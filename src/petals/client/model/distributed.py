@@ -155,6 +155,18 @@ class DistributedModel(_Extended):
     load_adapter = lora.load_adapter
     delete_adapter = lora.delete_adapter
     save_adapter = lora.save_adapter
+    active_adapters = lora.active_adapters
+    set_adapter = lora.set_adapter
+    disable_adapters = enable_adapters = lora.not_with_remote_blocks(
+        "disable_adapters and enable_adapters",
+        "delete_adapter() goes back to the model without it; save_adapter(FOLDER) first keeps it.",
+    )
+    get_adapter_state_dict = lora.not_with_remote_blocks(
+        "get_adapter_state_dict", "save_adapter(FOLDER) writes them in peft's format."
+    )
+    enable_peft_hotswap = lora.not_with_remote_blocks(
+        "enable_peft_hotswap", "load_adapter(FOLDER) takes the place of the adapter before it."
+    )
 
     supports_gradient_checkpointing = True
 

@@ -10,13 +10,19 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from petals.client.config import ClientConfig
+from petals.client.load_options import device_of, hub_access, sift, source_of
 from petals.client.model.distributed import (
     DistributedBaseModel,
     DistributedModel,
@@ -25,9 +31,11 @@ from petals.client.model.distributed import (
 from petals.client.model.generation import DistributedCausalLM
 from petals.client.model.remote_sequential import RemoteSequential
 from petals.client.routing.sequence_manager import RemoteSequenceManager
+from petals.client.tuning.lora import load_adapter
 from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.client.tuning.saved import find_tuned, save_tuned
-from petals.errors import ConfigError, ModelNotSupported, NotSupported
+from petals.errors import ConfigError, ModelNotSupported
+from petals.models.adapters.files import base_of_adapter
 from petals.models.checkpoint.arch import ModelArch, build_on_meta, parent_of
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
@@ -35,58 +43,82 @@ from petals.models.loading.head import ClientPartOptions, HeadKind, base_within,
 from petals.models.loading.split import LoadOptions
 from petals.types import BlockSpan
 
-_WITHOUT_MEANING = frozenset(
-    {"low_cpu_mem_usage", "use_safetensors", "attn_implementation", "use_cache", "use_fast"}
-)
-"""Options without effect: weights are always read lazily, from safetensors, and only those of the
-embeddings and the head."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """Keyword arguments of ``from_pretrained``, sorted. ``config`` are the model's own settings."""
+    """Keyword arguments of ``from_pretrained``, sorted.
+
+    whole_config: used in place of the checkpoint's. config: single settings of the model.
+    use_cache: None leaves it on, also where the checkpoint's config switches it off.
+    """
 
     client: ClientConfig
     tuning: TuningConfig = field(default_factory=TuningConfig)
     ends: ClientPartOptions = field(default_factory=ClientPartOptions)
+    whole_config: PretrainedConfig | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    generation_config: GenerationConfig | None = None
+    use_cache: bool | None = None
 
     @classmethod
     def read(cls, options: dict[str, Any]) -> "LoadRequest":
-        """Raises ConfigError and NotSupported for options that cannot be honoured."""
+        """Warns of options without effect. Raises ConfigError and NotSupported for options that
+        cannot be honoured.
+        """
         options = dict(options)
+        sift(options)
         given = options.pop("config", None)
+        if isinstance(given, str | os.PathLike):
+            given = open_checkpoint(str(given)).config
         client = ClientConfig.of(_own(ClientConfig, given, options))
         tuning = TuningConfig(**_own(TuningConfig, given, options))
-        token = options.pop("use_auth_token", None)
-        access = HubAccess(
-            revision=options.pop("revision", None),
-            token=options.pop("token", token),
-            cache_dir=options.pop("cache_dir", None),
-        )
         dtype = _dtype(options.pop("dtype", options.pop("torch_dtype", None)))
+        load = LoadOptions(
+            dtype=dtype,
+            device=device_of(options.pop("device_map", None)),
+            access=hub_access(options),
+            ignore_mismatched_sizes=bool(options.pop("ignore_mismatched_sizes", False)),
+        )
         chunked = options.pop("use_chunked_forward", "auto")
         ends = ClientPartOptions(
-            load=LoadOptions(dtype=dtype, access=access),
+            load=load,
             chunked=None if chunked == "auto" else bool(chunked),
             chunk_rows=options.pop("chunked_forward_step", ClientPartOptions().chunk_rows),
         )
-        _refuse(options)
-        return cls(client=client, tuning=tuning, ends=ends, config=options)
+        return cls(
+            client=client,
+            tuning=tuning,
+            ends=ends,
+            whole_config=given,
+            generation_config=options.pop("generation_config", None),
+            use_cache=options.pop("use_cache", None),
+            config=options,
+        )
 
 
-def load_pretrained(source: str, kind: HeadKind, options: dict[str, Any]) -> PreTrainedModel:
+def load_pretrained(
+    source: str, kind: HeadKind, options: dict[str, Any]
+) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
     """Load a hub repository, a local folder, or a folder of ``save_pretrained``.
 
-    The last is loaded as the model that was trained, with the trained tensors. Raises what
+    The last is loaded as the model that was trained, with the trained tensors. An adapter of peft
+    is loaded as its base model with the adapter, as in transformers. With
+    ``output_loading_info`` a dict of transformers' form comes with the model. Raises what
     ``load_distributed`` and ``SavedTuning.restore`` raise.
     """
-    saved = find_tuned(source)
+    options = dict(options)
+    with_info = options.pop("output_loading_info", False)
+    saved = find_tuned(source, options)
     if saved is None:
-        return load_distributed(source, kind, LoadRequest.read(options))
-    model = load_distributed(saved.base, kind, LoadRequest.read(saved.options | options))
-    saved.restore(model)
-    return model
+        request = LoadRequest.read(options)
+        base = base_of_adapter(source, request.ends.load.access)
+        model = load_distributed(base or source, kind, request)
+        if base is not None:
+            load_adapter(model, source, **asdict(request.ends.load.access))
+    else:
+        model = load_distributed(saved.base, kind, LoadRequest.read(saved.options | options))
+        saved.restore(model)
+    return (model, model.loading_info) if with_info else model
 
 
 def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTrainedModel:
@@ -107,7 +139,13 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
         return blocks
 
     model = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])
+    model.base_access = checkpoint.access
     add_prompts(model.blocks_host, request.tuning, archs[0].num_blocks)
+    if request.use_cache is not None:
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.use_cache = request.use_cache
+    if request.generation_config is not None and model.can_generate():
+        model.generation_config = copy.deepcopy(request.generation_config)
     return model
 
 
@@ -116,14 +154,24 @@ def open_model(source: str, request: LoadRequest) -> tuple[Checkpoint, ClientCon
     model's name in the swarm. Raises what ``open_checkpoint`` raises, and ConfigError."""
     checkpoint = open_checkpoint(source, request.ends.load.access)
     client = replace(request.client, dht_prefix=request.client.dht_prefix or checkpoint.model_id)
-    config = copy.deepcopy(checkpoint.config)
+    config = copy.deepcopy(request.whole_config or checkpoint.config)
+    if type(config) is not type(checkpoint.config):
+        raise ConfigError(
+            f"{source} is a {checkpoint.config.model_type}; config= is a {type(config).__name__}.",
+            hint="Leave config out, or read it from the same model.",
+        )
+    # A given config may name kernels that are not installed here; they would run blocks only.
+    config._attn_implementation = config._experts_implementation = None
     for name, value in request.config.items():
         if not hasattr(config, name):
             raise ConfigError(
                 f"from_pretrained() does not know the option {name}.",
-                hint="It takes the fields of ClientConfig and of the model's config, dtype, "
-                "revision, token and cache_dir.",
+                hint="It takes the fields of ClientConfig and of the model's config, and arguments "
+                "of transformers: dtype, device_map, revision, token, ...",
             )
+        present = getattr(config, name)
+        if isinstance(present, PretrainedConfig) and isinstance(value, dict):
+            value = type(present)(**present.to_dict() | value)  # as transformers does
         setattr(config, name, value)
     return replace(checkpoint, config=config), client
 
@@ -141,19 +189,24 @@ def attach(config: PretrainedConfig, *settings: ClientConfig | TuningConfig) -> 
 class Loadable(DistributedModel):
     """A distributed class that can be loaded, and saved as far as it was trained."""
 
+    base_access = HubAccess()
+    """Which files of its repository it was loaded from."""
+
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, **options: Any) -> Self:
+    def from_pretrained(cls, model_name_or_path: str | None = None, **options: Any) -> Self:
         """Load a hub repository or a local folder; ``options`` as in `AutoDistributedModel`.
 
         Raises ModelNotSupported if the model is of another family than this class.
         """
-        model = load_pretrained(str(model_name_or_path), cls.kind, options)
+        source = source_of(model_name_or_path, options)
+        loaded: Any = load_pretrained(source, cls.kind, options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if not isinstance(model, cls):
             raise ModelNotSupported(
-                f"{model_name_or_path} is a {type(model).__name__}, not a {cls.__name__}.",
+                f"{source} is a {type(model).__name__}, not a {cls.__name__}.",
                 hint="AutoDistributedModelForCausalLM finds the class by itself.",
             )
-        return model
+        return cast(Self, loaded)  # with output_loading_info a pair
 
     def save_pretrained(
         self,
@@ -190,6 +243,7 @@ def distribute(model: PreTrainedModel, arch: ModelArch) -> PreTrainedModel:
         module.__class__ = distributed_class(_original(type(module)), is_base=not is_head)
         module.blocks_path = blocks_path[len(path) :].lstrip(".")
         module.host_path = _joined(base_path, arch.host_path)[len(path) :].lstrip(".")
+        module.num_base_tokens = len(module.get_input_embeddings().weight)
     # Some configs (MPT's) switch the cache off; without it every token would run the whole prompt
     # again.
     for config in (model.config, model.config.get_text_config(decoder=True)):
@@ -270,14 +324,3 @@ def _dtype(given: object) -> torch.dtype | None:
             hint='Use "auto", torch.float32, torch.bfloat16 or torch.float16.',
         )
     return found
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    """Remove options without effect. Raises NotSupported for ``trust_remote_code``."""
-    for name in _WITHOUT_MEANING & options.keys():
-        del options[name]
-    if options.pop("trust_remote_code", False):
-        raise NotSupported(
-            "trust_remote_code would run a repository's Python code here.",
-            hint="Use a model whose code ships with transformers.",
-        )

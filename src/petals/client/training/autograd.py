@@ -15,7 +15,7 @@ from petals.client.training.batch import Pass
 from petals.client.training.hop_call import PassCall, PassOutput
 from petals.errors import BadInput
 from petals.types import BlockSpan
-from petals.wire.tensors import check_states, is_finite
+from petals.wire.tensors import check_states
 
 
 def run_whole(
@@ -24,9 +24,9 @@ def run_whole(
     """Run whole sequences through ``blocks``; servers keep at most what a backward pass needs.
 
     hidden: [sum(counts), H] floating, row after row; the outputs have its shape, dtype and device.
-    Differentiable, once, with respect to hidden, prompts and the adapter's tensors. Raises
-    BadInput, RouteError, the servers' refusals (TrainingRefused), PeerError after ``max_retries``;
-    the backward pass raises likewise.
+    Differentiable, once, with respect to hidden, prompts and the adapter's tensors; infinite
+    gradients flow through, as mixed precision needs. Raises BadInput, RouteError, the servers'
+    refusals (TrainingRefused), PeerError after ``max_retries``; the backward pass raises likewise.
     """
     _check(blocks, hidden, call)
     if not len(blocks) or not hidden.shape[0]:
@@ -62,12 +62,6 @@ class _Here:
 
     def backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Gradients of hidden, of the prompts and of the adapter's tensors, those there are."""
-        for grad in grads:
-            if not is_finite(grad):
-                raise BadInput(
-                    "The gradient of the blocks' output holds NaN or infinity.",
-                    hint="Lower the learning rate, clip gradients, or look at the loss.",
-                )
         hidden, *tapped = grads
         given = PassOutput(hidden, dict(zip(self._call.taps, tapped)))
         found = client_loop.run(self._pass.backward(given))

@@ -1,9 +1,12 @@
 """One server's part of a pass: whole sequences through some blocks, and gradients back.
 
 The number, shapes, dtypes and finiteness of the returned tensors are checked before they are used.
-The caller decides about repairs and routes. Knows no model and no tokens.
+Gradients may be infinite: mixed precision multiplies the loss until gradients overflow, and then
+skips the step (``run_backward``). The caller decides about repairs and routes. Knows no model and
+no tokens.
 """
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +22,14 @@ from petals.types import BlockSpan, Hop
 from petals.wire.fields import Message
 from petals.wire.passes import Backward, BackwardResult, Forward, ForwardResult
 from petals.wire.services import BLOCKS_SERVICE
-from petals.wire.tensors import what_is_wrong
+from petals.wire.tensors import is_finite, what_is_wrong
 
 _PASS_ID_BYTES = 16
+
+_PROBE_EXPONENT = -10
+"""A server that answered with NaN or infinity is asked again with gradients whose largest value is
+below 2**-10: in float16, whose largest value is below 2**16, that is room for a factor of 2**26.
+"""
 M = TypeVar("M", bound=Message)
 
 
@@ -104,14 +112,33 @@ async def run_forward(swarm: SwarmState, leg: PassLeg, *, is_training: bool) -> 
 async def run_backward(swarm: SwarmState, leg: PassLeg, grads: PassOutput) -> Gradients:
     """Gradients of the hop's inputs, from the gradients of its output and of its taps.
 
-    A server that has kept the activations gets the gradients alone; any other also gets the inputs
-    and recomputes the pass. Raises the server's refusal and PeerError.
+    NaN and infinity in ``grads`` reach the server and come back, as in a local backward. If the
+    answer alone is not finite, either the server is at fault, or finite gradients have overflowed
+    in its dtype. Gradients are linear in ``grads``, so the server is asked once more with smaller
+    ones: if that answer is finite, the first one is returned, and the user's gradient scaler acts
+    on it. Raises the server's refusal and PeerError.
     """
-    forward, taps = _forward(swarm, leg, leg.pass_id), leg.call.taps
-    given = (grads.hidden, *(grads.tapped[block] for block in taps))
+    given = [grads.hidden, *(grads.tapped[block] for block in leg.call.taps)]
+    found = await _gradients(swarm, leg, given)
+    if not _all_finite(found) and _all_finite(given):
+        smaller = _scaled_down(given)
+        if smaller is None or not _all_finite(await _gradients(swarm, leg, smaller)):
+            raise misbehaved(leg.hop, "NaN or infinity")
+    hidden, *rest = found
+    prompts = None if leg.call.prompts is None else rest.pop(0)
+    return Gradients(hidden, prompts, tuple(rest))
+
+
+async def _gradients(swarm: SwarmState, leg: PassLeg, given: Sequence[Tensor]) -> list[Tensor]:
+    """Of hidden, of the prompts if there are any, and of the adapter's tensors if they are wanted.
+
+    A server that has kept the activations gets the gradients ``given`` alone; any other also gets
+    the inputs and recomputes the pass.
+    """
     is_kept = swarm.node.clock.monotonic() < leg.kept_until
     leg.kept_until = 0.0  # kept activations serve one backward pass
     adapter = leg.call.adapter if leg.wants_adapter else None
+    forward = _forward(swarm, leg, leg.pass_id)
     message = Backward(forward, kept=is_kept, wants_adapter=adapter is not None)
     try:
         tensors = (*given,) if is_kept else (*given, *_inputs(leg))
@@ -119,13 +146,23 @@ async def run_backward(swarm: SwarmState, leg: PassLeg, grads: PassOutput) -> Gr
     except PassExpired as error:
         if not is_kept:
             raise misbehaved(leg.hop, "the loss of a pass that it was just given") from error
-        return await run_backward(swarm, leg, grads)
-    prompts = leg.call.prompts
-    likes = [leg.hidden] if prompts is None else [leg.hidden, prompts]
-    if adapter is not None:
-        likes += adapter.tensors
-    hidden, *rest = _checked(leg, answers, likes)
-    return Gradients(hidden, None if prompts is None else rest.pop(0), tuple(rest))
+        return await _gradients(swarm, leg, given)
+    likes = [*_inputs(leg), *(() if adapter is None else adapter.tensors)]
+    return _checked(leg, answers, likes, any_value=True)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(is_finite(tensor) for tensor in tensors)
+
+
+def _scaled_down(grads: Sequence[Tensor]) -> list[Tensor] | None:
+    """All gradients times one power of two; None if they are small already."""
+    largest = max((grad.abs().max().item() for grad in grads if grad.numel()), default=0.0)
+    exponent = _PROBE_EXPONENT - math.frexp(largest)[1]
+    if exponent >= 0:
+        return None
+    # In float64, because the factor itself may be too small for the dtype of the gradients.
+    return [(grad.double() * 2.0**exponent).to(grad.dtype) for grad in grads]
 
 
 def _forward(swarm: SwarmState, leg: PassLeg, pass_id: bytes | None) -> Forward:
@@ -163,9 +200,11 @@ async def _ask(
     return await swarm.adapters.use(peer, adapter, ask)
 
 
-def _checked(leg: PassLeg, answer: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
+def _checked(
+    leg: PassLeg, answer: Sequence[Tensor], likes: Sequence[Tensor], *, any_value: bool = False
+) -> list[Tensor]:
     """``answer`` in the dtypes of ``likes``, if it can be right. Raises PeerMisbehaved."""
-    wrong = what_is_wrong(answer, likes, any_dtype=True)
+    wrong = what_is_wrong(answer, likes, any_dtype=True, any_value=any_value)
     if wrong:
         raise misbehaved(leg.hop, wrong)
     return [tensor.to(like.dtype) for tensor, like in zip(answer, likes)]

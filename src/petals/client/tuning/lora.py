@@ -6,15 +6,18 @@ optimizer runs at the client. Reads and writes peft's format. Knows no servers a
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals.client.load_options import adapter_access
+from petals.client.tuning import whole_modules
+from petals.client.tuning.whole_modules import WholeModules
 from petals.errors import AdapterRefused
 from petals.models.adapters.config import LoraConfig
 from petals.models.adapters.files import SavedAdapter, read_adapter, targeted_slots, write_adapter
@@ -24,12 +27,21 @@ from petals.models.checkpoint.hub import HubAccess
 from petals.models.runtime.lora_hooks import slots_of_model
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+DEFAULT_NAME = "default"
+"""peft's name of an adapter that the caller does not name."""
 _SHOWN_NAMES = 12
 """Most names of matrices in an error message."""
 
 
 class RemoteLora(nn.Module):
-    """The matrices of one adapter, as f32 parameters ``BLOCK.PATH.lora_A`` and ``lora_B``."""
+    """The matrices of one adapter, as f32 parameters ``BLOCK.PATH.lora_A`` and ``lora_B``.
+
+    whole: modules outside the blocks that belong to the adapter; None: there are none. name: the
+    caller's name for it.
+    """
+
+    whole: WholeModules | None = None
+    name = DEFAULT_NAME
 
     def __init__(self, config: LoraConfig, adapter: Adapter, *, is_trainable: bool = True) -> None:
         super().__init__()
@@ -93,15 +105,17 @@ class AdaptedBlocks(Protocol):
     lora: RemoteLora | None
 
 
-class RemoteModel(Protocol):
+class RemoteModel(whole_modules.Model, Protocol):
     """What tuning needs of a model with remote blocks.
 
-    The four functions below are methods of such a model. It has at most one adapter; calls and
-    sessions that begin after the adapter was added use it.
+    The functions below are methods of such a model, in place of those that transformers has for
+    peft. It has at most one adapter; calls and sessions that begin after the adapter was added use
+    it.
     """
 
     config: PretrainedConfig
     blocks_path: str
+    base_access: HubAccess
 
     @property
     def remote_blocks(self) -> AdaptedBlocks: ...
@@ -111,25 +125,35 @@ class RemoteModel(Protocol):
 
     def can_generate(self) -> bool: ...
 
-    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module: ...
 
 
 def add_adapter(
     model: RemoteModel, adapter_config: object, adapter_name: str | None = None
 ) -> None:
-    """Add a new trainable adapter. adapter_config: a LoraConfig, of petals or of peft.
+    """Add a new trainable adapter in place of the present one. adapter_config: a LoraConfig, of
+    petals or of peft.
 
-    Its matrices are among ``model.parameters()`` from now on, and ``modules_to_save`` (a score
-    head) become trainable. Raises AdapterRefused for what servers cannot apply.
+    Its matrices are among ``model.parameters()`` from now on. The modules of ``modules_to_save`` (a
+    score head, embeddings) get copies of their parameters, which are trained; ``delete_adapter``
+    puts the originals back. Raises AdapterRefused for what servers cannot apply.
     """
     config = LoraConfig.of(adapter_config)
     slots, transposed = slots_of_model(model.remote_blocks.config)
     config = replace(config, fan_in_fan_out=transposed)
     lora = RemoteLora.new(config, slots, model.blocks_path)
-    for parameter in _whole_modules(model, config).values():
-        parameter.requires_grad_(True)
+    whole_modules.parameters_of(model, config.modules_to_save)
+    delete_adapter(model)
+    values = whole_modules.parameters_of(model, config.modules_to_save)
+    lora.whole = WholeModules(
+        model, values, is_trainable=True, ties_weights=config.ensure_weight_tying
+    )
+    lora.name = adapter_name or DEFAULT_NAME
     model.remote_blocks.lora = lora
 
 
@@ -139,34 +163,81 @@ def load_adapter(
     adapter_name: str | None = None,
     *,
     is_trainable: bool = False,
-    **access: Any,
+    **options: Any,
 ) -> None:
     """Use an adapter that peft or ``save_adapter`` has written: a folder or a repository.
 
-    ``access``: ``revision``, ``token`` and ``cache_dir`` of the hub. The adapter is sent to the
-    servers of this client's sessions and passes only. Raises ModelNotFound, AdapterRefused (pickle,
-    another kind, another model).
+    ``options``: ``revision``, ``token``, ``cache_dir``, ``subfolder``, ``local_files_only``,
+    ``force_download``; others of transformers' ``load_adapter`` are accepted if they ask for
+    nothing. The adapter is sent to the servers of this client's sessions and passes only. Raises
+    ModelNotFound, ConfigError, AdapterRefused (pickle, another kind, another model).
     """
+    access = adapter_access(options)
     layers_path = describe(model.remote_blocks.config).layers_path
-    saved = read_adapter(str(peft_model_id), layers_path, None, HubAccess(**access))
+    saved = read_adapter(str(peft_model_id), layers_path, None, access)
     slots, _ = slots_of_model(model.remote_blocks.config)
     check_fits(saved.adapter, slots)
     check_finite(saved.adapter)
-    whole = _matching(model, saved.rest)
-    model.remote_blocks.lora = RemoteLora(saved.config, saved.adapter, is_trainable=is_trainable)
-    with torch.no_grad():
-        for name, parameter in whole.items():
-            parameter.copy_(saved.rest[name])
-            parameter.requires_grad_(is_trainable)
+    whole_modules.check_fits(model, saved.rest)
+    lora = RemoteLora(saved.config, saved.adapter, is_trainable=is_trainable)
+    delete_adapter(model)
+    lora.whole = WholeModules(
+        model,
+        saved.rest,
+        is_trainable=is_trainable,
+        ties_weights=saved.config.ensure_weight_tying,
+    )
+    lora.name = adapter_name or DEFAULT_NAME
+    model.remote_blocks.lora = lora
 
 
-def delete_adapter(model: RemoteModel, adapter_names: object = None) -> None:
-    """Go on without the adapter."""
+def delete_adapter(model: RemoteModel, adapter_names: str | list[str] | None = None) -> None:
+    """Go on without the adapter, with the model's own embeddings and head.
+
+    Raises AdapterRefused if these were resized while the adapter was there, and for a name that
+    is not the adapter's.
+    """
+    if adapter_names is not None:
+        set_adapter(model, adapter_names)
+    lora = model.remote_blocks.lora
+    if lora is not None and lora.whole is not None:
+        lora.whole.restore(model)
     model.remote_blocks.lora = None
 
 
+def active_adapters(model: RemoteModel) -> list[str]:
+    """The name of the adapter; empty if there is none."""
+    lora = model.remote_blocks.lora
+    return [] if lora is None else [lora.name]
+
+
+def set_adapter(model: RemoteModel, adapter_name: str | list[str]) -> None:
+    """Accepts the name of the one adapter. Raises AdapterRefused for any other."""
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    present = active_adapters(model)
+    if names != present:
+        raise AdapterRefused(
+            f"The model has {'the adapter ' + present[0] if present else 'no adapter'}, "
+            f"not {', '.join(names)}.",
+            hint="A model has one adapter at a time; load_adapter(FOLDER) takes the other one.",
+        )
+
+
+def not_with_remote_blocks(name: str, instead: str) -> Callable[..., Any]:
+    """A method in place of transformers' method ``name``. Raises AdapterRefused."""
+
+    def refuse(model: RemoteModel, *args: object, **kwargs: object) -> None:
+        raise AdapterRefused(
+            f"{name}: the matrices of an adapter for remote blocks are not layers of this process.",
+            hint=instead,
+        )
+
+    return refuse
+
+
 def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
-    """Write the adapter as peft does, whole modules that were trained with it included.
+    """Write the adapter as peft does, with the whole modules that were trained with it, and with
+    embeddings and head if they were resized.
 
     Raises AdapterRefused if there is none.
     """
@@ -175,7 +246,9 @@ def save_adapter(model: RemoteModel, save_directory: str | Path) -> None:
         raise AdapterRefused(
             "The model has no adapter to save.", hint="Add one: model.add_adapter(config)."
         )
-    saved = SavedAdapter(lora.config, lora.snapshot(), _whole_modules(model, lora.config))
+    whole = whole_modules.resized_parameters(model)
+    whole |= {} if lora.whole is None else lora.whole.of(model)
+    saved = SavedAdapter(lora.config, lora.snapshot(), whole)
     kind = type(model).__name__
     settings = {
         "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
@@ -192,35 +265,3 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
             root.add_module(name, nn.Module())
         root = root.get_submodule(name)
     root.add_module(last, module)
-
-
-def _whole_modules(model: RemoteModel, config: LoraConfig) -> dict[str, Tensor]:
-    """Parameters of the modules in ``modules_to_save``. Raises AdapterRefused for unknown ones."""
-    found: dict[str, Tensor] = {}
-    for wanted in config.modules_to_save:
-        own = {
-            f"{path}.{name}": parameter
-            for path, module in model.named_modules()
-            if path == wanted or path.endswith(f".{wanted}")
-            for name, parameter in module.named_parameters()
-        }
-        if not own:
-            raise AdapterRefused(
-                f"The client has no module {wanted!r} to train whole (modules_to_save).",
-                hint="Embeddings, final norm and head are here; the blocks are on servers.",
-            )
-        found |= own
-    return found
-
-
-def _matching(model: RemoteModel, rest: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The model's parameters that ``rest`` has values for. Raises AdapterRefused."""
-    own = dict(model.named_parameters())
-    for name, tensor in rest.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise AdapterRefused(
-                f"The adapter has {name} {list(tensor.shape)}, which this model does not have.",
-                hint="Load it with the class it was made for (a classifier's with "
-                "AutoDistributedModelForSequenceClassification).",
-            )
-    return {name: own[name] for name in rest}

@@ -44,7 +44,8 @@ class LoraConfig:
     target_modules, exclude_modules: the last names of module paths, or a regular expression for
     whole paths; target_modules may be "all-linear".
     rank_pattern, alpha_pattern: a regular expression for the end of a path -> its rank or alpha.
-    modules_to_save: modules outside the blocks that are trained as a whole.
+    modules_to_save: modules outside the blocks that are trained as a whole. ensure_weight_tying:
+    modules that are tied to one of these take its new weight; by default they keep their own.
     lora_dropout, fan_in_fan_out: only passed on to peft.
 
     Raises AdapterRefused for ranks that are not positive and alphas that are not finite.
@@ -59,6 +60,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
 

@@ -21,6 +21,7 @@ from petals.errors import AdapterRefused, ModelNotFound
 from petals.models.adapters.config import LoraConfig
 from petals.models.adapters.low_rank import Adapter, LowRank, Slot
 from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.sources import CONFIG_FILE as MODEL_CONFIG_FILE
 from petals.models.checkpoint.sources import SourceFiles, find_files
 from petals.types import BlockSpan
 
@@ -93,6 +94,31 @@ def read_adapter(
     return SavedAdapter(config, Adapter(parts), rest)
 
 
+def base_of_adapter(source: str, access: HubAccess | None = None) -> str | None:
+    """The model that an adapter of peft in ``source`` was made for; None if there is no adapter.
+
+    As in transformers: a folder that also holds a model is that model. Raises ModelNotFound,
+    AdapterRefused.
+    """
+    files = find_files(source, access)
+    has_model = files.find(MODEL_CONFIG_FILE) is not None
+    try:
+        path = files.find(CONFIG_FILE)
+    except ModelNotFound:  # the model's config comes from the cache, and the hub cannot be reached
+        path = None
+    if path is None:
+        return None
+    if files.folder is not None and has_model:
+        return source
+    base = _read_config(files).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise AdapterRefused(
+            f"{source} is an adapter that does not say which model it is for.",
+            hint="Load that model, then call model.load_adapter(NAME).",
+        )
+    return base
+
+
 def write_adapter(
     folder: Path, saved: SavedAdapter, blocks_path: str, settings: Mapping[str, Any] | None = None
 ) -> None:
@@ -107,7 +133,8 @@ def write_adapter(
         tensors[f"{path}.lora_A.weight"] = part.a.detach().cpu().contiguous()
         tensors[f"{path}.lora_B.weight"] = part.b.detach().cpu().contiguous()
     for name, tensor in saved.rest.items():
-        tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
+        # A copy, because safetensors refuses tensors that share memory: those of tied modules.
+        tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     content = saved.config.as_peft() | dict(settings or {})
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True), "utf-8")

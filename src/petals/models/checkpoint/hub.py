@@ -34,11 +34,24 @@ from petals.errors import ModelNotFound, NotEnoughDisk
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubAccess:
-    """How to reach the hub; None means huggingface_hub's own default."""
+    """Which files of a repository, and how to reach the hub.
+
+    None means huggingface_hub's own default. subfolder, variant: as in transformers, also of a
+    local folder. force_download: each file once for each model that is opened. local_files_only:
+    the cache alone is read.
+    """
 
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+
+    def path(self, file_name: str) -> str:
+        """Path of a file inside the repository."""
+        return f"{self.subfolder}/{file_name}" if self.subfolder else file_name
 
 
 def download(repo: str, file_name: str, access: HubAccess, *, required: bool) -> Path | None:
@@ -48,16 +61,17 @@ def download(repo: str, file_name: str, access: HubAccess, *, required: bool) ->
     cache: the cache cannot say whether the repository has it. Raises ModelNotFound (unknown, gated
     or unreachable repository, unknown revision) and NotEnoughDisk.
     """
-    offline = _is_offline()
+    offline = access.local_files_only or _is_offline()
     try:
         with _hub_errors(repo, access):
             return Path(
                 hf_hub_download(
                     repo,
-                    file_name,
+                    access.path(file_name),
                     revision=access.revision,
                     token=access.token,
                     cache_dir=access.cache_dir,
+                    force_download=access.force_download and not offline,
                     local_files_only=offline,
                 )
             )
@@ -65,8 +79,10 @@ def download(repo: str, file_name: str, access: HubAccess, *, required: bool) ->
     except LocalEntryNotFoundError as error:
         if offline and not required:
             return None
+        reason = "was not asked (local_files_only)" if access.local_files_only else None
         raise ModelNotFound(
-            f"{file_name} of {repo} is not in the cache and the hub cannot be reached.",
+            f"{access.path(file_name)} of {repo} is not in the cache and the hub "
+            f"{reason or 'cannot be reached'}.",
             hint="Check the spelling and the connection (HF_HUB_OFFLINE must not be set), or give "
             "the path of a local folder, for example ./my-model.",
         ) from error
@@ -80,11 +96,12 @@ def has_file(repo: str, file_name: str, access: HubAccess) -> bool:
     Raises what ``download`` raises for a repository that cannot be read.
     """
     revision, token = access.revision, access.token
-    cached = try_to_load_from_cache(repo, file_name, access.cache_dir, revision)
-    if isinstance(cached, str) or _is_offline():
+    path = access.path(file_name)
+    cached = try_to_load_from_cache(repo, path, access.cache_dir, revision)
+    if isinstance(cached, str) or access.local_files_only or _is_offline():
         return isinstance(cached, str)
     with _hub_errors(repo, access):
-        return file_exists(repo, file_name, revision=revision, token=token)
+        return file_exists(repo, path, revision=revision, token=token)
 
 
 def _is_offline() -> bool:

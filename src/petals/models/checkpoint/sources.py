@@ -6,7 +6,7 @@ Resolves names and refuses files that are not safe to read. Knows nothing of blo
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,12 +47,14 @@ _announced_aliases: set[str] = set()
 class SourceFiles:
     """The files of a hub repository or a local folder.
 
-    ``folder`` is set for a local folder; otherwise ``name`` is a hub id.
+    ``folder`` is set for a local folder; otherwise ``name`` is a hub id. ``fresh``: the files that
+    ``force_download`` has downloaded, which are not downloaded again.
     """
 
     name: str
     folder: Path | None = None
     access: HubAccess = field(default_factory=HubAccess)
+    fresh: dict[str, Path | None] = field(default_factory=dict, compare=False, repr=False)
 
     def find(self, file_name: str) -> Path | None:
         """Local path of one file, downloaded first if necessary; None if there is no such file.
@@ -62,7 +64,13 @@ class SourceFiles:
         if self.folder is not None:
             path = self.folder / file_name
             return path if path.is_file() else None
-        return hub.download(self.name, file_name, self.access, required=file_name == CONFIG_FILE)
+        if file_name in self.fresh:
+            return self.fresh[file_name]
+        required = file_name == CONFIG_FILE
+        found = hub.download(self.name, file_name, self.access, required=required)
+        if self.access.force_download:
+            self.fresh[file_name] = found
+        return found
 
     def has(self, file_name: str) -> bool:
         """Whether the file exists. Does not download it: a pickle may be large."""
@@ -91,12 +99,19 @@ class Checkpoint(SourceFiles):
 
         Raises PickleCheckpointRefused, ModelFilesBroken, NotEnoughDisk.
         """
-        index = self.find(INDEX_FILE)
+        index_file, single_file = map(self._of_variant, (INDEX_FILE, SINGLE_FILE))
+        index = self.find(index_file)
         if index is not None:
             return _read_index(index)
-        single = self.find(SINGLE_FILE)
+        single = self.find(single_file)
         if single is not None:
-            return dict.fromkeys(_tensor_names(single), SINGLE_FILE)
+            return dict.fromkeys(_tensor_names(single), single_file)
+        if self.access.variant:
+            raise ModelFilesBroken(
+                f"{self.name} has no weights of the variant {self.access.variant!r}.",
+                hint=f"They would be {single_file} or {index_file}. Leave variant out for the "
+                "ordinary ones.",
+            )
         if self.folder is not None:
             found = _map_loose_files(self.folder)
             if found:
@@ -108,6 +123,12 @@ class Checkpoint(SourceFiles):
             hint=f"The folder or repository needs {SINGLE_FILE} or {INDEX_FILE} with its shards.",
         )
 
+    def _of_variant(self, file_name: str) -> str:
+        """transformers' rule: ``model.safetensors`` -> ``model.fp16.safetensors``."""
+        stem, _, end = file_name.rpartition(".")
+        variant = self.access.variant
+        return f"{stem}.{variant}.{end}" if variant else file_name
+
     @property
     def model_id(self) -> ModelId:
         """Default name in the swarm's directory: equal for all that load the same model.
@@ -116,7 +137,7 @@ class Checkpoint(SourceFiles):
         config.
         """
         if self.folder is None:
-            stem = self.name.replace("/", "--")
+            stem = f"{self.name}/{self.access.subfolder or ''}".rstrip("/").replace("/", "--")
             if self.access.revision not in (None, "main"):
                 stem += f"@{self.access.revision}"
             return ModelId(stem)
@@ -146,11 +167,15 @@ def find_files(source: str, access: HubAccess | None = None) -> SourceFiles:
     Raises ModelNotFound if ``source`` is a path and no folder is there.
     """
     folder = Path(source).expanduser()
+    access = access or HubAccess()
     if folder.is_dir():
-        return SourceFiles(name=source, folder=folder)
+        if access.subfolder:
+            source, folder = f"{source.rstrip('/')}/{access.subfolder}", folder / access.subfolder
+            access = replace(access, subfolder=None)
+        return SourceFiles(name=source, folder=folder, access=access)
     if folder.is_file() or source.startswith(("/", ".", "~")):
         raise _no_folder(source, folder.is_file())
-    return SourceFiles(name=_follow_alias(source), access=access or HubAccess())
+    return SourceFiles(name=_follow_alias(source), access=access)
 
 
 def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
@@ -172,7 +197,13 @@ def open_checkpoint(source: str, access: HubAccess | None = None) -> Checkpoint:
             hint="Is it a model of transformers, and not an adapter, a GGUF file or a data set?",
         )
     config = _read_config(found, files.name)
-    return Checkpoint(name=files.name, folder=files.folder, access=files.access, config=config)
+    return Checkpoint(
+        name=files.name,
+        folder=files.folder,
+        access=files.access,
+        fresh=files.fresh,
+        config=config,
+    )
 
 
 def _no_folder(source: str, is_file: bool) -> ModelNotFound:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from petals.errors import ModelNotSupported
+from petals.errors import ModelFilesBroken, ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, build_on_meta, describe, parent_of
 from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
 from petals.models.loading.measure import MIN_MATRIX_BYTES, best_seconds
@@ -92,8 +93,9 @@ def load_client_part(
     """The model of ``kind`` in eval mode, its layer list replaced by the module of ``make_remote``.
 
     Loaded weights get no gradients. If the checkpoint lacks a classifier's score head, the head is
-    initialised at random, as in transformers, and stays trainable. Raises ModelFilesBroken for any
-    other missing tensor, and what ``open_checkpoint`` and ``Checkpoint.weight_map`` raise.
+    initialised at random, as in transformers, and stays trainable; ``loading_info`` of the model
+    names it in transformers' form. Raises ModelFilesBroken for any other missing tensor, and what
+    ``open_checkpoint`` and ``Checkpoint.weight_map`` raise.
     """
     options = options or ClientPartOptions()
     load = options.load
@@ -106,7 +108,8 @@ def load_client_part(
     def is_score(name: str) -> bool:
         return is_classifier and not name.startswith(f"{whole_class.base_model_prefix}.")
 
-    model = load_part(checkpoint, part, load, may_be_new=is_score)
+    model, new = _load_ends(checkpoint, kind, part, load, is_score)
+    model.loading_info = _loading_info(new)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_score(name))
     parent, attribute = parent_of(base_within(model, arch), arch.layers_path)
@@ -120,6 +123,45 @@ def load_client_part(
     elif isinstance(head, nn.Linear) and _can_be_shared(head):
         model.set_output_embeddings(SharedHead(head))
     return model.eval()
+
+
+def _load_ends(
+    checkpoint: Checkpoint,
+    kind: HeadKind,
+    part: type[PreTrainedModel],
+    load: LoadOptions,
+    is_score: Callable[[str], bool],
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """``load_part``, also where the checkpoint of a tied model holds the head's weight alone, which
+    transformers finds for a causal model only. Raises ModelFilesBroken.
+    """
+    config, arch = checkpoint.config, describe(checkpoint.config)
+    is_causal = kind is HeadKind.CAUSAL_LM
+    outline = build_on_meta(part, config)
+    table = outline.get_output_embeddings() if is_causal else outline.get_input_embeddings()
+    names = {f"{path}.weight" for path, module in outline.named_modules() if module is table}
+    model, new = load_part(checkpoint, part, load, lambda name: is_score(name) or name in names)
+    if not names & new:
+        return model, new
+    if is_causal:
+        raise ModelFilesBroken(
+            f"{checkpoint.name} has no language-model head ({', '.join(names)}).",
+            hint="It is the checkpoint of a base model or of a classifier: load it with "
+            "AutoDistributedModel or AutoDistributedModelForSequenceClassification.",
+        )
+    causal = class_for(HeadKind.CAUSAL_LM, config, arch)
+    whole, _ = load_part(
+        checkpoint, pruned_class(causal, lambda each: _keep_ends(each, arch)), load
+    )
+    model.get_input_embeddings().weight = whole.get_input_embeddings().weight
+    return model, new - names
+
+
+def _loading_info(new: frozenset[str]) -> dict[str, Any]:
+    """transformers' ``output_loading_info``. Any other lack is an error, so that only a head can be
+    missing."""
+    lists: dict[str, Any] = {"unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return {"missing_keys": set(new)} | lists
 
 
 def class_for(kind: HeadKind, config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:

@@ -45,13 +45,16 @@ from petals.types import BlockSpan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """How to load. ``dtype`` None keeps the dtype of the checkpoint."""
+    """How to load. ``dtype`` None keeps the dtype of the checkpoint. ``ignore_mismatched_sizes``: a
+    tensor that may be missing may also be of another shape.
+    """
 
     dtype: torch.dtype | None = None
     device: str = "cpu"
     quant: QuantKind = QuantKind.NONE
     access: HubAccess = field(default_factory=HubAccess)
     progress: ReadProgress | None = None
+    ignore_mismatched_sizes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +115,7 @@ def load_blocks(
             hint=f"Choose START:END inside 0:{arch.num_blocks}.",
         )
     part = pruned_class(arch.base_class, lambda model: _keep_blocks(model, arch, blocks))
-    model = load_part(checkpoint, part, options)
+    model, _ = load_part(checkpoint, part, options)
     base = model.get_submodule(arch.host_path)
     layers = _renumber(base, *parent_of(model, arch.layers_path), blocks)
     if options.quant is QuantKind.INT8:
@@ -150,11 +153,11 @@ def load_part(
     part: type[PreTrainedModel],
     options: LoadOptions,
     may_be_new: Callable[[str], bool] = lambda name: False,
-) -> PreTrainedModel:
-    """An instance of ``part`` (a ``pruned_class``) with the checkpoint's weights.
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """An instance of ``part`` (a ``pruned_class``) with the checkpoint's weights, and the names of
+    the parameters that the checkpoint lacks and that transformers has initialised.
 
-    Raises ModelFilesBroken if the checkpoint lacks a parameter, unless ``may_be_new(name)`` is
-    true: transformers has then initialised it.
+    Raises ModelFilesBroken for such a parameter unless ``may_be_new(name)`` is true.
     """
     config = copy.deepcopy(checkpoint.config)
     keys = needed_keys(build_on_meta(part, config), checkpoint.weight_map)
@@ -169,20 +172,33 @@ def load_part(
                 f"The weights of {checkpoint.name} do not fit its config: {error}",
                 hint="Config and weights belong to different models, or a file is incomplete.",
             ) from error
-    missing = sorted(name for name in info["missing_keys"] if not may_be_new(name))
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        if not (options.ignore_mismatched_sizes and may_be_new(name)):
+            raise ModelFilesBroken(
+                f"The weights of {checkpoint.name} do not fit its config: {name} is {list(found)}, "
+                f"the config makes it {list(wanted)}.",
+                hint="Config and weights belong to different models.",
+            )
+    new = frozenset(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
+    missing = sorted(name for name in new if not may_be_new(name))
     if missing:
         raise ModelFilesBroken(
             f"{checkpoint.name} lacks {len(missing)} needed tensors, the first is {missing[0]}.",
-            hint="The download is incomplete, or the config is of another model.",
+            hint="Its files hold no such tensor: the config is of another model, or not all files "
+            "are there.",
         )
     if "device_map" not in settings:
         model.to(options.device)
     fix_4bit_layers(model)
-    return model
+    return model, new
 
 
 def _loading_settings(options: LoadOptions, dtype: torch.dtype | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # so that the error below can name the tensor
+    }
     if options.device != "cpu" and is_accelerate_available():
         # With accelerate every tensor is placed on its device as it is read; without it the whole
         # part is built in RAM first.

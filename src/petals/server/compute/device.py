@@ -49,7 +49,11 @@ class DeviceContext:
     def put(self, states: Tensor) -> Tensor:
         """``states`` in the blocks' dtype on the device. Raises BadInput for NaN or infinity."""
         check_values(states)
-        return states.to(self.torch_device, self.dtype)
+        return self.place(states)
+
+    def place(self, values: Tensor) -> Tensor:
+        """The same for gradients, which may hold NaN and infinity (``BackwardPass``)."""
+        return values.to(self.torch_device, self.dtype)
 
     def put_adapter(self, adapter: Adapter) -> Adapter:
         """The same for an adapter. Raises AdapterRefused for NaN or infinity."""
@@ -68,6 +72,6 @@ def check_values(states: Tensor) -> None:
         low, high = torch.aminmax(states)
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             raise BadInput(
-                "The states, prompts or gradients hold NaN or infinity.",
-                hint="Look at the inputs, at the loss, or at the blocks that ran before these.",
+                "The states or prompts hold NaN or infinity.",
+                hint="Look at the inputs, or at the blocks that ran before these.",
             )

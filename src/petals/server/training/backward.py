@@ -24,7 +24,8 @@ class BackwardPass(ChunkedPass[list[Tensor]]):
     if there are any, and with ``wants_adapter`` of a and b of each slot of the adapter.
 
     given: the inputs of the forward; None: what ``slot`` has saved is used. gradients: those of the
-    output and of each tap, [sum(counts), H].
+    output and of each tap, [sum(counts), H]. They may hold NaN and infinity, which spread to the
+    results: a gradient scaler at the client counts on it. They reach no state of this server.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class BackwardPass(ChunkedPass[list[Tensor]]):
         self._begin(device, inputs)
         if saved is None:
             self._put_inputs()
-        output, *taps = map(device.put, self._gradients)
+        output, *taps = map(device.place, self._gradients)
         self._gradient, self._tap_gradients = output, dict(zip(inputs.taps, taps))
         self._hidden_gradient = torch.zeros_like(output)
         prompts = inputs.prompts

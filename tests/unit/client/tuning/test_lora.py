@@ -1,14 +1,16 @@
 """Adapters of a model with remote blocks: trained here, saved, loaded, against stock peft."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from transformers.integrations import PeftAdapterMixin
 
 from petals import LoraConfig
-from petals.errors import AdapterRefused, ModelNotFound
+from petals.errors import AdapterRefused, ConfigError, ModelNotFound
 from petals.models.loading.head import HeadKind
 from support.local_blocks import tiny_pair
 from support.lora_trainee import train
@@ -234,3 +236,58 @@ def test_adapters_of_other_models_are_refused(tmp_path):
     with pytest.raises(AdapterRefused, match="no adapter to save"):
         remote.save_adapter(tmp_path / "nothing")
     assert remote.remote_blocks.lora is None
+
+
+class TestMethodsOfTransformers:
+    """What transformers' models have for peft works with the one adapter, or says why not."""
+
+    def test_every_one_is_decided(self):
+        _, remote = tiny_pair("llama")
+        stock = {name for name in vars(PeftAdapterMixin) if not name.startswith("_")}
+        assert {"load_adapter", "set_adapter", "disable_adapters"} <= stock
+        for name in stock:
+            assert getattr(type(remote), name) is not getattr(PeftAdapterMixin, name)
+
+    def test_names(self, tmp_path):
+        _, remote = tiny_pair("llama")
+        assert remote.active_adapters() == []
+        with pytest.raises(AdapterRefused, match="no adapter"):
+            remote.set_adapter("mine")
+        remote.add_adapter(peft.LoraConfig(target_modules=["q_proj"]), "mine")
+        assert remote.active_adapters() == ["mine"]
+        remote.save_adapter(tmp_path)
+        remote.load_adapter(tmp_path)
+        assert remote.active_adapters() == ["default"]
+        remote.load_adapter(tmp_path, adapter_name="other")
+        remote.set_adapter("other")
+        remote.set_adapter(["other"])
+        with pytest.raises(AdapterRefused, match="the adapter other, not mine"):
+            remote.set_adapter("mine")
+        with pytest.raises(AdapterRefused, match="not mine"):
+            remote.delete_adapter("mine")
+        remote.delete_adapter("other")
+        assert remote.active_adapters() == []
+
+    @pytest.mark.parametrize(
+        "name",
+        ["disable_adapters", "enable_adapters", "get_adapter_state_dict", "enable_peft_hotswap"],
+    )
+    def test_what_needs_local_layers(self, name):
+        with pytest.raises(AdapterRefused, match=name) as refusal:
+            getattr(add(tiny_pair("llama")[1]), name)()
+        assert "adapter" in refusal.value.hint
+
+    def test_pasted_calls_of_load_adapter(self, tmp_path):
+        _, remote = tiny_pair("llama")
+        add(remote).save_adapter(tmp_path / "one" / "inner")
+        for function in (PeftAdapterMixin.load_adapter, peft.PeftModel.load_adapter):
+            names = inspect.signature(function).parameters.keys() - {
+                *("self", "kwargs", "peft_model_id", "model_id", "adapter_name", "is_trainable")
+            }
+            remote.load_adapter(tmp_path / "one" / "inner", **dict.fromkeys(names))
+        remote.load_adapter(tmp_path / "one", subfolder="inner", torch_device="cpu")
+        remote.load_adapter(tmp_path / "one", adapter_kwargs={"subfolder": "inner"})
+        for options in ({"adapter_state_dict": {"x": 1}}, {"no_such_option": 1}):
+            with pytest.raises(ConfigError, match=next(iter(options))) as refusal:
+                remote.load_adapter(tmp_path / "one" / "inner", **options)
+            assert refusal.value.hint

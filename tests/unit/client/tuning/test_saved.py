@@ -1,6 +1,7 @@
 """What was trained is saved without the model; loading continues it, and peft can read it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -148,6 +149,23 @@ def test_the_config_shows_what_is_tuned(llama):
     assert (config.tuning_mode, config.pre_seq_len) == ("ptune", 2)
     assert CAUSAL.from_pretrained(llama, config=config).num_prompt_tokens == 2
     assert CAUSAL.from_pretrained(llama).config.tuning_mode is None
+
+
+def test_the_base_is_loaded_from_the_same_files(llama, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(llama, base / "inner")
+    whole = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        whole.lm_head.weight.mul_(2)
+    whole.save_pretrained(base / "inner", variant="twice")
+    options = {"subfolder": "inner", "variant": "twice"}
+    model = load(CAUSAL, base, base / "inner", **options, **PTUNE)
+    model.save_pretrained(tmp_path / "tuned")
+    again = load(CAUSAL, tmp_path / "tuned", base / "inner")
+    assert torch.equal(again.lm_head.weight, whole.lm_head.weight)
+    assert again.base_access == model.base_access
+    other = load(CAUSAL, tmp_path / "tuned", base / "inner", variant=None)
+    assert torch.equal(other.lm_head.weight * 2, whole.lm_head.weight)
 
 
 def test_unfrozen_parameters_replace_what_was_saved_before(llama, tmp_path):

@@ -24,6 +24,7 @@ from petals.errors import (
     NotEnoughDisk,
     PickleCheckpointRefused,
 )
+from petals.models.adapters.files import base_of_adapter
 from petals.models.checkpoint import hub as hub_module
 from petals.models.checkpoint import sources
 from petals.models.checkpoint.hub import HubAccess
@@ -243,3 +244,64 @@ def test_model_id(hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path) -> None
     settings["rms_norm_eps"] = 0.5
     (folder / "config.json").write_text(json.dumps(settings))
     assert open_checkpoint(str(folder)).model_id != first
+
+
+class TestAccess:
+    """The arguments of transformers that say where files are and how to get them."""
+
+    def test_a_subfolder_of_a_repository(self, hub: FakeHub, tiny_folder: WriteModel) -> None:
+        hub.repositories["someone/many"] = tiny_folder("llama").parent
+        subfolder = tiny_folder("llama").name
+        access = HubAccess(subfolder=subfolder)
+        checkpoint = open_checkpoint("someone/many", access)
+        assert checkpoint.model_id == f"someone--many--{subfolder}"
+        assert load_blocks(checkpoint, BlockSpan(0, 1)).blocks == BlockSpan(0, 1)
+        assert all(name.startswith(f"{subfolder}/") for name in hub.downloaded)
+        with pytest.raises(ModelNotFound, match=r"no config\.json"):
+            open_checkpoint("someone/many", HubAccess(subfolder="none"))
+
+    def test_force_download_reaches_the_hub_once_for_each_file(
+        self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        forced: list[object] = []
+
+        def download(repo: str, file_name: str, **access: object) -> str:
+            forced.append(access["force_download"])
+            return hub.download(repo, file_name, **access)
+
+        monkeypatch.setattr(hub_module, "hf_hub_download", download)
+        for wanted in (True, False):
+            forced.clear()
+            hub.downloaded.clear()
+            checkpoint = open_checkpoint("someone/tiny", HubAccess(force_download=wanted))
+            load_blocks(checkpoint, BlockSpan(0, 1))
+            assert set(forced) == {wanted}
+            assert (len(hub.downloaded) == len(set(hub.downloaded))) == wanted
+
+    def test_an_adapter_is_looked_for_behind_the_model(
+        self, hub: FakeHub, tiny_folder: WriteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "someone/tiny", "peft_type": "LORA"}'
+        )
+        hub.repositories["someone/lora"] = tmp_path
+        assert base_of_adapter("someone/lora") == "someone/tiny"
+        assert base_of_adapter("someone/tiny") is None
+        shutil.copy(tiny_folder("llama") / "config.json", tmp_path)
+        assert base_of_adapter("someone/lora") == "someone/tiny"
+        assert base_of_adapter(str(tmp_path)) == str(tmp_path)
+        with pytest.raises(ModelNotFound, match="neither"):
+            base_of_adapter("someone/unknown")
+
+        def cached_only(repo: str, file_name: str, **access: object) -> str:
+            if file_name != "config.json":
+                raise LocalEntryNotFoundError("no connection")
+            return hub.download(repo, file_name, **access)
+
+        monkeypatch.setattr(hub_module, "hf_hub_download", cached_only)
+        assert base_of_adapter("someone/tiny") is None
+
+    def test_local_files_only_asks_no_hub(self, tmp_path: Path) -> None:
+        access = HubAccess(cache_dir=str(tmp_path), local_files_only=True)
+        with pytest.raises(ModelNotFound, match="local_files_only"):
+            open_checkpoint("someone/tiny", access)
