@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from petals.cli.terminal.wording import plural
 from petals.client.trace import SessionTrace
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-ChatMessage = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +77,6 @@ class WordStream:
         self._shown = text
 
 
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[ChatMessage]
-) -> "torch.Tensor":
-    """Token ids `[1, n]` of a conversation; plain lines for a model without a chat template."""
-    if tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
-        encoded = tokenizer("\n".join([*lines, "assistant:"]), return_tensors="pt")
-    ids: torch.Tensor = encoded["input_ids"]
-    return ids
-
-
 def ask(
     model: Any,  # noqa: ANN401
     input_ids: "torch.Tensor",
@@ -123,7 +107,7 @@ def ask(
 def describe(answer: ChatReply) -> str:
     """The route, with the median time of a step at each server, and the speed, in one line."""
     return (
-        f"{answer.num_new_tokens} tokens through {answer.trace}; "
+        f"{plural(answer.num_new_tokens, 'token')} through {answer.trace}; "
         f"first token after {answer.first_token_seconds:.2f} s, "
         f"then {answer.tokens_per_second:.1f} tokens/s{_mended(answer.trace)}"
     )

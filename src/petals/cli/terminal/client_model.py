@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from petals.cli.terminal import options
 from petals.cli.terminal.console import say, stage
 from petals.client.config import ClientConfig
-from petals.errors import ModelFilesBroken
+from petals.errors import ModelFilesBroken, NotSupported
 from petals.imports import collector_at_rest
 
 if TYPE_CHECKING:
@@ -75,12 +75,24 @@ def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
 
 
 def _load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
-    """Raises ModelFilesBroken for a model that comes without a usable one."""
+    """Raises ModelFilesBroken for a model that comes without a usable one, NotSupported for one
+    that is Python code of the repository: such code is never run.
+    """
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder or checkpoint.name)
+        # Without trust_remote_code=False transformers asks on the terminal whether to run it.
+        return transformers.AutoTokenizer.from_pretrained(
+            checkpoint.folder or checkpoint.name, trust_remote_code=False
+        )
     except (ValueError, OSError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise NotSupported(
+                f"The tokenizer of {checkpoint.name} is Python code of its repository, which "
+                "Petals does not run.",
+                hint="Look for a repository of the model with a tokenizer.json that "
+                "transformers reads without it.",
+            ) from None
         raise ModelFilesBroken(
             f"{checkpoint.name} has no tokenizer that can be loaded: {_first_line(error)}",
             hint="Its folder needs tokenizer.json or the files of its own tokenizer, as the "

@@ -3,7 +3,9 @@
 rich draws on a terminal only; elsewhere lines are plain. Must not know commands, torch and network.
 """
 
+import codecs
 import gc
+import io
 import json
 import signal
 import sys
@@ -35,6 +37,7 @@ def run_as_command(work: Callable[[], object]) -> None:
 
     Exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted.
     """
+    make_streams_encode_everything()
     try:
         work()
     except PetalsError as error:
@@ -44,6 +47,31 @@ def run_as_command(work: Callable[[], object]) -> None:
     finally:
         # At its exit Python searches all of torch for cycles, several times, which takes seconds.
         gc.freeze()
+
+
+_PICTURES = {"█": "#", "░": "+", "·": ".", "…": "..", "→": "->", "⇄": "<->"}
+"""What is drawn, for terminals and files that hold ASCII only."""
+
+
+def make_streams_encode_everything() -> None:
+    """In an ASCII locale print pictures in ASCII, and other characters as escapes: \\u20ac.
+
+    Nothing that is printed fails, and no character is lost.
+    """
+    codecs.register_error("petals", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="petals")
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    escaped = (
+        _PICTURES.get(char) or char.encode("ascii", "backslashreplace").decode() for char in text
+    )
+    return "".join(escaped), error.end
 
 
 def print_data(text: str) -> None:
