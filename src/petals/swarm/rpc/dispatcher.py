@@ -111,7 +111,7 @@ async def _expect_welcome(stream: Stream, parts: RpcParts) -> None:
     if not isinstance(answer, Welcome):
         raise ProtocolError("The peer answered without a greeting.", peer_id=stream.remote)
     _check_version(answer.version, stream.remote)
-    parts.admission.check(answer.ticket, stream.remote, parts.clock.now())
+    parts.admission.check_welcome(answer.ticket, stream.remote, parts.clock.now())
 
 
 @dataclass(slots=True)
