@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 from petals.cli.terminal.wording import utf8
 
 if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
 
 PROMPT = "> "
 _CONTINUATION = "  "
@@ -116,13 +118,13 @@ def _open_history(file: Path) -> "History":
     return FileHistory(str(file))
 
 
-def _completer(words: Sequence[str]) -> "object":
+def _completer(words: Sequence[str]) -> "Completer":
     from prompt_toolkit.completion import WordCompleter
 
     return WordCompleter(list(words), sentence=True)
 
 
-def _keys() -> "object":
+def _keys() -> "KeyBindings":
     """Alt-Enter starts a new line; Enter ends the question."""
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
