@@ -22,7 +22,7 @@ from petals.demo.wheels import (
     workplace,
 )
 from petals.errors import ConfigError, ModelNotFound
-from petals.logs import get_logger
+from petals.logs import download_bar, get_logger
 
 logger = get_logger(__name__)
 
@@ -121,6 +121,7 @@ def _from_hub(model: DemoModel) -> Path | None:
             allow_patterns=_HUB_FILES,
             ignore_patterns="*/*",
             etag_timeout=_HUB_SECONDS,
+            tqdm_class=download_bar(),
         )
     except OSError as error:  # what the hub's library raises for networks, too
         logger.info("no demo model from the hub: %s", error)

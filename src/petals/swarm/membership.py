@@ -30,8 +30,8 @@ _MAC_BYTES = 32
 _LABEL = b"petals ticket 1"
 _FILE_HEAD = "petals-swarm-key-1:"
 _HINT_OPEN = (
-    "If the swarm is open, leave the key out (--swarm-key, PETALS_SWARM_KEY); otherwise the address "
-    "is one of another swarm."
+    "If the swarm is open, leave the key out (--swarm-key, PETALS_SWARM_KEY); otherwise the "
+    "address is one of another swarm."
 )
 _HINT_KEY = "Start with --swarm-key FILE, the same key file as the rest of the swarm."
 

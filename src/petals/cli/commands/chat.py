@@ -13,7 +13,8 @@ from petals.cli.terminal.chat_template import ChatTemplate
 from petals.cli.terminal.client_model import ClientModel, load_client
 from petals.cli.terminal.console import EXIT_FAILED, report, say
 from petals.cli.terminal.conversation import COMMAND_NAMES, Conversation, react
-from petals.cli.terminal.line_input import Interrupts, LineSource, open_lines
+from petals.cli.terminal.lifetime import Interrupts
+from petals.cli.terminal.line_input import LineSource, open_lines
 from petals.cli.terminal.wording import utf8
 from petals.client.config import ClientConfig
 from petals.errors import BadInput, LengthExceeded, PetalsError

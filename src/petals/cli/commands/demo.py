@@ -40,8 +40,8 @@ def demo(
     prompt = utf8(prompt, "The prompt")
     with interruptible():
         source = model or _demo_model()
-        with stage("Starting the swarm") as change:
-            swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=change)
+        with stage("Starting the swarm") as activity:
+            swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=activity.change)
             swarm.start(lambda: spans_of(source, servers, None))
         with swarm:
             introduce(swarm)
@@ -54,8 +54,8 @@ def demo(
 def _demo_model() -> str:
     from petals.demo.model import get_demo_model
 
-    with stage("Looking for the demo model") as change:
-        return str(get_demo_model(DEMO_MODEL, say=change))
+    with stage("Looking for the demo model") as activity:
+        return str(get_demo_model(DEMO_MODEL, say=activity.change))
 
 
 def _ask(source: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int) -> None:

@@ -49,11 +49,11 @@ def drain(
     if not wait:
         say(f"Server {process.pid} has been asked to leave.")
         return
-    with stage(f"Server {process.pid} hands its sessions over") as change:
+    with stage(f"Server {process.pid} hands its sessions over") as activity:
         began = time.monotonic()
         while not _has_left(process, _REPORT_SECONDS):
             seconds = time.monotonic() - began
-            change(f"Server {process.pid} hands its sessions over ({seconds:.0f} s)")
+            activity.change(f"Server {process.pid} hands its sessions over ({seconds:.0f} s)")
     say(f"Server {process.pid} has left.")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from petals.cli.terminal.wording import plural
 from petals.client.trace import SessionTrace
+from petals.logs import plural
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from petals.cli.terminal.chat_template import ChatMessage
-from petals.cli.terminal.wording import plural
+from petals.logs import plural
 
 HELP = """\
 /help           show this (also /?)

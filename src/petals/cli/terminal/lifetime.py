@@ -1,6 +1,6 @@
-"""How a serving process reports that it is ready, and when it stops.
+"""How a serving process reports that it is ready, and what ends a process.
 
-Shared by `serve` and `bootstrap`. Must not know swarm and model.
+Must not know swarm and model.
 """
 
 import json
@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 
 def write_ready_file(path: Path | None, content: Mapping[str, object]) -> None:
@@ -32,3 +34,29 @@ def stop_when_stdin_closes() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="stdin-watch", daemon=True).start()
+
+
+class Interrupts:
+    """Counts Ctrl-C while something long runs, in ``pressed``.
+
+    The first one is to end the work; a second one may follow because the clean-up waits. Libraries
+    may also swallow the exception that Ctrl-C raises, for example while they are imported.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Inside, each Ctrl-C is counted and raises KeyboardInterrupt."""
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self.pressed += 1
+            raise KeyboardInterrupt
+
+        self.pressed = 0
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

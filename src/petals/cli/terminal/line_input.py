@@ -3,13 +3,10 @@
 Must not know models and conversations.
 """
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from petals.cli.terminal.wording import utf8
@@ -80,30 +77,6 @@ class TerminalLines:
 def open_lines(history: Path, completions: Sequence[str] = ()) -> LineSource:
     """Lines of the terminal, if standard input is one."""
     return TerminalLines(history, completions) if sys.stdin.isatty() else PipeLines()
-
-
-class Interrupts:
-    """Ctrl-C while an answer is made. ``pressed`` counts them: the first one is to end the answer,
-    the second one the command, which may wait for a server in the clean-up.
-    """
-
-    def __init__(self) -> None:
-        self.pressed = 0
-
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Inside, each Ctrl-C is counted and raises KeyboardInterrupt."""
-
-        def interrupt(signum: int, frame: FrameType | None) -> None:
-            self.pressed += 1
-            raise KeyboardInterrupt
-
-        self.pressed = 0
-        before = signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def _open_history(file: Path) -> "History":

@@ -1,4 +1,4 @@
-"""Texts as users type and read them: UTF-8 in, counts with their nouns and sizes out.
+"""Texts as users type and read them: UTF-8 in, sizes out.
 
 Pure. Must not know commands and terminals.
 """
@@ -27,11 +27,6 @@ def utf8(text: str | bytes, what: str) -> str:
             f"{what} is not text: {ascii(error.object[error.start])} at position {error.start}.",
             hint="Type it as UTF-8.",
         ) from None
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 server``, ``2 servers``: the one way to print a count of things."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def size(num_bytes: float) -> str:

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from petals.errors import ModelNotFound, NotEnoughDisk
+from petals.logs import download_bar
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,7 @@ def download(repo: str, file_name: str, access: HubAccess, *, required: bool) ->
                     token=access.token,
                     cache_dir=access.cache_dir,
                     local_files_only=offline,
+                    tqdm_class=download_bar(),
                 )
             )
     # This subclass of EntryNotFoundError means "neither cached nor reachable", not "no such file".

@@ -1,8 +1,8 @@
 """Imports of hivemind without the parts that need torch and scipy.
 
-The ``__init__`` modules of hivemind import its averaging, experts and optimizers, and with them torch
-and scipy: 1.1 s of the 1.7 s that `petals status` spent on imports (2 cores, files in memory). The
-engine uses none of that. Must not know what the engine uses.
+The ``__init__`` modules of hivemind import its averaging, experts and optimizers, and with them
+torch and scipy: 1.6 s of the 2.2 s that `petals status` took (2 cores, files in memory). The engine
+uses none of that. Must not know what the engine uses.
 """
 
 import importlib
