@@ -73,8 +73,8 @@ class WordStream:
         # A character whose bytes are spread over tokens decodes to U+FFFD until it is complete.
         if text.endswith("\ufffd") and not last:
             return
-        self.show(text[len(self._shown) :])
-        self._shown = text
+        new, self._shown = text[len(self._shown) :], text  # first: Ctrl-C may end ``show``
+        self.show(new)
 
 
 def ask(
