@@ -64,7 +64,7 @@ def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
             from petals.client.model.auto import AutoDistributedModelForCausalLM
             from petals.models.checkpoint.sources import open_checkpoint
 
-        tokenizer = _load_tokenizer(open_checkpoint(model))
+        tokenizer = load_tokenizer(open_checkpoint(model))
         client = AutoDistributedModelForCausalLM.from_pretrained(
             model, **{field.name: getattr(config, field.name) for field in fields(config)}
         )
@@ -74,7 +74,7 @@ def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
         client_loop.close()
 
 
-def _load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
+def load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
     """Raises ModelFilesBroken for a model that comes without a usable one, NotSupported for one
     that is Python code of the repository: such code is never run.
     """
@@ -83,7 +83,10 @@ def _load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
     try:
         # Without trust_remote_code=False transformers asks on the terminal whether to run it.
         return transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder or checkpoint.name, trust_remote_code=False
+            checkpoint.folder or checkpoint.name,
+            trust_remote_code=False,
+            revision=checkpoint.access.revision or "main",
+            cache_dir=checkpoint.access.cache_dir,
         )
     except (ValueError, OSError, ImportError) as error:
         if "trust_remote_code" in str(error):

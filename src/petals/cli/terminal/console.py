@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -91,6 +91,13 @@ def print_data(text: str) -> None:
     """One line of data."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of data under their heads, in plain text, as wide as their longest entry."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    for row in (heads, *rows):
+        print_data("  ".join(f"{entry:<{width}}" for entry, width in zip(row, widths)).rstrip())
 
 
 def print_json(value: object) -> None:

@@ -3,15 +3,18 @@
 Must not know swarm and model.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+from petals import constants
 
 
 def write_ready_file(path: Path | None, content: Mapping[str, object]) -> None:
@@ -21,6 +24,31 @@ def write_ready_file(path: Path | None, content: Mapping[str, object]) -> None:
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps({"pid": os.getpid(), **content}, indent=2), encoding="utf-8")
     draft.replace(path)
+
+
+def running_dir() -> Path:
+    """Where lasting processes of this user write what they do, for `petals ps`."""
+    return constants.cache_dir() / "running"
+
+
+@contextmanager
+def listed_as_running() -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """Yields how to publish what this process does to `petals ps`; it is taken back at the end.
+
+    Without a cache folder that can be written `petals ps` knows less.
+    """
+    file = running_dir() / f"{os.getpid()}.json"
+
+    def publish(content: Mapping[str, object]) -> None:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_ready_file(file, content)
+
+    try:
+        yield publish
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def stop_when_stdin_closes() -> None:

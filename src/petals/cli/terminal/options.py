@@ -169,6 +169,8 @@ Dtype = Annotated[str, option_of(ComputeConfig, "dtype")]
 Join = Annotated[list[str] | None, option_of(ClientConfig, "initial_peers")]
 SwarmKeyFile = Annotated[Path | None, option_of(ClientConfig, "swarm_key")]
 Threads = Annotated[int | None, option_of(ComputeConfig, "num_threads")]
+Revision = Annotated[str | None, option_of(ServerConfig, "source.revision")]
+CacheDir = Annotated[str | None, option_of(ServerConfig, "source.cache_dir")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
 ChatTemplateName = Annotated[

@@ -7,8 +7,8 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from petals.cli.terminal.console import Activity, print_data, say, stage
-from petals.cli.terminal.lifetime import Interrupts, write_ready_file
+from petals.cli.terminal.console import print_data, say, stage
+from petals.cli.terminal.lifetime import Interrupts, listed_as_running, write_ready_file
 from petals.imports import collector_at_rest
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
     """
     from petals.logs import configure_logging
 
-    with stage(f"Starting a server for {config.source.model}", keeps_lines=True) as activity:
+    starting = stage(f"Starting a server for {config.source.model}", keeps_lines=True)
+    with listed_as_running() as publish, starting as activity:
         interrupts = Interrupts()
         with interrupts.counted(), collector_at_rest():
             from petals.server.server import Server, Watchers, run_until_signalled
@@ -31,28 +32,32 @@ def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
             raise KeyboardInterrupt
         gc.freeze()  # imported objects stay: the collector need not scan them while a step waits
         configure_logging()
+
+        def report(info: "OnlineInfo") -> None:
+            activity.close()
+            facts = _report(info)
+            publish(facts)
+            write_ready_file(ready_file, facts)
+
         watchers = Watchers(
             on_stage=activity.change,
             on_loading=activity.measure,
-            on_online=lambda info: _report(activity, info, ready_file),
+            on_online=report,
         )
         run_until_signalled(lambda: Server(config, watchers))
 
 
-def _report(activity: Activity, info: "OnlineInfo", ready_file: Path | None) -> None:
-    activity.close()
+def _report(info: "OnlineInfo") -> dict[str, object]:
+    """Print the facts about a server that has come online; return those for its ready file."""
     say(
         f"{info.model}: {info.dtype}, {info.quant} quantization, sessions up to "
         f"{info.max_length} tokens, cache for {info.cache_tokens}"
     )
     for address in info.addresses:
         print_data(address)
-    write_ready_file(
-        ready_file,
-        {
-            "peer_id": info.peer_id,
-            "model": info.model,
-            "blocks": [info.blocks.start, info.blocks.end],
-            "addresses": list(info.addresses),
-        },
-    )
+    return {
+        "peer_id": info.peer_id,
+        "model": info.model,
+        "blocks": [info.blocks.start, info.blocks.end],
+        "addresses": list(info.addresses),
+    }

@@ -1,4 +1,4 @@
-"""Texts as users type and read them: UTF-8 in, sizes out.
+"""Texts as users type and read them: UTF-8 in, sizes and durations out.
 
 Pure. Must not know commands and terminals.
 """
@@ -27,6 +27,16 @@ def utf8(text: str | bytes, what: str) -> str:
             f"{what} is not text: {ascii(error.object[error.start])} at position {error.start}.",
             hint="Type it as UTF-8.",
         ) from None
+
+
+def duration(seconds: float) -> str:
+    """``59 s``, ``12 min``, ``3 h 5 min``, ``2 d 1 h``."""
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days:.0f} d {hours % 24:.0f} h"
+    if hours:
+        return f"{hours:.0f} h {minutes % 60:.0f} min"
+    return f"{minutes:.0f} min" if minutes else f"{seconds:.0f} s"
 
 
 def size(num_bytes: float) -> str:

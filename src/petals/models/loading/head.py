@@ -25,7 +25,7 @@ from petals.models.checkpoint.arch import ModelArch, build_on_meta, describe, pa
 from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
 from petals.models.loading.measure import MIN_MATRIX_BYTES, best_seconds
 from petals.models.loading.shared_head import SharedHead
-from petals.models.loading.split import LoadOptions, Stub, load_part, pruned_class
+from petals.models.loading.split import LoadOptions, Stub, files_of_part, load_part, pruned_class
 
 RemoteFactory = Callable[[ModelArch, PretrainedConfig], nn.Module]
 """Makes the module that replaces the layer list. The model's forward slices it
@@ -120,6 +120,13 @@ def load_client_part(
     elif isinstance(head, nn.Linear) and _can_be_shared(head):
         model.set_output_embeddings(SharedHead(head))
     return model.eval()
+
+
+def files_of_ends(checkpoint: Checkpoint) -> set[str]:
+    """Names of the weight files that ``load_client_part`` opens for a causal language model."""
+    arch = describe(checkpoint.config)
+    whole_class = class_for(HeadKind.CAUSAL_LM, checkpoint.config, arch)
+    return files_of_part(checkpoint, pruned_class(whole_class, lambda m: _keep_ends(m, arch)))
 
 
 def class_for(kind: HeadKind, config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:
