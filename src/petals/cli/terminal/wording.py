@@ -3,7 +3,14 @@
 Pure. Must not know commands and terminals.
 """
 
+import re
+from collections.abc import Mapping
+
 from petals.errors import BadInput
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+SENTENCE = re.compile(r"(?<=[.;:])(?=\s)")
+_NAMED_COMMAND = re.compile(r"\bpetals [a-z]+ ")
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -27,6 +34,20 @@ def utf8(text: str | bytes, what: str) -> str:
             f"{what} is not text: {ascii(error.object[error.start])} at position {error.start}.",
             hint="Type it as UTF-8.",
         ) from None
+
+
+def respell_flags(text: str, spelling: Mapping[str, str]) -> str:
+    """``text`` with the flags of the command at hand as that command spells them.
+
+    A flag behind the name of a command in the same sentence is that command's.
+    """
+
+    def respell(sentence: str) -> str:
+        if _NAMED_COMMAND.search(sentence):
+            return sentence
+        return FLAG.sub(lambda found: spelling.get(found[0], found[0]), sentence)
+
+    return "".join(map(respell, SENTENCE.split(text)))
 
 
 def duration(seconds: float) -> str:

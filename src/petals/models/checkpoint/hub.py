@@ -132,6 +132,6 @@ def _hub_errors(repo: str, access: HubAccess) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise NotEnoughDisk(
                 f"The disk is full while downloading {repo}.",
-                hint="Free some space, or point HF_HOME or --cache-dir at a larger disk.",
+                hint="Free some space, or point HF_HOME at a larger disk.",
             ) from error
         raise

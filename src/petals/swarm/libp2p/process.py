@@ -176,5 +176,5 @@ def _check_port_is_free(address: Address) -> None:
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"The network daemon could not start: {address} cannot be listened on ({error}).",
-                hint="Another process may use the port; choose another with --port.",
+                hint="Another process may use the port; petals serve --port N takes another.",
             ) from error
