@@ -12,7 +12,7 @@ from petals.cli.terminal.answer import ChatReply, WordStream, ask, describe
 from petals.cli.terminal.chat_template import ChatTemplate
 from petals.cli.terminal.client_model import ClientModel, load_client
 from petals.cli.terminal.console import EXIT_FAILED, report, say
-from petals.cli.terminal.conversation import COMMAND_NAMES, Conversation, react
+from petals.cli.terminal.conversation import COMMAND_NAMES, ChatTurns, react
 from petals.cli.terminal.lifetime import Interrupts
 from petals.cli.terminal.line_input import LineSource, open_lines
 from petals.cli.terminal.wording import utf8
@@ -46,7 +46,7 @@ def chat(
         run = _Chat(
             client=client,
             template=ChatTemplate(client.tokenizer, say, chat_template),
-            conversation=Conversation(system=opening),
+            conversation=ChatTurns(system=opening),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
         )
@@ -62,7 +62,7 @@ def chat(
 class _Chat:
     client: ClientModel
     template: ChatTemplate
-    conversation: Conversation
+    conversation: ChatTurns
     max_new_tokens: int
     temperature: float
     _interrupts: Interrupts = field(default_factory=Interrupts)
@@ -89,14 +89,14 @@ class _Chat:
             is_leaving = False
             if line is None:
                 return num_failed
-            reaction = react(line, self.conversation)
-            if reaction.leaves:
+            effect = react(line, self.conversation)
+            if effect.leaves:
                 return num_failed
-            if reaction.words:
-                say(reaction.words)
-            num_failed += reaction.refused
-            if reaction.question:
-                num_failed += not self._answer(reaction.question, lines.is_terminal)
+            if effect.words:
+                say(effect.words)
+            num_failed += effect.refused
+            if effect.question:
+                num_failed += not self._answer(effect.question, lines.is_terminal)
 
     def _answer(self, question: str, may_interrupt: bool) -> bool:
         """Stream the answer and keep it. False if the question failed: then it is reported and not

@@ -27,7 +27,7 @@ _COMMAND = re.compile(r"/(\w+|\?)(?:\s+(.*))?", re.DOTALL)
 
 
 @dataclass(slots=True)
-class Conversation:
+class ChatTurns:
     """What the model is shown. Unanswered questions are never part of it."""
 
     system: str = ""
@@ -72,7 +72,7 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reaction:
+class LineEffect:
     """What follows from a line: ``question`` is asked, ``leaves`` ends the chat, ``refused`` says
     that the line was not understood. ``words`` are shown.
     """
@@ -83,57 +83,59 @@ class Reaction:
     refused: bool = False
 
 
-def react(line: str, conversation: Conversation) -> Reaction:
+def react(line: str, conversation: ChatTurns) -> LineEffect:
     """Carry out a command on the conversation; any other line is a question."""
     command = _COMMAND.fullmatch(line)
     if command is None:
-        return Reaction(question=line.strip())
+        return LineEffect(question=line.strip())
     name, rest = command[1], (command[2] or "").strip()
     if name in ("quit", "exit", "bye"):
-        return Reaction(leaves=True)
+        return LineEffect(leaves=True)
     known = _COMMANDS.get(name)
     if known is None:
-        return Reaction(words=f"There is no command /{name}; /help lists them.", refused=True)
+        return LineEffect(words=f"There is no command /{name}; /help lists them.", refused=True)
     return known(conversation, rest)
 
 
-def _help(conversation: Conversation, rest: str) -> Reaction:
-    return Reaction(words=HELP)
+def _help(conversation: ChatTurns, rest: str) -> LineEffect:
+    return LineEffect(words=HELP)
 
 
-def _clear(conversation: Conversation, rest: str) -> Reaction:
+def _clear(conversation: ChatTurns, rest: str) -> LineEffect:
     conversation.clear()
-    return Reaction(words="The conversation is forgotten.")
+    return LineEffect(words="The conversation is forgotten.")
 
 
-def _retry(conversation: Conversation, rest: str) -> Reaction:
+def _retry(conversation: ChatTurns, rest: str) -> LineEffect:
     question = conversation.take_back()
     if not question:
-        return Reaction(words="There is no question to ask again.", refused=True)
-    return Reaction(question=question)
+        return LineEffect(words="There is no question to ask again.", refused=True)
+    return LineEffect(question=question)
 
 
-def _system(conversation: Conversation, rest: str) -> Reaction:
+def _system(conversation: ChatTurns, rest: str) -> LineEffect:
     if not rest:
-        return Reaction(words=conversation.system or "There is no system prompt.")
+        return LineEffect(words=conversation.system or "There is no system prompt.")
     conversation.system = "" if rest == "-" else rest
-    return Reaction(words="The system prompt is set." if conversation.system else "It is removed.")
+    return LineEffect(
+        words="The system prompt is set." if conversation.system else "It is removed."
+    )
 
 
-def _save(conversation: Conversation, rest: str) -> Reaction:
+def _save(conversation: ChatTurns, rest: str) -> LineEffect:
     if not rest:
-        return Reaction(words="Name a file: /save FILE", refused=True)
+        return LineEffect(words="Name a file: /save FILE", refused=True)
     file = Path(rest).expanduser()
     try:
         saved = conversation.save(file)
     except FileExistsError:
-        return Reaction(words=f"{file} exists already; name another file.", refused=True)
+        return LineEffect(words=f"{file} exists already; name another file.", refused=True)
     except OSError as error:
-        return Reaction(words=f"{file} cannot be written: {error.strerror}.", refused=True)
-    return Reaction(words=f"{plural(saved, 'message')} written to {file}.")
+        return LineEffect(words=f"{file} cannot be written: {error.strerror}.", refused=True)
+    return LineEffect(words=f"{plural(saved, 'message')} written to {file}.")
 
 
-_COMMANDS: dict[str, Callable[[Conversation, str], Reaction]] = {
+_COMMANDS: dict[str, Callable[[ChatTurns, str], LineEffect]] = {
     "help": _help,
     "?": _help,
     "clear": _clear,

@@ -57,7 +57,8 @@ class _Deferred:
             found = getattr(importlib.import_module(f"{own}.{light}"), name, None)
             if found is not None:
                 return found
-        if package.__dict__.pop("__getattr__", None) is not None:
-            assert package.__spec__ is not None and package.__spec__.loader is not None
-            package.__spec__.loader.exec_module(package)
+        spec = package.__spec__
+        is_deferred = package.__dict__.pop("__getattr__", None) is not None
+        if is_deferred and spec is not None and spec.loader is not None:
+            spec.loader.exec_module(package)
         return getattr(package, name)

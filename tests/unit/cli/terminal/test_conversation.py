@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from petals.cli.terminal.conversation import COMMAND_NAMES, HELP, Conversation, react
+from petals.cli.terminal.conversation import COMMAND_NAMES, HELP, ChatTurns, react
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -14,9 +14,9 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
 
 
-def talked(*texts: str, system: str = "") -> Conversation:
+def talked(*texts: str, system: str = "") -> ChatTurns:
     """A conversation of questions with their answers."""
-    conversation = Conversation(system=system)
+    conversation = ChatTurns(system=system)
     for question, answer in zip(texts[::2], texts[1::2]):
         conversation.messages(question)
         conversation.add(question, answer)
@@ -28,18 +28,18 @@ def talked(*texts: str, system: str = "") -> Conversation:
     ["why?", "/etc/hosts: what is it?", " /help", "/* a comment */", "a\n/help", "//", "/", "1/2"],
 )
 def test_questions(line: str) -> None:
-    assert react(line, Conversation()).question == line.strip()
+    assert react(line, ChatTurns()).question == line.strip()
 
 
 def test_an_empty_line_is_nothing() -> None:
-    reaction = react("  ", Conversation())
-    assert not (reaction.question or reaction.words or reaction.leaves or reaction.refused)
+    effect = react("  ", ChatTurns())
+    assert not (effect.question or effect.words or effect.leaves or effect.refused)
 
 
 @pytest.mark.parametrize("line", ["/foo", "/sytem x", "/Help", "/retry", "/save"])
 def test_what_cannot_be_done_is_told(line: str) -> None:
-    reaction = react(line, Conversation())
-    assert reaction.refused and reaction.words and not reaction.question
+    effect = react(line, ChatTurns())
+    assert effect.refused and effect.words and not effect.question
 
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)
