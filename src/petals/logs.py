@@ -64,7 +64,7 @@ def configure_logging(level: int | str = logging.INFO, stream: TextIO | None = N
         if getattr(handler, "petals_owned", False):
             root.removeHandler(handler)
     handler = _StderrHandler() if stream is None else logging.StreamHandler(stream)
-    handler.petals_owned = True  # type: ignore[union-attr]
+    handler.petals_owned = True  # type: ignore[attr-defined]
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     )

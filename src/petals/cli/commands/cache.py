@@ -73,6 +73,7 @@ def pull(
 ) -> None:
     """Download a model into the cache: all of it, a server's blocks, or a client's share."""
     spans = [BlockSpan.parse(text) for text in blocks or ()]
+    everything: list[BlockSpan | None] = [] if client else [None]
     with stage(f"Looking for {model}") as activity:
         from petals.models.checkpoint.hub import HubAccess
         from petals.models.checkpoint.sources import open_checkpoint
@@ -87,7 +88,7 @@ def pull(
                 hint="Name a repository of the hub as OWNER/NAME.",
             )
         names: set[str] = set()
-        for span in spans or ([] if client else [None]):
+        for span in spans or everything:
             names |= files_of_blocks(checkpoint, span)
         if client or not spans:
             names |= files_of_ends(checkpoint)
