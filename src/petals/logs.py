@@ -1,22 +1,57 @@
-"""Logging: every message goes to a logger under ``petals``; the command line decides where it is
-shown.
+"""Logging, the wording of counts, and who shows downloads: what every layer says to users.
 
+Every message goes to a logger under ``petals``; the command line decides where it is shown.
 Programs that import Petals see nothing unless they configure logging themselves, or have imported
 hivemind: then they see what they saw with the original. Must not know network and torch.
 """
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from petals import constants
 
 _ROOT = "petals"
 
+_download_bars: list[type] = []
+
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of one module (pass ``__name__``)."""
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 server``, ``2 servers``: how a count of things is printed."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def download_bar() -> type | None:
+    """The ``tqdm_class`` of huggingface_hub; None is its own bar, drawn on terminals only."""
+    return _download_bars[-1] if _download_bars else None
+
+
+@contextmanager
+def downloads_shown_by(bar: type) -> Iterator[None]:
+    """Inside, downloads of this process are shown by ``bar``, a class in the manner of tqdm."""
+    _download_bars.append(bar)
+    try:
+        yield
+    finally:
+        _download_bars.remove(bar)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at the time: a bar replaces it while it is drawn."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def configure_logging(level: int | str = logging.INFO, stream: TextIO | None = None) -> None:
@@ -28,7 +63,7 @@ def configure_logging(level: int | str = logging.INFO, stream: TextIO | None = N
     for handler in list(root.handlers):
         if getattr(handler, "petals_owned", False):
             root.removeHandler(handler)
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _StderrHandler() if stream is None else logging.StreamHandler(stream)
     handler.petals_owned = True  # type: ignore[attr-defined]
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")

@@ -10,7 +10,7 @@ from typing import Any
 from petals import constants
 from petals.cli.commands.bootstrap import AGENT, run_bootstrap
 from petals.cli.terminal.console import run_as_command, say
-from petals.cli.terminal.server_flags import field_flags
+from petals.cli.terminal.server_flags import field_flags, spelling
 from petals.errors import ConfigError
 from petals.settings import build
 from petals.swarm.config import NodeConfig
@@ -42,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Run until interrupted. Exit status as for `petals`."""
     flags = vars(build_parser().parse_args(arguments))
-    run_as_command(lambda: asyncio.run(run_bootstrap(translate(flags))))
+    names = spelling(NodeConfig, {name: name for name in _KEPT})
+    run_as_command(lambda: asyncio.run(run_bootstrap(translate(flags))), names)
 
 
 def translate(flags: dict[str, Any]) -> NodeConfig:

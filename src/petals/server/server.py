@@ -18,7 +18,7 @@ import petals
 from petals import constants
 from petals.clock import Clock, SystemClock
 from petals.errors import BlocksNotServed, SessionClosed
-from petals.logs import get_logger
+from petals.logs import get_logger, plural
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading import cost
@@ -181,7 +181,7 @@ class Server:
             num_sessions, seconds = len(served.service.sessions), self.config.drain_seconds
             report("Draining" if moves_to is None else f"Moving to blocks {moves_to}")
             if num_sessions:
-                report(f"{num_sessions} sessions may stay for up to {seconds:g} s")
+                report(f"{plural(num_sessions, 'session')} may stay for up to {seconds:g} s")
             await served.drain(self._at_once, moves_to)
             if self._stop.is_set() or moves_to is None:
                 return None

@@ -29,6 +29,10 @@ _HEAD = struct.Struct("!BQ")
 _MAC_BYTES = 32
 _LABEL = b"petals ticket 1"
 _FILE_HEAD = "petals-swarm-key-1:"
+_HINT_OPEN = (
+    "If the swarm is open, leave the key out (--swarm-key, PETALS_SWARM_KEY); otherwise the "
+    "address is one of another swarm."
+)
 _HINT_KEY = "Start with --swarm-key FILE, the same key file as the rest of the swarm."
 
 
@@ -99,6 +103,17 @@ class Admission:
                 "The ticket has expired.",
                 hint="Set the clocks of both machines by NTP; they differ.",
             )
+
+    def check_welcome(self, ticket: bytes, holder: PeerId, now: float) -> None:
+        """Return if ``holder``, which has admitted this peer, is of the same swarm.
+
+        Raises AdmissionDenied. A peer of an open swarm admits everyone and has no ticket to show.
+        """
+        if self.key is not None and not ticket:
+            raise AdmissionDenied(
+                "A swarm key was given, and the peer that was asked has none.", hint=_HINT_OPEN
+            )
+        self.check(ticket, holder, now)
 
 
 def _mac(key: SwarmKey, holder: PeerId, verifier: PeerId, expires_at: int, bound: bytes) -> bytes:

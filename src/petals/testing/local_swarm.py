@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from petals.errors import ConfigError, SwarmError
+from petals.logs import plural
 from petals.types import BlockSpan, PeerId
 
 COMMAND = (sys.executable, "-m", "petals.cli")
@@ -164,9 +165,9 @@ class LocalSwarm:
                 raise ConfigError(
                     "A swarm needs at least one server.", hint="Say --servers 1 or more."
                 )
-            self._say(f"Starting {len(spans)} servers")
+            self._say(f"Starting {plural(len(spans), 'server')}")
             for number, _ in enumerate(self._start_servers(spans), start=1):
-                self._say(f"{number} of {len(spans)} servers are online")
+                self._say(f"{number} of {plural(len(spans), 'server')} online")
         except BaseException:
             self.stop()
             raise

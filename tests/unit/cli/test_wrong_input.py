@@ -26,7 +26,38 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "tiny" / "config.json", folder / "pickled")
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04." * 1000)
     write_tokenizer(folder / "pickled")
+    _write_coded(folder / "coded")
     return folder
+
+
+def _write_coded(folder: Path) -> None:
+    """A model whose tokenizer is Python code, which leaves a file when it runs."""
+    write_tiny_model(folder, "llama", num_hidden_layers=1)
+    write_tokenizer(folder)
+    file = folder / "tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": ["code.Coded", None]}, "tokenizer_class": "Coded"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
+
+
+@pytest.mark.parametrize("command", ["generate ./coded --prompt Once", "chat ./coded"])
+def test_code_of_a_repository_is_never_run(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    models: Path,
+    command: str,
+) -> None:
+    def ask(question: str = "") -> str:
+        raise AssertionError(f"the terminal was asked: {question}")
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert_refused(
+        capsys,
+        [*command.split(), "--join", UNREACHABLE],
+        "Python code of its repository, which Petals does not run",
+        "tokenizer.json",
+    )
+    assert not (models / "coded" / "ran").exists()
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +109,9 @@ def test_what_is_no_model(
         (f"generate ./tiny --prompt Once --join {UNREACHABLE}", "no tokenizer", "tokenizer.json"),
         ("generate any/model --prompt Once", "", "--join"),
         (f"generate any/model --prompt= --join {UNREACHABLE}", "prompt is empty", ""),
+        (f"generate m --prompt gr\udcfcn --join {UNREACHABLE}", "prompt is not UTF-8", "iconv"),
+        (f"chat m --system \udcff --join {UNREACHABLE}", "system prompt is not UTF-8", "iconv"),
+        ("demo --prompt \ud83d", "prompt is not text", "UTF-8"),
         ("status --join localhost:31337", "", "/ip4/"),
         ("models convert ./pickled ./new", "is damaged", "download"),
         *((f"serve ./tiny --blocks {blocks}", "", "") for blocks in ("5", "b:a", "4:2", "0:9")),

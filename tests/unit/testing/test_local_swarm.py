@@ -66,7 +66,7 @@ def test_starts_names_and_stops_all() -> None:
         arguments = " ".join(json.loads(ready.read_text())["argv"])
     assert "serve some/model --blocks 2:4 --dtype float32 --join /address" in arguments
     assert "--host 127.0.0.1" in arguments
-    assert stages[-1] == "2 of 2 servers are online"
+    assert stages[-1] == "2 of 2 servers online"
     assert not any(is_running(pid) for pid in pids)
     assert not logs.exists()
 

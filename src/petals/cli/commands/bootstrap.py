@@ -9,7 +9,7 @@ from pathlib import Path
 
 from petals.cli.terminal import options
 from petals.cli.terminal.console import print_data, say
-from petals.cli.terminal.lifetime import stop_when_stdin_closes, write_ready_file
+from petals.cli.terminal.lifetime import listed_as_running, stop_when_stdin_closes, write_ready_file
 from petals.imports import collector_at_rest
 from petals.swarm.config import NodeConfig
 
@@ -43,12 +43,15 @@ async def run_bootstrap(config: NodeConfig, ready_file: Path | None = None) -> N
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stopped.set)
-    async with SwarmNode(config) as node:
-        await node.become_reachable()
-        addresses = await node.addresses()
-        say("The swarm can be joined at:")
-        for address in addresses:
-            print_data(address)
-        write_ready_file(ready_file, {"peer_id": node.peer_id, "initial_peers": list(addresses)})
-        await stopped.wait()
-        say("Draining")
+    with listed_as_running() as publish:
+        async with SwarmNode(config) as node:
+            await node.become_reachable()
+            addresses = await node.addresses()
+            say("The swarm can be joined at:")
+            for address in addresses:
+                print_data(address)
+            facts: dict[str, object] = {"peer_id": node.peer_id, "initial_peers": list(addresses)}
+            publish(facts)
+            write_ready_file(ready_file, facts)
+            await stopped.wait()
+            say("Draining")

@@ -10,9 +10,11 @@ import typer
 
 from petals.cli.commands.swarm import introduce, spans_of, stay_up
 from petals.cli.terminal import options
-from petals.cli.terminal.answer import WordStream, ask, describe, encode_chat
+from petals.cli.terminal.answer import WordStream, ask, describe
+from petals.cli.terminal.chat_template import ChatTemplate
 from petals.cli.terminal.client_model import open_client
 from petals.cli.terminal.console import interruptible, say, stage
+from petals.cli.terminal.wording import utf8
 from petals.client.config import ClientConfig
 from petals.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
@@ -35,10 +37,11 @@ def demo(
 
     Fetches a small model, starts servers for it, and stops them after the answer.
     """
+    prompt = utf8(prompt, "The prompt")
     with interruptible():
         source = model or _demo_model()
-        with stage("Starting the swarm") as change:
-            swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=change)
+        with stage("Starting the swarm") as activity:
+            swarm = LocalSwarm(LocalSwarmConfig(model=source, dtype=dtype), say=activity.change)
             swarm.start(lambda: spans_of(source, servers, None))
         with swarm:
             introduce(swarm)
@@ -51,15 +54,16 @@ def demo(
 def _demo_model() -> str:
     from petals.demo.model import get_demo_model
 
-    with stage("Looking for the demo model") as change:
-        return str(get_demo_model(DEMO_MODEL, say=change))
+    with stage("Looking for the demo model") as activity:
+        return str(get_demo_model(DEMO_MODEL, say=activity.change))
 
 
 def _ask(source: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int) -> None:
     config = ClientConfig(initial_peers=swarm.initial_peers, swarm_key=swarm.config.swarm_key)
     with open_client(source, config) as client:
         say(f"You: {prompt}")
-        input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
+        template = ChatTemplate(client.tokenizer, say)
+        input_ids = template.encode([{"role": "user", "content": prompt}])
         stream = WordStream(client.tokenizer, _show)
         answer = ask(
             client.model, input_ids, stream, max_new_tokens=max_new_tokens, do_sample=False

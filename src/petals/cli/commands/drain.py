@@ -11,10 +11,10 @@ from typing import Annotated
 import psutil
 import typer
 
+from petals.cli.commands.ps import SERVING, petals_command
 from petals.cli.terminal.console import say, stage
 from petals.errors import ConfigError
 
-_SERVING = ("serve", "petals.cli.run_server", "run_server.py")
 _POLL_SECONDS = 0.1
 """Pause between two looks at whether the process has ended."""
 
@@ -49,11 +49,11 @@ def drain(
     if not wait:
         say(f"Server {process.pid} has been asked to leave.")
         return
-    with stage(f"Server {process.pid} hands its sessions over") as change:
+    with stage(f"Server {process.pid} hands its sessions over") as activity:
         began = time.monotonic()
         while not _has_left(process, _REPORT_SECONDS):
             seconds = time.monotonic() - began
-            change(f"Server {process.pid} hands its sessions over ({seconds:.0f} s)")
+            activity.change(f"Server {process.pid} hands its sessions over ({seconds:.0f} s)")
     say(f"Server {process.pid} has left.")
 
 
@@ -73,11 +73,11 @@ def find_server(server: str) -> psutil.Process:
         raise _not_running(server, pid) from None
     if is_another:  # the server has ended, and another process has its pid
         raise _not_running(server, pid)
-    words = [Path(word).name for word in command]
-    if not any(word in _SERVING for word in [*command, *words]):
+    name, _ = petals_command(command) or ("", "")
+    if name not in SERVING:
         raise ConfigError(
             f"Process {pid} is no Petals server.",
-            hint="petals serve --ready-file FILE writes the pid down; then petals drain FILE.",
+            hint="petals ps lists the servers on this machine.",
         )
     return process
 

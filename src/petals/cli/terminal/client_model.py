@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from petals.cli.terminal import options
 from petals.cli.terminal.console import say, stage
 from petals.client.config import ClientConfig
-from petals.errors import ModelFilesBroken
+from petals.errors import ModelFilesBroken, NotSupported
 from petals.imports import collector_at_rest
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
             from petals.client.model.auto import AutoDistributedModelForCausalLM
             from petals.models.checkpoint.sources import open_checkpoint
 
-        tokenizer = _load_tokenizer(open_checkpoint(model))
+        tokenizer = load_tokenizer(open_checkpoint(model))
         client = AutoDistributedModelForCausalLM.from_pretrained(
             model, **{field.name: getattr(config, field.name) for field in fields(config)}
         )
@@ -74,13 +74,28 @@ def open_client(model: str, config: ClientConfig) -> Iterator[ClientModel]:
         client_loop.close()
 
 
-def _load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
-    """Raises ModelFilesBroken for a model that comes without a usable one."""
+def load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
+    """Raises ModelFilesBroken for a model that comes without a usable one, NotSupported for one
+    that is Python code of the repository: such code is never run.
+    """
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder or checkpoint.name)
+        # Without trust_remote_code=False transformers asks on the terminal whether to run it.
+        return transformers.AutoTokenizer.from_pretrained(
+            checkpoint.folder or checkpoint.name,
+            trust_remote_code=False,
+            revision=checkpoint.access.revision or "main",
+            cache_dir=checkpoint.access.cache_dir,
+        )
     except (ValueError, OSError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise NotSupported(
+                f"The tokenizer of {checkpoint.name} is Python code of its repository, which "
+                "Petals does not run.",
+                hint="Look for a repository of the model with a tokenizer.json that "
+                "transformers reads without it.",
+            ) from None
         raise ModelFilesBroken(
             f"{checkpoint.name} has no tokenizer that can be loaded: {_first_line(error)}",
             hint="Its folder needs tokenizer.json or the files of its own tokenizer, as the "

@@ -169,8 +169,14 @@ Dtype = Annotated[str, option_of(ComputeConfig, "dtype")]
 Join = Annotated[list[str] | None, option_of(ClientConfig, "initial_peers")]
 SwarmKeyFile = Annotated[Path | None, option_of(ClientConfig, "swarm_key")]
 Threads = Annotated[int | None, option_of(ComputeConfig, "num_threads")]
+Revision = Annotated[str | None, option_of(ServerConfig, "source.revision")]
+CacheDir = Annotated[str | None, option_of(ServerConfig, "source.cache_dir")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
+ChatTemplateName = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="Which of the tokenizer's named chat templates to use."),
+]
 ReadyFile = Annotated[
     Path | None,
     typer.Option("--ready-file", metavar="FILE", help="Write this JSON file when online."),

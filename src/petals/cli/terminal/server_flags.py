@@ -116,6 +116,12 @@ def field_flags(kind: type[Settings], table: Mapping[str, str]) -> dict[str, dic
     }
 
 
+def spelling(kind: type[Settings], table: Mapping[str, str]) -> dict[str, str]:
+    """The options of today (``--swarm-key``) -> flags of the original, for hints."""
+    options = {field.path: field.setting.flag for field in fields_of(kind)}
+    return {options[path]: f"--{flag}" for flag, path in table.items() if options[path]}
+
+
 def _add_special_flags(parser: argparse.ArgumentParser) -> None:
     """Flags whose values are not those of a field."""
     token = parser.add_mutually_exclusive_group()

@@ -7,38 +7,13 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
-
-from petals.cli.terminal.console import print_data, say, talk
-from petals.cli.terminal.lifetime import write_ready_file
+from petals.cli.terminal.console import print_data, say, stage
+from petals.cli.terminal.lifetime import Interrupts, listed_as_running, write_ready_file
 from petals.imports import collector_at_rest
 
 if TYPE_CHECKING:
     from petals.server.config import ServerConfig
     from petals.server.server import OnlineInfo
-
-
-class _LoadingBar:
-    """Bytes of weights read so far; drawn on a terminal only, called from the loading thread."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        console = talk()
-        self._progress = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        )
-        self._task: TaskID | None = None
-
-    def update(self, done: int, total: int) -> None:
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task("Loading weights", total=total)
-        self._progress.update(self._task, completed=done, total=total)
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        self._progress.stop()
 
 
 def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
@@ -48,32 +23,41 @@ def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
     """
     from petals.logs import configure_logging
 
-    with collector_at_rest():
-        from petals.server.server import Server, Watchers, run_until_signalled
-    gc.freeze()  # imported objects stay: the collector need not scan them while a step waits
+    starting = stage(f"Starting a server for {config.source.model}", keeps_lines=True)
+    with listed_as_running() as publish, starting as activity:
+        interrupts = Interrupts()
+        with interrupts.counted(), collector_at_rest():
+            from petals.server.server import Server, Watchers, run_until_signalled
+        if interrupts.pressed:  # an import of a library has swallowed it
+            raise KeyboardInterrupt
+        gc.freeze()  # imported objects stay: the collector need not scan them while a step waits
+        configure_logging()
 
-    configure_logging()
-    bar = _LoadingBar()
+        def report(info: "OnlineInfo") -> None:
+            activity.close()
+            facts = _report(info)
+            publish(facts)
+            write_ready_file(ready_file, facts)
 
-    def report(info: "OnlineInfo") -> None:
-        say(
-            f"{info.model}: {info.dtype}, {info.quant} quantization, sessions up to "
-            f"{info.max_length} tokens, cache for {info.cache_tokens}"
+        watchers = Watchers(
+            on_stage=activity.change,
+            on_loading=activity.measure,
+            on_online=report,
         )
-        for address in info.addresses:
-            print_data(address)
-        write_ready_file(
-            ready_file,
-            {
-                "peer_id": info.peer_id,
-                "model": info.model,
-                "blocks": [info.blocks.start, info.blocks.end],
-                "addresses": list(info.addresses),
-            },
-        )
-
-    watchers = Watchers(on_stage=say, on_loading=bar.update, on_online=report)
-    try:
         run_until_signalled(lambda: Server(config, watchers))
-    finally:
-        bar.close()
+
+
+def _report(info: "OnlineInfo") -> dict[str, object]:
+    """Print the facts about a server that has come online; return those for its ready file."""
+    say(
+        f"{info.model}: {info.dtype}, {info.quant} quantization, sessions up to "
+        f"{info.max_length} tokens, cache for {info.cache_tokens}"
+    )
+    for address in info.addresses:
+        print_data(address)
+    return {
+        "peer_id": info.peer_id,
+        "model": info.model,
+        "blocks": [info.blocks.start, info.blocks.end],
+        "addresses": list(info.addresses),
+    }

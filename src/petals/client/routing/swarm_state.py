@@ -357,7 +357,8 @@ class SwarmState:
         if adapter is not None and not missing_blocks(held, blocks):
             raise UnknownAdapter(
                 f"The servers of blocks {blocks} do not have the adapter {adapter!r}.",
-                hint=f"Start them with --adapters {adapter}, or leave active_adapter out.",
+                hint=f"Start them with petals serve --adapters {adapter}, "
+                "or leave active_adapter out.",
             )
 
     def _age(self) -> float:

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from petals.errors import ModelNotFound, NotEnoughDisk
+from petals.logs import download_bar
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,7 @@ def download(repo: str, file_name: str, access: HubAccess, *, required: bool) ->
                     cache_dir=access.cache_dir,
                     force_download=access.force_download and not offline,
                     local_files_only=offline,
+                    tqdm_class=download_bar(),
                 )
             )
     # This subclass of EntryNotFoundError means "neither cached nor reachable", not "no such file".
@@ -147,6 +149,6 @@ def _hub_errors(repo: str, access: HubAccess) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise NotEnoughDisk(
                 f"The disk is full while downloading {repo}.",
-                hint="Free some space, or point HF_HOME or --cache-dir at a larger disk.",
+                hint="Free some space, or point HF_HOME at a larger disk.",
             ) from error
         raise

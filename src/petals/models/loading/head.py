@@ -26,7 +26,7 @@ from petals.models.checkpoint.arch import ModelArch, build_on_meta, describe, pa
 from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
 from petals.models.loading.measure import MIN_MATRIX_BYTES, best_seconds
 from petals.models.loading.shared_head import SharedHead
-from petals.models.loading.split import LoadOptions, Stub, load_part, pruned_class
+from petals.models.loading.split import LoadOptions, Stub, files_of_part, load_part, pruned_class
 
 RemoteFactory = Callable[[ModelArch, PretrainedConfig], nn.Module]
 """Makes the module that replaces the layer list. The model's forward slices it
@@ -162,6 +162,13 @@ def _loading_info(new: frozenset[str]) -> dict[str, Any]:
     missing."""
     lists: dict[str, Any] = {"unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return {"missing_keys": set(new)} | lists
+
+
+def files_of_ends(checkpoint: Checkpoint) -> set[str]:
+    """Names of the weight files that ``load_client_part`` opens for a causal language model."""
+    arch = describe(checkpoint.config)
+    whole_class = class_for(HeadKind.CAUSAL_LM, checkpoint.config, arch)
+    return files_of_part(checkpoint, pruned_class(whole_class, lambda m: _keep_ends(m, arch)))
 
 
 def class_for(kind: HeadKind, config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:

@@ -109,11 +109,7 @@ def load_blocks(
     checkpoint = as_checkpoint(source, options.access)
     config = copy.deepcopy(checkpoint.config)
     arch = describe(config)
-    if not 0 <= blocks.start < blocks.end <= arch.num_blocks:
-        raise BlocksNotServed(
-            f"{checkpoint.name} has blocks 0:{arch.num_blocks}, not {blocks}.",
-            hint=f"Choose START:END inside 0:{arch.num_blocks}.",
-        )
+    check_blocks(checkpoint.name, arch, blocks)
     part = pruned_class(arch.base_class, lambda model: _keep_blocks(model, arch, blocks))
     model, _ = load_part(checkpoint, part, options)
     base = model.get_submodule(arch.host_path)
@@ -130,6 +126,33 @@ def load_blocks(
         dtype=base_dtype(layers),
         quant=options.quant,
     )
+
+
+def files_of_blocks(checkpoint: Checkpoint, blocks: BlockSpan | None) -> set[str]:
+    """Names of the weight files that ``load_blocks`` opens for ``blocks``; for all if it is None.
+
+    Raises what ``load_blocks`` raises for a config or an index.
+    """
+    arch = describe(checkpoint.config)
+    blocks = blocks or BlockSpan(0, arch.num_blocks)
+    check_blocks(checkpoint.name, arch, blocks)
+    part = pruned_class(arch.base_class, lambda model: _keep_blocks(model, arch, blocks))
+    return files_of_part(checkpoint, part)
+
+
+def files_of_part(checkpoint: Checkpoint, part: type[PreTrainedModel]) -> set[str]:
+    """Names of the weight files that ``load_part`` opens."""
+    model = build_on_meta(part, copy.deepcopy(checkpoint.config))
+    return {checkpoint.weight_map[key] for key in needed_keys(model, checkpoint.weight_map)}
+
+
+def check_blocks(name: str, arch: ModelArch, blocks: BlockSpan) -> None:
+    """Raises BlocksNotServed if the model has no such blocks."""
+    if not 0 <= blocks.start < blocks.end <= arch.num_blocks:
+        raise BlocksNotServed(
+            f"{name} has blocks 0:{arch.num_blocks}, not {blocks}.",
+            hint=f"Choose START:END inside 0:{arch.num_blocks}.",
+        )
 
 
 def pruned_class(

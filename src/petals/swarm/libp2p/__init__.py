@@ -2,3 +2,7 @@
 
 No type of that engine leaves this folder.
 """
+
+from petals.swarm.libp2p.lean_hivemind import defer_init_modules
+
+defer_init_modules()  # before any module of this folder imports a part of hivemind

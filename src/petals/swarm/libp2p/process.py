@@ -60,15 +60,16 @@ class DaemonProcess:
         for address in listen:
             _check_port_is_free(Address(address))
         flags = _flags(config, listen, relays) | {"id": key_file, "listen": f"/unix{self._control}"}
-        # Ctrl-C reaches the whole process group; the daemon must still send the last messages.
-        shield = ("/bin/sh", "-c", 'trap \'\' INT; exec "$0" "$@"')
-        command = [*shield, str(_binary()), *(f"-{name}={value}" for name, value in flags.items())]
+        command = [str(_binary()), *(f"-{name}={value}" for name, value in flags.items())]
         try:
             self._child = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
+                # Ctrl-C, and a SIGTERM to the whole process group, must not reach the daemon: its
+                # parent still needs it for the last messages. It takes both, even if ignored.
+                start_new_session=True,
                 env={"GOLOG_LOG_LEVEL": "info", **os.environ, "GOLOG_LOG_FMT": "json"},
             )
         except OSError as error:
@@ -176,5 +177,5 @@ def _check_port_is_free(address: Address) -> None:
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"The network daemon could not start: {address} cannot be listened on ({error}).",
-                hint="Another process may use the port; choose another with --port.",
+                hint="Another process may use the port; petals serve --port N takes another.",
             ) from error

@@ -12,9 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from petals.clock import Clock, Timer, time_limit
 from petals.errors import (
@@ -30,11 +28,14 @@ from petals.swarm.address import Address
 from petals.swarm.config import ChannelLimits
 from petals.swarm.rpc.receive_buffer import WINDOW_BYTES, Budget, Inbox, message_cost
 from petals.swarm.transport import Stream
-from petals.wire import frames, tensors
+from petals.wire import frames
 from petals.wire.fields import Message
 from petals.wire.frames import FrameKind, TensorSpec, encode_message
 from petals.wire.handshake import Refusal
 from petals.wire.messages import AnyMessage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = get_logger(__name__)
 
@@ -96,7 +97,7 @@ class Channel:
         return self._error is not None
 
     async def send(
-        self, message: Message, tensors_: Sequence[Tensor] = (), timeout: float | None = None
+        self, message: Message, tensors_: "Sequence[Tensor]" = (), timeout: float | None = None
     ) -> None:
         """Send a message and its tensors; returns when the bytes are on their way, not when they
         arrive.
@@ -106,7 +107,7 @@ class Channel:
         Raises PeerTimeout when it is over (the channel stays usable), RequestTooLarge,
         PeerUnreachable, ProtocolError, and PeerTimeout for a peer that is silent.
         """
-        encoded = [tensors.encode(tensor) for tensor in tensors_]
+        encoded = _encode_all(tensors_) if tensors_ else []
         payload = encode_message(message, tuple(spec for spec, _ in encoded))
         total = sum(len(data) for _, data in encoded)
         num_bytes = total + len(payload)
@@ -133,7 +134,7 @@ class Channel:
                 peer_id=self.peer_id,
             ) from None
 
-    async def receive(self, timeout: float | None = None) -> tuple[AnyMessage, list[Tensor]]:
+    async def receive(self, timeout: float | None = None) -> "tuple[AnyMessage, list[Tensor]]":
         """The next message and its tensors, whatever it is (a Refusal too).
 
         Raises PeerTimeout after ``timeout`` seconds (the channel stays usable) or after
@@ -150,11 +151,11 @@ class Channel:
     async def request(
         self,
         message: Message,
-        tensors_: Sequence[Tensor] = (),
+        tensors_: "Sequence[Tensor]" = (),
         *,
         expect: type[M],
         timeout: float | None = None,
-    ) -> tuple[M, list[Tensor]]:
+    ) -> "tuple[M, list[Tensor]]":
         """Send and wait for the answer, ``timeout`` seconds in all.
 
         A Refusal is raised as the typed error that it carries. Raises ProtocolError if the answer
@@ -414,3 +415,10 @@ def _wake(waiter: "asyncio.Future[None]") -> None:
 def _expire(waiter: "asyncio.Future[T]", seconds: float) -> None:
     if not waiter.done():
         waiter.set_exception(PeerTimeout(f"No answer within {seconds:g} s."))
+
+
+def _encode_all(tensors_: "Sequence[Tensor]") -> list[tuple[TensorSpec, memoryview]]:
+    # Peers that send no tensors (petals status, bootstrap peers) start without torch.
+    from petals.wire import tensors
+
+    return [tensors.encode(tensor) for tensor in tensors_]

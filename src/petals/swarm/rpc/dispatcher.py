@@ -11,10 +11,9 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from torch import Tensor
 
 from petals.clock import Clock
 from petals.errors import (
@@ -40,6 +39,9 @@ from petals.wire.frames import PROTOCOL_VERSION, FrameKind, decode_message, enco
 from petals.wire.handshake import Hello, Refusal, Welcome
 from petals.wire.messages import AnyMessage
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = get_logger(__name__)
 
 STREAM_PROTOCOL = "/petals/stream"
@@ -60,8 +62,8 @@ _MAX_GREETING_BYTES = 16 * 1024
 Service = Callable[[Channel], Coroutine[Any, Any, None]]
 """Owns a channel until it returns; an error it raises is sent to the peer as a Refusal."""
 
-RpcReply = tuple[Message, Sequence[Tensor]]
-Answerer = Callable[[PeerId, AnyMessage, list[Tensor]], Awaitable[RpcReply]]
+RpcReply = tuple[Message, "Sequence[Tensor]"]
+Answerer = Callable[[PeerId, AnyMessage, "list[Tensor]"], Awaitable[RpcReply]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ async def _expect_welcome(stream: Stream, parts: RpcParts) -> None:
     if not isinstance(answer, Welcome):
         raise ProtocolError("The peer answered without a greeting.", peer_id=stream.remote)
     _check_version(answer.version, stream.remote)
-    parts.admission.check(answer.ticket, stream.remote, parts.clock.now())
+    parts.admission.check_welcome(answer.ticket, stream.remote, parts.clock.now())
 
 
 @dataclass(slots=True)

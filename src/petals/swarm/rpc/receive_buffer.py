@@ -6,16 +6,17 @@ clock and tasks.
 
 from collections import deque
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from petals.errors import PeerBusy, PetalsError, ProtocolError
 from petals.swarm.config import ChannelLimits
 from petals.types import PeerId
-from petals.wire import tensors
 from petals.wire.frames import TensorSpec, check_specs, decode_message
 from petals.wire.handshake import Refusal
 from petals.wire.messages import AnyMessage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WINDOW_BYTES = 8 * 1024 * 1024
 """Bytes that one side may send beyond what the other has taken. Part of the protocol."""
@@ -72,7 +73,7 @@ class ReceivedMessage:
     """
 
     message: AnyMessage
-    tensors: list[Tensor]
+    tensors: "list[Tensor]"
     num_bytes: int
     num_owed: int
 
@@ -84,7 +85,7 @@ class _Partial:
     message: AnyMessage
     specs: tuple[TensorSpec, ...]
     num_bytes: int
-    done: list[Tensor] = field(default_factory=list)
+    done: "list[Tensor]" = field(default_factory=list)
     buffer: bytearray = field(default_factory=bytearray)
     filled: int = 0
     num_owed: int = 0
@@ -213,7 +214,9 @@ class Inbox:
         )
 
 
-def _decode(spec: TensorSpec, data: bytearray) -> Tensor:
+def _decode(spec: TensorSpec, data: bytearray) -> "Tensor":
+    from petals.wire import tensors  # see channel.py: torch comes with the first tensor
+
     try:
         return tensors.decode(spec, data)
     except RuntimeError as error:  # torch's own bounds, for example strides beyond 64 bits

@@ -18,9 +18,10 @@ SLEEP = "import time; time.sleep(60)"
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that looks like `python -c … ARGUMENTS` from outside."""
-    running = subprocess.Popen([sys.executable, "-c", SLEEP, *arguments])
+def process(script: Path, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that looks like `python SCRIPT ARGUMENTS` from outside."""
+    script.write_text(SLEEP)
+    running = subprocess.Popen([sys.executable, str(script), *arguments])
     try:
         yield running
     finally:
@@ -35,7 +36,7 @@ def ready_file(folder: Path, pid: object) -> Path:
 
 
 def test_a_server_is_found_and_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with process("serve") as server:
+    with process(tmp_path / "petals", "serve") as server:
         file = ready_file(tmp_path, server.pid)
         assert find_server(str(server.pid)).pid == find_server(str(file)).pid == server.pid
         drain(str(file), wait=True)
@@ -52,13 +53,17 @@ def test_what_is_no_ready_file_is_refused(tmp_path: Path, content: str) -> None:
             find_server(str(path))
 
 
-def test_others_are_left_alone() -> None:
-    with process() as other, pytest.raises(ConfigError, match="no Petals server"):
+@pytest.mark.parametrize("words", [("editor", "serve"), ("petals", "chat")])
+def test_others_are_left_alone(tmp_path: Path, words: tuple[str, str]) -> None:
+    with (
+        process(tmp_path / words[0], words[1]) as other,
+        pytest.raises(ConfigError, match="no Petals server"),
+    ):
         find_server(str(other.pid))
 
 
 def test_a_server_that_has_left_is_not_confused_with_its_successor(tmp_path: Path) -> None:
-    with process("serve") as server:
+    with process(tmp_path / "petals", "serve") as server:
         file = ready_file(tmp_path, server.pid)
         os.utime(file, (time.time() - 1000, time.time() - 1000))
         with pytest.raises(ConfigError, match="No server runs"):

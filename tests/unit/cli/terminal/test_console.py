@@ -45,8 +45,9 @@ def test_json_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stages_are_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with stage("first") as change:
-        change("second")
+    with stage("first") as activity:
+        activity.measure(1, 2)
+        activity.change("second")
     assert capsys.readouterr().err == "first\nsecond\n"
 
 

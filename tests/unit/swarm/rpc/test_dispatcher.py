@@ -134,6 +134,15 @@ async def test_a_private_swarm_and_others_refuse_each_other(node, key, asks):
     assert "--swarm-key" in caught.value.hint
 
 
+async def test_a_key_in_an_open_swarm_is_said_to_be_too_much(node):
+    """It must not say that a key is required: one was given."""
+    open_peer = await node()
+    with pytest.raises(AdmissionDenied, match="key was given") as caught:
+        await node(initial_peers=await open_peer.addresses(), swarm_key=KEY)
+    assert "required" not in str(caught.value)
+    assert "leave the key out" in caught.value.hint and "PETALS_SWARM_KEY" in caught.value.hint
+
+
 async def test_without_the_key_only_a_refusal_comes_back(node):
     member, stranger = await node(swarm_key=KEY), await node()
     stream = await stranger.transport.open_stream(member.peer_id, STREAM_PROTOCOL, 1.0)
