@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from support.simulation.faults import CODES, LIES, Fault, FaultKind
-from support.simulation.schedule import LAYOUTS, Event, Rest, Schedule, Setting, Turn
+from support.simulation.schedule import LAYOUTS, Event, Fork, Rest, Schedule, Setting, Turn
 
 ADVERSARIAL = (FaultKind.LOSE, FaultKind.REPEAT, FaultKind.OVERTAKE)
 """What no real stream does that goes on: single messages lost, repeated, reordered. Only schedules
@@ -28,6 +28,9 @@ _MAX_FAULTS = 3
 _NUM_PLACES = 24
 """Messages from one step to the end of its repair, and some of the next step."""
 
+_FORK_SHARE = 0.3
+"""Share of schedules in which the session is forked, so that two copies of it are played."""
+
 _CLOSE_SHARE = 0.2
 """Share of schedules in which the user closes the session during the last step."""
 
@@ -44,6 +47,7 @@ def draw(number: int, kinds: Collection[FaultKind] = (), **setting: Any) -> Sche
     turns = chance.choices(_TURNS, k=2)
     events: list[Event] = [chance.choice((_append, _prompt))(chance)]
     num_rounds = chance.randint(2, _MAX_ROUNDS)
+    has_forks = random.Random(f"forks of {number}").random() < _FORK_SHARE
     for number_of_round in range(num_rounds):
         is_last = number_of_round == num_rounds - 1
         events += _faults(chance, chosen)
@@ -52,6 +56,8 @@ def draw(number: int, kinds: Collection[FaultKind] = (), **setting: Any) -> Sche
         is_rest = chance.random() < 0.25
         rest = Rest(chance.choice((0.1, 1.0, 9.0)))
         events.append(rest if is_rest else chance.choice(turns)(chance))
+        if has_forks and chance.random() < 0.5:
+            events += [*_faults(chance, chosen), Fork()]
     return Schedule(replace(_setting(chance), **setting), tuple(events))
 
 

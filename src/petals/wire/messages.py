@@ -16,6 +16,7 @@ decoded: ``handshake`` (any peer), ``requests`` (a server in a session), ``repli
 | 7       | a Replay may bring what blocks keep, from a server that leaves         |
 | 8       | one header (session, epoch, request) on requests and replies; session  |
 |         | ids per reservation; replays have ids and numbered parts; new names    |
+| 9       | OpenSession may fork a session                                         |
 """
 
 from petals.errors import ProtocolError

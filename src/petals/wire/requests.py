@@ -27,6 +27,7 @@ from petals.wire.fields import (
     PerRow,
     Position,
     Seconds,
+    SessionKeyBytes,
     ShortText,
     WireBlocks,
 )
@@ -45,6 +46,11 @@ class OpenSession(Message, frozen=True):
     that this client has put there. With ``num_prompt_tokens`` P, deep prompts follow. Tensors:
     prompts ``[len(blocks), P, hidden_size]``, added to positions 0..P-1 of every row on entering
     each block.
+
+    With ``fork_of`` the new rows begin as copies of those of another session of this client here,
+    which was opened with the same blocks, dtype, adapter and prompts: row r with its first
+    ``fork_lengths[r]`` tokens. The other session does not change. Refused (SessionGap) if it has
+    other rows or shorter ones.
     """
 
     header: RequestHeader
@@ -58,6 +64,8 @@ class OpenSession(Message, frozen=True):
     sources: Sources = ()
     num_prompt_tokens: Position = 0
     next_peer: ShortText | None = None
+    fork_of: SessionKeyBytes | None = None
+    fork_lengths: PerRow = ()
 
 
 class Step(Message, frozen=True):

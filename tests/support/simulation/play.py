@@ -14,8 +14,9 @@ import gc
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,6 +44,7 @@ from support.simulation.schedule import (
     FAILOVER,
     LAYOUTS,
     MAX_LENGTH,
+    Fork,
     Rest,
     Schedule,
     Turn,
@@ -59,6 +61,8 @@ from support.simulation.story import Story
 from support.simulation.toy_blocks import NOTHING, token_states, whole_outputs
 from support.simulation.virtual_time import run_virtually
 
+T = TypeVar("T")
+
 CLIENT = PeerId("client")
 STEP_BOUND_SECONDS = 120.0
 """When a step counts as one that never ends."""
@@ -70,6 +74,26 @@ dials and the ban of a server follow each other. A slow server costs its time fo
 
 CALM_SECONDS = 25.0
 """Longer than any ban and than the time for which a direct link is not used."""
+
+
+@dataclass(slots=True)
+class Copy:
+    """A session and what the user knows of it. held_rows: the rows that servers hold: a step
+    without tokens is sent together with the next one. is_lost: the client was allowed too little
+    memory to feed the session again.
+    """
+
+    session: SessionRows
+    rows: list[list[int]]
+    held_rows: list[list[int]]
+    is_lost: bool = False
+    closing: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> SessionState | None:
+        """The state of the session, once it is open."""
+        supervisor = self.session._supervisor
+        return None if supervisor is None else supervisor.state
 
 
 @dataclass(slots=True)
@@ -154,21 +178,18 @@ class _Play:
         self._access = SwarmConnection(
             client_config(setting), MODEL, self._blocks.end, self._client
         )
-        self._session = SessionRows(
+        session = SessionRows(
             self._access,
             self._blocks,
             max_length=MAX_LENGTH if setting.has_max_length else None,
             num_rows=setting.num_rows,
         )
-        self._rows: list[list[int]] = [[] for _ in range(setting.num_rows)]
-        self._held_rows = self._rows
-        """The rows that servers hold: a step without tokens is sent together with the next one."""
+        rows: list[list[int]] = [[] for _ in range(setting.num_rows)]
+        self._copies = [Copy(session, rows, rows)]
+        """The one that the user works with comes first."""
         self._num_tokens = 0
-        self._step: asyncio.Task[torch.Tensor] | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._is_lost = False
+        self._step: asyncio.Task[Any] | None = None
         self._is_calm = False
-        """The client was allowed too little memory to feed the session again."""
 
     async def run(self) -> None:
         peers = [CLIENT, *(server.peer_id for server in self._servers)]
@@ -185,6 +206,8 @@ class _Play:
                 case Rest(seconds):
                     self._note(f"rests for {seconds:g} s")
                     await self._net.clock.sleep(seconds)
+                case Fork():
+                    await self._fork()
                 case Fault():
                     self._injector.arm(event)
             await self._check_idle()
@@ -202,15 +225,16 @@ class _Play:
     def _on_user(self, kind: FaultKind) -> None:
         if kind is FaultKind.CANCEL and self._step is not None:
             self._step.cancel()
-        elif kind is FaultKind.CLOSE and self._closing is None:
-            self._closing = asyncio.create_task(self._session.close())
+        elif kind is FaultKind.CLOSE and self._copies[0].closing is None:
+            copy = self._copies[0]
+            copy.closing = asyncio.create_task(copy.session.close())
 
     async def _turn(self, turn: Turn) -> None:
         """One step, whatever comes of it."""
-        order = None
+        order, copy = None, self._copies[0]
         if turn.order is not None:
-            order = tuple(row % len(self._rows) for row in turn.order)
-        rows = self._rows if order is None else [self._rows[row] for row in order]
+            order = tuple(row % len(copy.rows) for row in turn.order)
+        rows = copy.rows if order is None else [copy.rows[row] for row in order]
         starts, news = [], []
         for number, row in enumerate(rows):
             start = max(0, len(row) - turn.cuts[number % len(turn.cuts)])
@@ -220,9 +244,21 @@ class _Play:
         after = [row[:start] + new for row, start, new in zip(rows, starts, news)]
         self._note(f"step: starts {starts} counts {[len(new) for new in news]} order {order}")
         if await self._run(starts, news, order, after):
-            self._rows = after
+            copy.rows = after
             if any(news):
-                self._held_rows = after
+                copy.held_rows = after
+
+    async def _fork(self) -> None:
+        """Go on with the other copy; there is a new one if there was none."""
+        self._copies.reverse()
+        if len(self._copies) > 1:
+            return
+        (copy,) = self._copies
+        self._note("forks the session")
+        num_tokens = sum(len(row) for row in copy.rows)
+        fork = await self._result(copy.session.fork(), num_tokens)
+        if fork is not None:
+            self._copies.insert(0, Copy(fork, copy.rows, copy.held_rows))
 
     def _new_token(self) -> int:
         self._num_tokens += 1
@@ -236,30 +272,38 @@ class _Play:
         after: Sequence[Sequence[int]],
     ) -> bool:
         """Whether the step has come to its end; its outputs are right then."""
-        began, counts = self._net.now(), [len(new) for new in news]
+        counts = [len(new) for new in news]
         hidden = token_states([token for new in news for token in new])
-        was_closed = self._closing is not None
-        work = self._session.step(hidden, starts, counts, order)
-        self._step = asyncio.create_task(work)
-        done, _ = await asyncio.wait({self._step}, timeout=STEP_BOUND_SECONDS)
+        was_closed = self._copies[0].closing is not None
+        work = self._copies[0].session.step(hidden, starts, counts, order)
+        output = await self._result(work, len(hidden))
+        if output is None:
+            return False
+        assert not was_closed, "a step of a closed session has outputs"
+        self._check_outputs(output, starts, counts, after)
+        return True
+
+    async def _result(self, work: Coroutine[Any, Any, T], num_tokens: int) -> T | None:
+        """What a step or a fork of ``num_tokens`` brings; None if it fails or is given up, as it may."""
+        began = self._net.now()
+        self._step = step = asyncio.create_task(work)
+        done, _ = await asyncio.wait({step}, timeout=STEP_BOUND_SECONDS)
         seconds = self._net.now() - began
         assert done, f"a step has not ended within {seconds:g} s"
-        longest = self._explained_seconds(sum(counts))
+        longest = self._explained_seconds(num_tokens)
         assert seconds <= longest, f"a step took {seconds:g} s, its faults explain {longest:g} s"
         self._outcome.num_steps += 1
         self._outcome.longest_seconds = max(self._outcome.longest_seconds, seconds)
-        step, self._step = self._step, None
+        self._step = None
         if step.cancelled():
             self._note("has given the step up")
-            return False
+            return None
         error = step.exception()
         if error is not None:
             self._check_error(error)
-            return False
-        assert not was_closed, "a step of a closed session has outputs"
-        self._check_outputs(step.result(), starts, counts, after)
-        self._note(f"has outputs after {seconds:.3f} s")
-        return True
+            return None
+        self._note(f"has its result after {seconds:.3f} s")
+        return step.result()
 
     def _explained_seconds(self, num_tokens: int) -> float:
         """How long a step of ``num_tokens`` may take after the faults that have struck."""
@@ -294,11 +338,11 @@ class _Play:
         if not isinstance(error, PetalsError):
             raise error
         if isinstance(error, SessionClosed) and not error.reported:
-            assert self._closing is not None, "the session says that it is closed"
+            assert self._copies[0].closing is not None, "the session says that it is closed"
             return
         if type(error) is RouteError and not error.reported:
             assert self._setting.kept_bytes, "the inputs were not kept"
-            self._is_lost = True
+            self._copies[0].is_lost = True
             return
         may_fail = self._injector.num_struck and not self._is_calm
         assert may_fail, "a step failed although nothing has happened"
@@ -307,15 +351,8 @@ class _Play:
     async def _check_idle(self) -> None:
         for server in self._servers:
             await server.check_integrity()
-        self._check_rows()
-
-    @property
-    def _state(self) -> SessionState | None:
-        """The state of the session while it is open."""
-        for session in self._swarm.sessions:
-            assert isinstance(session, SessionSupervisor)
-            return session.state
-        return None
+        for copy in self._copies:
+            self._check_rows(copy)
 
     def _watch_bans(self) -> None:
         """Only silence lets a server count as slow: a stream that has ended does not."""
@@ -331,23 +368,28 @@ class _Play:
     def _is_outdated(self, target: PeerId, message: Message) -> bool:
         """Whether ``target`` knows a newer epoch than that of the message."""
         inner = message.message if isinstance(message, Forwarded) else message
-        header, state = getattr(inner, "header", None), self._state
-        if not isinstance(header, RequestHeader) or state is None:
+        header = getattr(inner, "header", None)
+        if not isinstance(header, RequestHeader):
             return False
         if target == CLIENT:
-            hops = [*state.legs, *state.joining]
+            states = [session.state for session in self._sessions()]
+            hops = [hop for state in states for hop in (*state.legs, *state.joining)]
             epochs = [hop.epoch for hop in hops if hop.session_id == header.session_id]
         else:
             session = self._session_at(target, header.session_id)
             epochs = [] if session is None else [session.epoch]
         return any(epoch > header.epoch for epoch in epochs)
 
-    def _check_rows(self) -> None:
+    def _sessions(self) -> list[SessionSupervisor]:
+        """The sessions that are open, or being forked."""
+        return [one for one in self._swarm.sessions if isinstance(one, SessionSupervisor)]
+
+    def _check_rows(self, copy: Copy) -> None:
         """Every hop holds the session's rows, and their right outputs."""
-        state = self._state
+        state = copy.state
         if state is None or state.is_closed or state.has_diverged or state.step is not None:
             return
-        lengths = tuple(len(row) for row in self._held_rows)
+        lengths = tuple(len(row) for row in copy.held_rows)
         assert state.confirmed.lengths == lengths, "the client counts other rows"
         for leg in state.legs:
             session = self._session_at(leg.peer_id, leg.session_id)
@@ -359,7 +401,7 @@ class _Play:
             assert all(more >= length for more, length in pairs), f"{leg.peer_id} lacks rows"
             if not held.outputs.is_dropped:
                 outputs = list(held.outputs.read((0,) * len(lengths), lengths))
-                expected = [whole_outputs(tuple(row), leg.blocks.end) for row in self._held_rows]
+                expected = [whole_outputs(tuple(row), leg.blocks.end) for row in copy.held_rows]
                 is_right = torch.equal(torch.cat([*outputs, NOTHING]), torch.cat(expected))
                 assert is_right, f"{leg.peer_id} keeps wrong outputs"
 
@@ -374,13 +416,16 @@ class _Play:
         await self._injector.calm()
         await self._net.clock.sleep(CALM_SECONDS)
         struck, self._is_calm = self._injector.num_struck, True
-        if self._closing is None and not self._is_lost:
-            await self._turn(Turn((1,)))
+        for copy in list(self._copies):
+            if copy.closing is None and not copy.is_lost:
+                await self._turn(Turn((1,)))
+            self._copies.reverse()
         self._outcome.faults = struck
-        self._outcome.num_repairs = len(self._session.trace.repairs)
         await self._check_idle()
         self._note("closes the session")
-        await self._session.close()
+        for copy in self._copies:
+            self._outcome.num_repairs += len(copy.session.trace.repairs)
+            await copy.session.close()
         await self._access.close()
         await self._net.clock.sleep(1.0)
         if not set(struck) - set(KINDS_THAT_LOSE_NOTHING):

@@ -57,7 +57,14 @@ class Rest:
     seconds: float
 
 
-Event = Turn | Rest | Fault
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The user forks the session and goes on with the copy; if there are two of them already, with
+    the other one.
+    """
+
+
+Event = Turn | Rest | Fork | Fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -337,6 +337,8 @@ class HopSession:
                 sources=self.sources,
                 num_prompt_tokens=prompts[0].shape[1] if prompts else 0,
                 next_peer=next_peer,
+                fork_of=None if spec.fork is None else spec.fork.session_id,
+                fork_lengths=() if spec.fork is None else spec.fork.lengths,
             ),
             prompts,
         )

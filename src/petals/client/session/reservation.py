@@ -10,11 +10,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from petals.client.routing.failure_policy import History, Reaction, decide
 from petals.client.routing.route import Needs
 from petals.client.session.hop import HopSession
 from petals.client.session.pipeline import SessionContext
+from petals.client.session.types import ForkPoint
 from petals.errors import CacheFull, NoCapacity, PetalsError
 from petals.logs import get_logger
 from petals.types import BlockSpan, Hop, PeerId, Route
@@ -57,6 +59,26 @@ async def reserve(
     return hops
 
 
+async def reserve_forks(
+    context: SessionContext, legs: Sequence[HopSession], lengths: tuple[int, ...]
+) -> list[HopSession]:
+    """Hops beside the ``legs`` of another session, at the same servers, that begin with the first
+    ``lengths[r]`` tokens of its rows. They join the session of ``context``. None of them, if one of
+    the servers cannot do that: it refuses, or is lost.
+    """
+    if any(leg.state.is_lost for leg in legs):
+        return []
+    forks = {leg.hop: ForkPoint(leg.session_id, lengths) for leg in legs}
+    attempt = _RouteReservation(context, (), len(lengths), {}, frozenset(), (), forks)
+    try:
+        hops = await attempt.reserve(tuple(forks), [])
+    except PetalsError as error:
+        logger.debug("a session is not forked: %s", error.message)
+        return []
+    context.state.joining += hops or []
+    return hops or []
+
+
 class _RouteReservation:
     """Attempts one after the other, and which servers they have found full or unwilling."""
 
@@ -68,6 +90,7 @@ class _RouteReservation:
         excluded: Mapping[PeerId, PetalsError] | None,
         unfit: frozenset[PeerId],
         kv_donors: Sequence[HopSession],
+        forks: Mapping[Hop, ForkPoint] = MappingProxyType({}),
     ) -> None:
         state, swarm, blocks = context.state, context.swarm, context.state.blocks
         self._before: PeerId | None = None
@@ -86,7 +109,7 @@ class _RouteReservation:
         self._is_replacement = excluded is not None
         self._full: frozenset[PeerId] = frozenset()
         self._refused = dict(excluded or {})
-        self._unfit, self._kv_donors = unfit, kv_donors
+        self._unfit, self._kv_donors, self._forks = unfit, kv_donors, forks
         limit = None if self._is_replacement else self._config.num_retries
         self._history = History(max_failures=limit)
 
@@ -104,7 +127,7 @@ class _RouteReservation:
                     raise next(reversed(self._refused.values()), error) from None
                 held = await self._wait_for_room(route)
             if held or not crowded:
-                hops = await self._reserve(route, held)
+                hops = await self.reserve(route, held)
                 if hops is not None:
                     return hops
             if crowded:  # two clients on crossed routes must not retry in step for ever
@@ -134,7 +157,7 @@ class _RouteReservation:
         self._full -= {full.peer_id}
         return [held]
 
-    async def _reserve(self, route: Route, held: list[HopSession]) -> list[HopSession] | None:
+    async def reserve(self, route: Route, held: list[HopSession]) -> list[HopSession] | None:
         """Ask all hops not ``held``, without waiting; None, and nothing held, if one refuses."""
         have = {session.hop: session for session in held}
         missing = [hop for hop in route if hop not in have]
@@ -165,7 +188,7 @@ class _RouteReservation:
             after = route[index + 1].peer_id
         donors = [leg.peer_id for leg in self._kv_donors if leg.blocks == hop.blocks]
         sources = [*([] if before is None else [before]), *donors]
-        spec = replace(self._spec, alloc_seconds=alloc_seconds)
+        spec = replace(self._spec, alloc_seconds=alloc_seconds, fork=self._forks.get(hop))
         opened = partial(
             HopSession.open, self._swarm, hop, spec, sources, after, context.on_draining
         )

@@ -110,6 +110,41 @@ class SessionRows:
             self.lengths = tuple(start + count for start, count in zip(starts, counts))
             return output.to(hidden.dtype)
 
+    async def fork(self, max_length: int | None = None) -> "SessionRows":
+        """Rows of their own that go on from these, for ``max_length`` tokens each (None: as many as
+        these). See ``SessionSupervisor.fork``. Raises SessionClosed.
+        """
+        async with self._turn:
+            if self._end is not None:
+                raise self._end
+            fork = SessionRows(
+                self._access,
+                self.blocks,
+                max_length=max_length or self.max_length,
+                num_rows=self._num_reserved,
+                tuning=self._tuning,
+            )
+            fork.lengths, fork._reorder = self.lengths, self._reorder
+            if self._supervisor is not None and self._hidden_size:
+                fork._supervisor = await self._supervisor.fork(max_length)
+                fork.max_length = fork._supervisor.max_length
+                fork._dtype, fork._hidden_size = self._dtype, self._hidden_size
+            return fork
+
+    async def inputs(
+        self, lengths: Sequence[int], reorder: Sequence[int] | None = None
+    ) -> Tensor | None:
+        """What was sent to the first block, of the first ``lengths[r]`` tokens of each row after
+        ``reorder``: [sum(lengths), hidden]. None if there is nothing, or if it was not kept.
+        """
+        async with self._turn:
+            if self._supervisor is None or self._supervisor.state.is_closed:
+                return None
+            log = self._supervisor.state.confirmed
+            rows = log.branch(lengths, _after(self._reorder, reorder))
+            whole = None if rows.is_dropped else rows.whole()
+            return None if whole is None else whole.hidden
+
     async def close(self) -> None:
         """Free what the servers hold; a step under way fails. Idempotent."""
         if self._end is None:

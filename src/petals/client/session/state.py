@@ -25,6 +25,8 @@ I8. A replay begins with where the rows stand at the receiver (``reorder``, ``st
     be repeated; its parts are numbered, so a lost part is noticed.
 I9. A hop accepts states from the client and from the hop before it in the current epoch, and from
     no other peer.
+I10. A session is forked between two steps, with the rows that all of its hops hold then. The fork
+    has an epoch, ids and a log of its own, so that neither of the two needs the other afterwards.
 """
 
 import asyncio

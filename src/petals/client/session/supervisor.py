@@ -25,7 +25,7 @@ from petals.client.session.replacement import (
     reserve_for_step,
     switch,
 )
-from petals.client.session.reservation import release
+from petals.client.session.reservation import release, reserve_forks
 from petals.client.session.state import (
     Action,
     Do,
@@ -114,6 +114,37 @@ class SessionSupervisor:
         self._migrate()
         return torch.cat(step.outputs) if step.outputs else rows.hidden
 
+    async def fork(self, max_length: int | None) -> "SessionSupervisor":
+        """A session of its own that goes on from the same rows, for ``max_length`` tokens in each
+        (None: as many as here).
+
+        The servers copy what they hold. If one of them cannot (it is lost, is full or leaves), the
+        new session takes a route of its own and is fed from this client's log. Raises what ``run``
+        raises, nothing held.
+        """
+        state, spec = self.state, self._context.spec
+        fork: SessionSupervisor | None = None
+        try:
+            # The lock: between two steps all servers hold the rows that are counted here.
+            async with state.lock:
+                lengths, length = state.confirmed.lengths, max_length or spec.max_length
+                spec = replace(spec, num_rows=len(lengths), max_length=length)
+                fork = SessionSupervisor(self._swarm, state.blocks, spec)
+                fork.state.confirmed.take(state.confirmed.branch())
+                fork._begin_life()
+                if state.legs and not state.has_diverged:
+                    hops = await reserve_forks(fork._context, state.legs, lengths)
+                    if hops:
+                        await switch(fork._context, (), hops)
+            # If there are no hops, an empty step opens a route and feeds it, as after a rebuild.
+            nothing = torch.empty(0, spec.hidden_size, dtype=spec.dtype)
+            await fork.run(RowSlices(lengths, (0,) * len(lengths), nothing))
+        except BaseException:
+            if fork is not None:
+                await fork.close()
+            raise
+        return fork
+
     async def close(self) -> None:
         """Free what the servers hold; a step under way fails. Idempotent."""
         if self.state.is_closed:
@@ -157,13 +188,17 @@ class SessionSupervisor:
             return
         await switch(self._context, (), hops)
         if is_first:
-            self._was_open = True
-            self._fresh = replace(self._fresh, max_wait_seconds=self._config.repair_timeout)
+            self._begin_life()
             step.history = self._fresh
-            self._tasks.start(self._keep_alive(), "keeping a session alive")
         else:
             await self._feed(step)
         self._warm_spares()
+
+    def _begin_life(self) -> None:
+        """The session has rows from now on: its steps wait for servers, and its leases go on."""
+        self._was_open = True
+        self._fresh = replace(self._fresh, max_wait_seconds=self._config.repair_timeout)
+        self._tasks.start(self._keep_alive(), "keeping a session alive")
 
     async def _feed(self, step: PendingStep) -> None:
         """Run the session's inputs through a route that has nothing yet. Not by a replay: hops that

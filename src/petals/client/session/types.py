@@ -31,6 +31,16 @@ class Tuning:
         return None if self.adapter is None else self.adapter.within(blocks)
 
 
+@dataclass(frozen=True, slots=True)
+class ForkPoint:
+    """A reservation of this client at the same server, and the tokens of each of its rows, that a
+    new one begins with.
+    """
+
+    session_id: bytes
+    lengths: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSpec:
     """What a session asks of every one of its hops.
@@ -38,7 +48,7 @@ class SessionSpec:
     hidden_size: width of the client's hidden states. max_length: tokens of a row; None: what the
     server allows, and cache is taken as the rows grow. active_adapter: one of the servers' own,
     used where ``tuning`` brings none. epoch: the one in which the hop joins. alloc_seconds: how
-    long a full server may wait for room.
+    long a full server may wait for room. fork: what a single hop begins with; None: with nothing.
     """
 
     model: str
@@ -50,6 +60,7 @@ class SessionSpec:
     tuning: Tuning = Tuning()
     epoch: int = 0
     alloc_seconds: float = 0.0
+    fork: ForkPoint | None = None
 
     @property
     def cache_tokens(self) -> int:

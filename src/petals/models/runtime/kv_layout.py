@@ -227,20 +227,26 @@ class SlabRow:
         if self.recurrent is not None:
             self.recurrent.max_length = max_length
 
-    def fork(self) -> "SlabRow":
-        """An independent copy of the tokens kept so far.
+    def fork(self, length: int | None = None, max_length: int | None = None) -> "SlabRow":
+        """An independent copy of the first ``length`` tokens (None: of all), with a limit of its
+        own (None: the same).
 
-        Beams that continue from one row each need rows of their own, since both write at the same
-        positions. The copy keeps the capacity of the slabs, so that appending to it does not copy
-        the tokens a second time; only positions in use are copied.
+        Beams and sessions that continue from one row each need rows of their own, since both write
+        at the same positions. The copy keeps the capacity of the slabs as far as its limit allows,
+        so that appending to it does not copy the tokens a second time; only positions in use are
+        copied.
         """
-        copied = SlabRow(self.blocks, self.max_length)
-        copied.length = self.length
-        copied.recurrent = self.recurrent.fork() if self.recurrent is not None else None
+        limit = self.max_length if max_length is None else max_length
+        copied = SlabRow(self.blocks, limit)
+        copied.length = self.length if length is None else length
+        copied.recurrent = None if self.recurrent is None else self.recurrent.fork(limit)
         for index, slab in enumerate(self._slabs):
             if slab is not None:
-                kept = min(slab.filled, self.length)
-                keys, values = torch.empty_like(slab.keys), torch.empty_like(slab.values)
+                kept, capacity = min(slab.filled, copied.length), min(slab.capacity, limit)
+                keys, values = (
+                    tensor.new_empty((tensor.shape[0], capacity, tensor.shape[2]))
+                    for tensor in (slab.keys, slab.values)
+                )
                 keys[:, :kept] = slab.keys[:, :kept]
                 values[:, :kept] = slab.values[:, :kept]
                 copied._slabs[index] = _Slab(keys, values, kept)

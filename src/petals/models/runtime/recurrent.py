@@ -74,12 +74,12 @@ class RecurrentRow:
         buffer[self.position : end] = inputs
         self.position = end
 
-    def fork(self) -> "RecurrentRow":
-        """An independent copy, snapshots and inputs included."""
-        copied = RecurrentRow(self.max_length)
+    def fork(self, max_length: int) -> "RecurrentRow":
+        """An independent copy, snapshots and inputs included, with a limit of its own."""
+        copied = RecurrentRow(max_length)
         copied.position, copied.states = self.position, _clone(self.states)
         copied._snapshots.extend((position, _clone(states)) for position, states in self._snapshots)
-        copied._inputs = None if self._inputs is None else self._inputs.clone()
+        copied._inputs = None if self._inputs is None else self._inputs[:max_length].clone()
         return copied
 
     @property

@@ -204,6 +204,17 @@ class SessionKV:
         for row in dropped:
             row.release()
 
+    def fork(self, source: "SessionKV", lengths: Sequence[int]) -> None:
+        """Begin with copies of the rows of ``source``, another session of the same blocks, cut to
+        ``lengths``. Raises SessionClosed if either of the two was freed.
+        """
+        self._check_open()
+        source._check_open()
+        self.rows = [
+            row.fork(length, self.max_length)
+            for row, length in zip(source.rows, lengths, strict=True)
+        ]
+
     def _continued(self, sources: Sequence[int]) -> tuple[list[SlabRow], list[SlabRow]]:
         """The new rows of a reorder, and the old rows that none of them continues."""
         rows: list[SlabRow] = []

@@ -14,7 +14,14 @@ from contextlib import ExitStack
 
 from torch import Tensor
 
-from petals.errors import PeerBusy, PetalsError, ProtocolError, SessionClosed, SessionGap
+from petals.errors import (
+    LengthExceeded,
+    PeerBusy,
+    PetalsError,
+    ProtocolError,
+    SessionClosed,
+    SessionGap,
+)
 from petals.server.admission import validation
 from petals.server.admission.adapter_store import AdapterStore
 from petals.server.admission.kv_queue import CacheRequest, KVQueue
@@ -327,7 +334,7 @@ class BlocksService:
         self, key: SessionKey, message: OpenSession, tensors: Sequence[Tensor], held: ExitStack
     ) -> Session:
         """A new session, which takes over all that is ``held``; nothing of it if this raises."""
-        offer, peer = self._offer, key.peer_id
+        offer, peer, source = self._offer, key.peer_id, self._forked(key.peer_id, message)
         blocks = validation.check_request(offer, message)
         validation.check_size(offer, message.num_rows, message.max_length)
         validation.state_dtype(message.dtype)
@@ -342,14 +349,38 @@ class BlocksService:
         if given is not None:
             prompts = await self._executor.call_on_device(lambda device: device.put(given))
         timeout = min(message.alloc_timeout_seconds, self._limits.max_alloc_seconds)
-        room = CacheRequest(message.num_rows, message.max_length, blocks)
+        longest = max((message.max_length, *(message.fork_lengths if source else ())))
+        room = CacheRequest(message.num_rows, longest, blocks)
         kv = await self.kv_queue.reserve(room, timeout)
         held.callback(self.kv_queue.release, kv)
         if self._closed:
             raise PeerBusy("This server has stopped.", hint="Use another server.")
         outputs = self._memory.logs.open(message.num_rows)
+        if source is not None:
+            held.callback(outputs.drop)
+            await source.copy_to(kv, outputs, message.fork_lengths)
         reservation = Reservation(kv, outputs, prompts, adapter, held.pop_all())
         return Session(key, message, offer, reservation, self._executor, self._clock)
+
+    def _forked(self, peer: PeerId, message: OpenSession) -> Session | None:
+        """The session that a new one begins as a copy of. Raises SessionClosed, BadInput,
+        LengthExceeded.
+        """
+        if message.fork_of is None:
+            return None
+        source = self.sessions.get(SessionKey(peer, SessionId(message.fork_of)))
+        if source is None:
+            raise SessionClosed(
+                "There is no such session to fork here.", hint="Fill a new session."
+            )
+        source.check_fork(message)
+        longest = max(message.fork_lengths, default=0)
+        if message.max_length and longest > message.max_length:
+            raise LengthExceeded(
+                f"A fork begins with {longest} tokens, its max_length is {message.max_length}.",
+                hint="Open it with a larger max_length.",
+            )
+        return source
 
     async def _put_adapter(
         self, client: ClientChannel, message: PutAdapter, tensors: Sequence[Tensor]

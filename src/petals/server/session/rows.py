@@ -285,6 +285,24 @@ class CachedRows:
         source.kv_copy.check()
         return (values,) if source.outputs.is_dropped else (values, self._joined(outputs))
 
+    async def copy_to(self, kv: SessionKV, outputs: TokenLog, lengths: tuple[int, ...]) -> None:
+        """Let a new session begin with the first ``lengths[r]`` tokens of each row: ``kv`` is its
+        memory, ``outputs`` its log. Steps are not copied: ids begin anew in another session.
+
+        Raises SessionGap if the rows are others or shorter, SessionClosed, PeerFailed.
+        """
+        have = self.lengths
+        if len(lengths) != len(have) or any(length > has for length, has in zip(lengths, have)):
+            raise SessionGap(
+                f"The rows to be forked have {list(have)[:8]} tokens, not {list(lengths)[:8]}.",
+                hint="Fill a new session.",
+            )
+        try:
+            await self._executor.call(partial(kv.fork, self.kv, lengths))
+        except RuntimeError as error:  # for example, the device is out of memory
+            raise PeerFailed("The server could not copy the keys and values.") from error
+        outputs.take(self.outputs.branch(lengths))
+
     def check_integrity(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
         log = self.outputs

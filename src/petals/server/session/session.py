@@ -25,9 +25,11 @@ from torch import Tensor
 from petals.clock import Clock
 from petals.errors import BadInput, PeerBusy, PeerError, PeerTimeout, SessionClosed
 from petals.logs import get_logger
+from petals.models.runtime.token_log import TokenLog
 from petals.server.admission import validation
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.executor import Executor
+from petals.server.compute.kv_pool import SessionKV
 from petals.server.session.rows import CachedRows, Reservation, StepOutput
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.rpc.channel import Channel
@@ -302,6 +304,29 @@ class Session:
                 yield part, await self.rows.read(part, source)
         finally:
             self._num_replays -= 1
+
+    def check_fork(self, request: OpenSession) -> None:
+        """Raises BadInput unless ``request`` opens a session that can begin with these rows."""
+        own = self._request
+        pairs = (
+            (request.blocks, own.blocks),
+            (request.dtype, own.dtype),
+            (request.adapter, own.adapter),
+            (request.num_prompt_tokens, own.num_prompt_tokens),
+            (request.num_rows, len(request.fork_lengths)),
+        )
+        if any(asked != has for asked, has in pairs):
+            raise BadInput(
+                "A fork was asked for with other blocks, dtype, adapter, prompts or rows.",
+                hint="Open it like the session that it continues.",
+            )
+
+    async def copy_to(self, kv: SessionKV, outputs: TokenLog, lengths: tuple[int, ...]) -> None:
+        """Let a new session begin with these rows, as they are when the turn of the request has
+        come. Raises what ``CachedRows.copy_to`` raises.
+        """
+        async with self._turn:
+            await self.rows.copy_to(kv, outputs, lengths)
 
     async def finish(self, timeout_seconds: float) -> None:
         """Wait until no request is under way, for at most ``timeout_seconds``."""
