@@ -140,6 +140,7 @@ class LocalRows:
         self.runner, self.blocks, self.tuning = runner, blocks, tuning
         self.max_length = max_length
         self.caches, self.lengths = [], ()
+        self.kept = []  # per row: what has entered the first block
         self.is_closed = False
         self.steps = []  # (starts, counts, reorder)
 
@@ -161,10 +162,12 @@ class LocalRows:
         if not self.caches:
             self.runner.sessions.append(self)
             self.caches = [self.runner.new_cache() for _ in counts]
+            self.kept = [hidden[:0] for _ in counts]
         lengths = self.lengths or (0,) * len(counts)
         assert reorder is not None or len(lengths) == len(counts)
         if reorder is not None:
             self.caches = [copy.deepcopy(self.caches[row]) for row in reorder]
+            self.kept = [self.kept[row] for row in reorder]
             lengths = tuple(lengths[row] for row in reorder)
         outputs = []
         for row, part in enumerate(hidden.split(list(counts))):
@@ -173,10 +176,23 @@ class LocalRows:
             if starts[row] < lengths[row]:
                 self.caches[row].crop(starts[row] - lengths[row])
             extras = Extras(self.tuning.prompts, self.tuning.adapter, starts[row])
+            self.kept[row] = torch.cat([self.kept[row][: starts[row]], part])
             with torch.no_grad():
                 outputs.append(self.runner.run(part, self.blocks, self.caches[row], extras))
         self.lengths = tuple(start + count for start, count in zip(starts, counts))
         return torch.cat(outputs)
+
+    async def fork(self, max_length=None):
+        fork = LocalRows(self.runner, self.blocks, max_length or self.max_length, self.tuning)
+        fork.caches, fork.lengths = copy.deepcopy(self.caches), self.lengths
+        fork.kept = list(self.kept)
+        self.runner.sessions.append(fork)
+        return fork
+
+    async def inputs(self, lengths, reorder=None):
+        order = range(len(self.kept)) if reorder is None else reorder
+        parts = [self.kept[row][:length] for row, length in zip(order, lengths)]
+        return torch.cat(parts) if parts else None
 
     async def close(self):
         self.is_closed = True

@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteria
+from transformers import (
+    Cache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 from transformers.utils import ModelOutput
 
-from petals.client.model.hidden_states import HiddenStates
-from petals.client.model.inference_session import InferenceSession, SessionCache
+from petals.client.model.hidden_states import ENTRY, HiddenStates
+from petals.client.model.inference_session import InferenceSession, Recording
 from petals.client.model.padding import ColumnLayout, Rows, read_columns
 from petals.client.model.remote_sequential import ModelPass, RemoteSequential
+from petals.client.model.session_cache import SessionCache
 from petals.client.tuning import lora
 from petals.client.tuning.prompts import (
     DEEP_PROMPTS,
@@ -127,8 +134,14 @@ class DistributedModel(_Extended):
             yield session
 
     def new_cache(self) -> SessionCache:
-        """``past_key_values`` for a new batch, with a session of its own."""
+        """``past_key_values`` for a new batch, with a session of its own that grows."""
         return SessionCache(self._open_session)
+
+    def own_cache(self, given: Cache) -> SessionCache:
+        """``past_key_values`` that a caller passes, as a cache of this model: one of ours, or an
+        empty one of transformers, which becomes one of ours. Raises NotSupported for another.
+        """
+        return SessionCache.adopted(given, self._open_session)
 
     def cache_of(self, session: InferenceSession) -> SessionCache:
         """``past_key_values`` that continue ``session``."""
@@ -207,7 +220,9 @@ class GeneratingModel(DistributedModel):
     ) -> None:
         """Open a session of the length this generation needs; a draft's grows with its rounds."""
         cache = model_kwargs.get("past_key_values")
-        if cache is None and generation_config.use_cache is not False:
+        if cache is not None:
+            cache = self.own_cache(cache)
+        elif generation_config.use_cache is not False:
             cache = model_kwargs["past_key_values"] = self.new_cache()
         if isinstance(cache, SessionCache) and not generation_config.is_assistant:
             cache.open(max_cache_length)
@@ -250,7 +265,7 @@ class DistributedBaseModel(DistributedModel):
             return original(**call)
         self._check(call)
         cache = self._cache_for(call)
-        session = None if cache is None else cache.open()
+        session = None if cache is None else self._session_of(cache, call)
         past = Rows.empty(0) if session is None else session.columns
         num_prompts = self.num_prompt_tokens if session is None else session.num_prompt_tokens
         num_new_prompts = max(0, num_prompts - past.num_columns)
@@ -263,11 +278,15 @@ class DistributedBaseModel(DistributedModel):
         if states is not None:
             call |= {"output_hidden_states": False, "return_dict": True}
         current = self._pass(rows, session, states)
+        if cache is not None and session is None:
+            current.tapped[ENTRY] = None  # to be recorded
         shown = contextlib.nullcontext() if cache is None else cache.shown_whole()
         with self.remote_blocks.entered(current), shown:
             output = original(**call)
+        if cache is not None and session is None:
+            cache.record(Recording(_recorded(current), rows, num_prompts))
         if states is not None:
-            output = states.joined_to(output, current.tapped)
+            output = states.joined_to(output, {tap: current.tapped[tap] for tap in states.taps})
             output = output.to_tuple() if is_tuple else output
         if num_new_prompts:
             output = without_prompts(output, num_new_prompts, rows.num_columns)
@@ -308,21 +327,36 @@ class DistributedBaseModel(DistributedModel):
         )
 
     def _cache_for(self, call: dict[str, Any]) -> SessionCache | None:
-        """The cache that the call names or its session has; None for whole sequences."""
-        given = call.get("past_key_values")
-        if isinstance(given, SessionCache):
-            return given
-        if given is not None:
-            raise NotSupported(
-                f"A {type(given).__name__} keeps keys and values here, "
-                "but those of remote blocks stay on the servers.",
-                hint="Call the model with use_cache=True and pass on what it returns, "
-                "or work inside `with model.inference_session(max_length=...)`.",
-            )
+        """The cache that the call names, that its session has, or that is to be returned; None
+        without any.
+        """
+        if call.get("past_key_values") is not None:
+            return self.own_cache(call["past_key_values"])
         session = self.remote_blocks.session_of_call()
         if session is not None:
             return self.cache_of(session)
-        return self.new_cache() if call.get("use_cache") else None
+        return self.new_cache() if self._option(call, "use_cache") else None
+
+    def _session_of(self, cache: SessionCache, call: dict[str, Any]) -> InferenceSession | None:
+        """The session in which a call runs; None: it runs whole sequences, which ``cache`` records.
+
+        A session is opened at once only if the caller says that the cache will be continued. Most
+        caches that a model returns by default are dropped, and a session gives no gradients and no
+        hidden states.
+        """
+        if cache.is_open or cache.columns.num_columns:
+            return cache.open()
+        is_wanted = call.get("use_cache") or call.get("past_key_values") is not None
+        if not is_wanted or self._option(call, "output_hidden_states") or self._learns(call):
+            return None
+        return cache.open()
+
+    def _learns(self, call: dict[str, Any]) -> bool:
+        """Whether a call may be asked for gradients."""
+        given = call.get("inputs_embeds")
+        is_trained = given is not None and given.requires_grad
+        has_trained = any(parameter.requires_grad for parameter in self.parameters())
+        return torch.is_grad_enabled() and (is_trained or has_trained)
 
     def _check(self, call: dict[str, Any]) -> None:
         for name, instead in _NEEDS_WHOLE_MODEL.items():
@@ -375,6 +409,13 @@ def check_token_ids(ids: Tensor, embeddings: nn.Module) -> None:
             f"Token id {wrong} is outside the vocabulary of {vocabulary} tokens.",
             hint="Use the tokenizer of this very model.",
         )
+
+
+def _recorded(done: ModelPass) -> Tensor:
+    """What entered the first block in a pass that taps it."""
+    entered = done.tapped[ENTRY]
+    assert entered is not None
+    return entered.detach()
 
 
 def _own_module(module: nn.Module, name: str) -> nn.Module:

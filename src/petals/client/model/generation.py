@@ -25,8 +25,9 @@ from petals.client.model.generation_call import (
     mask_from_padding,
     refuse_modes,
 )
-from petals.client.model.inference_session import InferenceSession, SessionCache
+from petals.client.model.inference_session import InferenceSession
 from petals.client.model.padding import reorder_columns, to_left_padding
+from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, ConfigError, NotSupported
 from petals.logs import get_logger
 from petals.models.loading.head import HeadKind
@@ -125,8 +126,11 @@ class DistributedCausalLM(GeneratingModel):
         ids = None if prompt is None else prompt.ids
         if call.get("use_cache") is False:
             return _map_sequences(self._decode(ids, None, call), call.shown)
-        with self.new_cache() as cache:
-            return _map_sequences(self._decode(ids, cache, call), call.shown)
+        with SessionCache(self._open_session, grows=False) as cache:
+            result = _map_sequences(self._decode(ids, cache, call), call.shown)
+            if isinstance(result, ModelOutput):
+                cache.park()  # the result holds it, and may be continued or dropped
+            return result
 
     def _decode(
         self, ids: Tensor | None, cache: object | None, call: GenerationCall

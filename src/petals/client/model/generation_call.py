@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from petals.client.model.distributed import IdsSoFar
-from petals.client.model.inference_session import SessionCache
+from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, NotSupported
 
 _HUB_MODES = {

@@ -1,20 +1,20 @@
 """A session for synchronous callers: run tokens through remote blocks, roll back, reorder, close.
 
 The session alone knows which columns its rows hold. It records a rollback or a new order of rows
-and sends it with the next step. One step is one call into the event loop. ``SessionCache`` shows
-the session to transformers as a cache whose keys and values stay on the servers. Knows hidden
-states; knows no model, no text and no sampling (it only stores what belongs to them).
+and sends it with the next step. One step is one call into the event loop. ``session_cache`` shows
+the session to transformers. Knows hidden states; knows no model, no text and no sampling (it only
+stores what belongs to them).
 """
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from petals.client.connection.event_loop import client_loop
 from petals.client.model.padding import Rows, pack, unpack
@@ -23,9 +23,32 @@ from petals.client.routing.wire_dtype import wire_dtype_of
 from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.trace import SessionTrace
-from petals.errors import BadInput, NotSupported, SessionClosed, SessionGap
+from petals.errors import BadInput, NotSupported, SessionGap
 from petals.types import BlockSpan
 from petals.wire.tensors import narrowed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recording:
+    """Columns from which a session can be begun anew, without any memory on servers.
+
+    hidden: the inputs of the first block, [rows, columns, H]. num_prompt_tokens: how many of the
+    columns are trained prompts.
+    """
+
+    hidden: Tensor
+    columns: Rows
+    num_prompt_tokens: int = 0
+
+    def cut(self, num_columns: int) -> "Recording":
+        """The first ``num_columns`` columns."""
+        columns = self.columns.cut(num_columns)
+        return replace(self, hidden=self.hidden[:, :num_columns], columns=columns)
+
+    def select(self, rows: list[int]) -> "Recording":
+        """New row r is old row ``rows[r]``. Raises BadInput for rows that do not exist."""
+        columns = replace(self.columns.select(rows), origin=None)
+        return replace(self, hidden=self.hidden[rows], columns=columns)
 
 
 class InferenceSession:
@@ -188,6 +211,42 @@ class InferenceSession:
         self.columns = past.joined(new)
         return unpack(output.to(hidden), new.real)
 
+    def fork(self, max_length: int | None = None) -> "InferenceSession":
+        """A second session that goes on from the same tokens; neither changes the other. Close it.
+
+        The servers copy their keys and values, so that no token runs again. Where one of them
+        cannot, other servers compute the copy from what this client has sent. max_length: most
+        tokens per row of the fork; None: as many as here. Raises SessionClosed, the errors of
+        opening a session, and RouteError if the copy had to be computed and the inputs were not
+        kept (``max_kept_bytes``).
+        """
+        if max_length is not None:
+            max_length += self.num_prompt_tokens
+        rows = client_loop.run(self._rows.fork(max_length))
+        fork = InferenceSession(self.manager, open_rows=lambda *args, **kwargs: rows)
+        fork.columns, fork.num_prompt_tokens = self.columns, self.num_prompt_tokens
+        fork._wire_dtype = self._wire_dtype
+        fork.output_ids = None if self.output_ids is None else self.output_ids.clone()
+        return fork
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "InferenceSession":
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise NotSupported(
+            "A session cannot be pickled: its keys and values are on servers, for this client.",
+            hint="Pickle its output_ids, or its cache: model.cache_of(session).",
+        )
+
+    def recorded(self) -> Recording | None:
+        """What the session has run; None if it is nothing, or was not kept (max_kept_bytes)."""
+        columns = replace(self.columns, origin=None)
+        work = self._rows.inputs(columns.lengths, self.columns.origin)
+        packed = client_loop.run(work) if columns.num_columns else None
+        if packed is None:
+            return None
+        return Recording(unpack(packed, columns.real), columns, self.num_prompt_tokens)
+
     def close(self) -> None:
         """Free what the servers hold. Idempotent; a step afterwards raises SessionClosed."""
         self._dropped.detach()
@@ -198,185 +257,3 @@ def _close_soon(rows: SessionRows) -> None:
     """Close a session that was garbage-collected, in whichever thread that happened."""
     if rows.is_open:
         client_loop.start(rows.close)
-
-
-class SessionCache(Cache):
-    """A session as ``past_key_values``: a full `Cache`, so that `generate` works in all its modes.
-
-    ``open_session(max_length)`` is called once, by ``open``. Closing the cache (a context manager)
-    closes the session. Sequences of a tuned model begin with trained prompts, which only its own
-    forward sees (``shown_whole``): for all other code column 0 is the first one after the prompts.
-    """
-
-    def __init__(self, open_session: Callable[[int | None], InferenceSession]) -> None:
-        super().__init__(layers=[_SessionLayer(self)])
-        self._open_session: Callable[[int | None], InferenceSession] | None = open_session
-        self._session: InferenceSession | None = None
-        self._shows_prompts = False
-
-    @classmethod
-    def of(cls, session: InferenceSession) -> "SessionCache":
-        """The cache of a session that its owner opened and will close; always the same object."""
-        if session.past_key_values is None:
-            cache = cls(lambda max_length: session)
-            cache.open()
-            session.past_key_values = cache
-        found: SessionCache = session.past_key_values
-        return found
-
-    def __enter__(self) -> "SessionCache":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def open(self, max_length: int | None = None) -> InferenceSession:
-        """The session, opened now if it was not, for ``max_length`` tokens per row.
-
-        The servers reserve that at the first step; None lets the session grow. Raises
-        SessionClosed.
-        """
-        if self._open_session is None:
-            raise SessionClosed(
-                "The session of these past_key_values is closed.",
-                hint="Keep it open with `with model.inference_session(max_length=...) as session`.",
-            )
-        if self._session is None:
-            self._session = self._open_session(max_length)
-        return self._session
-
-    def close(self) -> None:
-        """Free the session's memory on the servers. Further steps raise SessionClosed."""
-        session, self._session, self._open_session = self._session, None, None
-        if session is not None:
-            session.close()
-
-    @contextmanager
-    def shown_whole(self) -> Iterator[None]:
-        """Count the prompts as columns, too, while the model's own forward runs."""
-        self._shows_prompts = True
-        try:
-            yield
-        finally:
-            self._shows_prompts = False
-
-    @property
-    def columns(self) -> Rows:
-        """All columns of the session, prompts included; no rows before the first step."""
-        return Rows.empty(0) if self._session is None else self._session.columns
-
-    @property
-    def visible(self) -> Rows:
-        """The columns that the caller may know of at present."""
-        return self.columns.behind(self._num_hidden)
-
-    @property
-    def _num_hidden(self) -> int:
-        if self._session is None or self._shows_prompts:
-            return 0
-        return self._session.num_prompt_tokens
-
-    # What transformers reads
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(0, self.columns.num_columns - self._num_hidden)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        max_length = None if self._session is None else self._session.max_length
-        return -1 if max_length is None else max_length - self._num_hidden
-
-    def has_previous_state(
-        self, layer_idx: int | None = None, state_idx: int | None = None
-    ) -> bool:
-        return self.get_seq_length() > 0
-
-    @property
-    def batch_size(self) -> int:
-        return self.columns.num_rows or -1
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.columns.num_rows > 0
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
-
-    def activate_past_recording(self) -> None:
-        """Does nothing: a session can always be rolled back."""
-
-    # What `generate` changes
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` columns; the count is negative or zero."""
-        if tokens_to_remove > 0:
-            raise BadInput(
-                f"crop({tokens_to_remove}): the number of tokens to remove is given as negative.",
-                hint="crop(-3) removes the last three tokens.",
-            )
-        if self._session is not None:
-            num_kept = max(0, self.columns.num_columns + tokens_to_remove)
-            self._session.columns = self.columns.cut(num_kept)
-
-    def reset(self) -> None:
-        """Remove all columns; the session stays open."""
-        self.crop(-self.get_seq_length())
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """New row r continues old row ``beam_idx[r]``."""
-        self._select(beam_idx.tolist())
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select([row for row in range(self.columns.num_rows) for _ in range(repeats)])
-
-    def _select(self, rows: list[int]) -> None:
-        if self._session is not None and self.is_initialized:
-            self._session.columns = self.columns.select(rows)
-
-
-class _SessionLayer(CacheLayerMixin):
-    """The one layer of the cache, for code that reads ``cache.layers``."""
-
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self, cache: SessionCache) -> None:
-        super().__init__()
-        self._cache = weakref.proxy(cache)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise _no_tensors()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        raise _no_tensors()
-
-    def get_seq_length(self) -> int:
-        return self._cache.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        return self._cache.get_max_length()
-
-
-def _no_tensors() -> NotSupported:
-    return NotSupported(
-        "Keys and values of remote blocks stay on the servers and cannot be read or written here.",
-        hint="Let the model fill this cache; run local layers with a DynamicCache of their own.",
-    )

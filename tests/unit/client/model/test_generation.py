@@ -88,6 +88,7 @@ FILES_OF_A_TOKEN = {
     "model/inference_session.py",
     "model/padding.py",
     "model/remote_sequential.py",
+    "model/session_cache.py",
 }
 
 

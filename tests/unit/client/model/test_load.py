@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
-from petals.client.model.inference_session import SessionCache
 from petals.client.model.load import layers_return_tuple
+from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, NotSupported
 from petals.models.checkpoint.arch import describe
 from petals.models.loading.head import HeadKind
@@ -75,7 +74,8 @@ class TestCalls:
     def test_plain_calls_keep_nothing(self, local, remote):
         output = remote(IDS)
         assert_close(output.logits, local(IDS).logits)
-        assert output.past_key_values is None
+        assert not output.past_key_values.is_open
+        assert remote(IDS, use_cache=False).past_key_values is None
         assert not remote.remote_blocks.runner.sessions
 
     def test_labels(self, local, remote):
@@ -160,13 +160,17 @@ class TestRefusals:
             del remote.config.output_router_logits
 
     def test_hidden_states_of_a_session(self, remote):
-        with pytest.raises(NotSupported, match="output_hidden_states") as refusal:
-            remote(IDS, output_hidden_states=True, use_cache=True)
+        with (
+            remote.inference_session(max_length=9),
+            pytest.raises(NotSupported, match="output_hidden_states") as refusal,
+        ):
+            remote(IDS, output_hidden_states=True)
         assert "whole sequences" in refusal.value.hint
 
-    def test_caches_with_tensors(self, remote):
+    def test_caches_with_tensors(self, local, remote):
+        full = local(IDS[:, :3]).past_key_values
         with pytest.raises(NotSupported, match="DynamicCache") as refusal:
-            remote(IDS, past_key_values=DynamicCache())
+            remote(IDS[:, 3:], past_key_values=full)
         assert "use_cache=True" in refusal.value.hint
 
     def test_masks_and_positions(self, remote):
@@ -184,8 +188,11 @@ class TestRefusals:
 
     def test_gradients_of_a_session(self, remote):
         embeddings = torch.zeros(1, 2, 32, requires_grad=True)
-        with pytest.raises(NotSupported, match="Gradients"):
-            remote(inputs_embeds=embeddings, use_cache=True)
+        with (
+            remote.inference_session(max_length=9),
+            pytest.raises(NotSupported, match="Gradients"),
+        ):
+            remote(inputs_embeds=embeddings)
 
     def test_another_batch_in_the_same_session(self, remote):
         with remote.inference_session(max_length=9):

@@ -5,8 +5,9 @@ import torch
 from transformers import Cache
 
 from petals.client.config import ClientConfig
-from petals.client.model.inference_session import InferenceSession, SessionCache
+from petals.client.model.inference_session import InferenceSession
 from petals.client.model.padding import ColumnLayout, read_columns
+from petals.client.model.session_cache import SessionCache
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.errors import BadInput, NotSupported, SessionClosed, SessionGap
 from petals.types import BlockSpan
@@ -72,13 +73,15 @@ def run(cache, num_rows, num_columns, **told):
     return session.step_columns(hidden, read_columns(session.columns, layout))
 
 
-def test_opens_once_with_the_length_asked_for_first(cache, opener):
+@pytest.mark.parametrize(("grows", "length"), [(True, None), (False, 9)])
+def test_opens_once_with_the_length_asked_for_first(opener, grows, length):
+    cache = SessionCache(opener, grows=grows)
     assert (cache.get_max_length(), cache.columns.num_rows) == (-1, 0)
     cache.open(9)
     run(cache, 2, 3)
     cache.open(20)
-    assert opener.lengths == [9]
-    assert cache.get_max_length() == 9
+    assert opener.lengths == [length]
+    assert cache.get_max_length() == (length or -1)
 
 
 def test_answers_like_a_cache(cache):
