@@ -227,6 +227,17 @@ class Loadable(DistributedModel):
         if is_main_process:
             save_tuned(self, Path(save_directory), state_dict)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles. They hold what is in this process (embeddings, head, what was
+        trained, the config); the class of transformers stands for ours, which is made while
+        loading. A copy shares the connection; what is unpickled makes its own at its first use.
+        """
+        original = type(self).__bases__[-1]
+        if _classes.get(original) is not type(self):  # a user's subclass
+            return super().__reduce_ex__(protocol)
+        is_base = isinstance(self, DistributedBaseModel)
+        return _new_instance, (original, is_base), self.__getstate__()
+
 
 _classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
@@ -261,6 +272,13 @@ def distributed_class(original: type[PreTrainedModel], *, is_base: bool) -> type
     if original not in _classes:
         _classes[original] = _make_class(original, is_base)
     return _classes[original]
+
+
+def _new_instance(original: type[PreTrainedModel], is_base: bool) -> PreTrainedModel:
+    """An instance without any attribute, to be filled by ``copy`` or ``pickle``."""
+    made = distributed_class(original, is_base=is_base)
+    instance: PreTrainedModel = nn.Module.__new__(made)
+    return instance
 
 
 def _make_class(original: type[PreTrainedModel], is_base: bool) -> type[PreTrainedModel]:

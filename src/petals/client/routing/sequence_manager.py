@@ -6,6 +6,7 @@ for a range of blocks. Knows no tensors and no tokens.
 
 import asyncio
 import copy
+import operator
 import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
@@ -184,6 +185,22 @@ class RemoteSequenceManager:
     def config(self) -> ClientConfig:
         """The config as it stands now."""
         return self.access.config
+
+    def __copy__(self) -> "RemoteSequenceManager":
+        part = type(self).__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        return part
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "RemoteSequenceManager":
+        """A copy of a model shares the connection."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process a connection of its own is made, from the same settings."""
+        if self._origin is not None:
+            first, span = self._origin.blocks.start, self.blocks
+            return operator.getitem, (self._origin, slice(span.start - first, span.end - first))
+        return type(self), (replace(self.config, dht_prefix=self.model), self.blocks)
 
     @property
     def model(self) -> str:

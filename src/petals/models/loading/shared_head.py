@@ -10,6 +10,7 @@ thread that is the only caller never waits. Knows no sessions.
 
 import threading
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +64,31 @@ class SharedHead(nn.Linear):
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self._begin()
+        weight = linear.weight.detach()
+        self._columns: Tensor | None = _fast_copy(weight, copy_by_column)
+        self._copied_state = self._weight_state
+        self._swap_factors = _is_faster_swapped(weight) if swap_factors is None else swap_factors
+
+    def _begin(self) -> None:
         self._calls: list[_HeadCall] = []
         self._last_call: dict[int, float] = {}  # thread id -> monotonic seconds
         self._queue_changed = threading.Condition()  # guards the two fields above
         self._product_lock = threading.Lock()  # held while a product is computed
-        weight = linear.weight.detach()
-        self._columns = _fast_copy(weight, copy_by_column)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but the calls of this process. The copy by column is made
+        anew, since its weight is another tensor.
+        """
+        left_out = ("_calls", "_last_call", "_queue_changed", "_product_lock", "_copied_state")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return state | {"_columns": self._has_valid_copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._columns = by_column(self.weight.detach()) if self._columns else None
         self._copied_state = self._weight_state
-        self._swap_factors = _is_faster_swapped(weight) if swap_factors is None else swap_factors
+        self._begin()
 
     def forward(self, hidden: Tensor) -> Tensor:
         num_rows = hidden.numel() // self.in_features
