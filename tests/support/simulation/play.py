@@ -284,7 +284,7 @@ class _Play:
         return True
 
     async def _result(self, work: Coroutine[Any, Any, T], num_tokens: int) -> T | None:
-        """What a step or a fork of ``num_tokens`` brings; None if it fails or is given up, as it may."""
+        """What a step or a fork of ``num_tokens`` brings; None if it may fail, or is given up."""
         began = self._net.now()
         self._step = step = asyncio.create_task(work)
         done, _ = await asyncio.wait({step}, timeout=STEP_BOUND_SECONDS)
