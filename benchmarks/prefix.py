@@ -65,13 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     half = NUM_BLOCKS // 2
     with tempfile.TemporaryDirectory() as parent:
-        folder = write_tiny_model(
-            Path(parent),
-            "llama",
-            num_hidden_layers=NUM_BLOCKS,
-            max_position_embeddings=4096,
-            **SIZES,
-        )
+        sizes = {"num_hidden_layers": NUM_BLOCKS, "max_position_embeddings": 4096} | SIZES
+        folder = write_tiny_model(Path(parent), "llama", **sizes)
         spans = BlockSpan(0, half), BlockSpan(half, NUM_BLOCKS)
         with InProcessSwarm(folder, *spans) as swarm, torch.inference_mode():
             for name, seconds in measure(swarm.model(), args.tokens, args.repeats).items():

@@ -19,7 +19,7 @@ from petals.client.model.inference_session import InferenceSession, Recording
 from petals.client.model.padding import Rows
 from petals.errors import BadInput, NotSupported, SessionClosed
 
-OpenSession = Callable[[int | None], InferenceSession]
+SessionOpener = Callable[[int | None], InferenceSession]
 """Opens a session for rows of at most this many tokens; None: it grows with its steps."""
 
 
@@ -36,7 +36,7 @@ class SessionCache(Cache):
 
     def __init__(
         self,
-        open_session: OpenSession | None = None,
+        open_session: SessionOpener | None = None,
         recording: Recording | None = None,
         *,
         grows: bool = True,
@@ -60,7 +60,7 @@ class SessionCache(Cache):
         return found
 
     @classmethod
-    def adopted(cls, given: Cache, open_session: OpenSession) -> "SessionCache":
+    def adopted(cls, given: Cache, open_session: SessionOpener) -> "SessionCache":
         """``given`` as a cache of ours: an empty one of transformers becomes one, the same object,
         so that its owner can pass it again. Raises NotSupported for any other cache.
         """

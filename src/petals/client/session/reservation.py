@@ -10,7 +10,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 
 from petals.client.routing.failure_policy import History, Reaction, decide
 from petals.client.routing.route import Needs
@@ -68,10 +67,10 @@ async def reserve_forks(
     """
     if any(leg.state.is_lost for leg in legs):
         return []
-    forks = {leg.hop: ForkPoint(leg.session_id, lengths) for leg in legs}
-    attempt = _RouteReservation(context, (), len(lengths), {}, frozenset(), (), forks)
+    attempt = _RouteReservation(context, (), len(lengths), {}, frozenset(), ())
+    attempt.forks = {leg.hop: ForkPoint(leg.session_id, lengths) for leg in legs}
     try:
-        hops = await attempt.reserve(tuple(forks), [])
+        hops = await attempt.reserve(tuple(attempt.forks), [])
     except PetalsError as error:
         logger.debug("a session is not forked: %s", error.message)
         return []
@@ -90,7 +89,6 @@ class _RouteReservation:
         excluded: Mapping[PeerId, PetalsError] | None,
         unfit: frozenset[PeerId],
         kv_donors: Sequence[HopSession],
-        forks: Mapping[Hop, ForkPoint] = MappingProxyType({}),
     ) -> None:
         state, swarm, blocks = context.state, context.swarm, context.state.blocks
         self._before: PeerId | None = None
@@ -109,7 +107,9 @@ class _RouteReservation:
         self._is_replacement = excluded is not None
         self._full: frozenset[PeerId] = frozenset()
         self._refused = dict(excluded or {})
-        self._unfit, self._kv_donors, self._forks = unfit, kv_donors, forks
+        self._unfit, self._kv_donors = unfit, kv_donors
+        self.forks: Mapping[Hop, ForkPoint] = {}
+        """What hops begin with; a hop that is not named begins with nothing."""
         limit = None if self._is_replacement else self._config.num_retries
         self._history = History(max_failures=limit)
 
@@ -188,7 +188,7 @@ class _RouteReservation:
             after = route[index + 1].peer_id
         donors = [leg.peer_id for leg in self._kv_donors if leg.blocks == hop.blocks]
         sources = [*([] if before is None else [before]), *donors]
-        spec = replace(self._spec, alloc_seconds=alloc_seconds, fork=self._forks.get(hop))
+        spec = replace(self._spec, alloc_seconds=alloc_seconds, fork=self.forks.get(hop))
         opened = partial(
             HopSession.open, self._swarm, hop, spec, sources, after, context.on_draining
         )
