@@ -22,6 +22,9 @@ EXAMPLES = [
     handshake.DialBack(("/ip4/127.0.0.1/tcp/1",)),
     handshake.DialedBack(True, 1.5),
     requests.OpenSession(HEADER, "m", (0, 10), 2, 128, "float32"),
+    requests.OpenSession(
+        HEADER, "m", (0, 10), 2, 0, "float32", fork_of=SESSION, fork_lengths=(3, 0)
+    ),
     STEP,
     PART,
     requests.Forwarded("client", STEP),
@@ -58,7 +61,7 @@ def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     step = requests.Step(HEADER, (3,), (1,))
     fields = ["Step", [SESSION, 2, 7], (3,), (1,), None, (), (), ()]
     expected = msgspec.msgpack.encode((fields, ()))
-    assert frames.PROTOCOL_VERSION == 8
+    assert frames.PROTOCOL_VERSION == 9
     assert frames.encode_message(step) == expected
 
 
@@ -90,6 +93,8 @@ H = [SESSION, 0, 1]
         ["OpenSession", H, "m", [0, 1], 0, 1, "float32"],
         ["OpenSession", H, "m" * 257, [0, 1], 1, 1, "float32"],
         ["OpenSession", H, "m", [0, 1], 1, 1, "float32", None, 0.0, ["p"] * 17],
+        ["OpenSession", H, "m", [0, 1], 1, 1, "float32", None, 0.0, [], 0, None, b"short"],
+        ["OpenSession", H, "m", [0, 1], 1, 1, "float32", None, 0.0, [], 0, None, SESSION, [-1]],
         ["Refusal", "code", "m" * 4097],
         ["Forward", "m", [0, 1], [1], None, 0, [], b"short"],
         ["Backward", ["ForwardResult", 0.0, 0.1]],
