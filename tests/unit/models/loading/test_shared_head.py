@@ -1,7 +1,10 @@
 """A head that threads share: the numbers of a linear layer, fewer products, nobody forgotten."""
 
+import copy
+import pickle
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -159,3 +162,19 @@ def test_inference_mode_of_one_caller_does_not_mark_what_others_get() -> None:
         output = head(torch.randn(1, 2, WIDTH))
     assert not output.is_inference()
     (output * nn.Parameter(torch.ones(()))).sum().backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+@pytest.mark.parametrize("by_column", [True, False])
+def test_a_copy_has_a_weight_and_a_queue_of_its_own(
+    copied: Callable[[SharedHead], SharedHead], by_column: bool
+) -> None:
+    linear, token = a_linear(bias=True), torch.randn(1, WIDTH)
+    head = SharedHead(linear, copy_by_column=by_column, swap_factors=False)
+    expected = head(token)
+    twin = copied(head)
+    assert torch.allclose(twin(token), expected)
+    with torch.no_grad():
+        twin.weight.add_(1.0)
+        assert torch.allclose(twin(token), expected + token.sum())
+    assert torch.allclose(head(token), expected)

@@ -96,6 +96,17 @@ class TestSlabRow:
         assert keys[0, :, 0].tolist() == [1.0] * 5 + [2.0]
         assert not row.storages() & twin.storages()
 
+    def test_a_fork_has_a_length_and_a_limit_of_its_own(self) -> None:
+        row = SlabRow(SPAN, 500)
+        row.append(3, 0, *states(300, 1.0))
+        row.commit(300)
+        twin = row.fork(length=7, max_length=9)
+        assert (twin.length, twin.max_length, row.length) == (7, 9, 300)
+        assert 40 * twin.num_bytes < 9 * row.num_bytes
+        twin.append(3, 7, *states(2, 2.0))
+        with pytest.raises(LengthExceeded):
+            twin.append(3, 9, *states(1, 2.0))
+
     @pytest.mark.parametrize("values", [(1, 3), (0, 0)], ids=["pairs", "keys alone"])
     def test_what_one_row_reads_another_writes(self, values: tuple[int, int]) -> None:
         parts = (BlockLayout(key_shape=(2, 4), value_shape=values), BlockLayout())

@@ -101,6 +101,15 @@ def test_a_reorder_names_rows_there_are_and_a_freed_session_has_none() -> None:
         session.extend(11)
 
 
+def test_a_session_that_was_freed_is_not_forked() -> None:
+    pool = KVPool.for_tokens(LAYOUT, 4 * PAGE_TOKENS)
+    with pool.reserve(1, PAGE_TOKENS, SPAN) as fork:
+        source = pool.reserve(1, PAGE_TOKENS, SPAN)
+        source.free()
+        with pytest.raises(SessionClosed):
+            fork.fork(source, (0,))
+
+
 def test_recurrent_states_are_paid_for() -> None:
     layout = KVLayout(span=BlockSpan(0, 1), blocks=(BlockLayout(state_bytes=1000),), input_bytes=8)
     pool = KVPool(layout, budget_bytes=6000)
@@ -182,6 +191,26 @@ class PoolMachine(RuleBasedStateMachine):
                 session.extend(session.max_length + more)
             except (CacheFull, RequestTooLarge):
                 return
+
+    @rule(
+        target=sessions,
+        source=sessions,
+        max_length=st.integers(0, 80),
+        share=st.floats(0, 1),
+    )
+    def fork(self, source: SessionKV | None, max_length: int, share: float) -> SessionKV | None:
+        if source is None:
+            return None
+        lengths = [int(len(row) * share) for row in self.expected[source]]
+        max_length = max(max_length, *lengths)
+        try:
+            session = self.pool.reserve(len(lengths), max_length, source.blocks)
+        except (CacheFull, RequestTooLarge):
+            return None
+        session.fork(source, lengths)
+        held = zip(self.expected[source], lengths)
+        self.expected[session] = [row[:length] for row, length in held]
+        return session
 
     @rule(session=consumes(sessions))
     def free(self, session: SessionKV | None) -> None:
