@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.errors import CacheFull, NoCapacity, RouteError, SessionClosed
+from petals.errors import CacheFull, LengthExceeded, NoCapacity, RouteError, SessionClosed
 from petals.server.config import ClientLimits
 from petals.testing.tiny_models import write_tiny_model
 from petals.types import ServerState
@@ -191,6 +191,8 @@ async def test_a_longer_fork(folder: Path) -> None:
     async with story_in(folder, *SPANS, servers=ROOMY) as story:
         short = Story.begin(story.swarm, story.access, max_length=24)
         await short.prefill()
+        with pytest.raises(LengthExceeded, match="23 tokens"):
+            await short.session.fork(22)
         async with forked(short, 40) as fork:
             assert (fork.session.max_length, short.session.max_length) == (40, 24)
             for seed in range(5):

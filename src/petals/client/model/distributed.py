@@ -310,8 +310,8 @@ class DistributedBaseModel(DistributedModel):
         if session is not None:
             raise NotSupported(
                 "output_hidden_states: a session's servers return the last block's output only.",
-                hint="Run whole sequences, outside a session and without use_cache=True; of a text "
-                "that was generated, run model(ids, output_hidden_states=True) afterwards.",
+                hint="Run whole sequences, outside a session; of a text that was generated, "
+                "run model(ids, output_hidden_states=True) afterwards.",
             )
         return HiddenStates.of(asked, len(self.remote_blocks))
 

@@ -112,11 +112,18 @@ class SessionRows:
 
     async def fork(self, max_length: int | None = None) -> "SessionRows":
         """Rows of their own that go on from these, for ``max_length`` tokens each (None: as many as
-        these). See ``SessionSupervisor.fork``. Raises SessionClosed.
+        these). See ``SessionSupervisor.fork``. Raises SessionClosed, LengthExceeded.
         """
         async with self._turn:
             if self._end is not None:
                 raise self._end
+            held = () if self._supervisor is None else self._supervisor.state.confirmed.lengths
+            longest = max((*self.lengths, *held), default=0)
+            if max_length is not None and max_length < longest:
+                raise LengthExceeded(
+                    f"A fork of max_length={max_length} of a session with {longest} tokens.",
+                    hint="Fork it with a larger max_length.",
+                )
             fork = SessionRows(
                 self._access,
                 self.blocks,
