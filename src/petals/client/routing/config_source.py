@@ -26,7 +26,7 @@ class ConfigSource:
     """The attributes of ``source`` that are fields of ClientConfig."""
 
     def __init__(self, source: object) -> None:
-        self._source = source
+        self.source = source
         self._seen = self._values()
 
     def read(self, config: ClientConfig) -> ClientConfig:
@@ -51,7 +51,7 @@ class ConfigSource:
 
     def _values(self) -> dict[str, Any]:
         """Copies, so that a list that is changed in place is noticed."""
-        found = {entry.name: getattr(self._source, entry.name, None) for entry in _FIELDS}
+        found = {entry.name: getattr(self.source, entry.name, None) for entry in _FIELDS}
         return {
             name: list(value) if isinstance(value, list) else value for name, value in found.items()
         }

@@ -70,6 +70,13 @@ class SwarmConnection:
             self._config = self._source.read(self._config)
         return self._config
 
+    @property
+    def settings(self) -> object:
+        """What an equal connection is made from: the object whose attributes count, or the config."""
+        if self._source is not None and getattr(self._source.source, "dht_prefix", None):
+            return self._source.source
+        return replace(self.config, dht_prefix=self.model)
+
     async def view(self) -> SwarmState:
         """The view under the present config, once connected.
 
@@ -200,7 +207,7 @@ class RemoteSequenceManager:
         if self._origin is not None:
             first, span = self._origin.blocks.start, self.blocks
             return operator.getitem, (self._origin, slice(span.start - first, span.end - first))
-        return type(self), (replace(self.config, dht_prefix=self.model), self.blocks)
+        return type(self), (self.access.settings, self.blocks)
 
     @property
     def model(self) -> str:

@@ -102,9 +102,9 @@ def test_a_reorder_names_rows_there_are_and_a_freed_session_has_none() -> None:
 
 
 def test_a_session_that_was_freed_is_not_forked() -> None:
-    pool = KVPool.for_tokens(LAYOUT, 4 * PAGE_TOKENS)
-    with pool.reserve(1, PAGE_TOKENS, SPAN) as fork:
-        source = pool.reserve(1, PAGE_TOKENS, SPAN)
+    pool = KVPool.for_tokens(LAYOUT, 64)
+    with pool.reserve(1, 16, SPAN) as fork:
+        source = pool.reserve(1, 16, SPAN)
         source.free()
         with pytest.raises(SessionClosed):
             fork.fork(source, (0,))
