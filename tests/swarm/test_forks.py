@@ -115,7 +115,8 @@ class TestAtAServer:
             assert (await fork.refused(fork.opening(max_length=64, **asked))).code == "cache_full"
             await fork.open(max_length=48, **asked)
             assert (await third.refused(third.opening(max_length=3, **asked))).code == "peer_busy"
-            assert swarm.workers[0].pool.tokens_free == 0
+            pool = swarm.workers[0].pool
+            assert pool.reserved_bytes == pool.budget_bytes
 
     async def test_a_server_that_leaves_takes_no_fork(self) -> None:
         async with served() as swarm:

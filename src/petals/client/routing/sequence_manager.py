@@ -72,7 +72,7 @@ class SwarmConnection:
 
     @property
     def settings(self) -> object:
-        """What an equal connection is made from: the object whose attributes count, or the config."""
+        """What an equal connection is made from: the object it is set by, or the config."""
         if self._source is not None and getattr(self._source.source, "dht_prefix", None):
             return self._source.source
         return replace(self.config, dht_prefix=self.model)
