@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from petals.errors import ConfigError, ModelNotSupported
+from petals.errors import ConfigError, ModelFilesBroken, ModelNotSupported
 
 build_lock = threading.RLock()
 """Held while a model is built. transformers then replaces global functions (its own and torch's
@@ -81,12 +81,22 @@ def base_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """An instance whose parameters take no memory, built from a copy of ``config``."""
+    """An instance whose parameters take no memory, built from a copy of ``config``.
+
+    Raises ModelFilesBroken if the class refuses the config.
+    """
     own_config = copy.deepcopy(config)
     # The config may name an attention that is registered only in a process that runs blocks.
     own_config._attn_implementation = "eager"
     with build_lock, torch.device("meta"), no_init_weights():
-        return model_class(own_config)
+        try:
+            return model_class(own_config)
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            raise ModelFilesBroken(
+                f"transformers cannot build a {model_class.__name__} from the model's config: "
+                f"{type(error).__name__}: {error}",
+                hint="Correct config.json, or download it again.",
+            ) from error
 
 
 def parent_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:

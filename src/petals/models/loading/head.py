@@ -4,7 +4,7 @@ Embeddings, final norm and head are loaded; the layer list is replaced by one mo
 provides. Knows nothing of routes, sessions or servers.
 """
 
-import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,10 +23,12 @@ from transformers import (
 
 from petals.errors import ModelFilesBroken, ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, build_on_meta, describe, parent_of
-from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
+from petals.models.checkpoint.sources import CONFIG_FILE, Checkpoint, as_checkpoint
 from petals.models.loading.measure import MIN_MATRIX_BYTES, best_seconds
 from petals.models.loading.shared_head import SharedHead
 from petals.models.loading.split import LoadOptions, Stub, files_of_part, load_part, pruned_class
+
+logger = logging.getLogger(__name__)
 
 RemoteFactory = Callable[[ModelArch, PretrainedConfig], nn.Module]
 """Makes the module that replaces the layer list. The model's forward slices it
@@ -116,7 +118,7 @@ def load_client_part(
     setattr(parent, attribute, make_remote(arch, model.config))
     model.config._name_or_path = checkpoint.name
     if model.can_generate():
-        model.generation_config = _generation_config(checkpoint, model.generation_config)
+        model.generation_config = _generation_config(checkpoint)
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and _wants_chunks(head, options):
         model.set_output_embeddings(ChunkedHead(head, options.chunk_rows))
@@ -245,8 +247,33 @@ def _keep_ends(model: PreTrainedModel, arch: ModelArch) -> None:
     setattr(*parent_of(base, arch.layers_path), Stub())
 
 
-def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
-    path = checkpoint.find(GENERATION_FILE)
-    if path is None:
-        return copy.deepcopy(default)
-    return GenerationConfig.from_pretrained(str(path.parent))
+def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """The generation settings that transformers would give the model.
+
+    From ``generation_config.json``; if the checkpoint has none or it is no JSON, from the file
+    ``config.json``: the config object no longer holds generation settings. Raises ModelFilesBroken
+    for settings that transformers refuses.
+    """
+    if checkpoint.find(GENERATION_FILE) is not None:
+        try:
+            return _settings_of(checkpoint, GENERATION_FILE)
+        except OSError:
+            logger.warning(
+                "%s of %s is no JSON file: the generation settings of its %s are used.",
+                GENERATION_FILE,
+                checkpoint.name,
+                CONFIG_FILE,
+            )
+    return _settings_of(checkpoint, CONFIG_FILE, _from_model_config=True)
+
+
+def _settings_of(checkpoint: Checkpoint, file_name: str, **how: bool) -> GenerationConfig:
+    folder = str(checkpoint.path(file_name).parent)
+    try:
+        return GenerationConfig.from_pretrained(folder, config_file_name=file_name, **how)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelFilesBroken(
+            f"transformers refuses the generation settings in {file_name} of {checkpoint.name}: "
+            f"{error}",
+            hint=f"Correct {file_name}.",
+        ) from error
