@@ -1,8 +1,6 @@
-"""Selects the checkpoint tensors that a part of a model needs and opens only their files, lazily.
+"""Opens the files that hold given tensors of a checkpoint, and reads the tensors lazily.
 
-Checkpoint names are mapped to parameter names with transformers' own rename rules, the same rules
-that load the tensors later. Published names, saved names, fused experts and prefixes therefore need
-no rules here. Knows nothing of spans or servers.
+Which tensors a part of a model needs is decided by its skeleton. Knows nothing of spans or servers.
 """
 
 import math
@@ -13,9 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from petals.errors import ModelFilesBroken
 from petals.models.checkpoint.sources import Checkpoint
@@ -31,45 +26,6 @@ _DTYPES = {
 }
 _DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16}
 _DTYPE_BITS |= {"BF16": 16, "I16": 16, "U16": 16, "BOOL": 8}
-
-
-def needed_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """The checkpoint keys that load into ``model``, a meta build that holds only one part.
-
-    A quantized checkpoint also has auxiliary tensors (scales, packed blocks, quantizer state) that
-    are no parameters of a plain build. One is needed if its name lies below a needed tensor or
-    below the module that owns one.
-    """
-    wanted = model.state_dict()
-    owners = {name.rpartition(".")[0] for name in wanted} | set(wanted)
-    owners.discard("")
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix = model.base_model_prefix
-
-    def is_needed(key: str) -> bool:
-        # Published checkpoints use the names that the rules rename; a checkpoint saved by this
-        # transformers already has the final names.
-        target, _ = rename_source_key(key, renamings, converters, prefix, wanted)
-        saved, _ = rename_source_key(key, [], [], prefix, wanted)
-        if target in wanted or saved in wanted:
-            return True
-        return quantized and any(
-            _is_below(name.removeprefix(f"{prefix}."), owners) for name in (target, saved)
-        )
-
-    return [key for key in keys if is_needed(key)]
-
-
-def _is_below(name: str, owners: set[str]) -> bool:
-    """Whether a proper prefix of the dotted ``name`` is one of ``owners``."""
-    while name:
-        name = name.rpartition(".")[0]
-        if name in owners:
-            return True
-    return False
 
 
 @dataclass(slots=True)

@@ -236,15 +236,19 @@ def _contains(
     return any(isinstance(module, arch.base_class) for module in model.modules())
 
 
-def _keep_ends(model: PreTrainedModel, arch: ModelArch) -> None:
+def drop_towers(model: PreTrainedModel, arch: ModelArch) -> None:
+    """Put stubs in place of what a multimodal model has for images and sound: petals needs text."""
     base = base_within(model, arch)
     text_root = arch.host_path.partition(".")[0]
     for name, child in list(base.named_children()):
-        # A multimodal model also has towers for images and sound; the client needs text only.
         is_tower = bool(text_root) and name != text_root
         if is_tower and child is not model.get_output_embeddings():
             setattr(base, name, Stub())
-    setattr(*parent_of(base, arch.layers_path), Stub())
+
+
+def _keep_ends(model: PreTrainedModel, arch: ModelArch) -> None:
+    drop_towers(model, arch)
+    setattr(*parent_of(base_within(model, arch), arch.layers_path), Stub())
 
 
 def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:

@@ -7,33 +7,20 @@ network.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import is_accelerate_available
-from transformers.utils import logging as transformers_logging
 
 from petals.errors import BlocksNotServed, ModelFilesBroken
-from petals.models.checkpoint.arch import (
-    ModelArch,
-    build_lock,
-    build_on_meta,
-    describe,
-    parent_of,
-)
+from petals.models.checkpoint.arch import ModelArch, build_lock, describe, parent_of
 from petals.models.checkpoint.hub import HubAccess
+from petals.models.checkpoint.skeleton import build_skeleton, quiet_transformers
 from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
-from petals.models.checkpoint.weights import (
-    ReadProgress,
-    needed_keys,
-    open_tensors,
-    stored_dtype,
-)
+from petals.models.checkpoint.weights import ReadProgress, open_tensors, stored_dtype
 from petals.models.loading.quantize import (
     QuantKind,
     fix_4bit_layers,
@@ -183,11 +170,19 @@ def load_part(
     Raises ModelFilesBroken for such a parameter unless ``may_be_new(name)`` is true.
     """
     config = copy.deepcopy(checkpoint.config)
-    keys = needed_keys(build_on_meta(part, config), checkpoint.weight_map)
+    keys, _ = build_skeleton(checkpoint, part, options.device).match(checkpoint.weight_map)
     progress = options.progress
-    with build_lock, open_tensors(checkpoint, keys, progress) as tensors, _quiet_transformers():
+    with build_lock, open_tensors(checkpoint, keys, progress) as tensors, quiet_transformers():
         dtype = options.dtype or config.dtype or stored_dtype(tensors.values())
-        settings = _loading_settings(options, dtype)
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "output_loading_info": True,
+            "device_map": {"": options.device},  # each tensor is placed there as it is read
+            "ignore_mismatched_sizes": True,  # so that the error below can name the tensor
+        }
+        quantization = quantization_config_for(options.quant, dtype or torch.float32)
+        if quantization is not None:
+            settings["quantization_config"] = quantization
         try:
             model, info = part.from_pretrained(None, config=config, state_dict=tensors, **settings)
         except RuntimeError as error:
@@ -210,26 +205,8 @@ def load_part(
             hint="Its files hold no such tensor: the config is of another model, or not all files "
             "are there.",
         )
-    if "device_map" not in settings:
-        model.to(options.device)
     fix_4bit_layers(model)
     return model, new
-
-
-def _loading_settings(options: LoadOptions, dtype: torch.dtype | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # so that the error below can name the tensor
-    }
-    if options.device != "cpu" and is_accelerate_available():
-        # With accelerate every tensor is placed on its device as it is read; without it the whole
-        # part is built in RAM first.
-        settings["device_map"] = {"": options.device}
-    quantization = quantization_config_for(options.quant, dtype or torch.float32)
-    if quantization is not None:
-        settings["quantization_config"] = quantization
-    return settings
 
 
 def stub_outside(root: nn.Module, kept: str) -> None:
@@ -278,18 +255,3 @@ def _renumber(base: nn.Module, parent: nn.Module, name: str, blocks: BlockSpan) 
             setattr(config, key, value[blocks.start : blocks.end])
     config.num_hidden_layers = len(blocks)
     return layers
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bars and loading reports: our own progress and errors say it."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

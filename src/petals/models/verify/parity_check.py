@@ -18,7 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, describe
+from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading.head import HeadKind, base_within, class_for
+from petals.models.loading.loadable import check_weights
 from petals.models.loading.split import load_blocks
 from petals.models.runtime.span import MODEL_CODE_ERRORS, Mode, Span
 from petals.models.verify.self_test import LENGTHS, STEPS, TestStep, replay, run_self_test
@@ -151,6 +153,7 @@ def _compare(name: str) -> ParityRow:
     arch, whole = _tiny(name)
     with tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX) as folder:
         whole.save_pretrained(Path(folder))
+        check_weights(open_checkpoint(folder))
         cuts = [0, 1, arch.num_blocks // 2 + 1, arch.num_blocks]
         spans = [
             Span(load_blocks(folder, BlockSpan(start, end))) for start, end in zip(cuts, cuts[1:])

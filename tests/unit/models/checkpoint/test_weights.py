@@ -1,15 +1,12 @@
 """Only the tensors of a part are read, and only the files that hold them."""
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from petals.errors import ModelFilesBroken
-from petals.models.checkpoint.arch import build_on_meta, describe
 from petals.models.checkpoint.sources import open_checkpoint
-from petals.models.checkpoint.weights import needed_keys, open_tensors
+from petals.models.checkpoint.weights import open_tensors
 from petals.models.loading.split import LoadOptions, load_blocks
-from petals.models.verify.tiny import tiny_config
 from petals.testing.tiny_models import PUBLISHED
 from petals.types import BlockSpan
 from support.models import WriteModel
@@ -46,25 +43,6 @@ def test_published_names_are_as_on_the_hub(
 ) -> None:
     folder = tiny_folder(model_type, PUBLISHED[model_type])
     assert name in open_checkpoint(str(folder)).weight_map
-
-
-def test_block_10_is_not_block_1() -> None:
-    config = tiny_config("llama", num_hidden_layers=12)
-    model = build_on_meta(describe(config).base_class, config)
-    for index in range(12):
-        if index != 1:
-            model.layers[index] = torch.nn.Identity()
-    names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(13)]
-    assert needed_keys(model, names) == ["model.layers.1.mlp.up_proj.weight"]
-
-
-def test_scales_of_a_quantized_checkpoint_come_along() -> None:
-    config = tiny_config("llama")
-    config.quantization_config = {"quant_method": "fp8"}
-    model = build_on_meta(describe(config).base_class, config)
-    model.layers[1] = torch.nn.Identity()
-    names = [f"model.layers.{index}.mlp.up_proj.weight_scale_inv" for index in range(2)]
-    assert needed_keys(model, names) == names[:1]
 
 
 def test_progress_counts_every_byte_once(tiny_folder: WriteModel) -> None:

@@ -31,7 +31,7 @@ def refusal(config: Path, settings: dict[str, Any]) -> str | None:
     config.write_text(json.dumps(settings))
     try:
         stock(config.parent)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         return str(error)
     return None
 
