@@ -22,6 +22,7 @@ from petals.logs import get_logger, plural
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading import cost
+from petals.models.loading.loadable import check_quant, check_weights
 from petals.models.loading.quantize import QuantKind
 from petals.server.compute.executor import Executor
 from petals.server.compute.scheduler import Scheduler
@@ -213,19 +214,25 @@ class Server:
         torch.set_num_threads(throughput.choose_threads(compute.num_threads))
         access = HubAccess(revision=source.revision, token=source.token, cache_dir=source.cache_dir)
         checkpoint = open_checkpoint(source.model, access)
-        _ = checkpoint.weight_map  # raises for weights that cannot be read, before the server joins
+        # Measuring takes seconds: what the config alone can refuse comes first.
+        self._check_blocks(checkpoint.config.get_text_config(decoder=True).num_hidden_layers)
         device = throughput.find_device(compute.device)
+        check_weights(checkpoint, device=device)
         stored = cost.compute_dtype(checkpoint.config, None)
         precision = throughput.choose_precision(compute, stored, device, constants.cache_dir())
+        check_quant(checkpoint, precision.quant, device=device)
         costs = cost.block_costs(checkpoint.config, dtype=precision.dtype, quant=precision.quant)
-        asked = self.config.blocks
-        if asked is not None and asked.end > len(costs):
-            raise BlocksNotServed(
-                f"{source.model} has blocks 0:{len(costs)}, not {asked}.",
-                hint=f"Choose START:END inside 0:{len(costs)}.",
-            )
         name = source.name or checkpoint.model_id
         return ModelPlan(checkpoint, name, precision, device, costs)
+
+    def _check_blocks(self, num_blocks: int) -> None:
+        """Raises BlocksNotServed if the server is to serve blocks that the model does not have."""
+        asked = self.config.blocks
+        if asked is not None and asked.end > num_blocks:
+            raise BlocksNotServed(
+                f"{self.config.source.model} has blocks 0:{num_blocks}, not {asked}.",
+                hint=f"Choose START:END inside 0:{num_blocks}.",
+            )
 
     async def _become_reachable(self, node: SwarmNode, model: ModelPlan) -> None:
         view = await node.directory.view(model.id, len(model.costs))

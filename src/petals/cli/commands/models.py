@@ -46,15 +46,22 @@ def plan(
     dtype: options.Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say what each server and the client would hold; reads only the config."""
+    """Say what each server and the client would hold; reads no weights.
+
+    Refuses a model whose weights could not be loaded on this machine, as `petals serve` would.
+    """
     from petals.models.checkpoint.sources import open_checkpoint
     from petals.models.loading.cost import plan as make_plan
+    from petals.models.loading.loadable import check_quant, check_weights
     from petals.models.loading.quantize import QuantKind
+    from petals.server.lifecycle.throughput import find_device
 
     with stage(f"Reading the config of {model}"):
         quant = QuantKind.INT8 if dtype == "int8" else QuantKind.NONE
-        config = open_checkpoint(model).config
-        found = make_plan(config, servers, dtype=torch_dtype(dtype), quant=quant)
+        checkpoint, device = open_checkpoint(model), find_device("auto")
+        check_weights(checkpoint, device=device)
+        check_quant(checkpoint, quant, device=device)
+        found = make_plan(checkpoint.config, servers, dtype=torch_dtype(dtype), quant=quant)
     if as_json:
         print_json(plan_values(model, found))
     else:

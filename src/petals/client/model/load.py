@@ -40,6 +40,7 @@ from petals.models.checkpoint.arch import ModelArch, build_on_meta, parent_of
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
 from petals.models.loading.head import ClientPartOptions, HeadKind, base_within, load_client_part
+from petals.models.loading.loadable import check_weights
 from petals.models.loading.split import LoadOptions
 from petals.types import BlockSpan
 
@@ -128,6 +129,7 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
     PickleCheckpointRefused, ModelFilesBroken, ConfigError.
     """
     checkpoint, client = open_model(source, request)
+    check_weights(checkpoint)
     archs: list[ModelArch] = []
 
     def make_remote(arch: ModelArch, config: PretrainedConfig) -> nn.Module:

@@ -85,26 +85,45 @@ def build_skeleton(
     Raises ModelNotSupported, with the reason, for weights that are quantized in a way that cannot
     be loaded here; ModelFilesBroken if the class refuses the config.
     """
-    settings = _quant_settings(checkpoint.config)
-    if not settings:
+    quantizer = quantizer_for(checkpoint, device)
+    if quantizer is None:
         model = build_on_meta(model_class, checkpoint.config)
         return Skeleton(model, get_model_conversion_mapping(model), None)
-    method = _known_method(checkpoint, settings)
     config = copy.deepcopy(checkpoint.config)
-    with build_lock, quiet_transformers(), _named_reason(checkpoint, method):
-        quantizer, config, _ = get_hf_quantizer(config, None, {"": device}, True, {})
+    config.quantization_config = quantizer.quantization_config
+    with build_lock, quiet_transformers(), _named_reason(checkpoint, method_of(quantizer)):
         model = build_on_meta(model_class, config)
-        dtype = config.dtype or torch.float32
         with torch.device("meta"):
             quantizer.preprocess_model(
                 model=model,
-                dtype=quantizer.update_dtype(dtype),
+                dtype=quantizer.update_dtype(config.dtype or torch.float32),
                 device_map={"": device},
                 checkpoint_files=None,
                 use_kernels=False,
             )
         rules = get_model_conversion_mapping(model, None, quantizer)
     return Skeleton(model, rules, quantizer)
+
+
+def quantizer_for(checkpoint: Checkpoint, device: str) -> HfQuantizer | None:
+    """transformers' quantizer of the checkpoint; None if the weights are not quantized.
+
+    Raises ModelNotSupported, with the reason, for weights that cannot be loaded on ``device``.
+    """
+    settings = _quant_settings(checkpoint.config)
+    if settings is None:
+        return None
+    method = _known_method(checkpoint, settings)
+    config = copy.deepcopy(checkpoint.config)
+    with quiet_transformers(), _named_reason(checkpoint, method):
+        quantizer: HfQuantizer = get_hf_quantizer(config, None, {"": device}, True, {})[0]
+    return quantizer
+
+
+def method_of(quantizer: HfQuantizer | None) -> str:
+    """The name of the quantization; "" for None."""
+    found = quantizer and quantizer.quantization_config.quant_method
+    return str(getattr(found, "value", found or ""))
 
 
 @contextmanager
@@ -122,33 +141,38 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _quant_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The quantization settings of a checkpoint; empty if it is not quantized."""
-    found: Any = None
-    for owner in (config, config.get_text_config(decoder=True)):
-        found = found or getattr(owner, "quantization_config", None)
+def _quant_settings(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The quantization settings of a checkpoint; None if it is not quantized."""
+    found: Any = getattr(config, "quantization_config", None)
+    found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
     if found is None or isinstance(found, dict):
-        return found or {}
+        return found
     settings: dict[str, Any] = found.to_dict()
     return settings
 
 
 def _known_method(checkpoint: Checkpoint, settings: dict[str, Any]) -> str:
     """The quantization method. Raises ModelNotSupported if it cannot be loaded in any case."""
-    method = settings.get("quant_method")
-    name = str(getattr(method, "value", method))
-    with quiet_transformers(), _named_reason(checkpoint, name):
+    is_bitsandbytes = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    found = settings.get("quant_method")
+    method = "bitsandbytes" if is_bitsandbytes else str(getattr(found, "value", found))
+    if found is None and not is_bitsandbytes:
+        raise ModelNotSupported(
+            f"{checkpoint.name} has a quantization_config that names no quant_method.",
+            hint="Correct config.json: name the method, or remove quantization_config.",
+        )
+    with quiet_transformers():
         is_known = AutoHfQuantizer.supports_quant_method(settings)
     if not is_known:
         known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise ModelNotSupported(
-            f"{checkpoint.name} is quantized with {name!r}, which transformers "
+            f"{checkpoint.name} is quantized with {method!r}, which transformers "
             f"{transformers.__version__} cannot load.",
             hint=f"Use an unquantized version of the model, or one in a known format: {known}.",
         )
-    if name in _NOT_IN_PARTS:
-        raise _cannot_load(checkpoint, name, _NOT_IN_PARTS[name])
-    return name
+    if method in _NOT_IN_PARTS:
+        raise _cannot_load(checkpoint, method, _NOT_IN_PARTS[method])
+    return method
 
 
 @contextmanager

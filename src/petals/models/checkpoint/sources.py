@@ -238,9 +238,11 @@ def _read_config(path: Path, source: str) -> PretrainedConfig:
     try:
         settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
         model_type = settings.get("model_type")
+        if not isinstance(settings.get("quantization_config") or {}, dict):
+            raise ValueError("quantization_config is no object")
     except (ValueError, AttributeError) as error:
         raise ModelFilesBroken(
-            f"The {CONFIG_FILE} of {source} is not a JSON object.",
+            f"The {CONFIG_FILE} of {source}, or its quantization_config, is not a JSON object.",
             hint="Download the model again.",
         ) from error
     if model_type not in CONFIG_MAPPING:

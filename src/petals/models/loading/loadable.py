@@ -10,11 +10,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import ConfigError, ModelFilesBroken, ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, describe
-from petals.models.checkpoint.skeleton import Skeleton, build_skeleton
+from petals.models.checkpoint.skeleton import build_skeleton, method_of, quantizer_for
 from petals.models.checkpoint.sources import Checkpoint
 from petals.models.loading.head import HeadKind, base_within, class_for, drop_towers
 from petals.models.loading.quantize import QuantKind
 from petals.models.loading.split import pruned_class
+
+_BNB_STATE = re.compile(r"\.(absmax|SCB|quant_state\.\w+)$")
+"""Names of the scales that bitsandbytes stores beside a weight."""
 
 _HARMLESS = re.compile(
     r"rot\w*\.(\w*inv_freq|cos_cached|sin_cached)$"
@@ -26,22 +29,25 @@ program. Older checkpoints contain them, and transformers computes them from the
 """
 
 
-def check_weights(
-    checkpoint: Checkpoint, *, device: str = "cpu", quant: QuantKind = QuantKind.NONE
-) -> None:
+def check_weights(checkpoint: Checkpoint, *, device: str = "cpu") -> None:
     """Check that transformers, on ``device``, reads every tensor of blocks, embeddings and head.
 
     Raises ModelNotSupported for a quantization that cannot be loaded here, ModelFilesBroken for a
-    tensor that no parameter takes (such as the scale of an unknown quantization), ConfigError for
-    a ``quant`` of weights that are quantized already, and what ``Checkpoint.weight_map`` raises.
+    tensor that no parameter takes (such as the scale of an unknown quantization), and what
+    ``Checkpoint.weight_map`` raises.
     """
     arch = describe(checkpoint.config)
     whole = pruned_class(
         _whole_class(checkpoint.config, arch), lambda model: drop_towers(model, arch)
     )
     skeleton = build_skeleton(checkpoint, whole, device)
-    _check_quant(checkpoint, skeleton, quant)
-    _, unused = skeleton.match(checkpoint.weight_map)
+    taken, unused = skeleton.match(checkpoint.weight_map)
+    if method_of(skeleton.quantizer) == "bitsandbytes" and not any(map(_BNB_STATE.search, taken)):
+        raise ModelFilesBroken(
+            f"The config of {checkpoint.name} calls its weights quantized with bitsandbytes, but "
+            "they have no scales.",
+            hint="Remove quantization_config from config.json, and quantize with --quant.",
+        )
     owners = _owners(skeleton.model, arch)
     prefix = f"{skeleton.model.base_model_prefix}."
     lost = [
@@ -60,22 +66,30 @@ def check_weights(
         )
 
 
+def check_quant(checkpoint: Checkpoint, quant: QuantKind, *, device: str = "cpu") -> None:
+    """Raises ConfigError if ``quant`` cannot be applied, since the weights stay quantized already.
+
+    A quantization that transformers undoes while loading (fp8 on CPUs) can be followed by int8.
+    """
+    if quant is QuantKind.NONE:
+        return
+    quantizer = quantizer_for(checkpoint, device)
+    if quantizer is None:
+        return
+    if quant is QuantKind.INT8 and getattr(quantizer.quantization_config, "dequantize", False):
+        return
+    raise ConfigError(
+        f"The weights of {checkpoint.name} are quantized already ({method_of(quantizer)}), so "
+        f"{quant} cannot be applied.",
+        hint="Leave out --quant, and use --dtype auto, bfloat16 or float32.",
+    )
+
+
 def _whole_class(config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:
     try:
         return class_for(HeadKind.CAUSAL_LM, config, arch)
     except ModelNotSupported:
         return arch.base_class
-
-
-def _check_quant(checkpoint: Checkpoint, skeleton: Skeleton, quant: QuantKind) -> None:
-    if skeleton.quantizer is None or quant is QuantKind.NONE:
-        return
-    method = skeleton.quantizer.quantization_config.quant_method
-    raise ConfigError(
-        f"The weights of {checkpoint.name} are quantized already "
-        f"({getattr(method, 'value', method)}), so {quant} cannot be applied.",
-        hint="Leave out --quant, and use --dtype auto, bfloat16 or float32.",
-    )
 
 
 def _owners(model: PreTrainedModel, arch: ModelArch) -> set[str]:

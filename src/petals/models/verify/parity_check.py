@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petals.errors import ModelNotSupported
+from petals.errors import ModelFilesBroken, ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, describe
 from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading.head import HeadKind, base_within, class_for
@@ -121,6 +121,9 @@ def _tiny(name: str) -> tuple[ModelArch, PreTrainedModel]:
         return arch, random_model(config, arch)
     except ModelNotSupported:
         raise
+    except ModelFilesBroken as error:
+        reason = _in_short(error.__cause__ or error)
+        raise ModelNotSupported(f"no tiny model of it can be built ({reason})") from error
     except (*MODEL_CODE_ERRORS, StrictDataclassError) as error:
         raise ModelNotSupported(f"no tiny model of it can be built ({_in_short(error)})") from error
 
