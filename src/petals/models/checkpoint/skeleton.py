@@ -54,6 +54,11 @@ class Skeleton:
     rules: list[Any]
     quantizer: HfQuantizer | None
 
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether transformers undoes the quantization while it loads, as for fp8 on CPUs."""
+        return is_undone(self.quantizer)
+
     def match(self, keys: Iterable[str]) -> tuple[list[str], dict[str, str]]:
         """The checkpoint's ``keys`` that a parameter or buffer takes, and the others.
 
@@ -118,6 +123,11 @@ def quantizer_for(checkpoint: Checkpoint, device: str) -> HfQuantizer | None:
     with quiet_transformers(), _named_reason(checkpoint, method):
         quantizer: HfQuantizer = get_hf_quantizer(config, None, {"": device}, True, {})[0]
     return quantizer
+
+
+def is_undone(quantizer: HfQuantizer | None) -> bool:
+    """Whether the quantizer leaves an unquantized model."""
+    return quantizer is not None and getattr(quantizer.quantization_config, "dequantize", False)
 
 
 def method_of(quantizer: HfQuantizer | None) -> str:

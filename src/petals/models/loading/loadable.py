@@ -10,7 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import ConfigError, ModelFilesBroken, ModelNotSupported
 from petals.models.checkpoint.arch import ModelArch, describe
-from petals.models.checkpoint.skeleton import build_skeleton, method_of, quantizer_for
+from petals.models.checkpoint.skeleton import (
+    build_skeleton,
+    is_undone,
+    method_of,
+    quantizer_for,
+)
 from petals.models.checkpoint.sources import Checkpoint
 from petals.models.loading.head import HeadKind, base_within, class_for, drop_towers
 from petals.models.loading.quantize import QuantKind
@@ -76,7 +81,7 @@ def check_quant(checkpoint: Checkpoint, quant: QuantKind, *, device: str = "cpu"
     quantizer = quantizer_for(checkpoint, device)
     if quantizer is None:
         return
-    if quant is QuantKind.INT8 and getattr(quantizer.quantization_config, "dequantize", False):
+    if quant is QuantKind.INT8 and is_undone(quantizer):
         return
     raise ConfigError(
         f"The weights of {checkpoint.name} are quantized already ({method_of(quantizer)}), so "

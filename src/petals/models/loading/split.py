@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from petals.errors import BlocksNotServed, ModelFilesBroken
 from petals.models.checkpoint.arch import ModelArch, build_lock, describe, parent_of
@@ -170,7 +171,8 @@ def load_part(
     Raises ModelFilesBroken for such a parameter unless ``may_be_new(name)`` is true.
     """
     config = copy.deepcopy(checkpoint.config)
-    keys, _ = build_skeleton(checkpoint, part, options.device).match(checkpoint.weight_map)
+    skeleton = build_skeleton(checkpoint, part, options.device)
+    keys, _ = skeleton.match(checkpoint.weight_map)
     progress = options.progress
     with build_lock, open_tensors(checkpoint, keys, progress) as tensors, quiet_transformers():
         dtype = options.dtype or config.dtype or stored_dtype(tensors.values())
@@ -205,8 +207,23 @@ def load_part(
             hint="Its files hold no such tensor: the config is of another model, or not all files "
             "are there.",
         )
+    if skeleton.is_dequantized:
+        _cast_to(model, dtype or torch.float32)
     fix_4bit_layers(model)
     return model, new
+
+
+def _cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert the parameters that transformers does not keep in a dtype of their own.
+
+    Beside dequantized matrices, which have ``dtype``, it leaves the rest in the stored dtype, so
+    that a product of both fails.
+    """
+    plan = model._get_dtype_plan(dtype)
+    kept = build_glob_alternation(list(plan))[0] if plan else None
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not (kept and kept.search(name)):
+            parameter.data = parameter.data.to(dtype)
 
 
 def stub_outside(root: nn.Module, kept: str) -> None:
