@@ -22,7 +22,7 @@ from petals.logs import get_logger, plural
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading import cost
-from petals.models.loading.loadable import check_quant, check_weights
+from petals.models.loading.loadable import check_quant, check_weights, config_in_memory
 from petals.models.loading.quantize import QuantKind
 from petals.server.compute.executor import Executor
 from petals.server.compute.scheduler import Scheduler
@@ -221,7 +221,8 @@ class Server:
         stored = cost.compute_dtype(checkpoint.config, None)
         precision = throughput.choose_precision(compute, stored, device, constants.cache_dir())
         check_quant(checkpoint, precision.quant, device=device)
-        costs = cost.block_costs(checkpoint.config, dtype=precision.dtype, quant=precision.quant)
+        held = config_in_memory(checkpoint, device)
+        costs = cost.block_costs(held, dtype=precision.dtype, quant=precision.quant)
         name = source.name or checkpoint.model_id
         return ModelPlan(checkpoint, name, precision, device, costs)
 

@@ -52,7 +52,7 @@ def plan(
     """
     from petals.models.checkpoint.sources import open_checkpoint
     from petals.models.loading.cost import plan as make_plan
-    from petals.models.loading.loadable import check_quant, check_weights
+    from petals.models.loading.loadable import check_quant, check_weights, config_in_memory
     from petals.models.loading.quantize import QuantKind
     from petals.server.lifecycle.throughput import find_device
 
@@ -61,7 +61,8 @@ def plan(
         checkpoint, device = open_checkpoint(model), find_device("auto")
         check_weights(checkpoint, device=device)
         check_quant(checkpoint, quant, device=device)
-        found = make_plan(checkpoint.config, servers, dtype=torch_dtype(dtype), quant=quant)
+        config = config_in_memory(checkpoint, device)
+        found = make_plan(config, servers, dtype=torch_dtype(dtype), quant=quant)
     if as_json:
         print_json(plan_values(model, found))
     else:

@@ -5,32 +5,42 @@ huggingface_hub. Errors of the hub become errors of ours. Knows nothing of confi
 """
 
 import errno
-import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from cachetools import TTLCache, cached
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import (
     file_exists,
+    get_session,
     hf_hub_download,
     is_offline_mode,
+    parse_safetensors_file_metadata,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
-from petals.errors import ModelNotFound, NotEnoughDisk
+from petals.errors import ModelFilesBroken, ModelNotFound, NotEnoughDisk
 from petals.logs import download_bar
+
+PROBE_SECONDS = 5.0
+"""Longest time (s) in which the hub, or the proxy before it, must connect, and then answer."""
+
+PROBE_VALID_SECONDS = 60.0
+"""How long (s) it is not asked again whether the hub answers: a model has many files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +72,7 @@ def download(repo: str, file_name: str, access: HubAccess, *, required: bool) ->
     cache: the cache cannot say whether the repository has it. Raises ModelNotFound (unknown, gated
     or unreachable repository, unknown revision) and NotEnoughDisk.
     """
-    offline = access.local_files_only or _is_offline()
+    obstacle = _obstacle(access)
     try:
         with _hub_errors(repo, access):
             return Path(
@@ -72,19 +82,19 @@ def download(repo: str, file_name: str, access: HubAccess, *, required: bool) ->
                     revision=access.revision,
                     token=access.token,
                     cache_dir=access.cache_dir,
-                    force_download=access.force_download and not offline,
-                    local_files_only=offline,
+                    force_download=access.force_download and obstacle is None,
+                    local_files_only=obstacle is not None,
                     tqdm_class=download_bar(),
                 )
             )
     # This subclass of EntryNotFoundError means "neither cached nor reachable", not "no such file".
     except LocalEntryNotFoundError as error:
-        if offline and not required:
+        if obstacle and not required:
             return None
         reason = "was not asked (local_files_only)" if access.local_files_only else None
         raise ModelNotFound(
             f"{access.path(file_name)} of {repo} is not in the cache and the hub "
-            f"{reason or 'cannot be reached'}.",
+            f"{reason or 'cannot be reached: ' + (obstacle or 'the download broke off')}.",
             hint="Check the spelling and the connection (HF_HUB_OFFLINE must not be set), or give "
             "the path of a local folder, for example ./my-model.",
         ) from error
@@ -100,27 +110,64 @@ def has_file(repo: str, file_name: str, access: HubAccess) -> bool:
     revision, token = access.revision, access.token
     path = access.path(file_name)
     cached = try_to_load_from_cache(repo, path, access.cache_dir, revision)
-    if isinstance(cached, str) or access.local_files_only or _is_offline():
+    if isinstance(cached, str) or _obstacle(access) is not None:
         return isinstance(cached, str)
     with _hub_errors(repo, access):
         return file_exists(repo, path, revision=revision, token=token)
 
 
-def _is_offline() -> bool:
-    """Whether only the cache can be used: set by the user, or the hub's host name has no address.
+def tensor_names(repo: str, file_name: str, access: HubAccess) -> list[str] | None:
+    """The names of the tensors of a safetensors file that is not in the cache, from its header.
 
-    The address is looked up first because huggingface_hub retries for about 30 s before it reports
-    that there is no network.
+    None if the file is in the cache, if only the cache can be used, or if there is no such file.
     """
-    if is_offline_mode():
-        return True
-    if getproxies():
-        return False  # a proxy resolves host names itself
+    path = access.path(file_name)
+    cached_file = try_to_load_from_cache(repo, path, access.cache_dir, access.revision)
+    if isinstance(cached_file, str) or _obstacle(access) is not None:
+        return None
     try:
-        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, None)
-    except OSError:
-        return True
-    return False
+        with _hub_errors(repo, access):
+            header = parse_safetensors_file_metadata(
+                repo, path, revision=access.revision, token=access.token
+            )
+    except EntryNotFoundError:
+        return None
+    except SafetensorsParsingError as error:
+        raise ModelFilesBroken(
+            f"{file_name} of {repo} is no safetensors file: {error}",
+            hint="The repository is damaged; use another.",
+        ) from error
+    except HTTPError as error:
+        raise ModelNotFound(
+            f"The header of {file_name} of {repo} cannot be read from the hub: {error}.",
+            hint="Try again later, or give the path of a local folder, for example ./my-model.",
+        ) from error
+    return list(header.tensors)
+
+
+def _obstacle(access: HubAccess) -> str | None:
+    """Why only the cache can be used; None if the hub answers."""
+    if access.local_files_only:
+        return "local_files_only is set"
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    return _probe(hub_constants.ENDPOINT, tuple(sorted(getproxies().items())))
+
+
+@cached(TTLCache(maxsize=4, ttl=PROBE_VALID_SECONDS), lock=threading.Lock())
+def _probe(endpoint: str, proxies: tuple[tuple[str, str], ...]) -> str | None:
+    """Ask the hub for an answer once, whichever; the reason if there is none.
+
+    huggingface_hub itself retries for 30 to 90 s before it reports a dead proxy or network.
+    """
+    try:
+        answer = get_session().head(endpoint, timeout=PROBE_SECONDS)
+    except HTTPError as error:
+        way = f" through the proxy for {', '.join(name for name, _ in proxies)}" if proxies else ""
+        return f"{endpoint} does not answer{way} ({type(error).__name__})"
+    if answer.status_code in (502, 503, 504):
+        return f"{endpoint} answers with status {answer.status_code}"
+    return None
 
 
 @contextmanager

@@ -97,12 +97,18 @@ class Checkpoint(SourceFiles):
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> file name, from the index, or from the headers of the safetensors files.
 
+        Weights are not downloaded for it.
+
         Raises PickleCheckpointRefused, ModelFilesBroken, NotEnoughDisk.
         """
         index_file, single_file = map(self._of_variant, (INDEX_FILE, SINGLE_FILE))
         index = self.find(index_file)
         if index is not None:
             return _read_index(index)
+        if self.folder is None:
+            names = hub.tensor_names(self.name, single_file, self.access)
+            if names is not None:
+                return dict.fromkeys(names, single_file)
         single = self.find(single_file)
         if single is not None:
             return dict.fromkeys(_tensor_names(single), single_file)

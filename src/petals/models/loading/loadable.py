@@ -4,6 +4,7 @@ Reads the config and the names of the tensors. `petals serve`, `petals models pl
 ``from_pretrained`` all ask here, so that they refuse the same checkpoints with the same sentence.
 """
 
+import copy
 import re
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -88,6 +89,19 @@ def check_quant(checkpoint: Checkpoint, quant: QuantKind, *, device: str = "cpu"
         f"{quant} cannot be applied.",
         hint="Leave out --quant, and use --dtype auto, bfloat16 or float32.",
     )
+
+
+def config_in_memory(checkpoint: Checkpoint, device: str) -> PretrainedConfig:
+    """The config, for computing costs: without a quantization that is undone while loading.
+
+    Raises what ``quantizer_for`` raises.
+    """
+    if not is_undone(quantizer_for(checkpoint, device)):
+        return checkpoint.config
+    config = copy.deepcopy(checkpoint.config)
+    for owner in (config, config.get_text_config(decoder=True)):
+        owner.quantization_config = None
+    return config
 
 
 def _whole_class(config: PretrainedConfig, arch: ModelArch) -> type[PreTrainedModel]:

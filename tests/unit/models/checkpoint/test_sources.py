@@ -1,9 +1,13 @@
 """Names become files, and whatever is wrong with them has a type, a sentence and a hint."""
 
+import contextlib
 import json
 import logging
 import shutil
 import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 
 from petals.errors import (
     ModelFilesBroken,
@@ -60,6 +65,15 @@ class FakeHub:
         self.downloaded.append(file_name)
         return str(path)
 
+    def header(self, repo: str, file_name: str, **access: object) -> SimpleNamespace:
+        path = self.repositories[repo] / file_name
+        if not path.is_file():
+            raise RemoteEntryNotFoundError(
+                "no such file", response=SimpleNamespace(headers={}, request=None)
+            )
+        with safe_open(path, framework="pt") as file:
+            return SimpleNamespace(tensors=dict.fromkeys(file.keys()))
+
 
 @pytest.fixture
 def hub(tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
@@ -67,7 +81,8 @@ def hub(tiny_folder: WriteModel, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     hub = FakeHub({"bigscience/bloom": bloom, "someone/tiny": tiny_folder("llama")})
     monkeypatch.setattr(hub_module, "hf_hub_download", hub.download)
     monkeypatch.setattr(hub_module, "file_exists", hub.exists)
-    monkeypatch.setattr(hub_module.socket, "getaddrinfo", lambda *name: [])
+    monkeypatch.setattr(hub_module, "parse_safetensors_file_metadata", hub.header)
+    monkeypatch.setattr(hub_module, "_probe", lambda *where: None)
     return hub
 
 
@@ -123,12 +138,8 @@ def test_disk_full_while_downloading(hub: FakeHub) -> None:
 def test_offline_from_the_cache(
     asked: bool, tiny_folder: WriteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_such_name(*name: object) -> None:
-        raise socket.gaierror("Name or service not known")
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", asked)
-    monkeypatch.setattr(hub_module, "getproxies", dict)
-    monkeypatch.setattr(hub_module.socket, "getaddrinfo", no_such_name)
+    monkeypatch.setattr(hub_module, "_probe", lambda *where: "it does not answer")
     commit = "0" * 40
     repository = tmp_path / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -139,6 +150,57 @@ def test_offline_from_the_cache(
     assert loaded.blocks == BlockSpan(0, 1)
     with pytest.raises(ModelNotFound, match="not in the cache"):
         open_checkpoint("someone/other", access)
+
+
+def test_the_names_of_a_single_file_are_read_without_its_weights(hub: FakeHub) -> None:
+    assert len(open_checkpoint("someone/tiny").weight_map) > 40
+    assert hub.downloaded == ["config.json"]
+
+
+@pytest.fixture
+def dead_end(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Address of a proxy: a closed port, it never answers, or it cannot reach the hub."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if request.param == "closed":
+            yield address
+            return
+        listener.listen()
+        if request.param == "unavailable":
+            thread = threading.Thread(target=refuse_all, args=(listener,), daemon=True)
+            thread.start()
+        yield address
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def refuse_all(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            stream, _ = listener.accept()
+            with stream:
+                stream.recv(4096)
+                stream.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+
+
+@pytest.mark.parametrize("dead_end", ["closed", "mute", "unavailable"], indirect=True)
+@pytest.mark.parametrize("is_proxy", [True, False], ids=["proxy", "hub"])
+def test_a_dead_proxy_is_told_in_seconds(
+    dead_end: str, is_proxy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PROBE_SECONDS", 0.3)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    if is_proxy:
+        monkeypatch.setenv("https_proxy", dead_end)
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", dead_end)
+    huggingface_hub.close_session()  # the client remembers its proxies
+    started = time.monotonic()
+    with pytest.raises(ModelNotFound, match="someone/unknown .*cannot be reached: http"):
+        open_checkpoint("someone/unknown", HubAccess(cache_dir=str(tmp_path)))
+    assert time.monotonic() - started < 3
+    huggingface_hub.close_session()
 
 
 def test_folder_without_config(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from petals.cli.main import app
 from petals.cli.terminal.console import run_as_command
 from petals.errors import ConfigError, ModelFilesBroken, ModelNotSupported
 from petals.models.checkpoint.sources import open_checkpoint
+from petals.models.loading.cost import block_costs
 from petals.models.loading.head import ClientPartOptions, HeadKind, load_client_part
-from petals.models.loading.loadable import check_quant, check_weights
+from petals.models.loading.loadable import check_quant, check_weights, config_in_memory
 from petals.models.loading.quantize import QuantKind, fix_4bit_layers
 from petals.models.loading.split import LoadOptions, load_blocks
 from petals.server.config import ServerConfig, SourceConfig
@@ -259,3 +260,14 @@ def test_weights_are_quantized_once(tmp_path: Path, tiny_folder: WriteModel) -> 
     kept = open_checkpoint(str(formats.write_bitsandbytes(tmp_path, load_in_8bit=True)))
     with pytest.raises(ConfigError, match=r"quantized already \(bitsandbytes\), so int8"):
         check_quant(kept, QuantKind.INT8)
+
+
+def test_costs_of_what_is_in_memory(tmp_path: Path) -> None:
+    """fp8 is dequantized on CPUs: its matrices take the bytes of the dtype, not one byte."""
+    checkpoint = open_checkpoint(
+        str(formats.write_quantized(tmp_path, formats.FP8, formats.fp8_blocks))
+    )
+    costs = block_costs(config_in_memory(checkpoint, "cpu"), dtype=torch.float32)
+    layers = load_blocks(checkpoint, BlockSpan(0, 5)).layers
+    held = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    assert [cost.weight_bytes for cost in costs] == held
