@@ -17,8 +17,9 @@ import torch
 import petals
 from petals import constants
 from petals.clock import Clock, SystemClock
-from petals.errors import BlocksNotServed, SessionClosed
+from petals.errors import SessionClosed
 from petals.logs import get_logger, plural
+from petals.models.checkpoint.glance import check_blocks
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import open_checkpoint
 from petals.models.loading import cost
@@ -215,7 +216,9 @@ class Server:
         access = HubAccess(revision=source.revision, token=source.token, cache_dir=source.cache_dir)
         checkpoint = open_checkpoint(source.model, access)
         # Measuring takes seconds: what the config alone can refuse comes first.
-        self._check_blocks(checkpoint.config.get_text_config(decoder=True).num_hidden_layers)
+        if self.config.blocks is not None:
+            text_config = checkpoint.config.get_text_config(decoder=True)
+            check_blocks(source.model, self.config.blocks, text_config.num_hidden_layers)
         device = throughput.find_device(compute.device)
         check_weights(checkpoint, device=device)
         stored = cost.compute_dtype(checkpoint.config, None)
@@ -225,15 +228,6 @@ class Server:
         costs = cost.block_costs(held, dtype=precision.dtype, quant=precision.quant)
         name = source.name or checkpoint.model_id
         return ModelPlan(checkpoint, name, precision, device, costs)
-
-    def _check_blocks(self, num_blocks: int) -> None:
-        """Raises BlocksNotServed if the server is to serve blocks that the model does not have."""
-        asked = self.config.blocks
-        if asked is not None and asked.end > num_blocks:
-            raise BlocksNotServed(
-                f"{self.config.source.model} has blocks 0:{num_blocks}, not {asked}.",
-                hint=f"Choose START:END inside 0:{num_blocks}.",
-            )
 
     async def _become_reachable(self, node: SwarmNode, model: ModelPlan) -> None:
         view = await node.directory.view(model.id, len(model.costs))

@@ -23,6 +23,7 @@ def run_server(config: "ServerConfig", ready_file: Path | None = None) -> None:
     """
     from petals.logs import configure_logging
 
+    _check_blocks(config)
     starting = stage(f"Starting a server for {config.source.model}", keeps_lines=True)
     with listed_as_running() as publish, starting as activity:
         interrupts = Interrupts()
@@ -61,3 +62,14 @@ def _report(info: "OnlineInfo") -> dict[str, object]:
         "blocks": [info.blocks.start, info.blocks.end],
         "addresses": list(info.addresses),
     }
+
+
+def _check_blocks(config: "ServerConfig") -> None:
+    """Refuse blocks that the model does not have, before the imports, which take seconds."""
+    from petals.models.checkpoint.glance import check_blocks, glance_at_blocks
+
+    source = config.source
+    if config.blocks is not None:
+        num_blocks = glance_at_blocks(source.model, source.revision, source.cache_dir)
+        if num_blocks is not None:
+            check_blocks(source.model, config.blocks, num_blocks)
