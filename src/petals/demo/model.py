@@ -153,7 +153,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     Raises ConfigError if a library that this needs is not installed.
     """
-    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    missing = [name for name in ("gguf",) if find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"Converting a GGUF file needs {' and '.join(missing)}.",
