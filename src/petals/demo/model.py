@@ -151,12 +151,11 @@ def _unpack(model: DemoModel, source: Path, work: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to ``folder``: float32, safetensors.
 
-    Raises ConfigError if a library that this needs is not installed.
+    Raises ConfigError if the package gguf is not installed.
     """
-    missing = [name for name in ("gguf",) if find_spec(name) is None]
-    if missing:
+    if find_spec("gguf") is None:
         raise ConfigError(
-            f"Converting a GGUF file needs {' and '.join(missing)}.",
+            "Converting a GGUF file needs the package gguf.",
             hint='pip install "petals[gguf]"',
         )
     import torch

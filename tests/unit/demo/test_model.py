@@ -176,6 +176,6 @@ def test_a_cache_that_cannot_be_made(
 
 def test_what_the_conversion_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs gguf and accelerate") as caught:
+    with pytest.raises(ConfigError, match="needs the package gguf") as caught:
         model.convert_gguf(Path("any.gguf"), Path("anywhere"))
     assert "petals[gguf]" in caught.value.hint
