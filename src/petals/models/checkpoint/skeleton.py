@@ -29,7 +29,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from petals.errors import ModelNotSupported
+from petals.errors import ModelNotSupported, PetalsError
 from petals.models.checkpoint.arch import build_lock, build_on_meta
 from petals.models.checkpoint.sources import Checkpoint
 
@@ -39,6 +39,17 @@ _NOT_IN_PARTS = {
     "gguf": "a GGUF file is no safetensors checkpoint",
 }
 """Quantization methods that transformers loads, but not from single tensors, and why."""
+
+_QUANTIZER_ERRORS = (
+    ImportError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
+"""What quantizers raise for settings, packages, devices and tensors that they cannot use."""
 
 _HINT = "Use an unquantized version of the model, or install what is named here."
 
@@ -96,7 +107,7 @@ def build_skeleton(
         return Skeleton(model, get_model_conversion_mapping(model), None)
     config = copy.deepcopy(checkpoint.config)
     config.quantization_config = quantizer.quantization_config
-    with build_lock, quiet_transformers(), _named_reason(checkpoint, method_of(quantizer)):
+    with build_lock, quiet_transformers(), named_reason(checkpoint, method_of(quantizer)):
         model = build_on_meta(model_class, config)
         with torch.device("meta"):
             quantizer.preprocess_model(
@@ -120,7 +131,7 @@ def quantizer_for(checkpoint: Checkpoint, device: str) -> HfQuantizer | None:
         return None
     method = _known_method(checkpoint, settings)
     config = copy.deepcopy(checkpoint.config)
-    with quiet_transformers(), _named_reason(checkpoint, method):
+    with quiet_transformers(), named_reason(checkpoint, method):
         quantizer: HfQuantizer = get_hf_quantizer(config, None, {"": device}, True, {})[0]
     return quantizer
 
@@ -186,12 +197,17 @@ def _known_method(checkpoint: Checkpoint, settings: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _named_reason(checkpoint: Checkpoint, method: str) -> Iterator[None]:
-    """Turn what a quantizer raises into ModelNotSupported with its first sentence."""
+def named_reason(checkpoint: Checkpoint, method: str) -> Iterator[None]:
+    """Turn what a quantizer raises into ModelNotSupported with its first sentence.
+
+    ``method`` "": the checkpoint is not quantized, and errors are left as they are.
+    """
     try:
         yield
-    except (ImportError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        if isinstance(error, ModelNotSupported):
+    except PetalsError:
+        raise
+    except _QUANTIZER_ERRORS as error:
+        if not method:
             raise
         raise _cannot_load(checkpoint, method, _first_sentence(error)) from error
 

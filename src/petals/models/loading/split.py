@@ -19,7 +19,12 @@ from transformers.core_model_loading import build_glob_alternation
 from petals.errors import BlocksNotServed, ModelFilesBroken
 from petals.models.checkpoint.arch import ModelArch, build_lock, describe, parent_of
 from petals.models.checkpoint.hub import HubAccess
-from petals.models.checkpoint.skeleton import build_skeleton, quiet_transformers
+from petals.models.checkpoint.skeleton import (
+    build_skeleton,
+    method_of,
+    named_reason,
+    quiet_transformers,
+)
 from petals.models.checkpoint.sources import Checkpoint, as_checkpoint
 from petals.models.checkpoint.weights import ReadProgress, open_tensors, stored_dtype
 from petals.models.loading.quantize import (
@@ -67,21 +72,19 @@ class LoadedBlocks:
 class Stub(nn.Module):
     """Replaces a module outside the part; it has no parameters, and its output is never used.
 
-    The model's forward still calls it, so the output must have a usable shape: a stub of an
-    embedding (``is_embedding``) returns zeros [1, ..., 1] that broadcast against hidden states, any
-    other stub returns its first argument.
+    The model's forward still calls it for every batch, so that the output must have a usable shape:
+    its first argument. What kind of stub a module needs is decided here, at loading.
     """
 
-    def __init__(self, is_embedding: bool = False) -> None:
-        super().__init__()
-        self.is_embedding = is_embedding
-
-    def forward(
-        self, first: torch.Tensor | None = None, *args: object, **kwargs: object
-    ) -> torch.Tensor | None:
-        if self.is_embedding and first is not None:
-            return torch.zeros((1,) * (first.dim() + 1), device=first.device)
+    def forward(self, first: torch.Tensor | None = None, *args: object, **kwargs: object) -> Any:
         return first
+
+
+class EmbeddingStub(Stub):
+    """Replaces an embedding: zeros [1, ..., 1], which broadcast against hidden states."""
+
+    def forward(self, first: torch.Tensor | None = None, *args: object, **kwargs: object) -> Any:
+        return None if first is None else torch.zeros((1,) * (first.dim() + 1), device=first.device)
 
 
 def load_blocks(
@@ -186,7 +189,10 @@ def load_part(
         if quantization is not None:
             settings["quantization_config"] = quantization
         try:
-            model, info = part.from_pretrained(None, config=config, state_dict=tensors, **settings)
+            with named_reason(checkpoint, method_of(skeleton.quantizer)):
+                model, info = part.from_pretrained(
+                    None, config=config, state_dict=tensors, **settings
+                )
         except RuntimeError as error:
             raise ModelFilesBroken(
                 f"The weights of {checkpoint.name} do not fit its config: {error}",
@@ -234,7 +240,7 @@ def stub_outside(root: nn.Module, kept: str) -> None:
             if rest:
                 stub_outside(child, rest)
         elif any(True for _ in child.parameters()):
-            setattr(root, name, Stub(is_embedding=isinstance(child, nn.Embedding)))
+            setattr(root, name, EmbeddingStub() if isinstance(child, nn.Embedding) else Stub())
 
 
 def base_dtype(layers: nn.Module) -> torch.dtype:
