@@ -1,4 +1,4 @@
-"""A quantized checkpoint and the generation settings of its config.json give transformers' words."""
+"""An fp8 checkpoint with generation settings in its config.json gives transformers' words."""
 
 import json
 from pathlib import Path
