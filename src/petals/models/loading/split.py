@@ -133,8 +133,8 @@ def files_of_blocks(checkpoint: Checkpoint, blocks: BlockSpan | None) -> set[str
 
 def files_of_part(checkpoint: Checkpoint, part: type[PreTrainedModel]) -> set[str]:
     """Names of the weight files that ``load_part`` opens."""
-    model = build_on_meta(part, copy.deepcopy(checkpoint.config))
-    return {checkpoint.weight_map[key] for key in needed_keys(model, checkpoint.weight_map)}
+    keys, _ = build_skeleton(checkpoint, part).match(checkpoint.weight_map)
+    return {checkpoint.weight_map[key] for key in keys}
 
 
 def check_blocks(name: str, arch: ModelArch, blocks: BlockSpan) -> None:
