@@ -52,7 +52,7 @@ def check_weights(checkpoint: Checkpoint, *, device: str = "cpu") -> None:
         raise ModelFilesBroken(
             f"The config of {checkpoint.name} calls its weights quantized with bitsandbytes, but "
             "they have no scales.",
-            hint="Remove quantization_config from config.json, and quantize with --quant.",
+            hint="Remove quantization_config from config.json; a server can quantize such weights itself.",
         )
     owners = _owners(skeleton.model, arch)
     prefix = f"{skeleton.model.base_model_prefix}."
@@ -87,7 +87,7 @@ def check_quant(checkpoint: Checkpoint, quant: QuantKind, *, device: str = "cpu"
     raise ConfigError(
         f"The weights of {checkpoint.name} are quantized already ({method_of(quantizer)}), so "
         f"{quant} cannot be applied.",
-        hint="Leave out --quant, and use --dtype auto, bfloat16 or float32.",
+        hint="Ask for no further quantization: these weights are small already.",
     )
 
 
