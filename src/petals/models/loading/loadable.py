@@ -52,7 +52,7 @@ def check_weights(checkpoint: Checkpoint, *, device: str = "cpu") -> None:
         raise ModelFilesBroken(
             f"The config of {checkpoint.name} calls its weights quantized with bitsandbytes, but "
             "they have no scales.",
-            hint="Remove quantization_config from config.json; a server can quantize such weights itself.",
+            hint="Remove quantization_config from config.json; a server can quantize by itself.",
         )
     owners = _owners(skeleton.model, arch)
     prefix = f"{skeleton.model.base_model_prefix}."
