@@ -94,12 +94,13 @@ class CtrlC(StoppingCriteria):
 
 def test_ctrl_c_in_a_conversation(pair: Pair) -> None:
     reply = torch.tensor([[8, 41]])
-    with pair.remote.inference_session(max_length=60) as session:
+    with pair.remote.inference_session(max_length=80) as session:
         text = pair.remote.generate(PROMPT, max_new_tokens=4)
         for mode in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
             position = session.position
             with pytest.raises(KeyboardInterrupt) as stopped:
-                pair.remote.generate(reply, max_new_tokens=12, stopping_criteria=[CtrlC()], **mode)
+                # More than three steps, although a step that verifies a draft gives up to 4 tokens.
+                pair.remote.generate(reply, max_new_tokens=24, stopping_criteria=[CtrlC()], **mode)
             assert session.position == position
             answer = pair.remote.generate(reply, max_new_tokens=4)
             whole = torch.cat([text, reply], dim=1)
