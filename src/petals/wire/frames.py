@@ -28,7 +28,7 @@ from petals.errors import ProtocolError
 from petals.wire.fields import MAX_TENSORS, Message
 from petals.wire.messages import AnyMessage
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 """Incremented with every change of ``wire`` that an older peer would misread."""
 
 MAX_HEADER_BYTES = 256 * 1024

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 from transformers.utils import ModelOutput
 
 from petals.client.model.hidden_states import HiddenStates
@@ -218,10 +224,14 @@ class GeneratingModel(DistributedModel):
         """Remove the tokens that have run already, also where transformers does not.
 
         It does not where it verifies a first draft. A mask as long as the ids says that the ids
-        begin with the cache's, and not only continue them.
+        begin with the cache's, and not only continue them. Where transformers drops the cache to
+        run all ids again (Phi-3, at the length where its rope factors change), the rows of the same
+        session begin anew.
         """
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if isinstance(cache, SessionCache):
+            if self._crosses_rope_limit(cache, input_ids, mask):
+                cache.begin_anew()
             num_past, num_columns = cache.get_seq_length(), input_ids.shape[1]
             begins_with_past = mask is None or mask.shape[1] == num_columns
             if next_sequence_length is None and begins_with_past and 0 < num_past < num_columns:
@@ -229,7 +239,30 @@ class GeneratingModel(DistributedModel):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, **kwargs
         )
+        if isinstance(cache, SessionCache) and inputs.get("past_key_values") is None:
+            cache.begin_anew()
+            inputs["past_key_values"] = cache
         return inputs
+
+    def _crosses_rope_limit(self, cache: SessionCache, ids: Tensor, mask: Tensor | None) -> bool:
+        """Whether a row grows past the limit at which its keys have to be computed again.
+
+        transformers looks at the columns of the whole batch. Here a row is what it would be alone,
+        so its own tokens count, also those of trained prompts.
+        """
+        limit = getattr(self.config, "original_max_position_embeddings", None)
+        prepare = super().prepare_inputs_for_generation
+        if limit is None or prepare.__func__ is GenerationMixin.prepare_inputs_for_generation:
+            return False
+        past = cache.visible
+        num_prompts = max(cache.columns.lengths, default=0) - max(past.lengths, default=0)
+        lengths = [ids.shape[1]] * past.num_rows
+        if mask is not None and mask.shape == ids.shape:
+            lengths = mask.sum(1).tolist()
+        return any(
+            0 < before <= limit - num_prompts < after
+            for before, after in zip(past.lengths, lengths)
+        )
 
 
 class DistributedBaseModel(DistributedModel):

@@ -332,6 +332,11 @@ class SessionCache(Cache):
         """Remove all columns; the session stays open."""
         self.crop(-self.get_seq_length())
 
+    def begin_anew(self) -> None:
+        """Remove all columns, also those of trained prompts; the next step runs them again."""
+        if self._session is not None:
+            self._session.columns = self.columns.cut(0)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """New row r continues old row ``beam_idx[r]``."""
         self._select(beam_idx.tolist())

@@ -278,8 +278,12 @@ def _make_class(original: type[PreTrainedModel], is_base: bool) -> type[PreTrain
 
 
 def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
-    """Whether the architecture's layers return ``(hidden, ...)``: one is run on the meta device."""
-    base = build_on_meta(arch.base_class, config).to(torch.bfloat16).eval()
+    """Whether the architecture's layers return ``(hidden, ...)``: one is run on the meta device.
+
+    Without rope scaling: some of it reads values of tensors, which have none there.
+    """
+    base = build_on_meta(arch.base_class, _without_rope_scaling(config))
+    base.to(torch.bfloat16).eval()
     first = base.get_submodule(arch.layers_path)[:1]
     setattr(*parent_of(base, arch.layers_path), first)
     found: list[bool] = []
@@ -293,6 +297,16 @@ def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
             use_cache=False,
         )
     return found[0]
+
+
+def _without_rope_scaling(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of ``config`` whose rotary factors do not depend on the length of a text."""
+    config = copy.deepcopy(config)
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for scaling in (rope, *rope.values()):
+        if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
+            scaling["rope_type"] = "default"
+    return config
 
 
 def _own(kind: type, config: object, options: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class SessionRows:
             output, untold = hidden, _after(self._reorder, reorder)
             if hidden.shape[0]:
                 # A copy: it is kept, and the caller may write into its own.
-                rows = RowSlices(tuple(starts), tuple(counts), hidden.to(dtype, copy=True))
+                rows = RowSlices.whole_forward(starts, counts, hidden.to(dtype, copy=True))
                 output = await supervisor.run(rows, untold)
                 untold = None
                 self._step_seconds.append(perf_counter() - began)
@@ -141,7 +141,7 @@ class SessionRows:
             if self._end is not None:
                 raise self._end
             nothing = (0,) * num_reserved
-            await supervisor.run(RowSlices(nothing, nothing, hidden[:0]))
+            await supervisor.run(RowSlices(nothing, nothing, hidden[:0], ()))
         except BaseException:
             self._supervisor = None
             await supervisor.close()

@@ -27,7 +27,7 @@ from petals.models.runtime.kv_layout import KVLayout
 from petals.models.runtime.lora_hooks import LoraHooks, slots_of
 from petals.models.runtime.probe import BlockTraits, ProbeCache
 from petals.models.runtime.recurrent import RecurrentRow
-from petals.models.runtime.rotary import rotate_per_segment
+from petals.models.runtime.rotary import rotate_by_rope_length
 from petals.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,10 @@ class Span:
             row.recurrent = RecurrentRow(row.max_length)
         missing = row.recurrent.rewind(segment.start)
         if missing is not None:
-            self._feed(replace(segment, hidden=missing, start=row.recurrent.position, tapped={}))
+            hidden, lengths = missing
+            start = row.recurrent.position
+            again = replace(segment, hidden=hidden, start=start, rope_lengths=lengths, tapped={})
+            self._feed(again)
         row.recurrent.snapshot()
         return self._feed(segment)
 
@@ -242,14 +245,22 @@ class Span:
         parts = [segment]
         if self.mode is Mode.TOKEN_BY_TOKEN and segment.start > 0:
             parts = [
-                replace(segment, hidden=token, start=segment.start + index, tapped={})
-                for index, token in enumerate(segment.hidden.split(1))
+                replace(
+                    segment,
+                    hidden=token,
+                    start=segment.start + index,
+                    rope_lengths=(length,),
+                    tapped={},
+                )
+                for index, (token, length) in enumerate(
+                    zip(segment.hidden.split(1), segment.given_rope_lengths)
+                )
             ]
         output = torch.cat([self._forward([part])[0] for part in parts])
         for block in segment.taps:
             segment.tapped[block] = torch.cat([part.tapped[block] for part in parts])
         assert segment.row is not None and segment.row.recurrent is not None
-        segment.row.recurrent.advance(segment.hidden)
+        segment.row.recurrent.advance(segment.hidden, segment.given_rope_lengths)
         return output
 
     def _forward(
@@ -310,7 +321,7 @@ class BlockForward:
         for index, layer in enumerate(loaded.layers):
             layer.forward = self._wrapped(index, layer.forward)
         replace_attention(loaded.layers)
-        rotate_per_segment(loaded.base)
+        rotate_by_rope_length(loaded.base)
 
     def use_attention(self, packed: bool) -> None:
         """Make the model call ``PACKED`` attention, or the attention that it was loaded with."""

@@ -274,7 +274,10 @@ async def test_pieces_reach_every_hop_in_their_order(servers: list[Server]) -> N
     )
     timeouts = StepTimeouts(swarm.config.failover, 60.0)
     context = SessionContext(state, swarm, first.hop.spec, timeouts, lambda *args: None)
-    pieces = [StepPiece(n, RowSlices((n,), (1,), torch.full((1, 4), float(n)))) for n in range(3)]
+    pieces = [
+        StepPiece(n, RowSlices((n,), (1,), torch.full((1, 4), float(n)), (n + 1,)))
+        for n in range(3)
+    ]
     running = asyncio.create_task(run_pieces(context, pieces))
     await settle()
     assert first.steps == [0, 1, 2]
