@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from petals.client.config import ClientConfig
-from petals.client.model.load import distribute, layers_return_tuple
+from petals.client.model.load import distribute
 from petals.client.model.remote_sequential import RemoteSequential
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.session.types import Tuning
 from petals.client.training.hop_call import PassOutput
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
 from petals.models.checkpoint.arch import describe, parent_of
-from petals.models.loading.head import HeadKind, class_for
+from petals.models.loading.head import HeadKind, class_for, layers_return_tuple
 from petals.models.verify.tiny import tiny_config
 from petals.types import BlockSpan
 
@@ -147,7 +147,7 @@ class LocalRows:
     def is_open(self):
         return bool(self.caches) and not self.is_closed
 
-    async def step(self, hidden, starts, counts, reorder=None):
+    async def step(self, hidden, starts, counts, reorder=None, rope_lengths=None):
         if self.is_closed:
             raise SessionClosed("The session is closed.")
         if len(self.steps) in self.runner.errors:

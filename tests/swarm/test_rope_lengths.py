@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from petals.server.policies import SchedulerConfig
 from petals.testing.tiny_models import write_tiny_model
@@ -203,3 +203,21 @@ def test_the_words_stay_after_a_rollback(folder: Path, remote: PreTrainedModel) 
             kept = session.output_ids
             again = remote.generate(whole[:, kept.shape[1] : 35], max_new_tokens=5)
             assert torch.equal(torch.cat([kept, again], dim=1), whole)
+
+
+def test_tokens_that_are_taken_back(remote: PreTrainedModel, local: PreTrainedModel) -> None:
+    """A loop by hand: dynamic scaling keeps the factors of the longest text that has been run."""
+    ids = token_ids(1, 40)
+    kept = []
+    for model, cache in ((remote, remote.new_cache()), (local, DynamicCache())):
+        logits = []
+        for length, num_back in ((40, 10), (31, 1), (33, 23), (20, 0)):
+            done = cache.get_seq_length()
+            positions = torch.arange(done, length)[None]
+            output = model(
+                ids[:, done:length], position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            logits.append(output.logits)
+            cache.crop(-num_back)
+        kept.append(torch.cat(logits, dim=1))
+    assert_close(kept[0], kept[1])

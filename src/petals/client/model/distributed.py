@@ -150,6 +150,7 @@ class DistributedModel(_Extended):
             max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
         )
         session.num_prompt_tokens = self.num_prompt_tokens
+        session.dynamic_rope_limit = _dynamic_rope_limit(self.config)
         return session
 
     def _deep_prompts(self) -> Tensor | None:
@@ -423,6 +424,15 @@ def _last_norm(decoder: nn.Module) -> nn.Module:
         if name in named:
             return named[name]
     raise AttributeError(f"{type(decoder).__name__} has no norm after its blocks")
+
+
+def _dynamic_rope_limit(config: PretrainedConfig) -> int | None:
+    """Tokens from which on dynamic rope scaling changes the factors; None without such scaling."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    scalings = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    is_dynamic = any("dynamic" in str(scaling.get("rope_type")) for scaling in scalings)
+    return int(text.max_position_embeddings) if is_dynamic else None
 
 
 def _positions_follow_mask(config: PretrainedConfig) -> bool:

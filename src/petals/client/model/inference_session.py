@@ -55,6 +55,10 @@ class InferenceSession:
         """Columns before the first of ``output_ids``: trained prompts. Written by the model."""
         self.in_use = threading.RLock()
         """Held by a `generate` that continues the session; one from another thread waits."""
+        self.dynamic_rope_limit: int | None = None
+        """Tokens from which on dynamic rope scaling changes the factors. Written by the model."""
+        self._rope_lengths: tuple[int, ...] = ()
+        """Of the latest step, by row: see ``_next_rope_lengths``."""
         self.columns = Rows.empty(0)
         """What the rows hold, column by column; no rows before the first step.
 
@@ -184,9 +188,28 @@ class InferenceSession:
         if self._wire_dtype is not None:
             packed = narrowed(packed, self._wire_dtype)
         # Starts before a row's end on the servers roll that row back; the order comes first.
-        output = client_loop.run(self._rows.step(packed, past.lengths, new.lengths, order))
-        self.columns = past.joined(new)
+        rope_lengths = self._next_rope_lengths(past, new)
+        step = self._rows.step(packed, past.lengths, new.lengths, order, rope_lengths)
+        output = client_loop.run(step)
+        self.columns, self._rope_lengths = past.joined(new), rope_lengths or ()
         return unpack(output.to(hidden), new.real)
+
+    def _next_rope_lengths(self, past: Rows, new: Rows) -> tuple[int, ...] | None:
+        """Rope lengths of the rows' next tokens; None: the lengths of the rows after the step.
+
+        With dynamic scaling, transformers keeps the factors of the longest text that a model has
+        run until it runs one below the limit, also if tokens were taken back meanwhile (drafts).
+        Here each row has such a memory.
+        """
+        limit, before = self.dynamic_rope_limit, self._rope_lengths
+        if limit is None:
+            return None
+        lengths = [have + more for have, more in zip(past.lengths, new.lengths)]
+        order = past.origin or range(len(lengths))
+        kept = [before[row] if row < len(before) else 0 for row in order]
+        return tuple(
+            max(length, old) if length >= limit else length for length, old in zip(lengths, kept)
+        )
 
     def close(self) -> None:
         """Free what the servers hold. Idempotent; a step afterwards raises SessionClosed."""

@@ -36,10 +36,16 @@ from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.client.tuning.saved import find_tuned, save_tuned
 from petals.errors import ConfigError, ModelNotSupported
 from petals.models.adapters.files import base_of_adapter
-from petals.models.checkpoint.arch import ModelArch, build_on_meta, parent_of
+from petals.models.checkpoint.arch import ModelArch
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
-from petals.models.loading.head import ClientPartOptions, HeadKind, base_within, load_client_part
+from petals.models.loading.head import (
+    ClientPartOptions,
+    HeadKind,
+    base_within,
+    layers_return_tuple,
+    load_client_part,
+)
 from petals.models.loading.split import LoadOptions
 from petals.types import BlockSpan
 
@@ -275,38 +281,6 @@ def _make_class(original: type[PreTrainedModel], is_base: bool) -> type[PreTrain
         if own is not None:
             names[name] = with_signature_of(getattr(original, name), own)
     return type(f"Distributed{original.__name__}", (Loadable, role, original), names)
-
-
-def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
-    """Whether the architecture's layers return ``(hidden, ...)``: one is run on the meta device.
-
-    Without rope scaling: some of it reads values of tensors, which have none there.
-    """
-    base = build_on_meta(arch.base_class, _without_rope_scaling(config))
-    base.to(torch.bfloat16).eval()
-    first = base.get_submodule(arch.layers_path)[:1]
-    setattr(*parent_of(base, arch.layers_path), first)
-    found: list[bool] = []
-    first[0].register_forward_hook(lambda *call: found.append(isinstance(call[-1], tuple)))
-    host = base.get_submodule(arch.host_path)
-    width = host.get_input_embeddings().embedding_dim
-    with torch.no_grad(), torch.device("meta"):
-        host(
-            inputs_embeds=torch.zeros(1, 1, width, dtype=torch.bfloat16),
-            attention_mask=torch.ones(1, 1, dtype=torch.int64),
-            use_cache=False,
-        )
-    return found[0]
-
-
-def _without_rope_scaling(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of ``config`` whose rotary factors do not depend on the length of a text."""
-    config = copy.deepcopy(config)
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    for scaling in (rope, *rope.values()):
-        if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
-            scaling["rope_type"] = "default"
-    return config
 
 
 def _own(kind: type, config: object, options: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ step, from outside in: this check, ``supervisor`` (repairs), ``pipeline`` (segme
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -27,6 +28,7 @@ from petals.errors import (
     SessionGap,
 )
 from petals.logs import get_logger
+from petals.models.runtime.rope_lengths import per_token
 from petals.models.runtime.token_log import RowSlices
 from petals.types import BlockSpan
 from petals.wire.fields import MAX_ROWS
@@ -91,8 +93,13 @@ class SessionRows:
         starts: Sequence[int],
         counts: Sequence[int],
         reorder: Sequence[int] | None = None,
+        rope_lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """See ``InferenceSession.step_rows``. A step that fails changes nothing."""
+        """Run ``counts[r]`` tokens of row r from ``starts[r]``, after a ``reorder`` of the rows.
+
+        hidden: [sum(counts), H]; the result has its shape. rope_lengths: of the tokens of each row;
+        None: the length of the row after the step. A step that fails changes nothing.
+        """
         async with self._turn:
             began = perf_counter()
             self._check(hidden, starts, counts, reorder)
@@ -103,6 +110,8 @@ class SessionRows:
             if hidden.shape[0]:
                 # A copy: it is kept, and the caller may write into its own.
                 rows = RowSlices.whole_forward(starts, counts, hidden.to(dtype, copy=True))
+                if rope_lengths is not None:
+                    rows = replace(rows, rope_lengths=per_token(rope_lengths, counts))
                 output = await supervisor.run(rows, untold)
                 untold = None
                 self._step_seconds.append(perf_counter() - began)

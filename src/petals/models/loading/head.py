@@ -196,6 +196,28 @@ def base_within(model: PreTrainedModel, arch: ModelArch) -> nn.Module:
     return next(module for module in model.modules() if isinstance(module, arch.base_class))
 
 
+def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
+    """Whether the architecture's layers return ``(hidden, ...)``: one is run on the meta device.
+
+    Without rope scaling: some of it reads values of tensors, which have none there.
+    """
+    base = build_on_meta(arch.base_class, _without_rope_scaling(config))
+    base.to(torch.bfloat16).eval()
+    first = base.get_submodule(arch.layers_path)[:1]
+    setattr(*parent_of(base, arch.layers_path), first)
+    found: list[bool] = []
+    first[0].register_forward_hook(lambda *call: found.append(isinstance(call[-1], tuple)))
+    host = base.get_submodule(arch.host_path)
+    width = host.get_input_embeddings().embedding_dim
+    with torch.no_grad(), torch.device("meta"):
+        host(
+            inputs_embeds=torch.zeros(1, 1, width, dtype=torch.bfloat16),
+            attention_mask=torch.ones(1, 1, dtype=torch.int64),
+            use_cache=False,
+        )
+    return found[0]
+
+
 def prefers_chunks(weight: torch.Tensor) -> bool:
     """Whether f32 chunks give the logits of one token faster than the 16-bit ``weight`` [V, H].
 
@@ -250,3 +272,13 @@ def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> Gen
     if path is None:
         return copy.deepcopy(default)
     return GenerationConfig.from_pretrained(str(path.parent))
+
+
+def _without_rope_scaling(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of ``config`` whose rotary factors do not depend on the length of a text."""
+    config = copy.deepcopy(config)
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for scaling in (rope, *rope.values()):
+        if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
+            scaling["rope_type"] = "default"
+    return config

@@ -16,8 +16,13 @@ RopeRuns = tuple[tuple[int, int], ...]
 
 def whole_forward(starts: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
     """Rope lengths of ``counts[r]`` tokens of row r from ``starts[r]`` that run as one forward."""
-    ends = (repeat(start + count, count) for start, count in zip(starts, counts))
-    return tuple(chain.from_iterable(ends))
+    return per_token([start + count for start, count in zip(starts, counts)], counts)
+
+
+def per_token(lengths: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
+    """Rope lengths of ``counts[r]`` tokens of row r, which are all ``lengths[r]``."""
+    rows = (repeat(length, count) for length, count in zip(lengths, counts))
+    return tuple(chain.from_iterable(rows))
 
 
 def to_runs(starts: Sequence[int], counts: Sequence[int], lengths: tuple[int, ...]) -> RopeRuns:
@@ -37,7 +42,7 @@ def from_runs(starts: Sequence[int], counts: Sequence[int], runs: RopeRuns) -> t
             f"{sum(counts)}.",
             hint="Give one for every token, or none if the tokens are a whole forward.",
         )
-    lengths = tuple(chain.from_iterable(repeat(length, count) for count, length in runs))
+    lengths = per_token([length for _, length in runs], [count for count, _ in runs])
     positions = chain.from_iterable(range(s, s + count) for s, count in zip(starts, counts))
     if any(length <= position for length, position in zip(lengths, positions)):
         raise BadInput(

@@ -43,8 +43,7 @@ class RowSlices:
         cls, starts: Sequence[int], counts: Sequence[int], hidden: Tensor
     ) -> "RowSlices":
         """Tokens that run in one forward, as the model itself would run them."""
-        lengths = whole_forward(starts, counts)
-        return cls(tuple(starts), tuple(counts), hidden, lengths)
+        return cls(tuple(starts), tuple(counts), hidden, whole_forward(starts, counts))
 
     def parts(self, max_tokens: int) -> Iterator["RowSlices"]:
         """Successive parts of at most ``max_tokens`` tokens in packed order (0: no limit)."""

@@ -158,7 +158,7 @@ def replay(
     """Largest relative error of ``steps`` through ``stages``, one after another.
 
     texts, expected: for each session the states [n, H] that enter the first stage and should leave
-    the last. A session has a row per stage.
+    the last, if they run as one forward. A session has a row per stage.
     """
     rows = [[SlabRow(part, text.shape[0]) for _, part in stages] for text in texts]
     worst = 0.0
@@ -166,7 +166,14 @@ def replay(
         states = [texts[session][first:last] for session, first, last in step]
         for stage, (span, part) in enumerate(stages):
             segments = [
-                Segment(hidden=hidden, blocks=part, row=rows[session][stage], start=first)
+                Segment(
+                    hidden=hidden,
+                    blocks=part,
+                    row=rows[session][stage],
+                    start=first,
+                    # Every step is a piece of the forward that gave ``expected``.
+                    rope_lengths=(len(texts[session]),) * (last - first),
+                )
                 for hidden, (session, first, last) in zip(states, step)
             ]
             states = span.run(segments)

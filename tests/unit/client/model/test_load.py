@@ -5,10 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from petals.client.model.inference_session import SessionCache
-from petals.client.model.load import layers_return_tuple
 from petals.errors import BadInput, NotSupported
 from petals.models.checkpoint.arch import describe
-from petals.models.loading.head import HeadKind
+from petals.models.loading.head import HeadKind, layers_return_tuple
 from petals.models.verify.tiny import tiny_config
 from support.local_blocks import tiny_pair
 from support.reference import assert_close
