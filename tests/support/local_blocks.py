@@ -18,7 +18,7 @@ from petals.client.session.types import Tuning
 from petals.client.training.hop_call import PassOutput
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
 from petals.models.checkpoint.arch import describe, parent_of
-from petals.models.loading.head import HeadKind, class_for, layers_return_tuple
+from petals.models.loading.head import HeadKind, class_for, layer_tuple_size
 from petals.models.verify.tiny import tiny_config
 from petals.types import BlockSpan
 
@@ -196,7 +196,7 @@ def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
     runner = LocalBlocks(copy.deepcopy(base), arch)
     manager = RemoteSequenceManager(ClientConfig(dht_prefix="tiny"), BlockSpan(0, arch.num_blocks))
     blocks = RemoteSequential(remote.config, sequence_manager=manager, runner=runner)
-    blocks.returns_tuple = layers_return_tuple(arch, config)
+    blocks.tuple_size = layer_tuple_size(arch, config)
     setattr(*parent_of(base, arch.layers_path), blocks)
     return local, distribute(remote, arch)
 

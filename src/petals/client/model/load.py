@@ -43,7 +43,7 @@ from petals.models.loading.head import (
     ClientPartOptions,
     HeadKind,
     base_within,
-    layers_return_tuple,
+    layer_tuple_size,
     load_client_part,
 )
 from petals.models.loading.split import LoadOptions
@@ -141,7 +141,7 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
         archs.append(arch)
         manager = RemoteSequenceManager(config, BlockSpan(0, arch.num_blocks))
         blocks = RemoteSequential(config, sequence_manager=manager)
-        blocks.returns_tuple = layers_return_tuple(arch, checkpoint.config)
+        blocks.tuple_size = layer_tuple_size(arch, checkpoint.config)
         return blocks
 
     model = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])

@@ -196,20 +196,45 @@ def base_within(model: PreTrainedModel, arch: ModelArch) -> nn.Module:
     return next(module for module in model.modules() if isinstance(module, arch.base_class))
 
 
-def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
-    """Whether the architecture's layers return ``(hidden, ...)``: one is run on the meta device.
+def layer_tuple_size(arch: ModelArch, config: PretrainedConfig) -> int:
+    """How many values the architecture's layers return as a tuple ``(hidden, ...)``; 0: they return
+    the hidden states alone.
 
-    Without rope scaling: some of it reads values of tensors, which have none there.
+    One layer is run without weights: on the meta device, or, if its code reads values of tensors
+    (some experts do), on the CPU. Raises ModelNotSupported if it runs on neither.
     """
+    try:
+        return _run_first_layer(arch, config, "meta")
+    except (RuntimeError, NotImplementedError):
+        pass
+    try:
+        return _run_first_layer(arch, config, "cpu")
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ModelNotSupported(
+            f"A layer of {config.model_type} cannot be run apart: {type(error).__name__}: {error}",
+            hint="`petals models check` lists the architectures that work.",
+        ) from error
+
+
+def _run_first_layer(arch: ModelArch, config: PretrainedConfig, device: str) -> int:
     base = build_on_meta(arch.base_class, _without_rope_scaling(config))
     base.to(torch.bfloat16).eval()
     first = base.get_submodule(arch.layers_path)[:1]
     setattr(*parent_of(base, arch.layers_path), first)
-    found: list[bool] = []
-    first[0].register_forward_hook(lambda *call: found.append(isinstance(call[-1], tuple)))
+    found: list[int] = []
+
+    def see(*call: object) -> None:
+        output = call[-1]
+        found.append(len(output) if isinstance(output, tuple) else 0)
+
+    first[0].register_forward_hook(see)
     host = base.get_submodule(arch.host_path)
     width = host.get_input_embeddings().embedding_dim
-    with torch.no_grad(), torch.device("meta"):
+    if device != "meta":
+        host.to_empty(device=device)
+        for tensor in host.state_dict().values():
+            tensor.zero_()
+    with torch.no_grad(), torch.device(device):
         host(
             inputs_embeds=torch.zeros(1, 1, width, dtype=torch.bfloat16),
             attention_mask=torch.ones(1, 1, dtype=torch.int64),

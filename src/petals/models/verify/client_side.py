@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from petals.models.checkpoint.arch import ModelArch
-from petals.models.loading.head import HeadKind, layers_return_tuple, load_client_part
+from petals.models.loading.head import HeadKind, layer_tuple_size, load_client_part
 from petals.models.runtime.batch import Segment
 from petals.models.runtime.span import Span
 
@@ -19,13 +19,13 @@ from petals.models.runtime.span import Span
 class LocalBlocks(nn.Module):
     """The layer list of a client's part: one layer, which runs whole sequences through ``spans``.
 
-    returns_tuple: whether the model's own layers return (hidden, ...) instead of hidden.
+    tuple_size: values that the model's own layers return as (hidden, ...); 0: hidden alone.
     """
 
-    def __init__(self, spans: Sequence[Span], returns_tuple: bool) -> None:
+    def __init__(self, spans: Sequence[Span], tuple_size: int) -> None:
         super().__init__()
         self._spans = tuple(spans)
-        self._returns_tuple = returns_tuple
+        self._tuple_size = tuple_size
 
     def __iter__(self) -> Iterator["LocalBlocks"]:
         return iter((self,))
@@ -38,12 +38,13 @@ class LocalBlocks(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor | tuple[torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         """[1, n, H] -> the same shape."""
         states = hidden[0]
         for span in self._spans:
             (states,) = span.run([Segment(hidden=states, blocks=span.blocks)])
-        return (states[None],) if self._returns_tuple else states[None]
+        output, size = states[None], self._tuple_size
+        return (output, *(None,) * (size - 1)) if size else output
 
 
 @torch.inference_mode()
@@ -51,7 +52,7 @@ def client_logits(folder: Path, spans: Sequence[Span], ids: torch.Tensor) -> tor
     """Logits [n, V] of token ids [1, n]: ends as a client loads them, blocks in ``spans``."""
 
     def make_blocks(arch: ModelArch, config: PretrainedConfig) -> nn.Module:
-        return LocalBlocks(spans, layers_return_tuple(arch, config))
+        return LocalBlocks(spans, layer_tuple_size(arch, config))
 
     model = load_client_part(str(folder), HeadKind.CAUSAL_LM, make_blocks)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]

@@ -186,7 +186,7 @@ def with_rope_scaling(config: PretrainedConfig, kind: str) -> PretrainedConfig |
             one["long_factor"] = [1.0 + index / width for index in range(width)]
     try:
         text.validate_rope()
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return scaled
 
