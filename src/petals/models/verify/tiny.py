@@ -82,6 +82,7 @@ _LATENT = {"num_key_value_heads": 4}
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
+    "modernbert-decoder": {"local_attention": 16},
     "gemma2": {"layer_types": _WINDOWED},
     "gemma3_text": {"layer_types": _WINDOWED},
     "gemma4_text": {

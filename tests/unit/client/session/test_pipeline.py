@@ -235,11 +235,13 @@ async def test_a_replay_to_the_client_is_put_together(servers: list[Server]) -> 
         task = await waiting(pending)
         await say(part(header, 0, 2, 3, reorder=(0,)), torch.ones(3, 4))
         assert not await is_done(task)
-        await say(part(header, 1, 5, 3, ends=True), torch.ones(3, 4))
+        runs = ((1, 6), (1, 7), (1, 8))
+        await say(part(header, 1, 5, 3, ends=True, rope_runs=runs), torch.ones(3, 4))
         reply = await task
     assert reply is not None and isinstance(reply.message, ReplayPart)
     assert buffer.rows is not None
     assert (buffer.rows.starts, buffer.rows.counts) == ((2,), (6,))
+    assert buffer.rows.rope_lengths == (5, 5, 5, 6, 7, 8)
 
 
 WRONG = {
@@ -262,6 +264,15 @@ def test_a_replay_that_cannot_be_right_is_misbehaviour(
     buffer = ReplayBuffer(6, 4, torch.float32)
     assert not buffer.add(part(header, 0, 0, 2, reorder=(0,)), [torch.ones(2, 4)])
     assert buffer.add(part(header, *numbers), tensors) and buffer.wrong
+
+
+@pytest.mark.parametrize("runs", [((1, 9),), ((3, 9),), ((1, 2), (1, 9)), ((2, 3),)])
+def test_rope_lengths_that_cannot_be_right_are_misbehaviour(
+    runs: tuple[tuple[int, int], ...],
+) -> None:
+    buffer = ReplayBuffer(6, 4, torch.float32, (2,))
+    message = part(RequestHeader(b"0" * 16, 3, 7), 0, 2, 2, reorder=(0,), rope_runs=runs)
+    assert buffer.add(message, [torch.ones(2, 4)]) and buffer.wrong
 
 
 async def test_pieces_reach_every_hop_in_their_order(servers: list[Server]) -> None:
