@@ -16,12 +16,20 @@ from torch import nn
 from petals.models.runtime.batch import current
 
 
-def rotate_by_rope_length(base: nn.Module) -> None:
-    """Wrap the rotary modules of ``base`` whose factors depend on the length of the text."""
+def rotate_by_rope_length(base: nn.Module) -> int:
+    """Wrap the rotary modules of ``base`` whose factors depend on the length of the text.
+
+    Returns the length (tokens) above which all of these factors differ from those of short texts; 0
+    if there are none.
+    """
+    longest = 0
     for module in base.modules():
-        scalings = _scalings(module)
-        if any(_is_dynamic(rope) or rope["rope_type"] == "longrope" for rope in scalings):
+        limits = [_limit(module, scaling) for scaling in _scalings(module)]
+        if any(limits):
+            longest = max(longest, *limits)
+            scalings = _scalings(module)
             _wrap(module, _choice(module, scalings), any(map(_is_dynamic, scalings)))
+    return longest
 
 
 def _scalings(module: Any) -> list[dict[str, Any]]:
@@ -35,17 +43,21 @@ def _scalings(module: Any) -> list[dict[str, Any]]:
     return []
 
 
+def _limit(module: Any, scaling: dict[str, Any]) -> int:
+    """The rope length up to which a scaling has the factors of short texts; 0: it has no others."""
+    if _is_dynamic(scaling):
+        return int(module.original_max_seq_len)
+    is_long = scaling["rope_type"] == "longrope"
+    return int(scaling["original_max_position_embeddings"]) if is_long else 0
+
+
 def _is_dynamic(scaling: dict[str, Any]) -> bool:
     return "dynamic" in scaling["rope_type"]
 
 
 def _choice(module: Any, scalings: list[dict[str, Any]]) -> Callable[[int], tuple[int, int]]:
     """A function of a rope length; lengths with the same value choose the same factors."""
-    limits = sorted(
-        scaling["original_max_position_embeddings"]
-        for scaling in scalings
-        if scaling["rope_type"] == "longrope"
-    )
+    limits = sorted(_limit(module, scaling) for scaling in scalings if not _is_dynamic(scaling))
     # Dynamic scaling has other factors for every length from its limit on.
     grows = any(_is_dynamic(scaling) for scaling in scalings)
     first = module.original_max_seq_len if grows else 0

@@ -69,6 +69,7 @@ class Span:
     slots: the matrices that can take an adapter.
     exact: whether packing may change outputs only in their last bits (f32, not quantized).
     max_positions: the number of learned positions, if the blocks look them up; else None.
+    rope_limit: rope length above which rotary factors change; 0 if they do not depend on it.
     weights: addresses of the memory that holds parameters and buffers.
     """
 
@@ -90,6 +91,7 @@ class Span:
         )
         self._lora = LoraHooks(loaded.layers, loaded.blocks.start)
         self._block_forward = BlockForward(loaded)
+        self.rope_limit = self._block_forward.rope_limit
         self.mode = Mode.PACKED
         self.reason = ""
         self._choose_mode()
@@ -131,14 +133,21 @@ class Span:
         self._forward(segments, block_outputs)
         return block_outputs
 
-    def reference(self, hidden: torch.Tensor, blocks: BlockSpan | None = None) -> torch.Tensor:
+    def reference(
+        self,
+        hidden: torch.Tensor,
+        blocks: BlockSpan | None = None,
+        rope_length: int | None = None,
+    ) -> torch.Tensor:
         """[n, H] -> [n, H] through ``blocks`` (default: all) with the model's own attention.
 
-        Uses no cache and no packing. Differentiable if ``hidden`` requires gradients.
+        Uses no cache and no packing. Differentiable if ``hidden`` requires gradients. rope_length:
+        that of all tokens; None: n.
         """
         self._block_forward.use_attention(packed=False)
         try:
-            segment = Segment(hidden=hidden, blocks=blocks or self.blocks)
+            lengths = None if rope_length is None else (rope_length,) * len(hidden)
+            segment = Segment(hidden=hidden, blocks=blocks or self.blocks, rope_lengths=lengths)
             context = BatchContext([segment], self.blocks, packed=False)
             with torch.inference_mode(not hidden.requires_grad):
                 self._block_forward.run(context, None)
@@ -321,7 +330,7 @@ class BlockForward:
         for index, layer in enumerate(loaded.layers):
             layer.forward = self._wrapped(index, layer.forward)
         replace_attention(loaded.layers)
-        rotate_by_rope_length(loaded.base)
+        self.rope_limit = rotate_by_rope_length(loaded.base)
 
     def use_attention(self, packed: bool) -> None:
         """Make the model call ``PACKED`` attention, or the attention that it was loaded with."""
