@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from petals.client.session import pipeline, replacement, supervisor
+from petals.client.session import fill, pipeline, replacement, supervisor
 from petals.client.session.hop import HopReply, HopSession, LegStatus
 from petals.client.session.state import PendingStep, SessionState
+from petals.models.runtime.rope_lengths import whole_forward
 from petals.models.runtime.token_log import TokenLog
+from petals.server.session import rows
 from petals.server.session.rows import CachedRows, InboundReplay, StepHistory
 from petals.server.session.session import Session
 from petals.wire.header import RequestHeader
@@ -52,6 +54,20 @@ def requests_of_any_epoch(patch: Patch) -> None:
 def parts_of_any_replay(patch: Patch) -> None:
     patch.setattr(InboundReplay, "is_past", lambda self, part: False)
     patch.setattr(InboundReplay, "check", lambda self, part: None)
+
+
+def replays_forget_rope_lengths(patch: Patch) -> None:
+    for sender in (fill, rows):
+        patch.setattr(sender, "to_runs", lambda starts, counts, lengths: ())
+
+
+def logs_forget_rope_lengths(patch: Patch) -> None:
+    append = TokenLog.append
+
+    def forget(self: TokenLog, counts: Any, hidden: Tensor, rope_lengths: Any) -> None:
+        append(self, counts, hidden, whole_forward(self.lengths, counts))
+
+    patch.setattr(TokenLog, "append", forget)
 
 
 def redialled_hop_dies_as_hung(patch: Patch) -> None:
@@ -213,6 +229,8 @@ MUTATIONS: dict[Callable[[Patch], None], Schedules] = {
         Fault(Kind.DRAIN, at=1, who=2, seconds=8.0), Kind.REPEAT, 0.005, 0.01
     ),
     redialled_hop_dies_as_hung: _drawn(0, (Kind.BREAK, Kind.KILL)),
+    replays_forget_rope_lengths: _drawn(),
+    logs_forget_rope_lengths: _drawn(),
     unused_hops_are_kept: _drawn(),
     interrupted_repair_keeps_hops: _drawn(),
     failed_reorder_is_forgotten: _drawn(),

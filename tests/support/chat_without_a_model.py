@@ -37,6 +37,14 @@ class Tokenizer:
         return "".join(map(chr, ids))
 
 
+def wait_for_ctrl_c() -> None:
+    """For a minute, in short pauses: Python notices a signal that comes just before it begins to
+    wait only after the wait.
+    """
+    for _ in range(1200):
+        threading.Event().wait(0.05)
+
+
 class Session:
     trace = SessionTrace((), (), (), ())
 
@@ -50,7 +58,7 @@ class Model:
         finally:
             if self.is_stuck:
                 print(" ... closing", flush=True)
-                threading.Event().wait(60)
+                wait_for_ctrl_c()
 
     def generate(self, input_ids, session, streamer, **options) -> None:
         text = "".join(map(chr, input_ids[0]))
@@ -63,7 +71,7 @@ class Model:
         if question.startswith(("for ever", "stuck")):
             self.is_stuck = question == "stuck"
             put("once upon")
-            threading.Event().wait(60)
+            wait_for_ctrl_c()
         elif question == "fail":
             put("par")
             raise MissingBlocksError("No server has blocks 0:2.")

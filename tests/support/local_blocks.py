@@ -11,14 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from petals.client.config import ClientConfig
-from petals.client.model.load import distribute, layers_return_tuple
+from petals.client.model.load import distribute
 from petals.client.model.remote_sequential import RemoteSequential
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 from petals.client.session.types import Tuning
 from petals.client.training.hop_call import PassOutput
 from petals.errors import LengthExceeded, SessionClosed, SessionGap
 from petals.models.checkpoint.arch import describe, parent_of
-from petals.models.loading.head import HeadKind, class_for
+from petals.models.loading.head import HeadKind, class_for, layer_tuple_size
+from petals.models.runtime.token_log import RowSlices
 from petals.models.verify.tiny import tiny_config
 from petals.types import BlockSpan
 
@@ -148,7 +149,7 @@ class LocalRows:
     def is_open(self):
         return bool(self.caches) and not self.is_closed
 
-    async def step(self, hidden, starts, counts, reorder=None):
+    async def step(self, hidden, starts, counts, reorder=None, rope_lengths=None):
         if self.is_closed:
             raise SessionClosed("The session is closed.")
         if len(self.steps) in self.runner.errors:
@@ -192,7 +193,9 @@ class LocalRows:
     async def inputs(self, lengths, reorder=None):
         order = range(len(self.kept)) if reorder is None else reorder
         parts = [self.kept[row][:length] for row, length in zip(order, lengths)]
-        return torch.cat(parts) if parts else None
+        if not parts:
+            return None
+        return RowSlices.whole_forward((0,) * len(lengths), lengths, torch.cat(parts))
 
     async def close(self):
         self.is_closed = True
@@ -212,7 +215,7 @@ def tiny_pair(model_type, kind=HeadKind.CAUSAL_LM, **overrides):
     runner = LocalBlocks(copy.deepcopy(base), arch)
     manager = RemoteSequenceManager(ClientConfig(dht_prefix="tiny"), BlockSpan(0, arch.num_blocks))
     blocks = RemoteSequential(remote.config, sequence_manager=manager, runner=runner)
-    blocks.returns_tuple = layers_return_tuple(arch, config)
+    blocks.tuple_size = layer_tuple_size(arch, config)
     setattr(*parent_of(base, arch.layers_path), blocks)
     return local, distribute(remote, arch)
 

@@ -21,6 +21,7 @@ from petals.server.config import (
     ServerConfig,
     SourceConfig,
 )
+from petals.server.policies import SchedulerConfig
 from petals.swarm.failover_config import FailoverConfig
 from petals.testing.in_process_swarm import InProcessSwarm
 from petals.types import BlockSpan
@@ -65,6 +66,7 @@ def real_swarm(
     adapters: tuple[str, ...] = (),
     dtype: str = "float32",
     client: Mapping[str, Any] = MappingProxyType({}),
+    scheduling: SchedulerConfig | None = None,
     **failover: object,
 ) -> RealSwarm:
     """Small servers of the model in ``folder``: enter it with ``async with`` or ``with``.
@@ -80,6 +82,7 @@ def real_swarm(
         limits=LimitsConfig(max_length=64, max_step_tokens=max_step_tokens),
         clients=ClientLimits(replay_chunk_tokens=16, lease_seconds=lease_seconds),
         failover=FailoverConfig(**({"check_integrity": True} | failover)),
+        scheduling=scheduling or SchedulerConfig(),
         drain_seconds=drain_seconds,
     )
     return RealSwarm(server, *spans, client=QUICK | client_options(**client))

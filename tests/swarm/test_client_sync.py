@@ -185,8 +185,6 @@ def test_whole_sequences_are_differentiable(manager: RemoteSequenceManager, swar
     wanted = torch.autograd.grad(made[3].square().sum() + made[1].sum(), inputs)
     for _ in range(2):
         assert_close(torch.autograd.grad(loss, inputs, retain_graph=True), wanted, 1e-4)
-    with pytest.raises(BadInput, match="gradient"):
-        torch.autograd.grad(loss * torch.nan, inputs, retain_graph=True)
     with torch.no_grad():
         rows.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -68,7 +68,8 @@ class TestAtAServer:
             assert_close(theirs[0], swarm.expected(torch.cat([text[:9], other]))[9:])
             assert_close(theirs[1], swarm.expected(text[:6])[4:])
             _, twin = swarm.service.sessions
-            kept = torch.cat(list(twin.rows.outputs.read((0, 0), (12, 6))))
+            chunks = twin.rows.outputs.read((0, 0), (12, 6))
+            kept = torch.cat([chunk.hidden for chunk in chunks])
             whole = [torch.cat([text[:9], other]), text[:6]]
             assert_close(kept, torch.cat([swarm.expected(row) for row in whole]))
 

@@ -94,7 +94,7 @@ class CtrlC(StoppingCriteria):
 
 def test_ctrl_c_in_a_conversation(pair: Pair) -> None:
     reply = torch.tensor([[8, 41]])
-    with pair.remote.inference_session(max_length=80) as session:
+    with pair.remote.inference_session(max_length=64) as session:
         text = pair.remote.generate(PROMPT, max_new_tokens=4)
         for mode in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
             position = session.position

@@ -16,6 +16,11 @@ MAX_ROWS = 1024
 MAX_TENSORS = 4096
 """Most tensors that follow one message."""
 
+MAX_ROPE_RUNS = 16384
+"""Most runs of tokens of one rope length in a message; a replay has at most as many tokens in a
+part.
+"""
+
 MAX_POSITION = 2**31 - 1
 """Largest token position and block index."""
 
@@ -26,6 +31,9 @@ SessionKeyBytes = Annotated[bytes, Meta(min_length=SESSION_ID_BYTES, max_length=
 Position = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
 Counter = Annotated[int, Meta(ge=0, le=2**53)]
 PerRow = Annotated[tuple[Position, ...], Meta(max_length=MAX_ROWS)]
+RopeRun = tuple[Annotated[int, Meta(ge=1, le=MAX_POSITION)], Position]
+"""Number of successive tokens, and their rope length."""
+WireRopeRuns = Annotated[tuple[RopeRun, ...], Meta(max_length=MAX_ROPE_RUNS)]
 PerBlock = Annotated[tuple[Position, ...], Meta(max_length=1024)]
 PassId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]

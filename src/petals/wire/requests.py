@@ -30,6 +30,7 @@ from petals.wire.fields import (
     SessionKeyBytes,
     ShortText,
     WireBlocks,
+    WireRopeRuns,
 )
 from petals.wire.header import NextHops, Relayed, RequestHeader, Sources, Timings
 
@@ -76,6 +77,11 @@ class Step(Message, frozen=True):
     ``reorder[r]`` names the old row that new row r continues (beam search); it is applied before
     ``starts`` are read and sets the number of rows.
 
+    ``rope_runs`` are the rope lengths of the tokens in packed order: (number of tokens, number of
+    tokens of their row after the forward that they belong to). Models with dynamic or LongRoPE
+    scaling choose their factors by it. Empty: the tokens are a whole forward, so row r has
+    ``starts[r] + counts[r]``.
+
     ``next_hops`` is the rest of the direct segment: the output is forwarded to the first of them,
     and the last one sends it to the client. ``timings`` are those of the hops passed, ``relayed``
     tells which links passed lead through a relay.
@@ -85,6 +91,7 @@ class Step(Message, frozen=True):
     starts: PerRow
     counts: PerRow
     reorder: PerRow | None = None
+    rope_runs: WireRopeRuns = ()
     next_hops: NextHops = ()
     timings: Timings = ()
     relayed: Relayed = ()
@@ -132,7 +139,8 @@ class ReplayRequest(Message, frozen=True):
 class ReplayPart(Message, frozen=True):
     """Part ``index`` (0, 1, …) of the replay ``header.request_id``: run ``counts[r]`` tokens of row
     r from ``starts[r]`` to fill the rows; ``ends`` marks the last part. Part 0 has a ``reorder``:
-    ``reorder[r]`` names the row that new row r continues, cut to ``starts[r]``.
+    ``reorder[r]`` names the row that new row r continues, cut to ``starts[r]``. ``rope_runs`` as in
+    Step: those with which the tokens were run first.
 
     The output goes to ``next_hops`` only; the last hop answers the part that ``ends`` with
     ReplayDone. Without ``next_hops``, and sent by a server, the part brings the rows to the client.
@@ -150,6 +158,7 @@ class ReplayPart(Message, frozen=True):
     starts: PerRow
     counts: PerRow
     reorder: PerRow | None = None
+    rope_runs: WireRopeRuns = ()
     next_hops: NextHops = ()
     ends: bool = False
     reordered: bool = False

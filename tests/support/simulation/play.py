@@ -58,7 +58,7 @@ from support.simulation.servers import (
     SimServerOptions,
 )
 from support.simulation.story import Story
-from support.simulation.toy_blocks import NOTHING, token_states, whole_outputs
+from support.simulation.toy_blocks import NOTHING, RunToken, token_states, whole_outputs
 from support.simulation.virtual_time import run_virtually
 
 T = TypeVar("T")
@@ -84,8 +84,8 @@ class Copy:
     """
 
     session: SessionRows
-    rows: list[list[int]]
-    held_rows: list[list[int]]
+    rows: list[list[RunToken]]
+    held_rows: list[list[RunToken]]
     is_lost: bool = False
     closing: asyncio.Task[None] | None = None
 
@@ -184,7 +184,7 @@ class _Play:
             max_length=MAX_LENGTH if setting.has_max_length else None,
             num_rows=setting.num_rows,
         )
-        rows: list[list[int]] = [[] for _ in range(setting.num_rows)]
+        rows: list[list[RunToken]] = [[] for _ in range(setting.num_rows)]
         self._copies = [Copy(session, rows, rows)]
         """The one that the user works with comes first."""
         self._num_tokens = 0
@@ -241,7 +241,10 @@ class _Play:
             count = turn.counts[number % len(turn.counts)]
             starts.append(start if start + count <= MAX_LENGTH else 0)
             news.append([self._new_token() for _ in range(count)])
-        after = [row[:start] + new for row, start, new in zip(rows, starts, news)]
+        after = [
+            row[:start] + [(token, start + len(new)) for token in new]
+            for row, start, new in zip(rows, starts, news)
+        ]
         self._note(f"step: starts {starts} counts {[len(new) for new in news]} order {order}")
         if await self._run(starts, news, order, after):
             copy.rows = after
@@ -269,7 +272,7 @@ class _Play:
         starts: Sequence[int],
         news: Sequence[Sequence[int]],
         order: Sequence[int] | None,
-        after: Sequence[Sequence[int]],
+        after: Sequence[Sequence[RunToken]],
     ) -> bool:
         """Whether the step has come to its end; its outputs are right then."""
         counts = [len(new) for new in news]
@@ -325,7 +328,7 @@ class _Play:
         output: torch.Tensor,
         starts: Sequence[int],
         counts: Sequence[int],
-        after: Sequence[Sequence[int]],
+        after: Sequence[Sequence[RunToken]],
     ) -> None:
         assert len(output) == sum(counts)
         for number, (row, start, part) in enumerate(zip(after, starts, output.split(list(counts)))):
@@ -400,7 +403,8 @@ class _Play:
             pairs = zip(held.lengths, lengths)
             assert all(more >= length for more, length in pairs), f"{leg.peer_id} lacks rows"
             if not held.outputs.is_dropped:
-                outputs = list(held.outputs.read((0,) * len(lengths), lengths))
+                chunks = held.outputs.read((0,) * len(lengths), lengths)
+                outputs = [chunk.hidden for chunk in chunks]
                 expected = [whole_outputs(tuple(row), leg.blocks.end) for row in copy.held_rows]
                 is_right = torch.equal(torch.cat([*outputs, NOTHING]), torch.cat(expected))
                 assert is_right, f"{leg.peer_id} keeps wrong outputs"

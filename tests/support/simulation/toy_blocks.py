@@ -1,9 +1,10 @@
 """Blocks whose outputs show every token, and the compute thread of a server without a thread.
 
-A toy block keeps its inputs like keys and values are kept. The output of a token is an integer
-below a prime that depends on all tokens of the row up to it and on their positions, so that one
-token that is lost, doubled or misplaced changes the outputs of all tokens after it. Sums are exact,
-so outputs are compared bit by bit.
+A toy block keeps its inputs like keys and values are kept; a key also shows the token's rope
+length. The output of a token is an integer below a prime that depends on all tokens of the row up
+to it, on their positions and rope lengths, so that one token that is lost, doubled, misplaced or
+run as part of another forward changes the outputs of all tokens after it. Sums are exact, so
+outputs are compared bit by bit.
 """
 
 import asyncio
@@ -27,6 +28,9 @@ from petals.types import BlockSpan
 
 T = TypeVar("T")
 
+RunToken = tuple[int, int]
+"""The number of a token, and its rope length."""
+
 WIDTH = 2
 _PRIME = 8191
 """Values are below it, so float32 keeps them exactly."""
@@ -37,7 +41,7 @@ NOTHING = torch.empty(0, WIDTH)
 
 
 def layout_of(blocks: BlockSpan) -> KVLayout:
-    """What toy blocks keep of a token: its input twice, as a key and as a value."""
+    """What toy blocks keep of a token: its input as a value, and a key made of it."""
     block = BlockLayout(key_shape=(1, WIDTH), value_shape=(1, WIDTH))
     return KVLayout(span=blocks, blocks=(block,) * len(blocks))
 
@@ -49,14 +53,20 @@ def token_states(numbers: Sequence[int]) -> Tensor:
 
 
 @lru_cache(4096)
-def whole_outputs(tokens: tuple[int, ...], num_blocks: int) -> Tensor:
+def whole_outputs(tokens: tuple[RunToken, ...], num_blocks: int) -> Tensor:
     """What the first ``num_blocks`` blocks make of a row of these tokens, all at once: [n, WIDTH].
     Not to be changed in place.
     """
     if not num_blocks:
-        return token_states(tokens)
+        return token_states([number for number, _ in tokens])
     hidden = whole_outputs(tokens, num_blocks - 1)
-    return _outputs(num_blocks - 1, hidden, hidden)
+    return _outputs(num_blocks - 1, _keys(hidden, [length for _, length in tokens]), hidden)
+
+
+def _keys(hidden: Tensor, rope_lengths: Sequence[int]) -> Tensor:
+    """Keys [n, WIDTH] of tokens with these states and rope lengths."""
+    lengths = torch.tensor(rope_lengths, dtype=torch.int64).unsqueeze(1)
+    return ((hidden.long() + 13 * lengths) % _PRIME).float()
 
 
 def _outputs(block: int, keys: Tensor, values: Tensor) -> Tensor:
@@ -83,8 +93,10 @@ class ToySpan:
             hidden, row = segment.hidden, segment.row
             assert row is not None
             for block in range(segment.blocks.start, segment.blocks.end):
-                states = hidden.unsqueeze(0)
-                keys, values = row.append(block, segment.start, states, states)
+                new = _keys(hidden, segment.given_rope_lengths)
+                keys, values = row.append(
+                    block, segment.start, new.unsqueeze(0), hidden.unsqueeze(0)
+                )
                 hidden = _outputs(block, keys[0], values[0])[segment.start :]
             row.commit(segment.end)
             outputs.append(hidden)

@@ -13,8 +13,9 @@ from petals.wire.header import NextHop, RequestHeader
 SESSION = b"s" * 16
 HEADER = RequestHeader(SESSION, 2, 7)
 HOPS = (NextHop("p", b"n" * 16),)
-STEP = requests.Step(HEADER, (3, 0), (1, 4), (0, 0), HOPS, ((0.1, 0.2, 5),), (True,))
-PART = requests.ReplayPart(HEADER, 1, 6, (3,), (1,), None, HOPS, True, True)
+RUNS = ((1, 9), (4, 6))
+STEP = requests.Step(HEADER, (3, 0), (1, 4), (0, 0), RUNS, HOPS, ((0.1, 0.2, 5),), (True,))
+PART = requests.ReplayPart(HEADER, 1, 6, (3,), (1,), None, RUNS, HOPS, True, True)
 EXAMPLES = [
     handshake.Hello(1, "blocks", b"ticket", "petals/3"),
     handshake.Welcome(1),
@@ -59,7 +60,7 @@ def test_round_trip(message: fields.Message) -> None:
 def test_the_bytes_of_a_step_do_not_change_by_accident() -> None:
     """An older peer reads these bytes; a change here needs a new PROTOCOL_VERSION."""
     step = requests.Step(HEADER, (3,), (1,))
-    fields = ["Step", [SESSION, 2, 7], (3,), (1,), None, (), (), ()]
+    fields = ["Step", [SESSION, 2, 7], (3,), (1,), None, (), (), (), ()]
     expected = msgspec.msgpack.encode((fields, ()))
     assert frames.PROTOCOL_VERSION == 9
     assert frames.encode_message(step) == expected
@@ -80,10 +81,15 @@ H = [SESSION, 0, 1]
         ["Step", H, [-1], [1]],
         ["Step", H, [0], [2**40]],
         ["Step", H, [0] * 1025, [1]],
-        ["Step", H, [0], [1], None, [["p", b"short"]]],
-        ["Step", H, [0], [1], None, [["p", SESSION]] * 257],
-        ["Step", H, [0], [1], None, [], [[0.1, 0.2, 5]] * 257],
-        ["Step", H, [0], [1], None, [], [], [True] * 257],
+        ["Step", H, [0], [1], None, [[0, 1]]],
+        ["Step", H, [0], [1], None, [[1, -1]]],
+        ["Step", H, [0], [1], None, [[1, 2**31]]],
+        ["Step", H, [0], [1], None, [[1, 1, 1]]],
+        ["Step", H, [0], [1], None, [[1, 1]] * 16385],
+        ["Step", H, [0], [1], None, [], [["p", b"short"]]],
+        ["Step", H, [0], [1], None, [], [["p", SESSION]] * 257],
+        ["Step", H, [0], [1], None, [], [], [[0.1, 0.2, 5]] * 257],
+        ["Step", H, [0], [1], None, [], [], [], [True] * 257],
         ["ReplayPart", H, -1, 0, [0], [1]],
         ["ReplayPart", H, 0, 0, [0] * 1025, [1]],
         ["Forwarded", "client", ["StepResult", H, 0.1, 0.2, 5]],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     Cache,
     GenerationConfig,
+    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
@@ -157,6 +158,7 @@ class DistributedModel(_Extended):
             max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
         )
         session.num_prompt_tokens = self.num_prompt_tokens
+        session.dynamic_rope_limit = _dynamic_rope_limit(self.config)
         return session
 
     def _deep_prompts(self) -> Tensor | None:
@@ -233,10 +235,14 @@ class GeneratingModel(DistributedModel):
         """Remove the tokens that have run already, also where transformers does not.
 
         It does not where it verifies a first draft. A mask as long as the ids says that the ids
-        begin with the cache's, and not only continue them.
+        begin with the cache's, and not only continue them. Where transformers drops the cache to
+        run all ids again (Phi-3, at the length where its rope factors change), the rows of the same
+        session begin anew.
         """
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if isinstance(cache, SessionCache):
+            if self._crosses_rope_limit(cache, input_ids, mask):
+                cache.begin_anew()
             num_past, num_columns = cache.get_seq_length(), input_ids.shape[1]
             begins_with_past = mask is None or mask.shape[1] == num_columns
             if next_sequence_length is None and begins_with_past and 0 < num_past < num_columns:
@@ -244,7 +250,31 @@ class GeneratingModel(DistributedModel):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, **kwargs
         )
+        if isinstance(cache, SessionCache) and inputs.get("past_key_values") is None:
+            cache.begin_anew()
+            inputs["past_key_values"] = cache
         return inputs
+
+    def _crosses_rope_limit(self, cache: SessionCache, ids: Tensor, mask: Tensor | None) -> bool:
+        """Whether the keys of a row have the factors of the other side of the limit, so that they
+        have to be computed again: the row grows past it, or was past it and has been cut.
+
+        transformers looks at the columns of the whole batch. Here a row is what it would be alone,
+        so its own tokens count, also those of trained prompts.
+        """
+        limit = getattr(self.config, "original_max_position_embeddings", None)
+        prepare = super().prepare_inputs_for_generation
+        if limit is None or prepare.__func__ is GenerationMixin.prepare_inputs_for_generation:
+            return False
+        past = cache.visible
+        num_prompts = max(cache.columns.lengths, default=0) - max(past.lengths, default=0)
+        lengths = [ids.shape[1]] * past.num_rows
+        if mask is not None and mask.shape == ids.shape:
+            lengths = mask.sum(1).tolist()
+        return any(
+            before > 0 and (longest > limit) != (after > limit - num_prompts)
+            for before, after, longest in zip(past.lengths, lengths, cache.longest_since_empty)
+        )
 
 
 class DistributedBaseModel(DistributedModel):
@@ -284,7 +314,7 @@ class DistributedBaseModel(DistributedModel):
         with self.remote_blocks.entered(current), shown:
             output = original(**call)
         if cache is not None and session is None:
-            cache.record(Recording(_recorded(current), rows, num_prompts))
+            cache.record(Recording.of_forward(_recorded(current), rows, num_prompts))
         if states is not None:
             output = states.joined_to(output, {tap: current.tapped[tap] for tap in states.taps})
             output = output.to_tuple() if is_tuple else output
@@ -431,6 +461,15 @@ def _last_norm(decoder: nn.Module) -> nn.Module:
         if name in named:
             return named[name]
     raise AttributeError(f"{type(decoder).__name__} has no norm after its blocks")
+
+
+def _dynamic_rope_limit(config: PretrainedConfig) -> int | None:
+    """Tokens from which on dynamic rope scaling changes the factors; None without such scaling."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    scalings = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    is_dynamic = any("dynamic" in str(scaling.get("rope_type")) for scaling in scalings)
+    return int(text.max_position_embeddings) if is_dynamic else None
 
 
 def _positions_follow_mask(config: PretrainedConfig) -> bool:

@@ -24,6 +24,7 @@ from petals.client.session.rows import SessionRows
 from petals.client.session.types import Tuning
 from petals.client.trace import SessionTrace
 from petals.errors import BadInput, NotSupported, SessionGap
+from petals.models.runtime.rope_lengths import per_token
 from petals.types import BlockSpan
 from petals.wire.tensors import narrowed
 
@@ -32,23 +33,42 @@ from petals.wire.tensors import narrowed
 class Recording:
     """Columns from which a session can be begun anew, without any memory on servers.
 
-    hidden: the inputs of the first block, [rows, columns, H]. num_prompt_tokens: how many of the
-    columns are trained prompts.
+    hidden: the inputs of the first block, [rows, columns, H]. rope_lengths: [rows, columns] int64,
+    0 for padding. num_prompt_tokens: how many of the columns are trained prompts.
     """
 
     hidden: Tensor
     columns: Rows
+    rope_lengths: Tensor
     num_prompt_tokens: int = 0
+
+    @classmethod
+    def of_forward(cls, hidden: Tensor, columns: Rows, num_prompt_tokens: int) -> "Recording":
+        """Columns that ran in one forward."""
+        lengths = torch.tensor(columns.lengths)[:, None] * columns.real
+        return cls(hidden, columns, lengths, num_prompt_tokens)
+
+    @property
+    def longest_since_empty(self) -> tuple[int, ...]:
+        """Most tokens that each row has had since it was empty."""
+        return tuple(self.rope_lengths.amax(dim=1).tolist()) if self.columns.num_columns else ()
 
     def cut(self, num_columns: int) -> "Recording":
         """The first ``num_columns`` columns."""
         columns = self.columns.cut(num_columns)
-        return replace(self, hidden=self.hidden[:, :num_columns], columns=columns)
+        kept = slice(num_columns)
+        return replace(
+            self,
+            hidden=self.hidden[:, kept],
+            columns=columns,
+            rope_lengths=self.rope_lengths[:, kept],
+        )
 
     def select(self, rows: list[int]) -> "Recording":
         """New row r is old row ``rows[r]``. Raises BadInput for rows that do not exist."""
         columns = replace(self.columns.select(rows), origin=None)
-        return replace(self, hidden=self.hidden[rows], columns=columns)
+        lengths = self.rope_lengths[rows]
+        return replace(self, hidden=self.hidden[rows], columns=columns, rope_lengths=lengths)
 
 
 class InferenceSession:
@@ -78,6 +98,12 @@ class InferenceSession:
         """Columns before the first of ``output_ids``: trained prompts. Written by the model."""
         self.in_use = threading.RLock()
         """Held by a `generate` that continues the session; one from another thread waits."""
+        self._longest: tuple[int, ...] = ()
+        """Most tokens that each row has had since it was empty."""
+        self.dynamic_rope_limit: int | None = None
+        """Tokens from which on dynamic rope scaling changes the factors. Written by the model."""
+        self._rope_lengths: tuple[int, ...] = ()
+        """Of the latest step, by row: see ``_next_rope_lengths``."""
         self.columns = Rows.empty(0)
         """What the rows hold, column by column; no rows before the first step.
 
@@ -190,25 +216,36 @@ class InferenceSession:
         real = torch.ones(batch, tokens, dtype=torch.bool)
         return self._run(inputs, past, Rows(real, past.first.clamp(min=0)))
 
-    def step_columns(self, hidden: Tensor, new: Rows) -> Tensor:
+    def step_columns(self, hidden: Tensor, new: Rows, rope_lengths: Tensor | None = None) -> Tensor:
         """Run new columns [rows, columns, H] that ``read_columns`` found to follow the session's.
 
-        Returns the same shape, with zeros on padding. A step that fails changes nothing. Raises
-        like ``step``.
+        rope_lengths: [rows, columns] int64; None: those of one forward. Returns the same shape as
+        ``hidden``, with zeros on padding. A step that fails changes nothing. Raises like ``step``.
         """
         past = self.columns if self.columns.num_rows else Rows.empty(new.num_rows)
-        return self._run(hidden, past, new)
+        return self._run(hidden, past, new, rope_lengths)
 
-    def _run(self, hidden: Tensor, past: Rows, new: Rows) -> Tensor:
+    def _run(
+        self, hidden: Tensor, past: Rows, new: Rows, rope_lengths: Tensor | None = None
+    ) -> Tensor:
         order = past.origin
         if order == tuple(range(len(self._rows.lengths))):
             order = None
         packed = pack(hidden.detach(), new.real)
         if self._wire_dtype is not None:
             packed = narrowed(packed, self._wire_dtype)
+        by_row, by_token = self._next_rope_lengths(past, new), None
+        if rope_lengths is not None:
+            by_row = tuple(rope_lengths.amax(dim=1).tolist())
+            by_token = tuple(pack(rope_lengths[..., None], new.real).flatten().tolist())
+        elif by_row is not None:
+            by_token = per_token(by_row, new.lengths)
         # Starts before a row's end on the servers roll that row back; the order comes first.
-        output = client_loop.run(self._rows.step(packed, past.lengths, new.lengths, order))
-        self.columns = past.joined(new)
+        step = self._rows.step(packed, past.lengths, new.lengths, order, by_token)
+        output = client_loop.run(step)
+        self.columns, self._rope_lengths = past.joined(new), by_row or ()
+        longest = self.longest_since_empty(past)
+        self._longest = tuple(map(max, longest, self.columns.lengths))
         return unpack(output.to(hidden), new.real)
 
     def fork(self, max_length: int | None = None) -> "InferenceSession":
@@ -225,7 +262,8 @@ class InferenceSession:
         rows = client_loop.run(self._rows.fork(max_length))
         fork = InferenceSession(self.manager, open_rows=lambda *args, **kwargs: rows)
         fork.columns, fork.num_prompt_tokens = self.columns, self.num_prompt_tokens
-        fork._wire_dtype = self._wire_dtype
+        fork._wire_dtype, fork._rope_lengths = self._wire_dtype, self._rope_lengths
+        fork.dynamic_rope_limit, fork._longest = self.dynamic_rope_limit, self._longest
         fork.output_ids = None if self.output_ids is None else self.output_ids.clone()
         return fork
 
@@ -242,10 +280,37 @@ class InferenceSession:
         """What the session has run; None if it is nothing, or was not kept (max_kept_bytes)."""
         columns = replace(self.columns, origin=None)
         work = self._rows.inputs(columns.lengths, self.columns.origin)
-        packed = client_loop.run(work) if columns.num_columns else None
-        if packed is None:
+        inputs = client_loop.run(work) if columns.num_columns else None
+        if inputs is None:
             return None
-        return Recording(unpack(packed, columns.real), columns, self.num_prompt_tokens)
+        hidden = unpack(inputs.hidden, columns.real)
+        lengths = unpack(torch.tensor(inputs.rope_lengths)[:, None], columns.real)[..., 0]
+        return Recording(hidden, columns, lengths, self.num_prompt_tokens)
+
+    def longest_since_empty(self, columns: Rows) -> tuple[int, ...]:
+        """Most tokens that each row of ``columns``, which continue the session's, has had since it
+        was empty.
+        """
+        order = columns.origin or range(columns.num_rows)
+        known = [self._longest[row] if row < len(self._longest) else 0 for row in order]
+        return tuple(most if length else 0 for most, length in zip(known, columns.lengths))
+
+    def _next_rope_lengths(self, past: Rows, new: Rows) -> tuple[int, ...] | None:
+        """Rope lengths of the rows' next tokens; None: the lengths of the rows after the step.
+
+        With dynamic scaling, transformers keeps the factors of the longest text that a model has
+        run until it runs one below the limit, also if tokens were taken back meanwhile (drafts).
+        Here each row has such a memory.
+        """
+        limit, before = self.dynamic_rope_limit, self._rope_lengths
+        if limit is None:
+            return None
+        lengths = [have + more for have, more in zip(past.lengths, new.lengths)]
+        order = past.origin or range(len(lengths))
+        kept = [before[row] if row < len(before) else 0 for row in order]
+        return tuple(
+            max(length, old) if length >= limit else length for length, old in zip(lengths, kept)
+        )
 
     def close(self) -> None:
         """Free what the servers hold. Idempotent; a step afterwards raises SessionClosed."""

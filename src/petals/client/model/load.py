@@ -36,10 +36,16 @@ from petals.client.tuning.prompts import TuningConfig, add_prompts
 from petals.client.tuning.saved import find_tuned, save_tuned
 from petals.errors import ConfigError, ModelNotSupported
 from petals.models.adapters.files import base_of_adapter
-from petals.models.checkpoint.arch import ModelArch, build_on_meta, parent_of
+from petals.models.checkpoint.arch import ModelArch
 from petals.models.checkpoint.hub import HubAccess
 from petals.models.checkpoint.sources import Checkpoint, open_checkpoint
-from petals.models.loading.head import ClientPartOptions, HeadKind, base_within, load_client_part
+from petals.models.loading.head import (
+    ClientPartOptions,
+    HeadKind,
+    base_within,
+    layer_tuple_size,
+    load_client_part,
+)
 from petals.models.loading.loadable import check_weights
 from petals.models.loading.split import LoadOptions
 from petals.types import BlockSpan
@@ -137,7 +143,7 @@ def load_distributed(source: str, kind: HeadKind, request: LoadRequest) -> PreTr
         archs.append(arch)
         manager = RemoteSequenceManager(config, BlockSpan(0, arch.num_blocks))
         blocks = RemoteSequential(config, sequence_manager=manager)
-        blocks.returns_tuple = layers_return_tuple(arch, checkpoint.config)
+        blocks.tuple_size = layer_tuple_size(arch, checkpoint.config)
         return blocks
 
     model = distribute(load_client_part(checkpoint, kind, make_remote, request.ends), archs[0])
@@ -295,24 +301,6 @@ def _make_class(original: type[PreTrainedModel], is_base: bool) -> type[PreTrain
         if own is not None:
             names[name] = with_signature_of(getattr(original, name), own)
     return type(f"Distributed{original.__name__}", (Loadable, role, original), names)
-
-
-def layers_return_tuple(arch: ModelArch, config: PretrainedConfig) -> bool:
-    """Whether the architecture's layers return ``(hidden, ...)``: one is run on the meta device."""
-    base = build_on_meta(arch.base_class, config).to(torch.bfloat16).eval()
-    first = base.get_submodule(arch.layers_path)[:1]
-    setattr(*parent_of(base, arch.layers_path), first)
-    found: list[bool] = []
-    first[0].register_forward_hook(lambda *call: found.append(isinstance(call[-1], tuple)))
-    host = base.get_submodule(arch.host_path)
-    width = host.get_input_embeddings().embedding_dim
-    with torch.no_grad(), torch.device("meta"):
-        host(
-            inputs_embeds=torch.zeros(1, 1, width, dtype=torch.bfloat16),
-            attention_mask=torch.ones(1, 1, dtype=torch.int64),
-            use_cache=False,
-        )
-    return found[0]
 
 
 def _own(kind: type, config: object, options: dict[str, Any]) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class RemoteSequential(nn.Module):
         self.runner = runner
         self.lora: RemoteLora | None = None
         """The adapter of sessions opened and sequences run from now on."""
-        self.returns_tuple = False
-        """Whether the model's own layers return (hidden, ...) instead of hidden."""
+        self.tuple_size = 0
+        """Values that the model's own layers return as (hidden, ...); 0: hidden alone."""
 
     @property
     def blocks(self) -> BlockSpan:
@@ -133,7 +133,7 @@ class RemoteSequential(nn.Module):
         part = RemoteSequential(
             self.config, sequence_manager=self.sequence_manager[start:end], runner=self.runner
         )
-        part.returns_tuple, part.lora = self.returns_tuple, self.lora
+        part.tuple_size, part.lora = self.tuple_size, self.lora
         return part
 
     # Sessions
@@ -301,7 +301,9 @@ class ModelPass:
     prompts: Tensor | None = None
     tapped: dict[int, Tensor | None] = field(default_factory=dict)
 
-    def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+    def __call__(
+        self, hidden: Tensor, *args: object, **kwargs: object
+    ) -> Tensor | tuple[Tensor | None, ...]:
         """Hidden states [rows, columns, H] -> the same shape, as the model's layers return them."""
         _check_hidden(hidden)
         if self.session is None:
@@ -309,7 +311,8 @@ class ModelPass:
         else:
             _refuse_gradients(hidden)
             output = self.session.step_columns(hidden, self.rows).to(hidden)
-        return (output,) if self.blocks.returns_tuple else output
+        size = self.blocks.tuple_size
+        return (output, *(None,) * (size - 1)) if size else output
 
     def run_whole(self, hidden: Tensor) -> Tensor:
         """Run the rows as whole sequences, differentiably. Raises BadInput for wrong prompts."""

@@ -125,7 +125,7 @@ class SessionCache(Cache):
         recording = self._recording
         if recording is not None and recording.columns.num_columns:
             try:
-                session.step_columns(recording.hidden, recording.columns)
+                session.step_columns(recording.hidden, recording.columns, recording.rope_lengths)
             except BaseException:
                 session.close()
                 raise
@@ -172,6 +172,13 @@ class SessionCache(Cache):
         if self._session is not None:
             return self._session.columns
         return Rows.empty(0) if self._recording is None else self._recording.columns
+
+    @property
+    def longest_since_empty(self) -> tuple[int, ...]:
+        """Most tokens that each row has had since it was empty, prompts included."""
+        if self._session is not None:
+            return self._session.longest_since_empty(self.columns)
+        return () if self._recording is None else self._recording.longest_since_empty
 
     @property
     def visible(self) -> Rows:
@@ -240,6 +247,10 @@ class SessionCache(Cache):
     def reset(self) -> None:
         """Remove all columns; the session stays open."""
         self.crop(-self.get_seq_length())
+
+    def begin_anew(self) -> None:
+        """Remove all columns, also those of trained prompts; the next step runs them again."""
+        self.crop(-self.columns.num_columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """New row r continues old row ``beam_idx[r]``."""

@@ -18,8 +18,10 @@ from petals.client.routing.failure_policy import misbehaved
 from petals.client.session.hop import HopReply, HopSession, next_hops
 from petals.client.session.pipeline import SessionContext, expect
 from petals.client.session.state import ReplicaProgress
-from petals.errors import PeerMisbehaved, PeerTimeout, PetalsError, RequestError
+from petals.errors import BadInput, PeerMisbehaved, PeerTimeout, PetalsError, RequestError
+from petals.models.runtime.rope_lengths import from_runs, to_runs
 from petals.models.runtime.token_log import RowSlices, TokenLog
+from petals.wire.fields import MAX_ROPE_RUNS
 from petals.wire.replies import ForwardFailed, ReplayDone
 from petals.wire.requests import ReplayPart, ReplayRequest
 from petals.wire.tensors import is_finite
@@ -86,8 +88,10 @@ class ReplayBuffer:
             self.wrong = "rows of another shape"
         elif not is_finite(tensors[0]):
             self.wrong = "NaN or infinity"
+        elif (lengths := _rope_lengths(part)) is None:
+            self.wrong = "rope lengths that cannot be"
         else:
-            self._log.append(part.counts, tensors[0])
+            self._log.append(part.counts, tensors[0], lengths)
             self.reordered, self._num_parts = part.reordered, self._num_parts + 1
         return part.ends or bool(self.wrong)
 
@@ -95,7 +99,17 @@ class ReplayBuffer:
     def rows(self) -> RowSlices | None:
         """What has come; None for nothing."""
         whole = self._log.whole()
-        return None if whole is None else RowSlices(self.starts, whole.counts, whole.hidden)
+        if whole is None:
+            return None
+        return RowSlices(self.starts, whole.counts, whole.hidden, whole.rope_lengths)
+
+
+def _rope_lengths(part: ReplayPart) -> tuple[int, ...] | None:
+    """The rope length of each token of a part; None if they cannot be right."""
+    try:
+        return from_runs(part.starts, part.counts, part.rope_runs)
+    except BadInput:
+        return None
 
 
 async def fill(
@@ -153,7 +167,8 @@ async def _pass_through_client(
     if rows is None:
         return FillOutcome.DONE
     limits = [hop.info.max_batch_tokens for hop in segment]
-    max_tokens = min(limit for limit in [*limits, context.config.prefill_chunk_tokens] if limit)
+    limits += [context.config.prefill_chunk_tokens, MAX_ROPE_RUNS]
+    max_tokens = min(limit for limit in limits if limit)
     parts, num_ahead = list(rows.parts(max_tokens)), context.config.failover.parts_ahead
     order = have.rows if have else (0,) * len(rows.counts)
     for at in range(0, len(parts), num_ahead):
@@ -214,6 +229,7 @@ async def _feed(
                 index=index,
                 starts=part.starts,
                 counts=part.counts,
+                rope_runs=to_runs(part.starts, part.counts, part.rope_lengths),
                 reorder=None if index else template.reorder,
                 ends=index == len(parts) - 1,
             )

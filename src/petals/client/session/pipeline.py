@@ -25,6 +25,7 @@ from petals.client.session.types import SessionSpec
 from petals.client.trace import EdgeTrace, StepTiming, Way
 from petals.errors import PeerMisbehaved, PeerTimeout, PetalsError, RequestError
 from petals.logs import get_logger
+from petals.models.runtime.rope_lengths import to_runs
 from petals.swarm.background import gather_bounded
 from petals.types import PeerId
 from petals.wire.replies import ForwardFailed, StepResult
@@ -278,6 +279,7 @@ class _PiecesRun:
             starts=rows.starts,
             counts=rows.counts,
             reorder=piece.reorder,
+            rope_runs=to_runs(rows.starts, rows.counts, rows.rope_lengths),
             next_hops=next_hops(segment[1:]),
         )
         send = partial(hop.send, message, (hidden,))

@@ -8,6 +8,7 @@ step, from outside in: this check, ``supervisor`` (repairs), ``pipeline`` (segme
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -91,8 +92,13 @@ class SessionRows:
         starts: Sequence[int],
         counts: Sequence[int],
         reorder: Sequence[int] | None = None,
+        rope_lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """See ``InferenceSession.step_rows``. A step that fails changes nothing."""
+        """Run ``counts[r]`` tokens of row r from ``starts[r]``, after a ``reorder`` of the rows.
+
+        hidden: [sum(counts), H]; the result has its shape. rope_lengths: of each token, in the same
+        order; None: the length of its row after the step. A step that fails changes nothing.
+        """
         async with self._turn:
             began = perf_counter()
             self._check(hidden, starts, counts, reorder)
@@ -102,7 +108,9 @@ class SessionRows:
             output, untold = hidden, _after(self._reorder, reorder)
             if hidden.shape[0]:
                 # A copy: it is kept, and the caller may write into its own.
-                rows = RowSlices(tuple(starts), tuple(counts), hidden.to(dtype, copy=True))
+                rows = RowSlices.whole_forward(starts, counts, hidden.to(dtype, copy=True))
+                if rope_lengths is not None:
+                    rows = replace(rows, rope_lengths=tuple(rope_lengths))
                 output = await supervisor.run(rows, untold)
                 untold = None
                 self._step_seconds.append(perf_counter() - began)
@@ -140,17 +148,16 @@ class SessionRows:
 
     async def inputs(
         self, lengths: Sequence[int], reorder: Sequence[int] | None = None
-    ) -> Tensor | None:
+    ) -> RowSlices | None:
         """What was sent to the first block, of the first ``lengths[r]`` tokens of each row after
-        ``reorder``: [sum(lengths), hidden]. None if there is nothing, or if it was not kept.
+        ``reorder``. None if there is nothing, or if it was not kept.
         """
         async with self._turn:
             if self._supervisor is None or self._supervisor.state.is_closed:
                 return None
             log = self._supervisor.state.confirmed
             rows = log.branch(lengths, _after(self._reorder, reorder))
-            whole = None if rows.is_dropped else rows.whole()
-            return None if whole is None else whole.hidden
+            return None if rows.is_dropped else rows.whole()
 
     async def close(self) -> None:
         """Free what the servers hold; a step under way fails. Idempotent."""
@@ -183,7 +190,7 @@ class SessionRows:
             if self._end is not None:
                 raise self._end
             nothing = (0,) * num_reserved
-            await supervisor.run(RowSlices(nothing, nothing, hidden[:0]))
+            await supervisor.run(RowSlices(nothing, nothing, hidden[:0], ()))
         except BaseException:
             self._supervisor = None
             await supervisor.close()

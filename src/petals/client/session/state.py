@@ -116,12 +116,13 @@ class PendingStep:
             piece = self.pieces.pop(0)
             assert piece.output is not None
             self.outputs.append(piece.output)
-            self.inputs.append(piece.rows.counts, piece.rows.hidden)
+            self.inputs.append(piece.rows.counts, piece.rows.hidden, piece.rows.rope_lengths)
             self.reorder, self.server_rows = None, len(piece.rows.counts)
             ends = [start + number for start, number in zip(self.rest.starts, self.rest.counts)]
             starts = self.inputs.lengths
             counts = tuple(end - start for end, start in zip(ends, starts))
-            self.rest = RowSlices(starts, counts, self.rest.hidden[piece.num_tokens :])
+            done, rest = piece.num_tokens, self.rest
+            self.rest = RowSlices(starts, counts, rest.hidden[done:], rest.rope_lengths[done:])
         return len(self.outputs) > num_outputs
 
 

@@ -45,6 +45,7 @@ from petals.logs import get_logger
 from petals.models.runtime.token_log import RowSlices
 from petals.swarm.background import BackgroundTasks
 from petals.types import BlockSpan, PeerId
+from petals.wire.fields import MAX_ROPE_RUNS
 
 logger = get_logger(__name__)
 
@@ -138,7 +139,7 @@ class SessionSupervisor:
                         await switch(fork._context, (), hops)
             # If there are no hops, an empty step opens a route and feeds it, as after a rebuild.
             nothing = torch.empty(0, spec.hidden_size, dtype=spec.dtype)
-            await fork.run(RowSlices(lengths, (0,) * len(lengths), nothing))
+            await fork.run(RowSlices.whole_forward(lengths, (0,) * len(lengths), nothing))
         except BaseException:
             if fork is not None:
                 await fork.close()
@@ -276,11 +277,11 @@ class SessionSupervisor:
 
     @property
     def _piece_tokens(self) -> int:
-        """Tokens of a piece that all hops take and can work on at the same time; 0: no limit."""
-        limits = [self.state.max_step_tokens]
+        """Tokens of a piece that all hops take and can work on at the same time."""
+        limits = [self.state.max_step_tokens, MAX_ROPE_RUNS]
         if len(self.state.legs) > 1:
             limits.append(self._config.prefill_chunk_tokens)
-        return min((limit for limit in limits if limit), default=0)
+        return min(limit for limit in limits if limit)
 
     def _note_repairs(self) -> None:
         """All hops are there again: record which ones replace those that were lost."""

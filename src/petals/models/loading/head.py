@@ -4,6 +4,7 @@ Embeddings, final norm and head are loaded; the layer list is replaced by one mo
 provides. Knows nothing of routes, sessions or servers.
 """
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -198,6 +199,53 @@ def base_within(model: PreTrainedModel, arch: ModelArch) -> nn.Module:
     return next(module for module in model.modules() if isinstance(module, arch.base_class))
 
 
+def layer_tuple_size(arch: ModelArch, config: PretrainedConfig) -> int:
+    """How many values the architecture's layers return as a tuple ``(hidden, ...)``; 0: they return
+    the hidden states alone.
+
+    One layer is run without weights: on the meta device, or, if its code reads values of tensors
+    (some experts do), on the CPU. Raises ModelNotSupported if it runs on neither.
+    """
+    try:
+        return _run_first_layer(arch, config, "meta")
+    except (RuntimeError, NotImplementedError):
+        pass
+    try:
+        return _run_first_layer(arch, config, "cpu")
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ModelNotSupported(
+            f"A layer of {config.model_type} cannot be run apart: {type(error).__name__}: {error}",
+            hint="`petals models check` lists the architectures that work.",
+        ) from error
+
+
+def _run_first_layer(arch: ModelArch, config: PretrainedConfig, device: str) -> int:
+    base = build_on_meta(arch.base_class, _without_rope_scaling(config))
+    base.to(torch.bfloat16).eval()
+    first = base.get_submodule(arch.layers_path)[:1]
+    setattr(*parent_of(base, arch.layers_path), first)
+    found: list[int] = []
+
+    def see(*call: object) -> None:
+        output = call[-1]
+        found.append(len(output) if isinstance(output, tuple) else 0)
+
+    first[0].register_forward_hook(see)
+    host = base.get_submodule(arch.host_path)
+    width = host.get_input_embeddings().embedding_dim
+    if device != "meta":
+        host.to_empty(device=device)
+        for tensor in host.state_dict().values():
+            tensor.zero_()
+    with torch.no_grad(), torch.device(device):
+        host(
+            inputs_embeds=torch.zeros(1, 1, width, dtype=torch.bfloat16),
+            attention_mask=torch.ones(1, 1, dtype=torch.int64),
+            use_cache=False,
+        )
+    return found[0]
+
+
 def prefers_chunks(weight: torch.Tensor) -> bool:
     """Whether f32 chunks give the logits of one token faster than the 16-bit ``weight`` [V, H].
 
@@ -281,3 +329,13 @@ def _settings_of(checkpoint: Checkpoint, file_name: str, **how: bool) -> Generat
             f"{error}",
             hint=f"Correct {file_name}.",
         ) from error
+
+
+def _without_rope_scaling(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of ``config`` whose rotary factors do not depend on the length of a text."""
+    config = copy.deepcopy(config)
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for scaling in (rope, *rope.values()):
+        if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
+            scaling["rope_type"] = "default"
+    return config

@@ -36,6 +36,8 @@ class Segment:
     adapter: added to the matrices of these blocks for the tokens of this segment only.
     prompts: [len(blocks), P, H] or one [P, H] per block, added to positions 0..P-1 where they enter
     that block.
+    rope_lengths: the rope length of each token (``runtime.rope_lengths``); None: the segment is a
+    whole forward.
     taps: blocks (numbers in the whole model) whose outputs are wanted, too.
     tapped: after the run, the output [n, H] of each block in ``taps``.
     """
@@ -46,6 +48,7 @@ class Segment:
     start: int = 0
     adapter: Adapter | None = None
     prompts: Sequence[torch.Tensor] | torch.Tensor | None = None
+    rope_lengths: tuple[int, ...] | None = None
     taps: tuple[int, ...] = ()
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -53,6 +56,13 @@ class Segment:
     def end(self) -> int:
         """Position after the last token."""
         return self.start + self.hidden.shape[0]
+
+    @property
+    def given_rope_lengths(self) -> tuple[int, ...]:
+        """The rope length of each token."""
+        if self.rope_lengths is not None:
+            return self.rope_lengths
+        return (self.end,) * self.hidden.shape[0]
 
 
 TokenRange = tuple[Segment, int, int]
@@ -146,6 +156,10 @@ class BatchContext:
             for segment in self.segments
         ]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
+
+    def rope_lengths(self) -> list[int]:
+        """The rope lengths of the packed tokens [total]."""
+        return [length for segment in self.segments for length in segment.given_rope_lengths]
 
     def enter(self, plan: BlockPlan, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` [1, total, H] with the states of entering segments put in, prompts added."""

@@ -10,6 +10,7 @@ no budgets.
 
 import copy
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,8 @@ class RecurrentRow:
         self.states: States = {}
         self._snapshots: deque[tuple[int, States]] = deque(maxlen=self.MAX_SNAPSHOTS)
         self._inputs: torch.Tensor | None = None
+        self._rope_lengths: list[int] = []
+        """Of each token of the inputs."""
 
     def state(self, block: int, num_states: int) -> LinearAttentionLayer:
         """The state of ``block``, empty before its first token."""
@@ -38,11 +41,11 @@ class RecurrentRow:
             self.states[block] = LinearAttentionLayer(number_of_states=num_states)
         return self.states[block]
 
-    def rewind(self, start: int) -> torch.Tensor | None:
+    def rewind(self, start: int) -> tuple[torch.Tensor, tuple[int, ...]] | None:
         """Go back to a state from which feeding the returned inputs [n, H] leads to ``start``.
 
-        None: the state is that of ``start``. Otherwise the caller feeds the inputs through the
-        blocks, beginning at ``position``, and passes them to ``advance``.
+        None: the state is that of ``start``. Otherwise the caller feeds the inputs with their rope
+        lengths through the blocks, beginning at ``position``, and passes them to ``advance``.
         """
         if start == self.position:
             return None
@@ -55,14 +58,15 @@ class RecurrentRow:
             self.position, self.states = 0, {}
         if self.position == start or self._inputs is None:
             return None
-        return self._inputs[self.position : start].clone()
+        lengths = tuple(self._rope_lengths[self.position : start])
+        return self._inputs[self.position : start].clone(), lengths
 
     def snapshot(self) -> None:
         """Keep a copy of the states at ``position``; call it before a step."""
         if not self._snapshots or self._snapshots[-1][0] != self.position:
             self._snapshots.append((self.position, _clone(self.states)))
 
-    def advance(self, inputs: torch.Tensor) -> None:
+    def advance(self, inputs: torch.Tensor, rope_lengths: Sequence[int]) -> None:
         """Record that ``inputs`` [n, H] have been fed through the blocks after ``position``."""
         end = self.position + inputs.shape[0]
         buffer = self._inputs
@@ -72,6 +76,7 @@ class RecurrentRow:
                 grown[: self.position] = buffer[: self.position]
             buffer = self._inputs = grown
         buffer[self.position : end] = inputs
+        self._rope_lengths[self.position :] = rope_lengths
         self.position = end
 
     def fork(self, max_length: int) -> "RecurrentRow":
@@ -80,6 +85,7 @@ class RecurrentRow:
         copied.position, copied.states = self.position, _clone(self.states)
         copied._snapshots.extend((position, _clone(states)) for position, states in self._snapshots)
         copied._inputs = None if self._inputs is None else self._inputs[:max_length].clone()
+        copied._rope_lengths = list(self._rope_lengths)
         return copied
 
     @property

@@ -27,7 +27,7 @@ from petals.models.runtime.kv_layout import KVLayout
 from petals.models.runtime.lora_hooks import LoraHooks, slots_of
 from petals.models.runtime.probe import BlockTraits, ProbeCache
 from petals.models.runtime.recurrent import RecurrentRow
-from petals.models.runtime.rotary import rotate_per_segment
+from petals.models.runtime.rotary import rotate_by_rope_length
 from petals.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Span:
     slots: the matrices that can take an adapter.
     exact: whether packing may change outputs only in their last bits (f32, not quantized).
     max_positions: the number of learned positions, if the blocks look them up; else None.
+    rope_limit: rope length above which rotary factors change; 0 if they do not depend on it.
     weights: addresses of the memory that holds parameters and buffers.
     """
 
@@ -90,6 +91,7 @@ class Span:
         )
         self._lora = LoraHooks(loaded.layers, loaded.blocks.start)
         self._block_forward = BlockForward(loaded)
+        self.rope_limit = self._block_forward.rope_limit
         self.mode = Mode.PACKED
         self.reason = ""
         self._choose_mode()
@@ -131,14 +133,21 @@ class Span:
         self._forward(segments, block_outputs)
         return block_outputs
 
-    def reference(self, hidden: torch.Tensor, blocks: BlockSpan | None = None) -> torch.Tensor:
+    def reference(
+        self,
+        hidden: torch.Tensor,
+        blocks: BlockSpan | None = None,
+        rope_length: int | None = None,
+    ) -> torch.Tensor:
         """[n, H] -> [n, H] through ``blocks`` (default: all) with the model's own attention.
 
-        Uses no cache and no packing. Differentiable if ``hidden`` requires gradients.
+        Uses no cache and no packing. Differentiable if ``hidden`` requires gradients. rope_length:
+        that of all tokens; None: n.
         """
         self._block_forward.use_attention(packed=False)
         try:
-            segment = Segment(hidden=hidden, blocks=blocks or self.blocks)
+            lengths = None if rope_length is None else (rope_length,) * len(hidden)
+            segment = Segment(hidden=hidden, blocks=blocks or self.blocks, rope_lengths=lengths)
             context = BatchContext([segment], self.blocks, packed=False)
             with torch.inference_mode(not hidden.requires_grad):
                 self._block_forward.run(context, None)
@@ -233,7 +242,10 @@ class Span:
             row.recurrent = RecurrentRow(row.max_length)
         missing = row.recurrent.rewind(segment.start)
         if missing is not None:
-            self._feed(replace(segment, hidden=missing, start=row.recurrent.position, tapped={}))
+            hidden, lengths = missing
+            start = row.recurrent.position
+            again = replace(segment, hidden=hidden, start=start, rope_lengths=lengths, tapped={})
+            self._feed(again)
         row.recurrent.snapshot()
         return self._feed(segment)
 
@@ -242,14 +254,22 @@ class Span:
         parts = [segment]
         if self.mode is Mode.TOKEN_BY_TOKEN and segment.start > 0:
             parts = [
-                replace(segment, hidden=token, start=segment.start + index, tapped={})
-                for index, token in enumerate(segment.hidden.split(1))
+                replace(
+                    segment,
+                    hidden=token,
+                    start=segment.start + index,
+                    rope_lengths=(length,),
+                    tapped={},
+                )
+                for index, (token, length) in enumerate(
+                    zip(segment.hidden.split(1), segment.given_rope_lengths)
+                )
             ]
         output = torch.cat([self._forward([part])[0] for part in parts])
         for block in segment.taps:
             segment.tapped[block] = torch.cat([part.tapped[block] for part in parts])
         assert segment.row is not None and segment.row.recurrent is not None
-        segment.row.recurrent.advance(segment.hidden)
+        segment.row.recurrent.advance(segment.hidden, segment.given_rope_lengths)
         return output
 
     def _forward(
@@ -310,7 +330,7 @@ class BlockForward:
         for index, layer in enumerate(loaded.layers):
             layer.forward = self._wrapped(index, layer.forward)
         replace_attention(loaded.layers)
-        rotate_per_segment(loaded.base)
+        self.rope_limit = rotate_by_rope_length(loaded.base)
 
     def use_attention(self, packed: bool) -> None:
         """Make the model call ``PACKED`` attention, or the attention that it was loaded with."""

@@ -1,8 +1,9 @@
 """Hidden states of a session's rows, kept so that a lost server can be filled again from them.
 
 A client keeps what it has sent to the first hop, a server keeps what it has put out. The rows are
-cut, reordered and extended together with the rows of keys and values that they belong to. All logs
-of one owner share a memory budget. Knows tensors; knows no peers, no messages and no steps.
+cut, reordered and extended together with the rows of keys and values that they belong to. With
+every token its rope length is kept (``rope_lengths``), so that a replay gives the same keys. All
+logs of one owner share a memory budget. Knows tensors; knows no peers, no messages and no steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from petals.errors import OutboxLost
+from petals.models.runtime.rope_lengths import whole_forward
 
 _MERGED_TOKENS = 128
 """Chunks of at least this many tokens are not merged any more."""
@@ -26,19 +28,30 @@ PerRowCounts = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class RowSlices:
-    """``counts[r]`` tokens of row r from ``starts[r]``; hidden: [sum(counts), H], row after row."""
+    """``counts[r]`` tokens of row r from ``starts[r]``; hidden: [sum(counts), H], row after row.
+
+    rope_lengths: the rope length of each of these tokens, in the same order.
+    """
 
     starts: PerRowCounts
     counts: PerRowCounts
     hidden: Tensor
+    rope_lengths: tuple[int, ...]
+
+    @classmethod
+    def whole_forward(
+        cls, starts: Sequence[int], counts: Sequence[int], hidden: Tensor
+    ) -> "RowSlices":
+        """Tokens that run in one forward, as the model itself would run them."""
+        return cls(tuple(starts), tuple(counts), hidden, whole_forward(starts, counts))
 
     def parts(self, max_tokens: int) -> Iterator["RowSlices"]:
         """Successive parts of at most ``max_tokens`` tokens in packed order (0: no limit)."""
         done = 0
         for starts, counts in split_counts(self.starts, self.counts, max_tokens):
-            num_tokens = sum(counts)
-            yield RowSlices(starts, counts, self.hidden[done : done + num_tokens])
-            done += num_tokens
+            end = done + sum(counts)
+            yield RowSlices(starts, counts, self.hidden[done:end], self.rope_lengths[done:end])
+            done = end
 
 
 def split_counts(
@@ -95,8 +108,27 @@ class LogBudget:
         self.used_bytes -= self._logs.pop(log, 0)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LoggedTokens:
+    """Consecutive tokens of a row: hidden [n, H] and rope lengths [n] (int32)."""
+
+    hidden: Tensor
+    rope_lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def part(self, start: int, end: int) -> "LoggedTokens":
+        """Tokens [start, end), which share this memory."""
+        return LoggedTokens(self.hidden[start:end], self.rope_lengths[start:end])
+
+    def clone(self) -> "LoggedTokens":
+        """The same in memory of its own."""
+        return LoggedTokens(self.hidden.clone(), self.rope_lengths.clone())
+
+
 class TokenLog:
-    """Rows of hidden states; a row is a list of chunks [n, H] that are never changed in place.
+    """Rows of hidden states; a row is a list of chunks that are never changed in place.
 
     is_dropped: only the lengths are known, until every row begins anew. Without a budget the log
     counts nowhere (a branch, which lives as long as a step or a replay).
@@ -105,7 +137,7 @@ class TokenLog:
     def __init__(self, num_rows: int, budget: LogBudget | None = None) -> None:
         self.lengths: PerRowCounts = (0,) * num_rows
         self.is_dropped = False
-        self._rows: list[list[Tensor]] = [[] for _ in range(num_rows)]
+        self._rows: list[list[LoggedTokens]] = [[] for _ in range(num_rows)]
         self._token_bytes = 0
         self._budget = budget
 
@@ -144,20 +176,24 @@ class TokenLog:
         self.lengths = tuple(starts)
         self._book()
 
-    def append(self, counts: Sequence[int], hidden: Tensor) -> None:
-        """Add ``counts[r]`` tokens to row r. hidden: [sum(counts), H], not changed afterwards."""
+    def append(self, counts: Sequence[int], hidden: Tensor, rope_lengths: Sequence[int]) -> None:
+        """Add ``counts[r]`` tokens to row r. hidden: [sum(counts), H], not changed afterwards;
+        ``rope_lengths``: one for each of them.
+        """
         num_tokens = sum(counts)
         if not num_tokens:
             return
         self.lengths = tuple(length + count for length, count in zip(self.lengths, counts))
         if self.is_dropped:
             return
-        parts = hidden.split(list(counts)) if len(counts) > 1 else (hidden,)
-        for row, part in zip(self._rows, parts):
-            if len(part):
+        new, first = LoggedTokens(hidden, torch.tensor(rope_lengths, dtype=torch.int32)), 0
+        for row, count in zip(self._rows, counts):
+            if count:
                 # A part gets storage of its own: a view would keep the other rows' memory alive.
-                row.append(part if len(part) == num_tokens else part.clone())
+                part = new if count == num_tokens else new.part(first, first + count).clone()
+                row.append(part)
                 _merge_end(row)
+            first += count
         self._token_bytes = hidden.nbytes // num_tokens
         self._book()
 
@@ -169,10 +205,13 @@ class TokenLog:
         """Every row from its start to its end; None if that is nothing. Raises OutboxLost."""
         counts = tuple(length - start for length, start in zip(self.lengths, starts))
         chunks = list(self.read(starts, counts))
-        return RowSlices(tuple(starts), counts, torch.cat(chunks)) if chunks else None
+        if not chunks:
+            return None
+        whole = _joined(chunks)
+        return RowSlices(tuple(starts), counts, whole.hidden, tuple(whole.rope_lengths.tolist()))
 
-    def read(self, starts: Sequence[int], counts: Sequence[int]) -> Iterator[Tensor]:
-        """``counts[r]`` tokens of row r from ``starts[r]``, row after row, as chunks [n, H].
+    def read(self, starts: Sequence[int], counts: Sequence[int]) -> Iterator[LoggedTokens]:
+        """``counts[r]`` tokens of row r from ``starts[r]``, row after row, in chunks.
 
         Raises OutboxLost if the rows were dropped.
         """
@@ -183,7 +222,7 @@ class TokenLog:
             for chunk in row:
                 low, high = max(start, position), min(end, position + len(chunk))
                 if low < high:
-                    yield chunk[low - position : high - position]
+                    yield chunk.part(low - position, high - position)
                 position += len(chunk)
 
     def drop(self) -> None:
@@ -202,18 +241,25 @@ class TokenLog:
             self._budget.book(self, self.num_bytes)
 
 
-def _merge_end(row: list[Tensor]) -> None:
+def _joined(chunks: Sequence[LoggedTokens]) -> LoggedTokens:
+    return LoggedTokens(
+        torch.cat([chunk.hidden for chunk in chunks]),
+        torch.cat([chunk.rope_lengths for chunk in chunks]),
+    )
+
+
+def _merge_end(row: list[LoggedTokens]) -> None:
     if len(row) >= _MERGED_CHUNKS and len(row[-_MERGED_CHUNKS]) < _MERGED_TOKENS:
-        row[-_MERGED_CHUNKS:] = [torch.cat(row[-_MERGED_CHUNKS:])]
+        row[-_MERGED_CHUNKS:] = [_joined(row[-_MERGED_CHUNKS:])]
 
 
-def _shortened(row: Sequence[Tensor], length: int) -> list[Tensor]:
+def _shortened(row: Sequence[LoggedTokens], length: int) -> list[LoggedTokens]:
     kept, position = [], 0
     for chunk in row:
         if position + len(chunk) > length:
             if position < length:
                 # A copy: a view would keep the memory of the tokens that are cut off.
-                kept.append(chunk[: length - position].clone())
+                kept.append(chunk.part(0, length - position).clone())
             break
         kept.append(chunk)
         position += len(chunk)

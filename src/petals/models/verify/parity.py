@@ -61,11 +61,14 @@ def to_markdown(rows: Sequence[ParityRow]) -> str:
     lines = [
         f"{num_exact} of {len(rows)} architectures are exact (relative error below 1e-5 in f32).",
         "",
-        "| architecture | exact | runs | prefill | decode, rollback | three sessions | note |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | exact | runs | prefill | decode, rollback | three sessions | scaled rope "
+        "| client | note |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in served:
-        errors = " | ".join(_error(e) for e in (row.prefill, row.decode, row.mixed))
+        errors = " | ".join(
+            _error(e) for e in (row.prefill, row.decode, row.mixed, row.scaled, row.client)
+        )
         exact = "yes" if row.exact else "no"
         lines.append(f"| {row.name} | {exact} | {row.mode} | {errors} | {_cell(row.reason)} |")
     if refused:

@@ -1,12 +1,17 @@
 """Checks one architecture: a tiny random model as a whole against the same model in three spans.
 
-The checkpoint is saved and loaded as a server loads one; inputs and expected outputs are taken at
-the first and the last block of the whole model. Knows no table and no other process.
+The checkpoint is saved and loaded as servers and clients load one; inputs and expected outputs are
+taken at the first and the last block of the whole model, and at its head. Texts are longer than the
+tiny windows, chunks and limits of ``tiny``, so that what changes there is seen. Where a model has
+rotary factors, it is checked with dynamic and LongRoPE scaling as well. Knows no table and no other
+process.
 """
 
 import re
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +28,16 @@ from petals.models.loading.head import HeadKind, base_within, class_for
 from petals.models.loading.loadable import check_weights
 from petals.models.loading.split import load_blocks
 from petals.models.runtime.span import MODEL_CODE_ERRORS, Mode, Span
-from petals.models.verify.self_test import LENGTHS, STEPS, TestStep, replay, run_self_test
-from petals.models.verify.tiny import tiny_config
+from petals.models.verify.client_side import client_logits
+from petals.models.verify.self_test import (
+    LENGTHS,
+    STEPS,
+    TestStep,
+    relative_error,
+    replay,
+    run_self_test,
+)
+from petals.models.verify.tiny import tiny_config, with_rope_scaling
 from petals.types import BlockSpan
 
 EXACT = 1e-5
@@ -53,26 +66,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"alibi": True, "new_decoder_architecture": False, "multi_query": False},
     ),
     "falcon (grouped)": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "llama (dynamic rope)": (
-        "llama",
-        {
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-            "max_position_embeddings": 128,
-        },
-    ),
-    "phi3 (longrope)": (
-        "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "original_max_position_embeddings": 64,
-                "short_factor": [1.0] * 4,
-                "long_factor": [2.0] * 4,
-            },
-            "max_position_embeddings": 128,
-        },
-    ),
     "qwen2 (window)": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
 }
 """Variants of an architecture that run other code: model type and changes of its config."""
@@ -83,8 +76,10 @@ class ParityRow:
     """The result of one architecture.
 
     prefill, decode, mixed: largest relative error of ``PREFILL``, ``DECODE`` and ``STEPS``; NaN if
-    not run. mode: "" if the architecture is not supported. reason: why it is not supported, or why
-    it does not run packed. seconds: time of the check.
+    not run. scaled: the largest of the three with rope factors that depend on the length; NaN if
+    the model has none. client: error of the logits that a client's part of the model gives. mode:
+    "" if the architecture is not supported. reason: why it is not supported, or why it does not run
+    packed. seconds: time of the check.
     """
 
     name: str
@@ -92,13 +87,16 @@ class ParityRow:
     prefill: float = float("nan")
     decode: float = float("nan")
     mixed: float = float("nan")
+    scaled: float = float("nan")
+    client: float = float("nan")
     reason: str = ""
     seconds: float = 0.0
 
     @property
     def exact(self) -> bool:
-        """All three errors are below 1e-5."""
-        return all(error < EXACT for error in (self.prefill, self.decode, self.mixed))
+        """All errors are below 1e-5."""
+        errors = (self.prefill, self.decode, self.mixed, self.client)
+        return all(error < EXACT for error in errors) and not self.scaled >= EXACT
 
 
 def check_architecture(name: str) -> ParityRow:
@@ -113,10 +111,14 @@ def check_architecture(name: str) -> ParityRow:
     return replace(row, seconds=time.monotonic() - started)
 
 
-def _tiny(name: str) -> tuple[ModelArch, PreTrainedModel]:
+def _config(name: str) -> PretrainedConfig:
     model_type, overrides = VARIANTS.get(name, (name, {}))
+    return tiny_config(model_type, **overrides)
+
+
+def _tiny(name: str) -> tuple[ModelArch, PreTrainedModel]:
     try:
-        config = tiny_config(model_type, **overrides)
+        config = _config(name)
         arch = describe(config)
         return arch, random_model(config, arch)
     except ModelNotSupported:
@@ -154,32 +156,88 @@ def random_model(config: PretrainedConfig, arch: ModelArch, seed: int = 0) -> Pr
 
 def _compare(name: str) -> ParityRow:
     arch, whole = _tiny(name)
-    with tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX) as folder:
-        whole.save_pretrained(Path(folder))
-        check_weights(open_checkpoint(folder))
-        cuts = [0, 1, arch.num_blocks // 2 + 1, arch.num_blocks]
-        spans = [
-            Span(load_blocks(folder, BlockSpan(start, end))) for start, end in zip(cuts, cuts[1:])
-        ]
-    for span in spans:
-        run_self_test(span)
-    base = base_within(whole, arch)
-    texts, expected = _border_states(base, arch)
-    stages = [(span, span.blocks) for span in spans]
-    errors = [replay(stages, steps, texts, expected) for steps in (PREFILL, DECODE, STEPS)]
+    with _spans(whole, arch) as (folder, spans):
+        errors = _errors(spans, *_border_states(base_within(whole, arch), arch))
+        _refuse_wrong(max(errors), "its blocks, run apart, differ")
+        client = _client_error(Path(folder), spans, whole, arch)
+        _refuse_wrong(client, "a client's part of it around these blocks differs")
+    scaled = _scaled_error(name)
+    _refuse_wrong(scaled, "with dynamic or LongRoPE scaling it differs")
     reasons = [span.reason for span in spans if span.reason]
-    if not max(errors) < WRONG:
-        raise ModelNotSupported(
-            f"its blocks, run apart, differ by {max(errors):.0e} from the whole"
-        )
     return ParityRow(
         name=name,
         mode=max((span.mode for span in spans), key=list(Mode).index),
         prefill=errors[0],
         decode=errors[1],
         mixed=errors[2],
+        scaled=scaled,
+        client=client,
         reason=reasons[0] if reasons else "",
     )
+
+
+@contextmanager
+def _spans(whole: PreTrainedModel, arch: ModelArch) -> Iterator[tuple[str, list[Span]]]:
+    """The model as a checkpoint's folder, and its blocks in three spans that passed their test."""
+    cuts = [0, 1, arch.num_blocks // 2 + 1, arch.num_blocks]
+    with tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX) as folder:
+        whole.save_pretrained(Path(folder))
+        check_weights(open_checkpoint(folder))
+        spans = [
+            Span(load_blocks(folder, BlockSpan(start, end))) for start, end in zip(cuts, cuts[1:])
+        ]
+        for span in spans:
+            run_self_test(span)
+        yield folder, spans
+
+
+def _errors(
+    spans: Sequence[Span], texts: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> list[float]:
+    """The largest relative errors of ``PREFILL``, ``DECODE`` and ``STEPS``."""
+    stages = [(span, span.blocks) for span in spans]
+    return [replay(stages, steps, texts, expected) for steps in (PREFILL, DECODE, STEPS)]
+
+
+def _client_error(
+    folder: Path, spans: Sequence[Span], whole: PreTrainedModel, arch: ModelArch
+) -> float:
+    ids = _token_ids(arch, LENGTHS[0], seed=0)
+    # As transformers loads the checkpoint: some models change a tensor after loading.
+    stock = type(whole).from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = stock(input_ids=ids, use_cache=False).logits[0]
+    try:
+        found = client_logits(folder, spans, ids)
+    except MODEL_CODE_ERRORS as error:
+        raise ModelNotSupported(f"a client cannot load it ({_in_short(error)})") from error
+    return relative_error(found, expected, exact=True)
+
+
+def _scaled_error(name: str) -> float:
+    """The largest error with rope factors that depend on the length; NaN if the model has none."""
+    worst = float("nan")
+    for kind in ("dynamic", "longrope"):
+        try:
+            scaled = with_rope_scaling(_config(name), kind)
+            if scaled is None:
+                continue
+            arch = describe(scaled)
+            whole = random_model(scaled, arch)
+            texts, expected = _border_states(base_within(whole, arch), arch)
+        except MODEL_CODE_ERRORS:
+            continue  # transformers itself cannot run it
+        with _spans(whole, arch) as (folder, spans):
+            _client_error(Path(folder), spans, whole, arch)
+            error = max(_errors(spans, texts, expected))
+        worst = error if worst != worst else max(worst, error)
+    return worst
+
+
+def _refuse_wrong(error: float, what: str) -> None:
+    """Raises ModelNotSupported for an error that is no rounding; NaN: nothing was compared."""
+    if error >= WRONG:
+        raise ModelNotSupported(f"{what} by {error:.0e} from the whole")
 
 
 class _BorderHooks:
@@ -204,12 +262,14 @@ def _border_states(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """For each text, the states [n, H] that enter the first and leave the last block."""
     borders = _BorderHooks(base, arch)
-    texts, expected = [], []
-    for seed, length in enumerate(LENGTHS):
+    seen = {}
+    # Rotary modules remember the longest text: the shortest comes first.
+    for seed, length in sorted(enumerate(LENGTHS), key=lambda item: item[1]):
         base(input_ids=_token_ids(arch, length, seed), use_cache=False)
-        texts.append(borders.entered[0].clone())
-        expected.append(borders.left[0].clone())
-    return texts, expected
+        seen[seed] = borders.entered[0].clone(), borders.left[0].clone()
+    return [seen[seed][0] for seed in range(len(seen))], [
+        seen[seed][1] for seed in range(len(seen))
+    ]
 
 
 def _token_ids(arch: ModelArch, length: int, seed: int) -> torch.Tensor:

@@ -5,16 +5,20 @@ windows shorter than a prompt, experts, mixed layer types). Knows nothing of wei
 tests.
 """
 
+import copy
 import dataclasses
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from petals.errors import ModelNotSupported
+from petals.models.checkpoint.arch import build_on_meta, describe
 
 NUM_BLOCKS = 5
 HIDDEN_SIZE = 32
 VOCAB_SIZE = 96
+SHORT_LENGTH = 12
+"""Tokens from which on rope factors change, where they depend on the length; texts are longer."""
 
 _SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN_SIZE,
@@ -30,6 +34,7 @@ _SIZES: dict[str, Any] = {
     "shared_expert_intermediate_size": 16,
     "moe_intermediate_size": 16,
     "max_position_embeddings": 256,
+    "original_max_position_embeddings": SHORT_LENGTH,
     "sliding_window": 8,
     "attention_chunk_size": 8,
     "rotary_dim": 4,
@@ -77,6 +82,7 @@ _LATENT = {"num_key_value_heads": 4}
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
+    "modernbert-decoder": {"local_attention": 16},
     "gemma2": {"layer_types": _WINDOWED},
     "gemma3_text": {"layer_types": _WINDOWED},
     "gemma4_text": {
@@ -157,3 +163,54 @@ def _settable_names(config_class: type[PretrainedConfig]) -> set[str]:
     """Names that the constructor accepts, transformers' common names included."""
     own = {entry.name for entry in dataclasses.fields(config_class)}
     return own | {common for common, name in config_class.attribute_map.items() if name in own}
+
+
+def with_rope_scaling(config: PretrainedConfig, kind: str) -> PretrainedConfig | None:
+    """A copy of a tiny config whose rope factors change at `SHORT_LENGTH` tokens; None if the
+    model has no rotary factors, or its config refuses the scaling.
+
+    kind: "dynamic" or "longrope".
+    """
+    scaled = copy.deepcopy(config)
+    text = scaled.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None)
+    widths = _num_frequencies(config)
+    if not rope or not widths:
+        return None
+    if kind == "dynamic":
+        text.max_position_embeddings = SHORT_LENGTH
+    for layer_type, width in widths.items():
+        one = rope[layer_type] if layer_type else rope
+        one |= _SCALINGS[kind] | {"rope_type": kind}
+        if kind == "longrope":
+            one["short_factor"] = [1.0] * width
+            one["long_factor"] = [1.0 + index / width for index in range(width)]
+    try:
+        text.validate_rope()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return scaled
+
+
+_SCALINGS: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    # The last two are what PhiMoE multiplies its tables by.
+    "longrope": {
+        "original_max_position_embeddings": SHORT_LENGTH,
+        "short_mscale": 1.1,
+        "long_mscale": 1.3,
+    },
+}
+
+
+def _num_frequencies(config: PretrainedConfig) -> dict[str, int]:
+    """Rotary frequencies of the model, by type of layer; the key is "" if all share them."""
+    arch = describe(config)
+    host = build_on_meta(arch.base_class, config).get_submodule(arch.host_path)
+    found = {}
+    for module in host.modules():
+        types = getattr(module, "rope_type", None)
+        for layer_type in types if isinstance(types, dict) else [""] * (types is not None):
+            prefix = f"{layer_type}_" if layer_type else ""
+            found[layer_type] = len(getattr(module, f"{prefix}inv_freq"))
+    return found

@@ -6,6 +6,7 @@ runs of tokens that fit a batch. Knows KV rows; knows no messages, no peers and 
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from petals.errors import BadInput, BatchTooLarge, LengthExceeded, SessionGap
 from petals.models.adapters.low_rank import Adapter
 from petals.models.runtime.batch import Segment
+from petals.models.runtime.rope_lengths import RopeRuns, from_runs
 from petals.server.compute.device import DeviceContext
 from petals.server.compute.jobs import BatchableJob
 from petals.server.compute.kv_pool import SessionKV
@@ -29,17 +31,19 @@ GROWTH_TOKENS = 256
 """A session opened without a maximum length extends its reservation by this many tokens a row."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepPlan:
     """One checked step: row r runs ``counts[r]`` tokens from position ``starts[r]``.
 
     ``reorder[r]`` is the old row that new row r continues; None leaves the rows as they are.
-    Packed, the tokens of the step are those of row 0, then those of row 1, and so on.
+    Packed, the tokens of the step are those of row 0, then those of row 1, and so on; ``rope_runs``
+    are their rope lengths, as a message brings them.
     """
 
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     reorder: tuple[int, ...] | None = None
+    rope_runs: RopeRuns = ()
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +59,11 @@ class StepPlan:
     def lengths_after(self) -> tuple[int, ...]:
         """Tokens in every row after the step."""
         return tuple(start + count for start, count in zip(self.starts, self.counts))
+
+    @cached_property
+    def rope_lengths(self) -> tuple[int, ...]:
+        """The rope length of each token of the step. Raises BadInput for runs that cannot be."""
+        return from_runs(self.starts, self.counts, self.rope_runs)
 
     def pieces(self, done: int, num_tokens: int) -> Iterator["TokenRun"]:
         """Packed tokens ``[done, done + num_tokens)`` as runs of consecutive tokens of one row."""
@@ -94,11 +103,12 @@ def plan_step(
     reorder: tuple[int, ...] | None,
     lengths: tuple[int, ...],
     limits: StepLimits,
+    rope_runs: RopeRuns = (),
 ) -> StepPlan:
     """Check a step against the present ``lengths`` of its session's rows.
 
-    Raises BadInput (starts, counts and reorder that contradict each other), BatchTooLarge (rows or
-    tokens), SessionGap (a row would start behind its end) or LengthExceeded.
+    Raises BadInput (starts, counts, reorder and rope lengths that contradict each other),
+    BatchTooLarge (rows or tokens), SessionGap (a row would start behind its end) or LengthExceeded.
     """
     if reorder is not None:
         if any(row >= len(lengths) for row in reorder) or not reorder:
@@ -123,8 +133,14 @@ def plan_step(
                 f"Row {row} ends at token {length}, the step begins at {start}.",
                 hint="Send the tokens in between first.",
             )
-    plan = StepPlan(starts, counts, reorder)
+    plan = StepPlan(starts, counts, reorder, rope_runs)
     _check_size(plan, limits)
+    longest = max(plan.rope_lengths, default=0)
+    if longest > limits.max_length:
+        raise LengthExceeded(
+            f"A rope length is {longest}; the session takes {limits.max_length} tokens.",
+            hint="It is the length of the row after the forward that the token belongs to.",
+        )
     return plan
 
 
@@ -202,6 +218,7 @@ class StepJob(BatchableJob[Tensor]):
                 start=run.start,
                 adapter=self.adapter,
                 prompts=self.prompts,
+                rope_lengths=self.plan.rope_lengths[run.offset : run.offset + run.count],
             )
             for run in self.plan.pieces(self._num_done, num_tokens)
         ]

@@ -40,6 +40,7 @@ from petals.swarm.failover_config import FailoverConfig
 from petals.swarm.node import SwarmNode
 from petals.swarm.rpc.channel import Channel
 from petals.types import PeerId, ServerState, SessionId
+from petals.wire.fields import MAX_ROPE_RUNS
 from petals.wire.handshake import Refusal
 from petals.wire.header import RequestHeader
 from petals.wire.messages import AnyMessage
@@ -198,7 +199,7 @@ class BlocksService:
         self._limits = limits
         self._failover = failover
         self._bytes = PeerByteBudget(limits.max_bytes_per_peer)
-        replay_tokens = min(limits.replay_chunk_tokens, offer.max_step_tokens)
+        replay_tokens = min(limits.replay_chunk_tokens, offer.max_step_tokens, MAX_ROPE_RUNS)
         self._forwarder = StepForwarder(self.sessions, self._bytes, node, failover, replay_tokens)
         self.serve_forwarded = self._forwarder.serve
         self._passes = Passes(

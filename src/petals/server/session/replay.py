@@ -29,7 +29,9 @@ class ReplaySource:
     kv_copy: KVCopy | None
 
     def parts(self, max_tokens: int) -> Iterator[ReplayPart]:
-        """The parts, of at most ``max_tokens`` tokens each. At least one; the last one ends it."""
+        """The parts, of at most ``max_tokens`` tokens each, without rope lengths. At least one; the
+        last one ends it.
+        """
         request, plan, num_sent = self.request, self.plan, 0
         # Without base rows every row begins anew: it continues row 0 there, cut to nothing.
         base = (0,) * len(plan.starts) if plan.reorder is None else plan.reorder

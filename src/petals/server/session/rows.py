@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakSet
 
+import msgspec
 import torch
 from torch import Tensor
 
 from petals.errors import BadInput, PeerFailed, PetalsError, SessionGap
 from petals.models.adapters.low_rank import Adapter
-from petals.models.runtime.token_log import TokenLog
+from petals.models.runtime.rope_lengths import to_runs
+from petals.models.runtime.token_log import LoggedTokens, TokenLog
 from petals.server.admission import validation
 from petals.server.admission.offer import ServedModel
 from petals.server.compute.executor import Executor
@@ -228,7 +230,8 @@ class CachedRows:
         step_id = message.header.request_id
         if step_id <= self.history.last_id:
             return self._repeat(message)
-        plan = self._plan(message.starts, message.counts, self.history.pending_reorder(message))
+        reorder = self.history.pending_reorder(message)
+        plan = self._plan(message, reorder)
         outcome = await self._run(plan, hidden, partial(self._begin_step, step_id, plan))
         timing = (outcome.queue_seconds, outcome.compute_seconds, outcome.batch_tokens)
         self.history.add(DoneStep(step_id, plan, timing))
@@ -247,7 +250,7 @@ class CachedRows:
             raise SessionGap(
                 "The part does not begin where the rows end.", hint="Ask for a new replay."
             )
-        plan = self._plan(part.starts, part.counts, part.reorder)
+        plan = self._plan(part, part.reorder)
         begin = partial(self._begin_part, part)
         if part.kv:
             await self._take_kv(plan, part, tensors, begin)
@@ -273,17 +276,22 @@ class CachedRows:
             self._copies.add(copy)
         return ReplaySource(request, plan, is_reordered, self.outputs.branch(), copy)
 
-    async def read(self, part: ReplayPart, source: ReplaySource) -> tuple[Tensor, ...]:
-        """The tensors of a part. Needs no turn: steps may run in between.
+    async def read(
+        self, part: ReplayPart, source: ReplaySource
+    ) -> tuple[ReplayPart, tuple[Tensor, ...]]:
+        """A part with its rope lengths, and its tensors. Needs no turn: steps may run in between.
 
         Raises OutboxLost, and SessionGap if a step has cut or reordered the keys and values.
         """
-        outputs = source.outputs.read(part.starts, part.counts)
         if source.kv_copy is None:
-            return (self._joined(outputs),)
+            part, outputs = self._logged(part, source.outputs)
+            return part, (outputs,)
         values = await self._executor.call(partial(read_kv, self.kv, part.starts, part.counts))
         source.kv_copy.check()
-        return (values,) if source.outputs.is_dropped else (values, self._joined(outputs))
+        if source.outputs.is_dropped:
+            return part, (values,)
+        part, outputs = self._logged(part, source.outputs)
+        return part, (values, outputs)
 
     async def copy_to(self, kv: SessionKV, outputs: TokenLog, lengths: tuple[int, ...]) -> None:
         """Let a new session begin with the first ``lengths[r]`` tokens of each row: ``kv`` is its
@@ -314,11 +322,10 @@ class CachedRows:
 
     # -- inside
 
-    def _plan(
-        self, starts: tuple[int, ...], counts: tuple[int, ...], reorder: tuple[int, ...] | None
-    ) -> StepPlan:
+    def _plan(self, message: Step | ReplayPart, reorder: tuple[int, ...] | None) -> StepPlan:
         """What is about to be run. Raises what ``plan_step`` raises."""
-        plan = plan_step(starts, counts, reorder, self.lengths, self.limits)
+        starts, counts, runs = message.starts, message.counts, message.rope_runs
+        plan = plan_step(starts, counts, reorder, self.lengths, self.limits, runs)
         for copy in self._copies:
             copy.see(plan)
         return plan
@@ -358,7 +365,7 @@ class CachedRows:
                 self._cut(plan, begin)
             raise
         self._cut(plan, begin)
-        self.outputs.append(plan.counts, outcome.value)
+        self.outputs.append(plan.counts, outcome.value, plan.rope_lengths)
         self.lengths = plan.lengths_after
         return outcome
 
@@ -379,7 +386,7 @@ class CachedRows:
         if outputs is None:
             self.outputs.drop()
         else:
-            self.outputs.append(plan.counts, outputs)
+            self.outputs.append(plan.counts, outputs, plan.rope_lengths)
         self.lengths = plan.lengths_after
 
     def _begin_step(self, step_id: int, plan: StepPlan) -> None:
@@ -399,10 +406,17 @@ class CachedRows:
             self.outputs.cut(plan.starts, plan.reorder)
         self.lengths = plan.starts
 
-    def _joined(self, chunks: Iterable[Tensor]) -> Tensor:
-        """Chunks of hidden states as one: [tokens, H]."""
+    def _logged(self, part: ReplayPart, log: TokenLog) -> tuple[ReplayPart, Tensor]:
+        """A part with the rope lengths of its tokens, and their outputs. Raises OutboxLost."""
+        chunks = list(log.read(part.starts, part.counts))
+        lengths = tuple(length for chunk in chunks for length in chunk.rope_lengths.tolist())
+        runs = to_runs(part.starts, part.counts, lengths)
+        return msgspec.structs.replace(part, rope_runs=runs), self._joined(chunks)
+
+    def _joined(self, chunks: Iterable[LoggedTokens]) -> Tensor:
+        """The hidden states of chunks as one: [tokens, H]."""
         empty = torch.empty(0, self._offer.hidden_size, dtype=self._dtype)
-        return torch.cat([empty, *chunks])
+        return torch.cat([empty, *(chunk.hidden for chunk in chunks)])
 
 
 def _claim(holds: bool, complaint: str) -> None:

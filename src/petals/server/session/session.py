@@ -301,7 +301,7 @@ class Session:
                 token_bytes = max(1, self.rows.kv_token_bytes)
                 max_tokens = min(max_tokens, max(1, max_kv_bytes // token_bytes))
             for part in source.parts(max_tokens):
-                yield part, await self.rows.read(part, source)
+                yield await self.rows.read(part, source)
         finally:
             self._num_replays -= 1
 

@@ -1,14 +1,16 @@
 """A model with remote blocks is called in all the ways the local one is."""
 
+import inspect
+
 import pytest
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin
 
-from petals.client.model.load import layers_return_tuple
 from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, NotSupported
 from petals.models.checkpoint.arch import describe
-from petals.models.loading.head import HeadKind
-from petals.models.verify.tiny import tiny_config
+from petals.models.loading.head import HeadKind, layer_tuple_size
+from petals.models.verify.tiny import SHORT_LENGTH, tiny_config, with_rope_scaling
 from support.local_blocks import tiny_pair
 from support.reference import assert_close
 
@@ -217,9 +219,30 @@ def test_other_heads(family, kind):
 
 
 @pytest.mark.parametrize(
-    ("family", "answers"),
-    [("bloom", True), ("gptj", True), ("mpt", True), ("llama", False), ("mixtral", False)],
+    ("family", "size"),
+    [("bloom", 2), ("gptj", 2), ("bamba", 2), ("llama", 0), ("mixtral", 0), ("jetmoe", 0)],
 )
-def test_how_layers_answer_is_found_out(family, answers):
+def test_how_layers_answer_is_found_out(family, size):
     config = tiny_config(family)
-    assert layers_return_tuple(describe(config), config) is answers
+    assert layer_tuple_size(describe(config), config) == size
+
+
+def test_the_models_that_compute_their_keys_again_are_known():
+    """`generate` of transformers drops the cache of these at a length; the session begins anew."""
+    found = {}
+    for config_class, model_class in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+        prepare = getattr(model_class, "prepare_inputs_for_generation", None)
+        stock = GenerationMixin.prepare_inputs_for_generation
+        if prepare not in (None, stock) and "original_max" in inspect.getsource(prepare):
+            found[config_class.model_type] = model_class
+    assert {"phi3", "phimoe"} <= found.keys()
+    for model_type in found:
+        config = with_rope_scaling(tiny_config(model_type), "longrope")
+        config = type(config)(**config.to_dict())
+        assert config.original_max_position_embeddings == SHORT_LENGTH, model_type
+    have_it = {
+        config_class.model_type
+        for config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+        if hasattr(config_class, "original_max_position_embeddings")
+    }
+    assert have_it <= found.keys(), "a model has the number and keeps its keys"

@@ -26,7 +26,7 @@ class RecordedRows:
     def is_open(self):
         return not self.is_closed
 
-    async def step(self, hidden, starts, counts, reorder=None):
+    async def step(self, hidden, starts, counts, reorder=None, rope_lengths=None):
         if self.error is not None:
             raise self.error
         self.steps.append((starts, counts, reorder))

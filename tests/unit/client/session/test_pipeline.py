@@ -235,11 +235,13 @@ async def test_a_replay_to_the_client_is_put_together(servers: list[Server]) -> 
         task = await waiting(pending)
         await say(part(header, 0, 2, 3, reorder=(0,)), torch.ones(3, 4))
         assert not await is_done(task)
-        await say(part(header, 1, 5, 3, ends=True), torch.ones(3, 4))
+        runs = ((1, 6), (1, 7), (1, 8))
+        await say(part(header, 1, 5, 3, ends=True, rope_runs=runs), torch.ones(3, 4))
         reply = await task
     assert reply is not None and isinstance(reply.message, ReplayPart)
     assert buffer.rows is not None
     assert (buffer.rows.starts, buffer.rows.counts) == ((2,), (6,))
+    assert buffer.rows.rope_lengths == (5, 5, 5, 6, 7, 8)
 
 
 WRONG = {
@@ -264,6 +266,15 @@ def test_a_replay_that_cannot_be_right_is_misbehaviour(
     assert buffer.add(part(header, *numbers), tensors) and buffer.wrong
 
 
+@pytest.mark.parametrize("runs", [((1, 9),), ((3, 9),), ((1, 2), (1, 9)), ((2, 3),)])
+def test_rope_lengths_that_cannot_be_right_are_misbehaviour(
+    runs: tuple[tuple[int, int], ...],
+) -> None:
+    buffer = ReplayBuffer(6, 4, torch.float32, (2,))
+    message = part(RequestHeader(b"0" * 16, 3, 7), 0, 2, 2, reorder=(0,), rope_runs=runs)
+    assert buffer.add(message, [torch.ones(2, 4)]) and buffer.wrong
+
+
 async def test_pieces_reach_every_hop_in_their_order(servers: list[Server]) -> None:
     first, second, _ = servers
     state = SessionState(BlockSpan(0, 2), TokenLog(1), legs=[first.hop, second.hop])
@@ -274,7 +285,10 @@ async def test_pieces_reach_every_hop_in_their_order(servers: list[Server]) -> N
     )
     timeouts = StepTimeouts(swarm.config.failover, 60.0)
     context = SessionContext(state, swarm, first.hop.spec, timeouts, lambda *args: None)
-    pieces = [StepPiece(n, RowSlices((n,), (1,), torch.full((1, 4), float(n)))) for n in range(3)]
+    pieces = [
+        StepPiece(n, RowSlices((n,), (1,), torch.full((1, 4), float(n)), (n + 1,)))
+        for n in range(3)
+    ]
     running = asyncio.create_task(run_pieces(context, pieces))
     await settle()
     assert first.steps == [0, 1, 2]

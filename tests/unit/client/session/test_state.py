@@ -88,7 +88,7 @@ class Leg:
 def idle(*legs: LegState, num_copies: int | None = None, missing: int = 0, **more) -> SessionState:
     """A session between two steps, with a row of 100 tokens."""
     state = SessionState(BlockSpan(0, 3), TokenLog(1), legs=[Leg(leg) for leg in legs], **more)
-    state.confirmed.append((100,), torch.zeros(100, 1))
+    state.confirmed.append((100,), torch.zeros(100, 1), (100,) * 100)
     if num_copies is not None:
         have = ReplicaProgress.all_of((100 - missing,))
         state.migration = SessionMigration([], [], have, num_copies)
@@ -105,7 +105,7 @@ def step(
 ) -> SessionState:
     """A session during a step of one piece."""
     state = idle(*legs, **more)
-    rows = RowSlices((100,), (piece_tokens,), torch.zeros(piece_tokens, 1))
+    rows = RowSlices.whole_forward((100,), (piece_tokens,), torch.zeros(piece_tokens, 1))
     inputs = state.confirmed.branch()
     state.step = PendingStep(inputs, rows, None, False, 1, history, [StepPiece(7, rows)])
     state.step.num_repairs = num_repairs

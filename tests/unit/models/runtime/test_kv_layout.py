@@ -127,17 +127,18 @@ class TestSlabRow:
 
 def test_inputs_of_a_recurrent_row_never_pass_its_maximum() -> None:
     row = RecurrentRow(max_length=70)
-    row.advance(torch.ones(3, 4))
+    row.advance(torch.ones(3, 4), (3,) * 3)
     assert row.num_bytes == 64 * 4 * 4
-    row.advance(torch.ones(67, 4))
+    row.advance(torch.ones(67, 4), (70,) * 67)
     assert row.num_bytes == 70 * 4 * 4
 
 
 def test_rewinding_without_snapshots_starts_over() -> None:
     row = RecurrentRow(max_length=10)
     inputs = torch.arange(6.0).view(6, 1)
-    row.advance(inputs)
+    row.advance(inputs, (4, 4, 4, 4, 5, 6))
     missed = row.rewind(4)
     assert row.position == 0
-    assert missed is not None and torch.equal(missed, inputs[:4])
+    assert missed is not None and torch.equal(missed[0], inputs[:4])
+    assert missed[1] == (4, 4, 4, 4)
     assert row.rewind(0) is None

@@ -17,11 +17,21 @@ def tokens(numbers: list[int]) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, WIDTH).contiguous()
 
 
+def lengths(numbers: list[int]) -> tuple[int, ...]:
+    """Rope lengths that show to which token they belong."""
+    return tuple(number + 7 for number in numbers)
+
+
+def append(log: TokenLog, counts: tuple[int, ...], numbers: list[int]) -> None:
+    log.append(counts, tokens(numbers), lengths(numbers))
+
+
 def contents(log: TokenLog) -> list[list[int]]:
     whole = log.whole()
     if whole is None:
         return [[] for _ in log.lengths]
     assert whole.counts == log.lengths
+    assert whole.rope_lengths == lengths([int(token[0]) for token in whole.hidden])
     return [[int(token[0]) for token in row] for row in whole.hidden.split(list(whole.counts))]
 
 
@@ -40,16 +50,16 @@ def test_a_log_is_a_list_of_lists(data: st.DataObject) -> None:
         starts = [data.draw(st.integers(max(0, len(row) - 9), len(row))) for row in model]
         counts = [data.draw(st.sampled_from([0, 1, 3, 140])) for _ in model]
         numbers = [[1000 * number + i for i in range(count)] for count in counts]
-        new = tokens([n for row in numbers for n in row])
+        new = [n for row in numbers for n in row]
         if data.draw(st.booleans()):
             before = contents(log)
             branch = log.branch(starts, reorder)
-            branch.append(counts, new)
+            append(branch, counts, new)
             assert contents(log) == before
             log.take(branch)
         else:
             log.cut(starts, reorder)
-            log.append(counts, new)
+            append(log, counts, new)
         model = [row[:start] + new for row, start, new in zip(model, starts, numbers)]
         assert contents(log) == model
         assert budget.used_bytes == log.num_bytes == sum(map(len, model)) * TOKEN_BYTES
@@ -57,7 +67,7 @@ def test_a_log_is_a_list_of_lists(data: st.DataObject) -> None:
     for branch, expected in branches:
         starts = [data.draw(st.integers(0, len(row))) for row in expected]
         counts = [data.draw(st.integers(0, 200)) for _ in expected]
-        read = [int(token[0]) for part in branch.read(starts, counts) for token in part]
+        read = [int(n[0]) for part in branch.read(starts, counts) for n in part.hidden]
         cut = [row[at : at + count] for row, at, count in zip(expected, starts, counts)]
         assert read == [number for row in cut for number in row]
     log.drop()
@@ -66,8 +76,8 @@ def test_a_log_is_a_list_of_lists(data: st.DataObject) -> None:
 
 def test_what_came_since() -> None:
     log = TokenLog(2)
-    log.append((3, 2), tokens([1, 2, 3, 11, 12]))
-    log.append((1, 0), tokens([4]))
+    append(log, (3, 2), [1, 2, 3, 11, 12])
+    append(log, (1, 0), [4])
     since = log.since((2, 2))
     assert since is not None
     assert (since.starts, since.counts) == ((2, 2), (2, 0))
@@ -79,10 +89,10 @@ def test_what_came_since() -> None:
 def test_the_oldest_log_makes_room_as_a_whole() -> None:
     budget = LogBudget(10 * TOKEN_BYTES)
     old, young = budget.open(2), budget.open(1)
-    old.append((2, 2), tokens([1, 2, 3, 4]))
-    young.append((6,), tokens([5] * 6))
+    append(old, (2, 2), [1, 2, 3, 4])
+    append(young, (6,), [5] * 6)
     assert contents(old) == [[1, 2], [3, 4]]
-    young.append((1,), tokens([6]))
+    append(young, (1,), [6])
     assert old.is_dropped and old.lengths == (2, 2)
     assert budget.used_bytes == 7 * TOKEN_BYTES
     with pytest.raises(OutboxLost) as caught:
@@ -94,35 +104,35 @@ def test_the_oldest_log_makes_room_as_a_whole() -> None:
 def test_what_was_dropped_stays_so_until_every_row_begins_anew() -> None:
     budget = LogBudget(4 * TOKEN_BYTES)
     log = budget.open(1)
-    log.append((5,), tokens([1] * 5))
+    append(log, (5,), [1] * 5)
     assert log.is_dropped and budget.free_bytes == 4 * TOKEN_BYTES
     log.cut((4,))
-    log.append((1,), tokens([2]))
+    append(log, (1,), [2])
     assert log.is_dropped and log.lengths == (5,)
     assert log.branch((4,)).is_dropped
     log.take(log.branch((0,)))
-    log.append((2,), tokens([3, 4]))
+    append(log, (2,), [3, 4])
     assert contents(log) == [[3, 4]]
 
 
 def test_rows_that_grow_token_by_token_stay_in_few_chunks() -> None:
     log = TokenLog(1)
     for number in range(1000):
-        log.append((1,), tokens([number]))
+        append(log, (1,), [number])
     assert contents(log) == [list(range(1000))]
     assert len(list(log.read((0,), (1000,)))) < 30
 
 
 def test_parts_keep_no_other_rows_memory_alive() -> None:
     log = TokenLog(2)
-    log.append((300, 200), tokens([7] * 500))
+    append(log, (300, 200), [7] * 500)
     log.cut((10, 200))
     held = list(log.read((0, 0), log.lengths))
-    assert [part.untyped_storage().nbytes() for part in held] == [80, 1600]
+    assert [part.hidden.untyped_storage().nbytes() for part in held] == [80, 1600]
 
 
 def test_parts_follow_each_other() -> None:
-    whole = RowSlices((2, 5, 0), (3, 0, 2), tokens([1, 2, 3, 4, 5]))
+    whole = RowSlices((2, 5, 0), (3, 0, 2), tokens([1, 2, 3, 4, 5]), lengths([1, 2, 3, 4, 5]))
     parts = [(part.starts, part.counts, part.hidden[:, 0].tolist()) for part in whole.parts(2)]
     assert parts == [
         ((2, 5, 0), (2, 0, 0), [1, 2]),

@@ -15,6 +15,21 @@ def test_a_right_span_keeps_its_mode() -> None:
     assert outcome.mode is Mode.PACKED and outcome.reason == "" and outcome.error < 1e-5
 
 
+def test_factors_of_long_texts_are_tried_before_the_first_long_text() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 200,
+    }
+    span = whole_model("llama", rope_parameters=rope)
+    assert span.rope_limit == 200
+    assert run_self_test(span).error < 1e-5
+    with pytest.raises(ModelNotSupported):
+        whole_model("llama", rope_parameters=rope | {"long_factor": [2.0] * 3})
+
+
 def test_a_span_that_is_wrong_in_every_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = Span.reference
     monkeypatch.setattr(Span, "reference", lambda self, *states: reference(self, *states) * 1.01)

@@ -45,6 +45,32 @@ def test_numbers_that_cannot_be(
     assert type(caught.value) is error
 
 
+def test_rope_lengths_are_those_of_a_whole_forward_unless_the_step_says_more() -> None:
+    plan = plan_step((5, 2), (1, 3), None, (5, 7), LIMITS)
+    assert plan.rope_lengths == (6, 5, 5, 5)
+    plan = plan_step((5, 2), (1, 3), None, (5, 7), LIMITS, ((2, 9), (1, 5), (1, 100)))
+    assert plan.rope_lengths == (9, 9, 5, 100)
+
+
+@pytest.mark.parametrize(
+    ("runs", "error"),
+    [
+        (((3, 9),), BadInput),
+        (((5, 9),), BadInput),
+        (((2**31 - 1, 9),), BadInput),
+        (((1, 5), (3, 9)), BadInput),
+        (((1, 6), (3, 4)), BadInput),
+        (((4, 101),), LengthExceeded),
+    ],
+)
+def test_rope_lengths_that_cannot_be(
+    runs: tuple[tuple[int, int], ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error) as caught:
+        plan_step((5, 2), (1, 3), None, (5, 7), LIMITS, runs)
+    assert type(caught.value) is error
+
+
 @pytest.mark.parametrize(
     ("counts", "is_decode"),
     [
