@@ -17,15 +17,13 @@ from transformers import (
     Cache,
     GenerationConfig,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
-    StoppingCriteria,
 )
 from transformers.utils import ModelOutput
 
 from petals.client.model.hidden_states import ENTRY, HiddenStates
 from petals.client.model.inference_session import InferenceSession, Recording
-from petals.client.model.padding import ColumnLayout, Rows, read_columns
+from petals.client.model.padding import ColumnLayout, Rows, positions_follow_mask, read_columns
 from petals.client.model.remote_sequential import ModelPass, RemoteSequential
 from petals.client.model.session_cache import SessionCache
 from petals.client.tuning import lora
@@ -40,6 +38,7 @@ from petals.client.tuning.prompts import (
 from petals.errors import BadInput, NotSupported
 from petals.logs import get_logger
 from petals.models.loading.head import HeadKind
+from petals.models.runtime.rotary import dynamic_rope_limit
 
 logger = get_logger(__name__)
 
@@ -158,7 +157,7 @@ class DistributedModel(_Extended):
             max_length=max_length, num_rows=num_rows, prompts=self._deep_prompts()
         )
         session.num_prompt_tokens = self.num_prompt_tokens
-        session.dynamic_rope_limit = _dynamic_rope_limit(self.config)
+        session.dynamic_rope_limit = dynamic_rope_limit(self.config)
         return session
 
     def _deep_prompts(self) -> Tensor | None:
@@ -194,19 +193,6 @@ class DistributedModel(_Extended):
 
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
-
-
-class IdsSoFar(StoppingCriteria):
-    """Records the ids of a `generate` call after every token, and never stops it.
-
-    ids: [rows, columns] int64; of beams, the candidates of each prompt, best first.
-    """
-
-    ids: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        self.ids = input_ids
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class GeneratingModel(DistributedModel):
@@ -353,7 +339,7 @@ class DistributedBaseModel(DistributedModel):
             num_columns=num_columns,
             attention_mask=call.get("attention_mask"),
             position_ids=call.get("position_ids"),
-            follows_mask=num_prompts > 0 or _positions_follow_mask(self.config),
+            follows_mask=num_prompts > 0 or positions_follow_mask(self.config),
         )
 
     def _cache_for(self, call: dict[str, Any]) -> SessionCache | None:
@@ -461,17 +447,3 @@ def _last_norm(decoder: nn.Module) -> nn.Module:
         if name in named:
             return named[name]
     raise AttributeError(f"{type(decoder).__name__} has no norm after its blocks")
-
-
-def _dynamic_rope_limit(config: PretrainedConfig) -> int | None:
-    """Tokens from which on dynamic rope scaling changes the factors; None without such scaling."""
-    text = config.get_text_config(decoder=True)
-    rope = getattr(text, "rope_parameters", None) or {}
-    scalings = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    is_dynamic = any("dynamic" in str(scaling.get("rope_type")) for scaling in scalings)
-    return int(text.max_position_embeddings) if is_dynamic else None
-
-
-def _positions_follow_mask(config: PretrainedConfig) -> bool:
-    """Whether the model, given no positions, numbers tokens by the mask and not by column."""
-    return config.model_type in ("bloom", "opt", "biogpt") or bool(getattr(config, "alibi", False))

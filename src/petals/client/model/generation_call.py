@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteria
 
-from petals.client.model.distributed import IdsSoFar
 from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, NotSupported
 
@@ -47,6 +46,19 @@ _POSITIONAL = [
     if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
 ][2:]
 """Names of the arguments of `generate` after ``self`` and ``inputs``."""
+
+
+class IdsSoFar(StoppingCriteria):
+    """Records the ids of a `generate` call after every token, and never stops it.
+
+    ids: [rows, columns] int64; of beams, the candidates of each prompt, best first.
+    """
+
+    ids: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        self.ids = input_ids
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class GenerationCall:

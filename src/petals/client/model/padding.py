@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from petals.errors import BadInput, NotSupported
 
@@ -222,3 +223,8 @@ def _first_positions(past: Rows, real: Tensor, positions: Tensor) -> Tensor:
             "its session first: position_ids = (mask.cumsum(-1) - 1).clamp(min=0).",
         )
     return torch.where(real.any(1) | begun, first, UNKNOWN)
+
+
+def positions_follow_mask(config: PretrainedConfig) -> bool:
+    """Whether the model, given no positions, numbers tokens by the mask and not by column."""
+    return config.model_type in ("bloom", "opt", "biogpt") or bool(getattr(config, "alibi", False))

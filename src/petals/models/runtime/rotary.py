@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from petals.models.runtime.batch import current
 
@@ -122,3 +123,12 @@ def _reset_frequencies(module: Any) -> None:
             setattr(module, f"{prefix}inv_freq", value)
         elif name.endswith("max_seq_len_cached"):
             setattr(module, name, module.original_max_seq_len)
+
+
+def dynamic_rope_limit(config: PretrainedConfig) -> int | None:
+    """Tokens from which on dynamic rope scaling changes the factors; None without such scaling."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    scalings = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    is_dynamic = any("dynamic" in str(scaling.get("rope_type")) for scaling in scalings)
+    return int(text.max_position_embeddings) if is_dynamic else None
