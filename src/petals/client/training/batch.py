@@ -17,7 +17,7 @@ from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.routing.swarm_state import SwarmState
 from petals.client.training.hop_call import Gradients, PassCall, PassOutput
 from petals.client.training.micro_batch import LostPeers, MicroBatch
-from petals.errors import BatchTooLarge
+from petals.errors import BatchTooLarge, NotSupported
 from petals.swarm.background import gather_bounded
 from petals.types import BlockSpan
 
@@ -50,6 +50,7 @@ class Pass:
         self._blocks = blocks
         self._call = call
         self._is_training = is_training
+        self._view: SwarmState | None = None
         self._parts: list[tuple[int, ...]] = []
         self._batches: list[MicroBatch] = []
 
@@ -58,7 +59,7 @@ class Pass:
 
         Raises RouteError, the servers' refusals, PeerError after ``max_retries``.
         """
-        view = await self._access.view()
+        view = self._view = await self._access.view()
         needs = Needs(blocks=self._blocks, model=view.model, is_training=self._is_training)
         num_hops = len(await view.route(needs, throughput=True))
         limit = micro_batch_tokens(hidden.shape[0], num_hops)
@@ -81,7 +82,14 @@ class Pass:
         )
 
     async def backward(self, grads: PassOutput) -> Gradients:
-        """Gradients of what ``forward`` was given, from those of what it gave. Raises likewise."""
+        """Gradients of what ``forward`` was given, from those of what it gave. Raises likewise, and
+        NotSupported in a process that was forked in between.
+        """
+        if self._view is not await self._access.view():
+            raise NotSupported(
+                "The forward pass was run before this process was forked.",
+                hint="Run both passes in the same process.",
+            )
         tapped = {block: self._split(grad) for block, grad in grads.tapped.items()}
         works = []
         for number, (batch, piece) in enumerate(zip(self._batches, self._split(grads.hidden))):
