@@ -117,7 +117,7 @@ def daemon_thread_in_generate(words: Words) -> object:
     first = threading.Event()
 
     def work() -> None:
-        with model.inference_session(max_length=512) as session:
+        with model.inference_session(max_length=256) as session:
             while True:
                 session.position = 0
                 session.output_ids = None
@@ -364,7 +364,7 @@ def data_loader_in_a_session(words: Words) -> object:
         for item in _loader(model):
             say("tokens", item[0].tolist())
     except PetalsError as error:
-        say("refused", [type(error).__name__, str(error).strip().splitlines()[-2]])
+        say("refused", [type(error).__name__, str(error)])
     kept[1].position, kept[1].output_ids = 0, None
     generate(model)
     return model, kept

@@ -161,7 +161,7 @@ class EventLoopThread:
             return self._loop
 
     def at_exit(self, closer: Callable[[], Awaitable[None]]) -> None:
-        """Await ``closer`` in the loop before the interpreter exits, in reverse order.
+        """Await ``closer`` in the loop before the interpreter exits, beside the other closers.
 
         A forked child awaits it as well, in its own loop.
         """
@@ -251,8 +251,9 @@ class EventLoopThread:
 
 
 async def _close_all(closers: list[Callable[[], Awaitable[None]]]) -> None:
-    for closer in reversed(closers):
-        (error,) = await asyncio.gather(closer(), return_exceptions=True)
+    # All at the same time: each may have to wait for servers that do not answer.
+    ended = await asyncio.gather(*(close() for close in closers), return_exceptions=True)
+    for error in ended:
         if error is not None:
             logger.warning("could not close cleanly: %r", error)
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
