@@ -18,9 +18,18 @@ from pathlib import Path
 import torch
 
 from chaos.cluster import CLIENT_HOST, laboratory
+from chaos.laptop import SERVER_OPTIONS
 from chaos.report import Outcome, failure_list, stall_table
 from chaos.runner import Runner
-from chaos.schedule import ON_PROCESSES, FaultKind, Phase, Scenario, ScenarioSpace, draw
+from chaos.schedule import (
+    LAPTOP_LIFE,
+    ON_PROCESSES,
+    ON_PROCESSES_AND_NETWORK,
+    Phase,
+    Scenario,
+    ScenarioSpace,
+    draw,
+)
 from chaos.swarms import NUM_HOPS, SPANS, open_runner
 from netlab import NetLab
 
@@ -59,7 +68,9 @@ def main() -> int:
 
 def _run_all(options: argparse.Namespace) -> list[Outcome]:
     lab = NetLab.attach(os.environ[ENV_LAB]) if options.network else None
-    kinds = FaultKind if lab is not None else ON_PROCESSES
+    kinds = ON_PROCESSES if lab is None else ON_PROCESSES_AND_NETWORK
+    if options.laptop:
+        kinds = LAPTOP_LIFE
     numbers = itertools.count(options.start)
     began, share, outcomes = time.monotonic(), 0.0, []
 
@@ -83,7 +94,8 @@ def _run_all(options: argparse.Namespace) -> list[Outcome]:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             print(f"starting the swarm of {name}", flush=True)
-            runner = open_runner(name, stack, folder=folder, lab=lab)
+            more = SERVER_OPTIONS if options.laptop else ()
+            runner = open_runner(name, stack, folder=folder, lab=lab, options=more)
             while True:
                 outcomes.append(_run(runner, draw(space, options.seed, next(numbers))))
                 if progress() >= share - _ROUNDING:
@@ -153,6 +165,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", type=words, default=[], help="names of FaultKind, else all")
     parser.add_argument("--phases", type=words, default=[], help="names of Phase, else all")
     parser.add_argument("--network", action="store_true", help="in a network laboratory (root)")
+    parser.add_argument("--laptop", action="store_true", help="sleep, restarts, other hardware")
     parser.add_argument("--write", help="folder for the table of stalls")
     options = parser.parse_args()
     if options.only is not None:

@@ -22,10 +22,18 @@ SCALES = {"bloom": 2, "smollm2": 1}
 """Factor of the number of tokens: a step of the larger model takes longer."""
 
 
-def open_runner(name: str, stack: ExitStack, *, folder: Path, lab: NetLab | None = None) -> Runner:
+def open_runner(
+    name: str,
+    stack: ExitStack,
+    *,
+    folder: Path,
+    lab: NetLab | None = None,
+    options: tuple[str, ...] = (),
+) -> Runner:
     """A runner with its cluster online, two servers for each span; both end with ``stack``.
 
-    ``folder`` is for a tiny model's checkpoint and the bootstrap peer's identity.
+    ``folder`` is for a tiny model's checkpoint and the bootstrap peer's identity. ``options`` are
+    added to the servers' own.
     """
     if name == "smollm2":
         source = get_demo_model(name)
@@ -37,7 +45,7 @@ def open_runner(name: str, stack: ExitStack, *, folder: Path, lab: NetLab | None
         spans=2 * SPANS[name],
         dtype="float32",
         num_threads=1,
-        server_options=("--check-integrity", "--lease", str(LEASE_SECONDS)),
+        server_options=("--check-integrity", "--lease", str(LEASE_SECONDS), *options),
     )
     cluster = stack.enter_context(Cluster(config, folder, lab))
     return Runner(source, cluster, SCALES[name])
