@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from chaos.moving_host import HERE, MovingHost
 from netlab import Host, NetLab, Topology
 from petals.testing.local_swarm import COMMAND, LocalServer, LocalSwarm, LocalSwarmConfig
 from petals.types import BlockSpan, PeerId
@@ -39,10 +40,18 @@ class Cluster(LocalSwarm):
     `restore` keeps up. ``folder`` is for the bootstrap peer's identity.
     """
 
-    def __init__(self, config: LocalSwarmConfig, folder: Path, lab: NetLab | None = None) -> None:
+    def __init__(
+        self,
+        config: LocalSwarmConfig,
+        folder: Path,
+        lab: NetLab | None = None,
+        moving: MovingHost | None = None,
+    ) -> None:
         fixed = ("--identity", str(folder / "bootstrap.key"), "--port", str(free_port()))
         super().__init__(replace(config, bootstrap_options=fixed))
         self.lab = lab
+        self.moving = moving
+        self._starts_there = False
         self._hosts: dict[str, str] = {}
         self._leaving: list[LocalServer] = []
         self._orphaned: list[LocalServer] = []
@@ -87,7 +96,7 @@ class Cluster(LocalSwarm):
         self.servers.remove(server)
         self._orphaned.append(server)
         server.process.signal(signal.SIGKILL, alone=True)
-        server.process.popen.wait()
+        server.process.popen.communicate()
 
     def kill_span(self, blocks: BlockSpan) -> None:
         """SIGKILL to all servers of a span."""
@@ -107,6 +116,14 @@ class Cluster(LocalSwarm):
             self.config = usual
             for name in environment:
                 del os.environ[name]
+
+    def add_on_moving_host(self, blocks: BlockSpan) -> None:
+        """A server on the host whose address can change."""
+        self._starts_there = True
+        try:
+            self.add_servers(blocks)
+        finally:
+            self._starts_there = False
 
     @property
     def bootstrap_pid(self) -> int:
@@ -134,6 +151,11 @@ class Cluster(LocalSwarm):
         server.process.signal(signal.SIGTERM, alone=True)
 
     def command(self, name: str, arguments: list[str]) -> list[str]:
+        if self.moving is not None:
+            words = [*COMMAND, *arguments, "--host"]
+            if self._starts_there:
+                return self.moving.command([*words, "0.0.0.0"])
+            return [*words, HERE]
         if self.lab is None:
             return super().command(name, arguments)
         host = BOOTSTRAP_HOST

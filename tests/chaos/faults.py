@@ -56,7 +56,9 @@ class FaultInjector:
                 if num_done >= max(2, int(fault.at * num_steps)):
                     self._due.remove(fault)
                     self._inject_soon(fault)
-                    self._undo_at = num_done + fault.lasts
+                    # A server that changes its address is in use for some steps before.
+                    lasts = 4 if fault.kind is FaultKind.ADDRESS else fault.lasts
+                    self._undo_at = num_done + lasts
 
         return on_step
 
@@ -155,6 +157,12 @@ class FaultInjector:
                 victim = self._victim(fault)
                 cluster.kill_span(victim.blocks)
                 add_on_other_hardware(cluster, victim.blocks)
+            case FaultKind.ADDRESS:
+                victim, moving = self._victim(fault), cluster.moving
+                assert moving is not None, "see chaos.moving_host"
+                cluster.kill_span(victim.blocks)
+                cluster.add_on_moving_host(victim.blocks)
+                self._undo.append(moving.move)
             case kind:
                 assert kind in ON_NETWORK
                 self._excuse(cluster.alive())

@@ -145,7 +145,8 @@ class Runner:
         outcome.problems += long_stalls(outcome.stalls, scenario.faults)
         if first.session is not None:
             outcome.notes += [
-                f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason} {repair.rounding}"
+                f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason} "
+                f"{repair.rounding}"
                 for repair in first.session.trace.repairs
             ]
         self._await_survivors(manager_of(model))

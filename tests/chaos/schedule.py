@@ -46,6 +46,7 @@ class FaultKind(StrEnum):
     RESTARTS = "five restarts"
     RESTARTS_WITH_IDENTITY = "five restarts with an identity"
     OTHER_HARDWARE = "successor on other hardware"
+    ADDRESS = "server's address changes"
 
 
 ON_NETWORK = frozenset(
@@ -61,8 +62,11 @@ LAPTOP_LIFE = (
     FaultKind.RESTARTS,
     FaultKind.RESTARTS_WITH_IDENTITY,
     FaultKind.OTHER_HARDWARE,
+    FaultKind.ADDRESS,
 )
-"""What happens to machines that people carry about. Each takes up to two minutes."""
+"""What happens to machines that people carry about. Each takes up to two minutes.
+Only root can change an address.
+"""
 
 STOPS_CLIENT = frozenset({FaultKind.CLIENT_SLEEP, FaultKind.LAPTOP_SLEEP})
 

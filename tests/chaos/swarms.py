@@ -5,6 +5,7 @@ from pathlib import Path
 
 from chaos.cluster import Cluster
 from chaos.leak_checks import LEASE_SECONDS
+from chaos.moving_host import MovingHost
 from chaos.runner import Runner
 from netlab import NetLab
 from petals.demo.model import get_demo_model
@@ -29,11 +30,12 @@ def open_runner(
     folder: Path,
     lab: NetLab | None = None,
     options: tuple[str, ...] = (),
+    moving: MovingHost | None = None,
 ) -> Runner:
     """A runner with its cluster online, two servers for each span; both end with ``stack``.
 
     ``folder`` is for a tiny model's checkpoint and the bootstrap peer's identity. ``options`` are
-    added to the servers' own.
+    added to the servers' own. ``moving``: a host on which some of them are started.
     """
     if name == "smollm2":
         source = get_demo_model(name)
@@ -47,5 +49,5 @@ def open_runner(
         num_threads=1,
         server_options=("--check-integrity", "--lease", str(LEASE_SECONDS), *options),
     )
-    cluster = stack.enter_context(Cluster(config, folder, lab))
+    cluster = stack.enter_context(Cluster(config, folder, lab, moving))
     return Runner(source, cluster, SCALES[name])
