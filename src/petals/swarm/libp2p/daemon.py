@@ -206,6 +206,14 @@ class Daemon:
         )
         await self._ask(request)
 
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close the connections to a peer, and all streams on them. Raises DaemonError."""
+        request = p2pd_pb2.Request(
+            type=p2pd_pb2.Request.DISCONNECT,
+            disconnect=p2pd_pb2.DisconnectRequest(peer=base58.b58decode(peer)),
+        )
+        await self._ask(request)
+
     async def connections(self) -> list[tuple[PeerId, str]]:
         """Every open connection of the daemon: the peer, and the address of its other end."""
         response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
