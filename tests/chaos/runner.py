@@ -16,10 +16,10 @@ from chaos.client_run import ClientRun, client_runs
 from chaos.cluster import Cluster, wait_until
 from chaos.diagnosis import error_line, stacks
 from chaos.faults import FaultInjector
-from chaos.laptop import BACK_SECONDS, SLEEP_SECONDS
+from chaos.laptop import BACK_SECONDS
 from chaos.leak_checks import LeakCheck, client_holdings, client_leaks, server_holdings
 from chaos.report import Outcome
-from chaos.schedule import LAPTOP_LIFE, STOPS_CLIENT, Fault, Phase, Scenario
+from chaos.schedule import LAPTOP_LIFE, STOPS_ALL, Fault, Phase, Scenario
 from chaos.workload import PREFILL_CHUNK_TOKENS, GradientRun, Workload, make_workload
 from petals import AutoDistributedModelForCausalLM
 from petals.client.routing.sequence_manager import RemoteSequenceManager
@@ -237,10 +237,7 @@ def stall_seconds(gaps: Sequence[float], baseline: Baseline) -> float:
 
 def long_stalls(stalls: Sequence[float], faults: Sequence[Fault]) -> Iterator[str]:
     """The stalls (s) that the faults do not explain."""
-    limit = sum(
-        SLEEP_SECONDS + MAX_STALL_SECONDS if fault.kind in STOPS_CLIENT else MAX_STALL_SECONDS
-        for fault in faults
-    )
+    limit = sum(BACK_SECONDS if fault.kind in STOPS_ALL else MAX_STALL_SECONDS for fault in faults)
     for number, stall in enumerate(stalls):
         if stall > limit:
             yield f"client {number} waited {stall:.1f} s"

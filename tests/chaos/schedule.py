@@ -68,7 +68,15 @@ LAPTOP_LIFE = (
 Only root can change an address.
 """
 
-STOPS_CLIENT = frozenset({FaultKind.CLIENT_SLEEP, FaultKind.LAPTOP_SLEEP})
+STOPS_ALL = frozenset(
+    {
+        FaultKind.CLIENT_SLEEP,
+        FaultKind.LAPTOP_SLEEP,
+        FaultKind.OTHER_HARDWARE,
+        FaultKind.ADDRESS,
+    }
+)
+"""Faults during which no replica can continue."""
 
 ON_PROCESSES_AND_NETWORK = tuple(kind for kind in FaultKind if kind not in LAPTOP_LIFE)
 ON_PROCESSES = tuple(kind for kind in ON_PROCESSES_AND_NETWORK if kind not in ON_NETWORK)
