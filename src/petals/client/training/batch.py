@@ -5,6 +5,7 @@ Where the servers accept less at once, the micro-batches are halved. Gradients a
 order of the rows, so that every run gives the same bits. Knows no model and no optimizer.
 """
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,7 +51,7 @@ class Pass:
         self._blocks = blocks
         self._call = call
         self._is_training = is_training
-        self._view: SwarmState | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._parts: list[tuple[int, ...]] = []
         self._batches: list[MicroBatch] = []
 
@@ -59,7 +60,8 @@ class Pass:
 
         Raises RouteError, the servers' refusals, PeerError after ``max_retries``.
         """
-        view = self._view = await self._access.view()
+        self._loop = asyncio.get_running_loop()
+        view = await self._access.view()
         needs = Needs(blocks=self._blocks, model=view.model, is_training=self._is_training)
         num_hops = len(await view.route(needs, throughput=True))
         limit = micro_batch_tokens(hidden.shape[0], num_hops)
@@ -85,7 +87,7 @@ class Pass:
         """Gradients of what ``forward`` was given, from those of what it gave. Raises likewise, and
         NotSupported in a process that was forked in between.
         """
-        if self._view is not await self._access.view():
+        if self._loop is not asyncio.get_running_loop():  # a forked child has one of its own
             raise NotSupported(
                 "The forward pass was run before this process was forked.",
                 hint="Run both passes in the same process.",
