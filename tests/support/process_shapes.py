@@ -225,6 +225,26 @@ def fork_and_generate(words: Words) -> object:
     return _around_fork(words, child)
 
 
+def fork_between_passes(words: Words) -> object:
+    """The backward pass is for the process that ran the forward pass."""
+    model = load(words)
+    ids = torch.tensor([PROMPT])
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
+
+    def child() -> None:
+        try:
+            loss.backward()
+        except PetalsError as error:
+            say("refused", [type(error).__name__, str(error)])
+
+    _fork(model, child)
+    loss.backward()
+    assert embeds.grad is not None and embeds.grad.abs().sum() > 0
+    generate(model)
+    return model
+
+
 def preload(words: Words) -> object:
     """Two workers of a model that the parent has loaded, and the parent, as gunicorn does it."""
     model = load(words)
@@ -389,6 +409,7 @@ FORKS = (
     fork_and_os_exit,
     fork_and_collect,
     fork_and_generate,
+    fork_between_passes,
     preload,
     preload_after_use,
     multiprocessing_fork,
