@@ -126,7 +126,7 @@ def daemon_thread_in_generate(words: Words) -> object:
 
     threading.Thread(target=work, daemon=True).start()
     assert first.wait(CHILD_SECONDS)
-    generate(model)
+    generate(load(words))  # the other model's calls belong to the thread's session
     return model
 
 
