@@ -35,10 +35,10 @@ WITH_TOOLS := PYTHONPATH=tests:tools OMP_NUM_THREADS=1 $(BIN)/python
 
 SEED    ?= 1
 MINUTES ?= 5
-chaos: $(STAMP)         ## faults by a seeded schedule; SEED=, MINUTES= or RUNS=, ONLY=, MODELS=, NETWORK=1
+chaos: $(STAMP)         ## faults by a seeded schedule; SEED=, MINUTES= or RUNS=, ONLY=, MODELS=, NETWORK=1, LAPTOP=1
 	$(WITH_TOOLS) -m chaos --seed $(SEED) --minutes $(MINUTES) \
 		$(if $(RUNS),--runs $(RUNS)) $(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS)) \
-		$(if $(NETWORK),--network) $(if $(WRITE),--write benchmarks/results) $(ARGS)
+		$(if $(NETWORK),--network) $(if $(LAPTOP),--laptop) $(if $(WRITE),--write benchmarks/results) $(ARGS)
 
 FIRST     ?= 0
 SCHEDULES ?= 5000

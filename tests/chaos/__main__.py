@@ -18,9 +18,20 @@ from pathlib import Path
 import torch
 
 from chaos.cluster import CLIENT_HOST, laboratory
+from chaos.laptop import SERVER_OPTIONS
+from chaos.moving_host import ENV_OWN_NETWORK, MovingHost, in_own_network
 from chaos.report import Outcome, failure_list, stall_table
 from chaos.runner import Runner
-from chaos.schedule import ON_PROCESSES, FaultKind, Phase, Scenario, ScenarioSpace, draw
+from chaos.schedule import (
+    LAPTOP_LIFE,
+    ON_PROCESSES,
+    ON_PROCESSES_AND_NETWORK,
+    FaultKind,
+    Phase,
+    Scenario,
+    ScenarioSpace,
+    draw,
+)
 from chaos.swarms import NUM_HOPS, SPANS, open_runner
 from netlab import NetLab
 
@@ -42,6 +53,9 @@ def main() -> int:
         with laboratory(RTT_MS) as lab:
             words = [sys.executable, "-m", "chaos", *sys.argv[1:]]
             return lab.run(CLIENT_HOST, words, env={**os.environ, ENV_LAB: lab.name}).returncode
+    moves = options.laptop and FaultKind.ADDRESS in _laptop_kinds(options)
+    if moves and ENV_OWN_NETWORK not in os.environ:
+        return in_own_network([sys.executable, "-m", "chaos", *sys.argv[1:]])
     torch.set_num_threads(1)
     began = time.monotonic()
     outcomes = _run_all(options)
@@ -59,7 +73,9 @@ def main() -> int:
 
 def _run_all(options: argparse.Namespace) -> list[Outcome]:
     lab = NetLab.attach(os.environ[ENV_LAB]) if options.network else None
-    kinds = FaultKind if lab is not None else ON_PROCESSES
+    kinds = ON_PROCESSES if lab is None else ON_PROCESSES_AND_NETWORK
+    if options.laptop:
+        kinds = _laptop_kinds(options)
     numbers = itertools.count(options.start)
     began, share, outcomes = time.monotonic(), 0.0, []
 
@@ -83,13 +99,19 @@ def _run_all(options: argparse.Namespace) -> list[Outcome]:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             print(f"starting the swarm of {name}", flush=True)
-            runner = open_runner(name, stack, folder=folder, lab=lab)
+            more = SERVER_OPTIONS if options.laptop else ()
+            moving = stack.enter_context(MovingHost()) if ENV_OWN_NETWORK in os.environ else None
+            runner = open_runner(name, stack, folder=folder, lab=lab, options=more, moving=moving)
             while True:
                 outcomes.append(_run(runner, draw(space, options.seed, next(numbers))))
                 if progress() >= share - _ROUNDING:
                     break
             _check_leases(runner, outcomes[-1])
     return outcomes
+
+
+def _laptop_kinds(options: argparse.Namespace) -> tuple[FaultKind, ...]:
+    return tuple(k for k in LAPTOP_LIFE if not options.faults or k.name in options.faults)
 
 
 def _run(runner: Runner, scenario: Scenario) -> Outcome:
@@ -153,6 +175,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", type=words, default=[], help="names of FaultKind, else all")
     parser.add_argument("--phases", type=words, default=[], help="names of Phase, else all")
     parser.add_argument("--network", action="store_true", help="in a network laboratory (root)")
+    parser.add_argument("--laptop", action="store_true", help="sleep, restarts, other hardware")
     parser.add_argument("--write", help="folder for the table of stalls")
     options = parser.parse_args()
     if options.only is not None:

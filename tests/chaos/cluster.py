@@ -5,19 +5,21 @@ run on a host of a network laboratory. Knows processes; knows no tensors.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
+from chaos.moving_host import HERE, MovingHost
 from netlab import Host, NetLab, Topology
 from petals.testing.local_swarm import COMMAND, LocalServer, LocalSwarm, LocalSwarmConfig
-from petals.types import PeerId
+from petals.types import BlockSpan, PeerId
 
 DAEMON = "p2pd"
 CLIENT_HOST, BOOTSTRAP_HOST = "client", "bootstrap"
@@ -38,12 +40,21 @@ class Cluster(LocalSwarm):
     `restore` keeps up. ``folder`` is for the bootstrap peer's identity.
     """
 
-    def __init__(self, config: LocalSwarmConfig, folder: Path, lab: NetLab | None = None) -> None:
-        fixed = ("--identity", str(folder / "bootstrap.key"), "--port", str(_free_port()))
+    def __init__(
+        self,
+        config: LocalSwarmConfig,
+        folder: Path,
+        lab: NetLab | None = None,
+        moving: MovingHost | None = None,
+    ) -> None:
+        fixed = ("--identity", str(folder / "bootstrap.key"), "--port", str(free_port()))
         super().__init__(replace(config, bootstrap_options=fixed))
         self.lab = lab
+        self.moving = moving
+        self._starts_there = False
         self._hosts: dict[str, str] = {}
         self._leaving: list[LocalServer] = []
+        self._orphaned: list[LocalServer] = []
 
     def stop(self) -> None:
         for server in self.servers:
@@ -57,6 +68,10 @@ class Cluster(LocalSwarm):
             # If it has ended, its group is killed: a daemon outlives its parent for a moment.
             self.end(server)
         self._leaving.clear()
+        for server in self._orphaned:
+            self._children.remove(server.process)
+            server.process.kill()
+        self._orphaned.clear()
         missing = Counter(self.config.spans)
         for server in list(self.servers):
             if missing[server.blocks]:
@@ -75,6 +90,46 @@ class Cluster(LocalSwarm):
         for server in crashed:
             self.end(server)
         return told
+
+    def kill_alone(self, server: LocalServer) -> None:
+        """SIGKILL to a server, and not to its network daemon."""
+        self.servers.remove(server)
+        self._orphaned.append(server)
+        server.process.signal(signal.SIGKILL, alone=True)
+        server.process.popen.communicate()
+
+    def kill_span(self, blocks: BlockSpan) -> None:
+        """SIGKILL to all servers of a span."""
+        for server in [server for server in self.servers if server.blocks == blocks]:
+            self.kill(server)
+
+    def add_with_options(
+        self, blocks: BlockSpan, options: tuple[str, ...], environment: Mapping[str, str] = {}
+    ) -> list[LocalServer]:
+        """A server with further options and environment variables."""
+        usual = self.config
+        self.config = replace(usual, server_options=(*usual.server_options, *options))
+        os.environ |= environment
+        try:
+            return self.add_servers(blocks)
+        finally:
+            self.config = usual
+            for name in environment:
+                del os.environ[name]
+
+    def add_on_moving_host(self, blocks: BlockSpan) -> None:
+        """A server on the host whose address can change."""
+        self._starts_there = True
+        try:
+            self.add_servers(blocks)
+        finally:
+            self._starts_there = False
+
+    @property
+    def bootstrap_pid(self) -> int:
+        """The leader of the bootstrap peer's process group."""
+        assert self._bootstrap is not None
+        return self._bootstrap.popen.pid
 
     def alive(self) -> list[LocalServer]:
         """Servers whose process has not ended."""
@@ -96,6 +151,11 @@ class Cluster(LocalSwarm):
         server.process.signal(signal.SIGTERM, alone=True)
 
     def command(self, name: str, arguments: list[str]) -> list[str]:
+        if self.moving is not None:
+            words = [*COMMAND, *arguments, "--host"]
+            if self._starts_there:
+                return self.moving.command([*words, "0.0.0.0"])
+            return [*words, HERE]
         if self.lab is None:
             return super().command(name, arguments)
         host = BOOTSTRAP_HOST
@@ -132,7 +192,7 @@ def wait_until(condition: Callable[[], object], seconds: float, pause: float = 0
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

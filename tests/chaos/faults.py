@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from chaos.client_run import ClientRun
-from chaos.cluster import CLIENT_HOST, Cluster, kill_daemons, wait_until
+from chaos.cluster import CLIENT_HOST, Cluster, daemons, kill_daemons, wait_until
+from chaos.laptop import SLEEP_SECONDS, add_on_other_hardware, restart_five_times, sleep_command
 from chaos.leak_checks import LeakCheck
 from chaos.schedule import ON_NETWORK, Fault, FaultKind, Phase, Scenario
 from chaos.workload import PREFILL_CHUNK_TOKENS
@@ -36,6 +38,7 @@ class FaultInjector:
         self._undo_at: int | None = None
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
+        self._sleeping: list[subprocess.Popen[bytes]] = []
         self.injected_at: list[float] = []
         """Times (monotonic seconds) at which faults were injected."""
 
@@ -53,7 +56,9 @@ class FaultInjector:
                 if num_done >= max(2, int(fault.at * num_steps)):
                     self._due.remove(fault)
                     self._inject_soon(fault)
-                    self._undo_at = num_done + fault.lasts
+                    # A server that changes its address is in use for some steps before.
+                    lasts = 4 if fault.kind is FaultKind.ADDRESS else fault.lasts
+                    self._undo_at = num_done + lasts
 
         return on_step
 
@@ -70,7 +75,11 @@ class FaultInjector:
             self._inject(fault)
 
     def finish(self) -> None:
-        """Wait for faults that come with a delay; raise what went wrong in any injection."""
+        """Wait for faults that come with a delay or end by themselves; raise what went wrong in any
+        injection.
+        """
+        for sleeping in self._sleeping:
+            sleeping.wait(2 * SLEEP_SECONDS)
         for thread in self._threads:
             thread.join(60.0)
         for error in self._errors:
@@ -130,6 +139,30 @@ class FaultInjector:
                 self._excuse([victim])
                 victim.process.signal(signal.SIGSTOP, alone=fault.kind is FaultKind.HANG)
                 self._undo.append(lambda: victim.process.signal(signal.SIGCONT))
+            case FaultKind.SERVER_SLEEP:
+                self._fall_asleep([self._victim(fault)])
+            case FaultKind.BOOTSTRAP_SLEEP:
+                self._fall_asleep([], [cluster.bootstrap_pid])
+            case FaultKind.CLIENT_SLEEP:
+                self._fall_asleep([], client=True)
+            case FaultKind.LAPTOP_SLEEP:
+                self._fall_asleep(cluster.alive(), [cluster.bootstrap_pid], client=True)
+            case FaultKind.RESTARTS | FaultKind.RESTARTS_WITH_IDENTITY:
+                victim = self._victim(fault)
+                self._excuse([victim])
+                restart_five_times(
+                    cluster, victim, has_identity=fault.kind is FaultKind.RESTARTS_WITH_IDENTITY
+                )
+            case FaultKind.OTHER_HARDWARE:
+                victim = self._victim(fault)
+                cluster.kill_span(victim.blocks)
+                add_on_other_hardware(cluster, victim.blocks)
+            case FaultKind.ADDRESS:
+                victim, moving = self._victim(fault), cluster.moving
+                assert moving is not None, "see chaos.moving_host"
+                cluster.kill_span(victim.blocks)
+                cluster.add_on_moving_host(victim.blocks)
+                self._undo.append(moving.move)
             case kind:
                 assert kind in ON_NETWORK
                 self._excuse(cluster.alive())
@@ -154,6 +187,15 @@ class FaultInjector:
                 lab.set_host(host, up="1mbit", down="1mbit", access_ms=100)
             case FaultKind.LOSS:
                 lab.set_host(host, loss=0.05)
+
+    def _fall_asleep(
+        self, servers: Sequence[LocalServer], groups: Sequence[int] = (), *, client: bool = False
+    ) -> None:
+        """Stop process groups, and this process with its daemons, for ``SLEEP_SECONDS``."""
+        self._excuse(servers or self._cluster.alive())
+        groups = [*groups, *(server.pid for server in servers)]
+        alone = [os.getpid(), *(d.pid for d in daemons(os.getpid()))] if client else []
+        self._sleeping.append(subprocess.Popen(sleep_command(groups, alone)))
 
     def _excuse(self, servers: Sequence[LocalServer]) -> None:
         for server in servers:

@@ -16,9 +16,10 @@ from chaos.client_run import ClientRun, client_runs
 from chaos.cluster import Cluster, wait_until
 from chaos.diagnosis import error_line, stacks
 from chaos.faults import FaultInjector
+from chaos.laptop import BACK_SECONDS
 from chaos.leak_checks import LeakCheck, client_holdings, client_leaks, server_holdings
 from chaos.report import Outcome
-from chaos.schedule import Phase, Scenario
+from chaos.schedule import LAPTOP_LIFE, STOPS_ALL, Fault, Phase, Scenario
 from chaos.workload import PREFILL_CHUNK_TOKENS, GradientRun, Workload, make_workload
 from petals import AutoDistributedModelForCausalLM
 from petals.client.routing.sequence_manager import RemoteSequenceManager
@@ -137,17 +138,36 @@ class Runner:
             finally:
                 injector.undo()
         outcome.problems += self._problems(workload, runs)
+        if any(fault.kind in LAPTOP_LIFE for fault in scenario.faults):
+            outcome.problems += self._not_back(model, workload)
         outcome.landed = _landed(scenario, injector.injected_at, first.timeline.ended)
         outcome.stalls += [stall_seconds(run.timeline.gaps, baseline) for run in runs]
-        outcome.problems += long_stalls(outcome.stalls, len(scenario.faults))
+        outcome.problems += long_stalls(outcome.stalls, scenario.faults)
         if first.session is not None:
             outcome.notes += [
-                f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason}"
+                f"repaired {repair.blocks} in {repair.stall_seconds:.2f} s: {repair.reason} "
+                f"{repair.rounding}"
                 for repair in first.session.trace.repairs
             ]
         self._await_survivors(manager_of(model))
 
-    def _await_all_seen(self, manager: RemoteSequenceManager) -> None:
+    def _not_back(self, model: PreTrainedModel, workload: Workload) -> Iterator[str]:
+        """What is wrong a minute after a fault: for this client, and for a new one."""
+        deadline = time.monotonic() + BACK_SECONDS
+        self._await_all_seen(manager_of(model), BACK_SECONDS)
+        with self.client() as other:
+            for client in (model, other):
+                with client_runs(workload) as runs:
+                    for run in runs:
+                        run.start(client)
+                    _join(runs)
+                yield from self._problems(workload, runs)
+        if time.monotonic() > deadline:
+            yield f"not back within {BACK_SECONDS:.0f} s"
+
+    def _await_all_seen(
+        self, manager: RemoteSequenceManager, seconds: float = _VIEW_SECONDS
+    ) -> None:
         alive = {server.peer_id: server for server in self.cluster.alive()}
 
         async def online() -> set[str]:
@@ -156,10 +176,10 @@ class Runner:
             records = (await view.records()).records.values()
             return {r.peer_id for r in records if r.state.name == "ONLINE"}
 
-        if not wait_until(lambda: alive.keys() <= manager.run(online()), _VIEW_SECONDS, pause=0.3):
+        if not wait_until(lambda: alive.keys() <= manager.run(online()), seconds, pause=0.3):
             unseen = alive.keys() - manager.run(online())
             names = ", ".join(f"{alive[peer].blocks} …{peer[-6:]}" for peer in unseen)
-            raise RuntimeError(f"not in the directory after {_VIEW_SECONDS:.0f} s: {names}")
+            raise RuntimeError(f"not in the directory after {seconds:.0f} s: {names}")
 
     def _await_survivors(self, manager: RemoteSequenceManager) -> None:
         for server in self.cluster.alive():
@@ -215,10 +235,11 @@ def stall_seconds(gaps: Sequence[float], baseline: Baseline) -> float:
     return max(0.0, first, max(later) - median(later) if later else 0.0)
 
 
-def long_stalls(stalls: Sequence[float], num_faults: int) -> Iterator[str]:
-    """The stalls (s) that ``num_faults`` faults do not explain."""
+def long_stalls(stalls: Sequence[float], faults: Sequence[Fault]) -> Iterator[str]:
+    """The stalls (s) that the faults do not explain."""
+    limit = sum(BACK_SECONDS if fault.kind in STOPS_ALL else MAX_STALL_SECONDS for fault in faults)
     for number, stall in enumerate(stalls):
-        if stall > MAX_STALL_SECONDS * num_faults:
+        if stall > limit:
             yield f"client {number} waited {stall:.1f} s"
 
 

@@ -39,6 +39,14 @@ class FaultKind(StrEnum):
     CUT_LINK = "cut between two hops"
     SLOW = "slow link"
     LOSS = "5 % loss"
+    SERVER_SLEEP = "server sleeps"
+    CLIENT_SLEEP = "client sleeps"
+    BOOTSTRAP_SLEEP = "bootstrap sleeps"
+    LAPTOP_SLEEP = "all of them sleep"
+    RESTARTS = "five restarts"
+    RESTARTS_WITH_IDENTITY = "five restarts with an identity"
+    OTHER_HARDWARE = "successor on other hardware"
+    ADDRESS = "server's address changes"
 
 
 ON_NETWORK = frozenset(
@@ -46,7 +54,32 @@ ON_NETWORK = frozenset(
 )
 """Faults of links, which need a network laboratory."""
 
-ON_PROCESSES = tuple(kind for kind in FaultKind if kind not in ON_NETWORK)
+LAPTOP_LIFE = (
+    FaultKind.SERVER_SLEEP,
+    FaultKind.CLIENT_SLEEP,
+    FaultKind.BOOTSTRAP_SLEEP,
+    FaultKind.LAPTOP_SLEEP,
+    FaultKind.RESTARTS,
+    FaultKind.RESTARTS_WITH_IDENTITY,
+    FaultKind.OTHER_HARDWARE,
+    FaultKind.ADDRESS,
+)
+"""What happens to machines that people carry about. Each takes up to two minutes.
+Only root can change an address.
+"""
+
+STOPS_ALL = frozenset(
+    {
+        FaultKind.CLIENT_SLEEP,
+        FaultKind.LAPTOP_SLEEP,
+        FaultKind.OTHER_HARDWARE,
+        FaultKind.ADDRESS,
+    }
+)
+"""Faults during which no replica can continue."""
+
+ON_PROCESSES_AND_NETWORK = tuple(kind for kind in FaultKind if kind not in LAPTOP_LIFE)
+ON_PROCESSES = tuple(kind for kind in ON_PROCESSES_AND_NETWORK if kind not in ON_NETWORK)
 PAIRABLE = (FaultKind.KILL, FaultKind.PAUSE, FaultKind.SERVER_DAEMON, FaultKind.CLIENT_DAEMON)
 ON_SERVERS = PAIRABLE[:-1]
 TWO_AT_ONCE = "two at once"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from chaos.cluster import Cluster
 from chaos.leak_checks import LEASE_SECONDS
+from chaos.moving_host import MovingHost
 from chaos.runner import Runner
 from netlab import NetLab
 from petals.demo.model import get_demo_model
@@ -22,10 +23,19 @@ SCALES = {"bloom": 2, "smollm2": 1}
 """Factor of the number of tokens: a step of the larger model takes longer."""
 
 
-def open_runner(name: str, stack: ExitStack, *, folder: Path, lab: NetLab | None = None) -> Runner:
+def open_runner(
+    name: str,
+    stack: ExitStack,
+    *,
+    folder: Path,
+    lab: NetLab | None = None,
+    options: tuple[str, ...] = (),
+    moving: MovingHost | None = None,
+) -> Runner:
     """A runner with its cluster online, two servers for each span; both end with ``stack``.
 
-    ``folder`` is for a tiny model's checkpoint and the bootstrap peer's identity.
+    ``folder`` is for a tiny model's checkpoint and the bootstrap peer's identity. ``options`` are
+    added to the servers' own. ``moving``: a host on which some of them are started.
     """
     if name == "smollm2":
         source = get_demo_model(name)
@@ -37,7 +47,7 @@ def open_runner(name: str, stack: ExitStack, *, folder: Path, lab: NetLab | None
         spans=2 * SPANS[name],
         dtype="float32",
         num_threads=1,
-        server_options=("--check-integrity", "--lease", str(LEASE_SECONDS)),
+        server_options=("--check-integrity", "--lease", str(LEASE_SECONDS), *options),
     )
-    cluster = stack.enter_context(Cluster(config, folder, lab))
+    cluster = stack.enter_context(Cluster(config, folder, lab, moving))
     return Runner(source, cluster, SCALES[name])

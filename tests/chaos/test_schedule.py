@@ -1,7 +1,19 @@
 """The schedule is repeatable and complete."""
 
+from chaos.laptop import SLEEP_SECONDS
 from chaos.runner import MAX_STALL_SECONDS, long_stalls
-from chaos.schedule import ON_PROCESSES, PAIRABLE, TWO_AT_ONCE, Phase, ScenarioSpace, draw
+from chaos.schedule import (
+    LAPTOP_LIFE,
+    ON_NETWORK,
+    ON_PROCESSES,
+    PAIRABLE,
+    TWO_AT_ONCE,
+    Fault,
+    FaultKind,
+    Phase,
+    ScenarioSpace,
+    draw,
+)
 
 SPACE = ScenarioSpace(model="tiny", num_hops=3, kinds=ON_PROCESSES)
 NUM_PAIRS = (len(ON_PROCESSES) + 1) * len(Phase)
@@ -29,6 +41,13 @@ def test_two_at_once_hit_two_hops_in_the_same_step() -> None:
 
 
 def test_a_stall_that_the_faults_do_not_explain_is_a_failure() -> None:
+    kill, sleep = (Fault(kind, 0, 0.5) for kind in (FaultKind.KILL, FaultKind.CLIENT_SLEEP))
     stalls = [0.1, 1.5 * MAX_STALL_SECONDS]
-    assert list(long_stalls(stalls, num_faults=1)) == [f"client 1 waited {stalls[1]:.1f} s"]
-    assert list(long_stalls(stalls, num_faults=2)) == []
+    assert list(long_stalls(stalls, [kill])) == [f"client 1 waited {stalls[1]:.1f} s"]
+    assert list(long_stalls(stalls, [kill, kill])) == []
+    assert list(long_stalls([SLEEP_SECONDS + 1.0], [sleep])) == []
+
+
+def test_every_fault_is_of_one_place() -> None:
+    groups = (set(ON_PROCESSES), set(ON_NETWORK), set(LAPTOP_LIFE))
+    assert sorted(kind for group in groups for kind in group) == sorted(FaultKind)

@@ -71,7 +71,9 @@ class EdgeTrace:
 class Repair:
     """A hop that was lost, and the route that replaced it.
 
-    stall_seconds: time (s) in which the session made no progress.
+    stall_seconds: time (s) in which the session made no progress. rounding: empty if the
+    replacement computes as the lost hop did; otherwise how both do (precision, processor, threads):
+    equality of the tokens that follow is then promised up to rounding only.
     """
 
     peer_id: PeerId
@@ -79,6 +81,7 @@ class Repair:
     reason: str
     replaced_by: Route
     stall_seconds: float
+    rounding: str = ""
 
 
 @dataclass(frozen=True, slots=True)

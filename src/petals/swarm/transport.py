@@ -126,6 +126,12 @@ class Transport(Protocol):
         """Dial one multiaddress. Raises PeerUnreachable."""
         ...
 
+    def doubt(self, peer: PeerId) -> None:
+        """A stream to ``peer`` opened and stayed mute: its connection may be dead, for example
+        because the peer has another address now.
+        """
+        ...
+
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> Stream:
         """A new stream to ``peer``. Raises PeerUnreachable or PeerTimeout."""
         ...

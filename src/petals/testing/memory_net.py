@@ -267,6 +267,9 @@ class MemoryTransport:
             raise PeerUnreachable("No peer listens there.", peer_id=peer)
         return peer
 
+    def doubt(self, peer: PeerId) -> None:
+        """Does nothing: there are no connections that outlive their ends."""
+
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> MemoryStream:
         target = self._net.transports.get(peer)
         if self._net.is_mute(self.peer_id, peer):

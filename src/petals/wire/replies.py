@@ -71,7 +71,7 @@ class Info(Message, frozen=True):
 
     ``kv_format``: how its blocks compute and what they keep. Keys and values can be moved between
     servers that say the same; empty: they cannot be moved. ``kv_token_bytes``: of one token in all
-    of its blocks.
+    of its blocks. ``arithmetic``: what decides how its sums are rounded.
     """
 
     model: ShortText
@@ -90,3 +90,4 @@ class Info(Message, frozen=True):
     num_tasks: Position = 0
     kv_format: ShortText = ""
     kv_token_bytes: Position = 0
+    arithmetic: ShortText = ""

@@ -315,7 +315,7 @@ class InferenceSession:
     def close(self) -> None:
         """Free what the servers hold. Idempotent; a step afterwards raises SessionClosed."""
         self._dropped.detach()
-        client_loop.run(self._rows.close())
+        client_loop.finish(self._rows.close)
 
 
 def _close_soon(rows: SessionRows) -> None:

@@ -41,7 +41,9 @@ SequenceManagerConfig = ClientConfig
 class SwarmConnection:
     """The view of one model's servers, connected at first use; a manager's slices share it.
 
-    ``source``: the object that ``config`` was read from, if its attributes may change later.
+    It belongs to the event loop that uses it. In another one, which is that of a forked child, it
+    connects anew and leaves the first view to the parent process. ``source``: the object that
+    ``config`` was read from, if its attributes may change later.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class SwarmConnection:
         self._given = node
         self._view: SwarmState | None = None
         self._connecting = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.ready = threading.Event()
         """Set once the swarm has been joined."""
@@ -83,6 +86,7 @@ class SwarmConnection:
         Raises BootstrapFailed, ConfigError, SwarmError.
         """
         config = self.config
+        self._enter_loop()
         async with self._connecting:
             if self._closed:
                 raise SwarmError("This sequence manager was shut down.", hint="Make a new one.")
@@ -97,6 +101,7 @@ class SwarmConnection:
 
     async def close(self) -> None:
         """End open sessions and give the node back. Idempotent."""
+        self._enter_loop()
         async with self._connecting:
             self._closed = True
             view, self._view = self._view, None
@@ -108,6 +113,23 @@ class SwarmConnection:
     @property
     def is_alive(self) -> bool:
         return not self._closed
+
+    def _enter_loop(self) -> None:
+        """In a new event loop, forget what belongs to the old one; its lock may be held for ever.
+
+        Raises SwarmError if the connection was given a node, which cannot be had a second time.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            return
+        if self._loop is not None:
+            self.ready = threading.Event()
+        if self._loop is not None and self._given is not None:
+            raise SwarmError(
+                "The node of this sequence manager belongs to the process that forked this one.",
+                hint="Make the node, or the manager, in the child process.",
+            )
+        self._loop, self._view, self._connecting = loop, None, asyncio.Lock()
 
 
 @dataclass(slots=True)
@@ -346,7 +368,7 @@ class RemoteSequenceManager:
         """End the sessions and the connection; a slice's shutdown does nothing. Idempotent."""
         if self._origin is None and self.access.is_alive:
             client_loop.forget(self.access.close)
-            client_loop.run(self.access.close())
+            client_loop.finish(self.access.close)
 
 
 def _close_soon(access: SwarmConnection) -> None:

@@ -65,6 +65,8 @@ class SessionRows:
         self._reorder: tuple[int, ...] | None = None
         """The reorder that the next step brings: new row r continues row ``_reorder[r]``."""
         self._turn = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop of the first step; in a forked child it is another one."""
         self._end: PetalsError | None = None
         self._step_seconds: deque[float] = deque(maxlen=_KEPT_STEPS)
 
@@ -99,6 +101,12 @@ class SessionRows:
         hidden: [sum(counts), H]; the result has its shape. rope_lengths: of each token, in the same
         order; None: the length of its row after the step. A step that fails changes nothing.
         """
+        self._loop = self._loop or asyncio.get_running_loop()
+        if not self._is_ours:
+            raise SessionClosed(
+                "The session was opened before this process was forked; the parent continues it.",
+                hint="Open one in this process: with model.inference_session(...) as session.",
+            )
         async with self._turn:
             began = perf_counter()
             self._check(hidden, starts, counts, reorder)
@@ -163,8 +171,13 @@ class SessionRows:
         """Free what the servers hold; a step under way fails. Idempotent."""
         if self._end is None:
             self._end = SessionClosed("The session was closed.", hint="Open a new one.")
-        if self._supervisor is not None:
+        if self._supervisor is not None and self._is_ours:
             await self._supervisor.close()
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether this process has opened the session, or will."""
+        return self._loop in (None, asyncio.get_running_loop())
 
     async def _opened(self, hidden: Tensor, num_rows: int) -> tuple[SessionSupervisor, torch.dtype]:
         """The session at the servers, opened at the first step, and how states travel."""

@@ -195,6 +195,8 @@ class SessionState:
     losses: dict[Hop, str] = field(default_factory=dict)
     excluded: dict[PeerId, PetalsError] = field(default_factory=dict)
     failure: PetalsError | None = None
+    arithmetics: dict[PeerId, str] = field(default_factory=dict)
+    """`Info.arithmetic` of every server that has been in the route."""
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=_KEPT_REPAIRS))
     ids: Iterator[int] = field(default_factory=lambda: count(1))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -237,11 +239,23 @@ class SessionState:
         self.epoch += bool(self.legs)
         self.legs[start : start + len(old)] = hops
         self.joining = [hop for hop in self.joining if hop not in hops]
+        self.arithmetics |= {hop.peer_id: hop.info.arithmetic for hop in hops}
 
     def note_repair(self, old: Hop, reason: str, seconds: float) -> Repair:
         """Record which legs serve the blocks of ``old`` now. ``seconds``: how long no step ran."""
-        by = tuple(leg.hop for leg in self.legs if leg.blocks.overlaps(old.blocks))
-        self.repairs.append(Repair(old.peer_id, old.blocks, reason, by, seconds))
+        new = [leg for leg in self.legs if leg.blocks.overlaps(old.blocks)]
+        before = self.arithmetics.get(old.peer_id, "")
+        others = {leg.info.arithmetic for leg in new} - {before, ""}
+        self.repairs.append(
+            Repair(
+                old.peer_id,
+                old.blocks,
+                reason,
+                tuple(leg.hop for leg in new),
+                seconds,
+                f"{before}; now {', '.join(sorted(others))}" if before and others else "",
+            )
+        )
         return self.repairs[-1]
 
     def take_unused(self) -> list[HopSession]:

@@ -287,9 +287,12 @@ class SessionSupervisor:
         """All hops are there again: record which ones replace those that were lost."""
         seconds = self._context.now - self._progress_at
         for lost, reason in self.state.losses.items():
-            by = self.state.note_repair(lost, reason, seconds).replaced_by
+            repair = self.state.note_repair(lost, reason, seconds)
             text = "blocks %s of …%s (%s) are served again after %.2f s: %s"
-            logger.info(text, lost.blocks, lost.peer_id[-6:], reason, seconds, show(by))
+            by = show(repair.replaced_by)
+            logger.info(text, lost.blocks, lost.peer_id[-6:], reason, seconds, by)
+            if repair.rounding:
+                logger.info("their sums are rounded in another way: %s", repair.rounding)
         self.state.losses.clear()
         self._warm_spares()
 

@@ -5,6 +5,7 @@ Where the servers accept less at once, the micro-batches are halved. Gradients a
 order of the rows, so that every run gives the same bits. Knows no model and no optimizer.
 """
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from petals.client.routing.sequence_manager import SwarmConnection
 from petals.client.routing.swarm_state import SwarmState
 from petals.client.training.hop_call import Gradients, PassCall, PassOutput
 from petals.client.training.micro_batch import LostPeers, MicroBatch
-from petals.errors import BatchTooLarge
+from petals.errors import BatchTooLarge, NotSupported
 from petals.swarm.background import gather_bounded
 from petals.types import BlockSpan
 
@@ -50,6 +51,7 @@ class Pass:
         self._blocks = blocks
         self._call = call
         self._is_training = is_training
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._parts: list[tuple[int, ...]] = []
         self._batches: list[MicroBatch] = []
 
@@ -58,6 +60,7 @@ class Pass:
 
         Raises RouteError, the servers' refusals, PeerError after ``max_retries``.
         """
+        self._loop = asyncio.get_running_loop()
         view = await self._access.view()
         needs = Needs(blocks=self._blocks, model=view.model, is_training=self._is_training)
         num_hops = len(await view.route(needs, throughput=True))
@@ -81,7 +84,14 @@ class Pass:
         )
 
     async def backward(self, grads: PassOutput) -> Gradients:
-        """Gradients of what ``forward`` was given, from those of what it gave. Raises likewise."""
+        """Gradients of what ``forward`` was given, from those of what it gave. Raises likewise, and
+        NotSupported in a process that was forked in between.
+        """
+        if self._loop is not asyncio.get_running_loop():  # a forked child has one of its own
+            raise NotSupported(
+                "The forward pass was run before this process was forked.",
+                hint="Run both passes in the same process.",
+            )
         tapped = {block: self._split(grad) for block, grad in grads.tapped.items()}
         works = []
         for number, (batch, piece) in enumerate(zip(self._batches, self._split(grads.hidden))):

@@ -8,6 +8,7 @@ threads have called lately, the next product waits up to ``_GRACE_SECONDS`` for 
 thread that is the only caller never waits. Knows no sessions.
 """
 
+import os
 import threading
 import time
 from typing import Any
@@ -71,6 +72,7 @@ class SharedHead(nn.Linear):
         self._swap_factors = _is_faster_swapped(weight) if swap_factors is None else swap_factors
 
     def _begin(self) -> None:
+        self._process = os.getpid()
         self._calls: list[_HeadCall] = []
         self._last_call: dict[int, float] = {}  # thread id -> monotonic seconds
         self._queue_changed = threading.Condition()  # guards the two fields above
@@ -95,6 +97,8 @@ class SharedHead(nn.Linear):
         learns = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         if learns or num_rows > _MAX_ROWS or hidden.dtype is not torch.float32:
             return super().forward(hidden)
+        if self._process != os.getpid():
+            self._begin()  # a forked child: the threads that hold the locks are not in it
         call = _HeadCall(hidden.reshape(num_rows, self.in_features))
         with self._queue_changed:
             self._calls.append(call)

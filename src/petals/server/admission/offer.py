@@ -16,7 +16,7 @@ class ServedModel:
     max_length: tokens per row. max_step_tokens: tokens of one step or pass. max_rows: rows of one
     session. no_training: why it gives no gradients; empty if it does. slots: the matrices to which
     adapters can be applied. kv_format: servers with equal formats can transfer the KV of a session
-    to each other; empty: not at all.
+    to each other; empty: not at all. arithmetic: what decides how sums are rounded.
     """
 
     model: ModelId
@@ -29,3 +29,4 @@ class ServedModel:
     no_training: str = ""
     slots: Slots = field(default_factory=dict)
     kv_format: str = ""
+    arithmetic: str = ""

@@ -219,6 +219,7 @@ class ServedSpan:
             slots=loaded.span.slots,
             no_training=loaded.why_no_gradients,
             kv_format=kv_format(model.precision, loaded.span.layout),
+            arithmetic=arithmetic(model.precision, model.device),
         )
 
     def _make_logs(self) -> LogBudget:
@@ -253,6 +254,19 @@ def kv_format(precision: Precision, layout: KVLayout) -> str:
     if layout.kv_dtype is None:
         return ""
     return f"{precision.dtype} {precision.quant}, keeps {layout.kv_dtype}".replace("torch.", "")
+
+
+def arithmetic(precision: Precision, device: str) -> str:
+    """What decides how the sums of the blocks are rounded: precision, processor, threads.
+
+    Servers with equal names give the same bits for the same batch.
+    """
+    if torch.device(device).type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        kernels, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        processor = f"CPU {kernels}, {threads} thread{'s' * (threads > 1)}"
+    return f"{precision.dtype} {precision.quant}, {processor}".replace("torch.", "")
 
 
 def release_memory() -> None:

@@ -415,5 +415,6 @@ class BlocksService:
             trains=not offer.no_training,
             num_tasks=len(asyncio.all_tasks()),
             kv_format=offer.kv_format,
+            arithmetic=offer.arithmetic,
             kv_token_bytes=pool.layout.token_bytes(offer.blocks),
         )

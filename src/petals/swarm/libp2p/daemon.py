@@ -6,8 +6,11 @@ is in this file (docs/decisions/0001). Must not know records and frames.
 
 import asyncio
 import contextlib
+import os
 import resource
+import shutil
 import tempfile
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,8 +138,9 @@ class Daemon:
         self._identity = identity
         self._relays = relays
         self._on_exit = on_exit
-        self._home = tempfile.TemporaryDirectory(prefix="petals-")
-        self._process = DaemonProcess(Path(self._home.name), self._ended)
+        self._home = Path(tempfile.mkdtemp(prefix="petals-"))
+        self._remove_home = weakref.finalize(self, _remove, self._home, os.getpid())
+        self._process = DaemonProcess(self._home, self._ended)
         self._server: asyncio.Server | None = None
         self._accept: dict[str, Accept] = {}
         self._inbound = BackgroundTasks()
@@ -154,15 +158,14 @@ class Daemon:
             hivemind_logging.use_hivemind_log_handler("nowhere")
         # hivemind would write peer ids inside addresses in a form that the daemon cannot read.
         cid.PROTO_NAME_TO_CIDv1_CODEC.clear()
-        home = Path(self._home.name)
-        key_file = home / "identity"
+        key_file = self._home / "identity"
         if not key_file.exists():
             write_secret(key_file, self._identity.to_bytes())
         await self._process.start(self._config, listen, key_file, self._relays)
         try:
             self.p2p = await _attach(self._process.control)
             self._server = await asyncio.start_unix_server(
-                self._on_connection, path=home / "streams", limit=_BUFFER_BYTES
+                self._on_connection, path=self._home / "streams", limit=_BUFFER_BYTES
             )
         except (P2PDaemonError, OSError) as error:
             raise ConfigError(f"The network daemon cannot be spoken to: {error}") from error
@@ -176,7 +179,7 @@ class Daemon:
         if self.p2p is not None:
             await self.p2p.shutdown()
         await self._process.stop()
-        self._home.cleanup()
+        self._remove_home()
 
     async def addresses(self) -> tuple[str, ...]:
         """The addresses at which the daemon can be reached, as far as it knows, each with
@@ -203,6 +206,14 @@ class Daemon:
         )
         await self._ask(request)
 
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close the connections to a peer, and all streams on them. Raises DaemonError."""
+        request = p2pd_pb2.Request(
+            type=p2pd_pb2.Request.DISCONNECT,
+            disconnect=p2pd_pb2.DisconnectRequest(peer=base58.b58decode(peer)),
+        )
+        await self._ask(request)
+
     async def connections(self) -> list[tuple[PeerId, str]]:
         """Every open connection of the daemon: the peer, and the address of its other end."""
         response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
@@ -215,7 +226,7 @@ class Daemon:
     async def serve(self, protocol: str, accept: Accept) -> None:
         """Pass streams that peers open for ``protocol`` to ``accept``."""
         self._accept[protocol] = accept
-        address = Multiaddr(f"/unix{self._home.name}/streams")
+        address = Multiaddr(f"/unix{self._home}/streams")
         await self._ask(
             p2pd_pb2.Request(
                 type=p2pd_pb2.Request.STREAM_HANDLER,
@@ -295,11 +306,24 @@ class Daemon:
             self._on_exit()
 
 
+def _remove(home: Path, owner: int) -> None:
+    """Remove a daemon's folder, unless this is a forked child of the process that made it."""
+    if os.getpid() == owner:
+        shutil.rmtree(home, ignore_errors=True)
+
+
 async def _attach(control: Path) -> Any:
     """hivemind's ``P2P`` on a running daemon, its own socket in the daemon's private folder."""
 
+    owner = os.getpid()
+
     class PrivateP2P(P2P):
         _UNIX_SOCKET_PREFIX = f"/unix{control.parent}/"
+
+        def _terminate(self) -> None:
+            # hivemind's finalizer calls this, in a forked child, too: it removes the socket.
+            if os.getpid() == owner:
+                super()._terminate()
 
     return await PrivateP2P.replicate(Multiaddr(f"/unix{control}"))
 

@@ -50,6 +50,11 @@ _STRAGGLER_SECONDS = 0.3
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Pause before each attempt to start the daemon again; the last one repeats."""
 
+_DOUBT_SECONDS = (2.0, 15.0)
+"""A connection is closed when a stream on it stays mute this long (s) after an earlier one did: at
+least the first, so that streams opened at the same time count once, and at most the second.
+"""
+
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
 """The first bytes that a libp2p peer sends on a TCP connection."""
 
@@ -76,6 +81,11 @@ class Libp2pTransport:
         self._relayed_since: TTLCache[PeerId, float] = TTLCache(
             _MAX_KNOWN_PEERS, ttl=_PUNCH_AGAIN_SECONDS, timer=parts.clock.monotonic
         )
+        self._mute_since: TTLCache[PeerId, float] = TTLCache(
+            _MAX_KNOWN_PEERS, ttl=_DOUBT_SECONDS[1], timer=parts.clock.monotonic
+        )
+        self._moved: set[PeerId] = set()
+        """Peers whose known addresses the daemon has not been given yet."""
         self._on_restart: list[Callable[[], None]] = []
         self._background = BackgroundTasks()
         self._closed = False
@@ -118,8 +128,10 @@ class Libp2pTransport:
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         usable = tuple(text for text in addresses if Address(text).is_dialable)[:_MAX_ADDRESSES]
         if usable:
-            self._known.pop(peer, None)  # those learned last are at the end
+            before = self._known.pop(peer, None)  # those learned last are at the end
             self._known[peer] = usable
+            if before is not None and before != usable:
+                self._moved.add(peer)
 
     def known(self) -> tuple[str, ...]:
         return tuple(
@@ -127,6 +139,19 @@ class Libp2pTransport:
             for peer, addresses in reversed(list(self._known.items()))
             for text in addresses
         )
+
+    def doubt(self, peer: PeerId) -> None:
+        """The daemon notices a dead connection after half a minute or more. Until then it opens
+        streams on it, and does not dial the peer's new address.
+        """
+        now = self._parts.clock.monotonic()
+        if now - self._mute_since.setdefault(peer, now) >= _DOUBT_SECONDS[0]:
+            del self._mute_since[peer]
+            self._background.start(self._dial_anew(peer), "closing a dead connection")
+
+    async def _dial_anew(self, peer: PeerId) -> None:
+        await self._daemon.disconnect(peer)
+        self._moved.add(peer)
 
     async def open_stream(self, peer: PeerId, protocol: str, timeout: float) -> DaemonStream:
         give_up_at = self._parts.clock.monotonic() + timeout / 2
@@ -221,6 +246,11 @@ class Libp2pTransport:
         clock = self._parts.clock
         give_up_at = clock.monotonic() + _LOOKUP_SECONDS
         known = self._known.get(peer, ())
+        if known and peer in self._moved:
+            # Left to itself, the daemon would first wait for the addresses of before.
+            self._moved.discard(peer)
+            with contextlib.suppress(DaemonError):
+                await self._daemon.connect(peer, known)
         while True:
             try:
                 return await self._daemon.open_stream(peer, protocol)

@@ -99,6 +99,7 @@ async def open_channel(
             await _expect_welcome(stream, parts)
     except TimeoutError:
         stream.reset()
+        transport.doubt(peer)
         raise PeerTimeout(f"No greeting within {timeout:g} s.", peer_id=peer) from None
     except BaseException:
         stream.reset()

@@ -1,11 +1,13 @@
 import asyncio
+import gc
 import inspect
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -132,7 +134,7 @@ def test_close_runs_the_closers_and_frees_the_waiting(loop_thread: EventLoopThre
         loop_thread.close()
         with pytest.raises(SwarmError, match="shut down"):
             waiting.result(5)
-    assert closed == [2, 1]
+    assert sorted(closed) == [1, 2]
     assert loop_thread.run(echo(5)) == 5
 
 
@@ -152,9 +154,129 @@ def test_nothing_hangs_at_exit() -> None:
     assert done.stderr == ""
 
 
-def test_a_forked_child_has_a_loop_of_its_own(loop_thread: EventLoopThread) -> None:
-    assert loop_thread.run(echo(1)) == 1
+def test_clean_up_after_the_end_starts_no_thread(loop_thread: EventLoopThread) -> None:
+    done: list[int] = []
+
+    async def clean_up() -> None:
+        done.append(1)
+
+    loop_thread.finish(clean_up)
+    assert not loop_thread.is_running and not done
+    loop_thread.run(echo(1))
+    loop_thread.finish(clean_up)
+    loop_thread.close()
+    loop_thread.finish(clean_up)
+    assert not loop_thread.is_running and done == [1]
+
+
+def test_clean_up_in_the_loop_does_not_wait_for_itself(loop_thread: EventLoopThread) -> None:
+    """As a garbage collection in the loop's thread may do it."""
+    done = asyncio.Event()
+
+    async def clean_up() -> None:
+        done.set()
+
+    async def inside() -> None:
+        loop_thread.finish(clean_up)
+        await done.wait()
+
+    loop_thread.run(inside(), timeout=10.0)
+
+
+def test_calls_while_the_interpreter_exits_are_refused() -> None:
+    program = (
+        "import atexit, asyncio\n"
+        "from petals.errors import SwarmError\n"
+        "from petals.client.connection.event_loop import client_loop\n"
+        "async def nothing(): pass\n"
+        "def late():\n"
+        "    try:\n"
+        "        client_loop.run(nothing())\n"
+        "    except SwarmError as error:\n"
+        "        print(error.message)\n"
+        "class Late:\n"
+        "    def __del__(self): late()\n"
+        "atexit.register(late)\n"
+        "client_loop.run(nothing())\n"
+        "kept = Late()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    (during, after) = done.stdout.splitlines()
+    assert during == after and "exiting" in during
+    assert done.stderr == ""
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """The exit status of a forked child that ends with the result of ``work``."""
     child = os.fork()
     if child == 0:
-        os._exit(loop_thread.run(echo(7)))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        status = 99
+        try:
+            status = work()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_has_a_loop_of_its_own(loop_thread: EventLoopThread) -> None:
+    assert loop_thread.run(echo(1)) == 1
+    assert in_child(lambda: loop_thread.run(echo(7))) == 7
+    assert loop_thread.run(echo(1)) == 1
+
+
+def test_a_forked_child_runs_the_closers_for_itself(loop_thread: EventLoopThread) -> None:
+    closed: list[int] = []
+
+    async def close() -> None:
+        closed.append(os.getpid())
+
+    loop_thread.at_exit(close)
+    loop_thread.run(echo(1))
+
+    def child() -> int:
+        loop_thread.run(echo(1))
+        loop_thread.close()
+        return len(closed)
+
+    assert in_child(child) == 1
+    assert closed == []
+
+
+def test_a_child_that_collects_its_parents_streams_does_no_harm(
+    loop_thread: EventLoopThread,
+) -> None:
+    """They share the parent's epoll set; closing a writer removes its socket from it."""
+    near, far = socket.socketpair()
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(sock=near)
+
+    streams = [loop_thread.run(connect())]
+
+    def child() -> int:
+        streams[0][1].close()
+        streams.clear()
+        gc.collect()
+        return 0
+
+    assert in_child(child) == 0
+    far.sendall(b"still")
+    reader, writer = streams[0]
+    assert loop_thread.run(reader.readexactly(5), timeout=10.0) == b"still"
+
+    async def close() -> None:
+        writer.transport.abort()
+
+    # The child's copy does not keep the connection open.
+    kept = os.fork()
+    if kept == 0:
+        signal.pause()
+    try:
+        loop_thread.run(close())
+        far.settimeout(10.0)
+        assert far.recv(1) == b""
+    finally:
+        os.kill(kept, signal.SIGKILL)
+        os.waitpid(kept, 0)

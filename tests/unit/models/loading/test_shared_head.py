@@ -1,7 +1,9 @@
 """A head that threads share: the numbers of a linear layer, fewer products, nobody forgotten."""
 
 import copy
+import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -178,3 +180,19 @@ def test_a_copy_has_a_weight_and_a_queue_of_its_own(
         twin.weight.add_(1.0)
         assert torch.allclose(twin(token), expected + token.sum())
     assert torch.allclose(head(token), expected)
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent() -> None:
+    head = SharedHead(a_linear(), copy_by_column=False, swap_factors=False)
+    with head._product_lock:  # as a thread of the parent holds it while it computes
+        child = os.fork()
+        if child == 0:
+            os._exit(head(torch.zeros(1, 2, WIDTH)).shape[1])
+    deadline = time.monotonic() + 30.0
+    ended = (0, 0)
+    while not ended[0] and time.monotonic() < deadline:
+        ended = os.waitpid(child, os.WNOHANG)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended[0] == child and os.waitstatus_to_exitcode(ended[1]) == 2

@@ -1,4 +1,6 @@
-"""A relayed stream is given up for a direct one, if that comes soon."""
+"""A relayed stream is given up for a direct one, if that comes soon; a mute connection for a new
+one.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,6 +33,7 @@ class FakeDaemon:
         self.streams: list[SimpleNamespace] = []
         self.start = self.close = AsyncMock()
         self.addresses = AsyncMock(return_value=())
+        self.connect, self.disconnect = AsyncMock(), AsyncMock()
 
     async def connections(self) -> list[tuple[PeerId, str]]:
         self.num_looks += 1
@@ -94,3 +97,38 @@ async def test_a_direct_stream_waits_for_nothing(transport, daemon):
     daemon.ways.append(DIRECT)
     assert (await transport.open_stream(PEER, "p", 30.0)).remote_address == DIRECT
     assert not daemon.num_looks
+
+
+OLD, NEW = "/ip4/1.2.3.4/tcp/5", "/ip4/4.3.2.1/tcp/5"
+
+
+async def test_new_addresses_are_dialled_before_those_of_before(transport, daemon):
+    daemon.ways.append(DIRECT)
+    transport.learn(PEER, [OLD])
+    transport.learn(PEER, [OLD])
+    await transport.open_stream(PEER, "p", 30.0)
+    daemon.connect.assert_not_awaited()
+    transport.learn(PEER, [NEW])
+    for _ in range(2):
+        await transport.open_stream(PEER, "p", 30.0)
+    daemon.connect.assert_awaited_once_with(PEER, (NEW,))
+
+
+@pytest.mark.parametrize(
+    ("pauses", "closes"),
+    [((), False), ((0.5,), False), ((3.0,), True), ((20.0,), False), ((3.0, 3.0), True)],
+)
+async def test_streams_that_stay_mute_close_the_connection(
+    transport, daemon, clock, pauses, closes
+):
+    """Two at the same time count once; one of long ago counts no more."""
+    daemon.ways.append(DIRECT)
+    transport.learn(PEER, [NEW])
+    transport.doubt(PEER)
+    for pause in pauses:
+        await clock.advance(pause)
+        transport.doubt(PEER)
+    await clock.advance(0.0)
+    assert daemon.disconnect.await_count == closes
+    await transport.open_stream(PEER, "p", 30.0)
+    assert daemon.connect.await_count == closes
