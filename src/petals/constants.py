@@ -5,6 +5,7 @@ or any other part of petals.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import platformdirs
@@ -14,7 +15,8 @@ PUBLIC_INITIAL_PEERS: tuple[str, ...] = ()
 
 ENV_CACHE = "PETALS_CACHE"
 """Folder for converted models, measured throughput, remembered peers and demo data. Default: the
-user's cache folder, ``~/.cache/petals`` on Linux.
+user's cache folder, ``~/.cache/petals`` on Linux; for a user without a home ``petals-cache-UID``
+among the temporary files.
 """
 
 ENV_INITIAL_PEERS = "PETALS_INITIAL_PEERS"
@@ -39,7 +41,12 @@ DTYPE_NAMES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 def cache_dir() -> Path:
     """The folder for converted models, measured throughput and keys; PETALS_CACHE moves it."""
     moved = os.environ.get(ENV_CACHE)
-    return Path(moved).expanduser() if moved else Path(platformdirs.user_cache_dir("petals"))
+    if moved:
+        return Path(os.path.expanduser(moved))
+    try:
+        return Path(platformdirs.user_cache_dir("petals"))
+    except RuntimeError:  # no HOME, and a user id without an entry in the user database
+        return Path(tempfile.gettempdir()) / f"petals-cache-{os.getuid()}"
 
 
 def peers_dir() -> Path:

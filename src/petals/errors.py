@@ -134,6 +134,17 @@ class BootstrapFailed(SwarmError):
     default_hint = "Check the address, that the peer runs, and that its port is open."
 
 
+class ClockWrong(SwarmError):
+    """The clock of this machine differs so much from those of the swarm's members that records in
+    the directory would count as expired, here or there.
+    """
+
+    code = "clock_wrong"
+    default_hint = (
+        "Set the clock, for example by NTP; `date -u` shows what this machine takes for the time."
+    )
+
+
 class AdmissionDenied(SwarmError):
     """The swarm is closed and the key is wrong or missing, or the clocks differ by more than the
     10 minutes for which a ticket is valid.

@@ -194,7 +194,8 @@ class FaultInjector:
         """Stop process groups, and this process with its daemons, for ``SLEEP_SECONDS``."""
         self._excuse(servers or self._cluster.alive())
         groups = [*groups, *(server.pid for server in servers)]
-        alone = [os.getpid(), *(d.pid for d in daemons(os.getpid()))] if client else []
+        alone = [os.getpid()] if client else []
+        alone += [daemon.pid for pid in (*groups, *alone) for daemon in daemons(pid)]
         self._sleeping.append(subprocess.Popen(sleep_command(groups, alone)))
 
     def _excuse(self, servers: Sequence[LocalServer]) -> None:

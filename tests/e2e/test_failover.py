@@ -1,7 +1,11 @@
 """A generation outlives a server that is killed and one that leaves; the tokens are the same."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from statistics import median
 
@@ -10,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petals.testing.equality import assert_same_tokens
-from petals.testing.local_swarm import LocalSwarm
+from petals.testing.local_swarm import LocalServer, LocalSwarm
 from petals.types import BlockSpan
 from support.streamers import AtToken
 
@@ -49,33 +53,51 @@ def test_kill_in_mid_sentence(
         assert [repair.peer_id for repair in session.trace.repairs] == killed
 
 
+def petals_drain(server: LocalServer) -> None:
+    """The command; it returns when the server has left."""
+    words = [sys.executable, "-m", "petals.cli", "drain", str(server.pid)]
+    ended = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=55, check=False)
+    assert f"Server {server.pid} has left." in ended.stderr
+
+
+def sigterm_to_the_group(server: LocalServer) -> None:
+    """What a shell or a supervisor may send: to the server and to all that it has started."""
+    os.killpg(server.pid, signal.SIGTERM)
+    assert server.process.popen.wait(55) == 0
+    log = server.log.read_text()
+    assert "WARNING" not in log and "daemon" not in log
+
+
+@pytest.mark.parametrize("leave", [petals_drain, sigterm_to_the_group])
 def test_a_drained_server_hands_its_sessions_over(
     smollm2: PreTrainedModel,
     smollm2_local: PreTrainedModel,
     swarm: LocalSwarm,
     tokenizer: PreTrainedTokenizerBase,
+    leave: Callable[[LocalServer], None],
 ) -> None:
-    """`petals drain` in the middle of a long generation, which a later call continues."""
+    """A server leaves in the middle of a long generation, which a later call continues."""
     text = "The old lighthouse keeper looked at the sea and wrote down what he saw. " * 38
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     num_new, num_more = 28, 6
     expected = smollm2_local.generate(ids, max_new_tokens=num_new + num_more, do_sample=False)[0]
-    with smollm2.inference_session(max_length=len(expected) + 8) as session:
-        victims, commands = [], []
+    with (
+        ThreadPoolExecutor(1) as helper,
+        smollm2.inference_session(max_length=len(expected) + 8) as session,
+    ):
+        victims, work = [], []
 
         def drain() -> None:
             victims.append(swarm.server(session.trace.hops[1].peer_id))
-            words = [sys.executable, "-m", "petals.cli", "drain", str(victims[0].pid)]
-            commands.append(subprocess.Popen(words, stderr=subprocess.PIPE, text=True))
+            work.append(helper.submit(leave, victims[0]))
 
         streamer = AtToken(5, drain)
         first = smollm2.generate(
             ids, session=session, max_new_tokens=num_new, do_sample=False, streamer=streamer
         )
         # The session is still open: the server leaves because it has been handed over.
-        ((victim,), (command,)) = victims, commands
-        _, told = command.communicate(timeout=55)
-        assert f"Server {victim.pid} has left." in told
+        ((victim,), (leaving,)) = victims, work
+        leaving.result(60)
         assert victim.peer_id not in {hop.peer_id for hop in session.trace.hops}
         (repair,) = session.trace.repairs
         gaps = [after - before for before, after in pairwise(streamer.times[1:])]

@@ -6,8 +6,10 @@ the swarm key file, the other secret on disk. Must not know network and torch.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 
 from petals.errors import ConfigError
+from petals.logs import get_logger
 from petals.swarm.membership import SwarmKey
 from petals.types import PeerId
 from petals.wire import varint
+
+logger = get_logger(__name__)
 
 _RSA, _ED25519 = 0, 1
 _MAX_KEY_BYTES = 8192
@@ -141,6 +146,30 @@ def load_or_create_identity(path: Path) -> Identity:
         return identity
     except OSError as error:
         raise ConfigError(f"The identity file {path} cannot be read: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def sole_user(path: Path) -> Iterator[None]:
+    """Be the only process on this machine that uses the identity file, until the context ends.
+
+    Two members with one peer id would overwrite each other's records and take each other's streams.
+    Raises ConfigError if another process, or another node of this one, uses the file.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another process uses the identity {path}.",
+                hint="Give every server a file of its own with --identity. A server that leaves "
+                "uses its file until it has stopped.",
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.debug("the identity file cannot be locked: %s", error)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load_swarm_key(path: Path) -> SwarmKey:

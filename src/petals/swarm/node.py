@@ -5,16 +5,18 @@ the directory.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
+from statistics import median
 
 from petals.clock import Clock, SystemClock
-from petals.errors import PetalsError
+from petals.errors import ClockWrong, PetalsError
 from petals.logs import get_logger
 from petals.swarm.address import Address
 from petals.swarm.background import BackgroundTasks, gather_bounded
 from petals.swarm.config import Engine, EngineParts, NodeConfig
 from petals.swarm.directory.directory import Directory
-from petals.swarm.identity import Identity, load_or_create_identity
+from petals.swarm.identity import Identity, load_or_create_identity, sole_user
 from petals.swarm.known_peers import PeerMemory
 from petals.swarm.membership import Admission
 from petals.swarm.reachability import (
@@ -36,6 +38,11 @@ logger = get_logger(__name__)
 _REMEMBER_SECONDS = 60.0
 """Period of writing the addresses of members to disk."""
 
+MAX_JOIN_SKEW_SECONDS = 30.0
+"""Most by which a member's clock may differ from the median of its initial peers. A server's record
+lives 60 s and is renewed after 20 s: with more, it would count as expired for a part of the time.
+"""
+
 _MAX_MEASURED = 16
 """Members that are measured when relays are chosen; calls to members at the same time."""
 
@@ -44,7 +51,8 @@ class SwarmNode:
     """A member of a swarm. Use it as an async context manager.
 
     Raises BootstrapFailed on entering if no initial peer answers within about five seconds,
-    ConfigError for an unusable identity file or address.
+    ClockWrong if this machine's clock is wrong, ConfigError for an unusable identity file or
+    address, or an identity that another process uses.
     """
 
     def __init__(
@@ -75,11 +83,14 @@ class SwarmNode:
         )
         self._server = RpcServer(self._parts)
         self.directory = Directory(self.transport, self.identity, self.clock)
+        self._held = ExitStack()
         self._memory: PeerMemory | None = None
         if config.peer_memory is not None and config.initial_peers:
             self._memory = PeerMemory(config.peer_memory, config.initial_peers, config.swarm_key)
 
     async def __aenter__(self) -> "SwarmNode":
+        if self.config.identity_path is not None:
+            self._held.enter_context(sole_user(self.config.identity_path))
         self.serve(NODE_SERVICE, node_service(self.transport, self.clock))
         self.transport.on_restart(self._after_restart)
         try:
@@ -101,6 +112,7 @@ class SwarmNode:
         await self.background.close()
         await self._server.close()
         await self.transport.close()
+        self._held.close()
 
     async def addresses(self) -> tuple[str, ...]:
         """Multiaddresses that others can join by."""
@@ -183,22 +195,31 @@ class SwarmNode:
             return None
 
     async def _greet(self, peers: Sequence[PeerId]) -> list[PeerId]:
-        """The initial peers that admit this one. If none does, raises the first one's reason."""
+        """The initial peers that admit this one. If none does, raises the first one's reason;
+        ClockWrong if most of them have another time.
+        """
 
-        async def refusal_of(peer: PeerId) -> PetalsError | None:
+        async def skew_of(peer: PeerId) -> float | PetalsError:
             try:
-                await self.clock_skew(peer)
+                return await self.clock_skew(peer)
             except PetalsError as error:
                 return error
-            return None
 
-        refusals = await gather_bounded(
-            [partial(refusal_of, peer) for peer in peers], _MAX_MEASURED
-        )
-        admitting = [peer for peer, refusal in zip(peers, refusals) if refusal is None]
-        if not admitting and refusals and refusals[0] is not None:
+        answers = await gather_bounded([partial(skew_of, peer) for peer in peers], _MAX_MEASURED)
+        skews = {peer: skew for peer, skew in zip(peers, answers) if isinstance(skew, float)}
+        refusals = [answer for answer in answers if isinstance(answer, PetalsError)]
+        if not skews and refusals:
             raise refusals[0]
-        return admitting
+        if not skews:
+            return []
+        ahead = median(skews.values())
+        if abs(ahead) > MAX_JOIN_SKEW_SECONDS:
+            side = "behind" if ahead > 0 else "ahead of"
+            raise ClockWrong(
+                f"The clock of this machine is {abs(ahead):.0f} s {side} those of the swarm "
+                f"({len(skews)} of its members were asked)."
+            )
+        return list(skews)
 
     async def _remember_peers(self) -> None:
         while self._memory is not None:

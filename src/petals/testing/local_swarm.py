@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
+
 from petals.errors import ConfigError, SwarmError
 from petals.logs import plural
 from petals.types import BlockSpan, PeerId
@@ -78,13 +80,24 @@ class LocalProcess:
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
     def signal(self, signum: int, *, alone: bool = False) -> None:
-        """Send a signal to the process group, or to the process ``alone``."""
+        """Send a signal to the process group and to the network daemons, each in a session of its
+        own, or to the process ``alone``.
+        """
+        daemons = [] if alone else self._children()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             (os.kill if alone else os.killpg)(self.popen.pid, signum)
+        for daemon in daemons:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                daemon.send_signal(signum)
+
+    def _children(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.popen.pid).children()
+        except psutil.NoSuchProcess:
+            return []
 
     def end(self, seconds: float) -> None:
         """SIGTERM, after ``seconds`` SIGKILL. No process of the group is left afterwards."""
-        # SIGTERM only to the process: its network daemon must live until it has said goodbye.
         self.popen.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(max(0.0, seconds))

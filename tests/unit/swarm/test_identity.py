@@ -5,14 +5,17 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from petals.errors import ConfigError
+from petals.swarm.config import NodeConfig
 from petals.swarm.identity import (
     Identity,
     create_swarm_key,
     load_or_create_identity,
     load_swarm_key,
     peer_id_of,
+    sole_user,
     verify,
 )
+from petals.swarm.node import SwarmNode
 
 
 def rsa_file() -> bytes:
@@ -103,3 +106,26 @@ def test_swarm_key_file(tmp_path):
     path.write_bytes(b"\xff\xfe nonsense")
     with pytest.raises(ConfigError):
         load_swarm_key(path)
+
+
+def test_an_identity_has_one_user(tmp_path):
+    path = tmp_path / "id"
+    load_or_create_identity(path)
+    with sole_user(path):
+        with pytest.raises(ConfigError, match="Another process uses the identity") as caught:
+            with sole_user(path):
+                pass
+        assert "--identity" in caught.value.hint
+        assert load_or_create_identity(path)  # a command may still say what the peer id is
+    with sole_user(path):
+        pass
+
+
+async def test_a_second_node_of_one_identity_is_refused_until_the_first_has_left(tmp_path, net):
+    config = NodeConfig(identity_path=tmp_path / "id")
+    async with SwarmNode(config, engine=net.engine, clock=net.clock):
+        with pytest.raises(ConfigError, match="Another process uses"):
+            async with SwarmNode(config, engine=net.engine, clock=net.clock):
+                pass
+    async with SwarmNode(config, engine=net.engine, clock=net.clock):
+        pass

@@ -8,9 +8,6 @@ import asyncio
 import contextlib
 import os
 import resource
-import shutil
-import tempfile
-import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from petals.swarm.address import Address
 from petals.swarm.background import BackgroundTasks
 from petals.swarm.config import NodeConfig
 from petals.swarm.identity import Identity, write_secret
+from petals.swarm.libp2p.home import DaemonHome
 from petals.swarm.libp2p.process import DaemonProcess
 from petals.types import PeerId
 from petals.wire import varint
@@ -138,9 +136,8 @@ class Daemon:
         self._identity = identity
         self._relays = relays
         self._on_exit = on_exit
-        self._home = Path(tempfile.mkdtemp(prefix="petals-"))
-        self._remove_home = weakref.finalize(self, _remove, self._home, os.getpid())
-        self._process = DaemonProcess(self._home, self._ended)
+        self._home = DaemonHome()
+        self._process = DaemonProcess(self._home.path, self._ended)
         self._server: asyncio.Server | None = None
         self._accept: dict[str, Accept] = {}
         self._inbound = BackgroundTasks()
@@ -158,14 +155,14 @@ class Daemon:
             hivemind_logging.use_hivemind_log_handler("nowhere")
         # hivemind would write peer ids inside addresses in a form that the daemon cannot read.
         cid.PROTO_NAME_TO_CIDv1_CODEC.clear()
-        key_file = self._home / "identity"
+        key_file = self._home.path / "identity"
         if not key_file.exists():
             write_secret(key_file, self._identity.to_bytes())
         await self._process.start(self._config, listen, key_file, self._relays)
         try:
             self.p2p = await _attach(self._process.control)
             self._server = await asyncio.start_unix_server(
-                self._on_connection, path=self._home / "streams", limit=_BUFFER_BYTES
+                self._on_connection, path=self._home.path / "streams", limit=_BUFFER_BYTES
             )
         except (P2PDaemonError, OSError) as error:
             raise ConfigError(f"The network daemon cannot be spoken to: {error}") from error
@@ -179,7 +176,7 @@ class Daemon:
         if self.p2p is not None:
             await self.p2p.shutdown()
         await self._process.stop()
-        self._remove_home()
+        self._home.remove()
 
     async def addresses(self) -> tuple[str, ...]:
         """The addresses at which the daemon can be reached, as far as it knows, each with
@@ -226,7 +223,7 @@ class Daemon:
     async def serve(self, protocol: str, accept: Accept) -> None:
         """Pass streams that peers open for ``protocol`` to ``accept``."""
         self._accept[protocol] = accept
-        address = Multiaddr(f"/unix{self._home}/streams")
+        address = Multiaddr(f"/unix{self._home.path}/streams")
         await self._ask(
             p2pd_pb2.Request(
                 type=p2pd_pb2.Request.STREAM_HANDLER,
@@ -304,12 +301,6 @@ class Daemon:
         self.has_ended = True
         if not self._closing:
             self._on_exit()
-
-
-def _remove(home: Path, owner: int) -> None:
-    """Remove a daemon's folder, unless this is a forked child of the process that made it."""
-    if os.getpid() == owner:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 async def _attach(control: Path) -> Any:

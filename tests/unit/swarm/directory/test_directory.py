@@ -2,6 +2,7 @@ import logging
 
 import pytest
 
+from petals.errors import ClockWrong
 from petals.swarm.config import NodeConfig
 from petals.swarm.directory import records
 from petals.swarm.directory.records import ServerRecord
@@ -172,6 +173,15 @@ async def test_clocks_that_differ_are_noticed(net, server, client, clock, caplog
             caplog.clear()
             await node.clock_skew(server.peer_id)
             assert not caplog.text
+
+
+@pytest.mark.parametrize(("seconds", "side"), [(600.0, "ahead of"), (-600.0, "behind")])
+async def test_a_member_with_another_time_than_all_is_refused(net, server, clock, seconds, side):
+    config = NodeConfig(initial_peers=await server.addresses())
+    wrong = ManualClock(clock.now() + seconds)
+    with pytest.raises(ClockWrong, match=f"is 600 s {side} those of the swarm"):
+        async with SwarmNode(config, engine=net.engine, clock=wrong):
+            pass
 
 
 async def test_records_that_outlive_their_signature_are_ignored(server, client, clock):
