@@ -101,12 +101,7 @@ class SessionRows:
         hidden: [sum(counts), H]; the result has its shape. rope_lengths: of each token, in the same
         order; None: the length of its row after the step. A step that fails changes nothing.
         """
-        self._loop = self._loop or asyncio.get_running_loop()
-        if not self._is_ours:
-            raise SessionClosed(
-                "The session was opened before this process was forked; the parent continues it.",
-                hint="Open one in this process: with model.inference_session(...) as session.",
-            )
+        self._check_process()
         async with self._turn:
             began = perf_counter()
             self._check(hidden, starts, counts, reorder)
@@ -130,6 +125,7 @@ class SessionRows:
         """Rows of their own that go on from these, for ``max_length`` tokens each (None: as many as
         these). See ``SessionSupervisor.fork``. Raises SessionClosed, LengthExceeded.
         """
+        self._check_process()
         async with self._turn:
             if self._end is not None:
                 raise self._end
@@ -160,6 +156,7 @@ class SessionRows:
         """What was sent to the first block, of the first ``lengths[r]`` tokens of each row after
         ``reorder``. None if there is nothing, or if it was not kept.
         """
+        self._check_process()
         async with self._turn:
             if self._supervisor is None or self._supervisor.state.is_closed:
                 return None
@@ -178,6 +175,15 @@ class SessionRows:
     def _is_ours(self) -> bool:
         """Whether this process has opened the session, or will."""
         return self._loop in (None, asyncio.get_running_loop())
+
+    def _check_process(self) -> None:
+        """Raises SessionClosed in a forked child, for a session of its parent."""
+        self._loop = self._loop or asyncio.get_running_loop()
+        if not self._is_ours:
+            raise SessionClosed(
+                "The session was opened before this process was forked; the parent continues it.",
+                hint="Open one in this process: with model.inference_session(...) as session.",
+            )
 
     async def _opened(self, hidden: Tensor, num_rows: int) -> tuple[SessionSupervisor, torch.dtype]:
         """The session at the servers, opened at the first step, and how states travel."""
