@@ -21,12 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 
 from petals.errors import ConfigError
-from petals.logs import get_logger
 from petals.swarm.membership import SwarmKey
 from petals.types import PeerId
 from petals.wire import varint
-
-logger = get_logger(__name__)
 
 _RSA, _ED25519 = 0, 1
 _MAX_KEY_BYTES = 8192
@@ -165,8 +162,8 @@ def sole_user(path: Path) -> Iterator[None]:
                 hint="Give every server a file of its own with --identity. A server that leaves "
                 "uses its file until it has stopped.",
             ) from None
-        except OSError as error:  # a file system without locks
-            logger.debug("the identity file cannot be locked: %s", error)
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(descriptor)

@@ -25,7 +25,7 @@ from petals.client.model.hidden_states import ENTRY, HiddenStates
 from petals.client.model.inference_session import InferenceSession, Recording
 from petals.client.model.padding import ColumnLayout, Rows, positions_follow_mask, read_columns
 from petals.client.model.remote_sequential import ModelPass, RemoteSequential
-from petals.client.model.session_cache import SessionCache
+from petals.client.model.session_cache import SessionCache, name_cache
 from petals.client.tuning import lora
 from petals.client.tuning.prompts import (
     DEEP_PROMPTS,
@@ -37,6 +37,7 @@ from petals.client.tuning.prompts import (
 )
 from petals.errors import BadInput, NotSupported
 from petals.logs import get_logger
+from petals.models.checkpoint.arch import CACHE_ARGUMENT
 from petals.models.loading.head import HeadKind
 from petals.models.runtime.rotary import dynamic_rope_limit
 
@@ -207,11 +208,11 @@ class GeneratingModel(DistributedModel):
         max_cache_length: int,
     ) -> None:
         """Open a session of the length this generation needs; a draft's grows with its rounds."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_ARGUMENT)
         if cache is not None:
             cache = self.own_cache(cache)
         elif generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = self.new_cache()
+            cache = model_kwargs[CACHE_ARGUMENT] = self.new_cache()
         if isinstance(cache, SessionCache) and not generation_config.is_assistant:
             cache.open(max_cache_length)
 
@@ -225,7 +226,7 @@ class GeneratingModel(DistributedModel):
         run all ids again (Phi-3, at the length where its rope factors change), the rows of the same
         session begin anew.
         """
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = kwargs.get(CACHE_ARGUMENT), kwargs.get("attention_mask")
         if isinstance(cache, SessionCache):
             if self._crosses_rope_limit(cache, input_ids, mask):
                 cache.begin_anew()
@@ -236,9 +237,9 @@ class GeneratingModel(DistributedModel):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, **kwargs
         )
-        if isinstance(cache, SessionCache) and inputs.get("past_key_values") is None:
+        if isinstance(cache, SessionCache) and inputs.get(CACHE_ARGUMENT) is None:
             cache.begin_anew()
-            inputs["past_key_values"] = cache
+            inputs[CACHE_ARGUMENT] = cache
         return inputs
 
     def _crosses_rope_limit(self, cache: SessionCache, ids: Tensor, mask: Tensor | None) -> bool:
@@ -274,10 +275,10 @@ class DistributedBaseModel(DistributedModel):
         Raises BadInput for ids outside the vocabulary and NotSupported for what needs local blocks,
         before anything is sent.
         """
-        original, call = super().forward, kwargs
+        original, call = super().forward, name_cache(kwargs)
         if args:
-            call = dict(zip(inspect.signature(original).parameters, args)) | kwargs
-        if self.remote_blocks.is_in_pass:  # called by the model around it, which has checked
+            call = dict(zip(inspect.signature(original).parameters, args)) | call
+        if self.remote_blocks.is_in_pass:  # the model around it calls, and has checked
             return original(**call)
         self._check(call)
         cache = self._cache_for(call)
@@ -288,7 +289,7 @@ class DistributedBaseModel(DistributedModel):
         if num_prompts:
             call = with_prompts(self.blocks_host, call, past.num_columns)
         rows = read_columns(past, self._layout(call, num_prompts))
-        call["past_key_values"], call["use_cache"] = cache, cache is not None
+        call[CACHE_ARGUMENT], call["use_cache"] = cache, cache is not None
         is_tuple = call.get("return_dict", self.config.return_dict) is False
         states = self._hidden_states(call, session)
         if states is not None:
@@ -346,8 +347,8 @@ class DistributedBaseModel(DistributedModel):
         """The cache that the call names, that its session has, or that is to be returned; None
         without any.
         """
-        if call.get("past_key_values") is not None:
-            return self.own_cache(call["past_key_values"])
+        if call.get(CACHE_ARGUMENT) is not None:
+            return self.own_cache(call[CACHE_ARGUMENT])
         session = self.remote_blocks.session_of_call()
         if session is not None:
             return self.cache_of(session)
@@ -362,7 +363,7 @@ class DistributedBaseModel(DistributedModel):
         """
         if cache.is_open or cache.columns.num_columns:
             return cache.open()
-        is_wanted = call.get("use_cache") or call.get("past_key_values") is not None
+        is_wanted = call.get("use_cache") or call.get(CACHE_ARGUMENT) is not None
         if not is_wanted or self._option(call, "output_hidden_states") or self._learns(call):
             return None
         return cache.open()

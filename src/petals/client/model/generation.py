@@ -30,6 +30,7 @@ from petals.client.model.padding import reorder_columns, to_left_padding
 from petals.client.model.session_cache import SessionCache
 from petals.errors import BadInput, ConfigError, NotSupported
 from petals.logs import get_logger
+from petals.models.checkpoint.arch import CACHE_ARGUMENT
 from petals.models.loading.head import HeadKind
 
 logger = get_logger(__name__)
@@ -102,7 +103,7 @@ class DistributedCausalLM(GeneratingModel):
             if call.is_assistant:
                 return self._run(call.inputs, call)
             refuse_modes(call)
-            if session is None and call.kwargs.get("past_key_values") is None:
+            if session is None and call.kwargs.get(CACHE_ARGUMENT) is None:
                 session = self.remote_blocks.session_of_call()
             return self._generate(call, session)
 
@@ -110,7 +111,7 @@ class DistributedCausalLM(GeneratingModel):
         self, call: GenerationCall, session: InferenceSession | None
     ) -> Tensor | ModelOutput:
         kwargs = call.kwargs
-        cache = kwargs.pop("past_key_values", None)
+        cache = kwargs.pop(CACHE_ARGUMENT, None)
         if cache is not None:
             check_continues(cache, call)
             return self._decode(call.inputs, cache, call)
@@ -138,7 +139,7 @@ class DistributedCausalLM(GeneratingModel):
         """transformers' own `generate`, continuing ``cache``."""
         call.begin(ids)
         if cache is not None:
-            call.kwargs["past_key_values"] = cache
+            call.kwargs[CACHE_ARGUMENT] = cache
         # Only ``cache`` is continued: a processor may run the model on a text of its own, as
         # classifier-free guidance does.
         with self.use_session(None):
@@ -236,7 +237,7 @@ class DistributedCausalLM(GeneratingModel):
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         found: CandidateGenerator = super()._get_candidate_generator(*args, **kwargs)
         cache, end = (
-            kwargs["model_kwargs"]["past_key_values"],
+            kwargs["model_kwargs"][CACHE_ARGUMENT],
             kwargs["generation_config"].max_length,
         )
         room = cache.get_max_length()

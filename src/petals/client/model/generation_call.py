@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteria
 
-from petals.client.model.session_cache import SessionCache
+from petals.client.model.session_cache import SessionCache, name_cache
 from petals.errors import BadInput, NotSupported
 
 _HUB_MODES = {
@@ -68,7 +68,7 @@ class GenerationCall:
     """
 
     def __init__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.kwargs = dict(zip(_POSITIONAL, args)) | kwargs
+        self.kwargs = name_cache(dict(zip(_POSITIONAL, args)) | kwargs)
         self.inputs: Tensor | None = self.kwargs.pop("inputs", None)
         if self.inputs is None:
             self.inputs = self.kwargs.pop("input_ids", None)

@@ -18,9 +18,19 @@ from transformers.cache_utils import CacheLayerMixin
 from petals.client.model.inference_session import InferenceSession, Recording
 from petals.client.model.padding import Rows
 from petals.errors import BadInput, NotSupported, SessionClosed
+from petals.models.checkpoint.arch import CACHE_ARGUMENT
 
 SessionOpener = Callable[[int | None], InferenceSession]
 """Opens a session for rows of at most this many tokens; None: it grows with its steps."""
+
+
+def name_cache(call: dict[str, Any]) -> dict[str, Any]:
+    """``call``, the arguments by name, with the name for a cache that the installed transformers
+    has.
+    """
+    if CACHE_ARGUMENT != "past_key_values" and "past_key_values" in call:
+        call[CACHE_ARGUMENT] = call.pop("past_key_values")
+    return call
 
 
 class SessionCache(Cache):

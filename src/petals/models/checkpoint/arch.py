@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.initialization import no_init_weights
 
 from petals.errors import ConfigError, ModelFilesBroken, ModelNotSupported
@@ -27,6 +28,11 @@ build_lock = threading.RLock()
 """Held while a model is built. transformers then replaces global functions (its own and torch's
 initialisers) and restores them afterwards; two threads building at once would each save the other's
 replacement as the original, and the process would keep it.
+"""
+
+CACHE_ARGUMENT: str = ALL_CACHE_NAMES[0]
+"""The argument by which models take their cache: "cache" since transformers 5.24, before that
+"past_key_values", which callers may still use.
 """
 
 
@@ -160,7 +166,7 @@ def _check_config(config: PretrainedConfig) -> None:
 
 def _check_forward(model_type: str, host: nn.Module) -> None:
     accepted = inspect.signature(host.forward).parameters
-    if "past_key_values" not in accepted:
+    if CACHE_ARGUMENT not in accepted:
         reason = "it keeps its past in a recurrent state and not in a cache of keys and values"
         raise _not_supported(model_type, reason)
     if "inputs_embeds" not in accepted:

@@ -15,6 +15,7 @@ from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
+from petals.models.checkpoint.arch import CACHE_ARGUMENT
 from petals.models.runtime.attention import AttentionOptions, PositionBias, attend_packed
 from petals.models.runtime.batch import BatchContext, current
 
@@ -51,7 +52,9 @@ def _adapt_forward(packed: Callable[..., torch.Tensor]) -> Callable[[nn.Module],
 
 def _adapt_attn(module: nn.Module) -> None:
     """Replace ``_attn`` (softmax(q k) v) of GPT-J and CodeGen, whose other parts work packed."""
-    own = module._attn
+    own = getattr(module, "_attn", None)
+    if own is None:
+        return  # since transformers 5.24 it calls the attention function of its config
 
     def attn(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -120,16 +123,16 @@ def _mpt(
     module: Any,
     hidden: torch.Tensor,
     context: BatchContext,
-    past_key_values: Any = None,
-    **_: Any,
+    **rest: Any,
 ) -> torch.Tensor:
     mixed = module.Wqkv(hidden)
     if module.clip_qkv:
         mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     heads = (*hidden.shape[:2], module.n_heads, module.head_dim)
     query, key, value = (part.view(heads).transpose(1, 2) for part in mixed.chunk(3, dim=2))
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx)
+    cache = rest.get(CACHE_ARGUMENT)
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
     bias = _mpt_bias(module.n_heads, hidden.dtype, hidden.device)
     options = AttentionOptions(scaling=module.softmax_scale, bias=bias)
     return module.out_proj(attend_packed(context, (query, key, value), options).flatten(2))

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.errors import BadInput, BlocksNotServed, LengthExceeded, ModelNotSupported, SessionGap
+from petals.models.checkpoint.arch import CACHE_ARGUMENT
 from petals.models.loading.quantize import QuantKind
 from petals.models.loading.split import LoadedBlocks
 from petals.models.runtime.attention import PACKED, register
@@ -83,7 +84,7 @@ class Span:
         self.dtype = loaded.dtype
         self.quant = loaded.quant
         self.exact = loaded.dtype is torch.float32 and loaded.quant is QuantKind.NONE
-        self.max_positions = _learned_positions(loaded.layers)
+        self.max_positions = _position_table(loaded.base)
         self.slots = slots_of(loaded.layers, loaded.blocks.start)
         self.weights = frozenset(
             tensor.untyped_storage().data_ptr()
@@ -305,10 +306,10 @@ def _why_not_packed(traits: list[BlockTraits]) -> str:
     return ""
 
 
-def _learned_positions(layers: nn.Module) -> int | None:
-    """Length of the table of positions that attention modules look up (GPT-J), if there is one."""
+def _position_table(base: nn.Module) -> int | None:
+    """Length of the table of positions that rotary modules look up (GPT-J), if there is one."""
     tables = [
-        buffer.shape[0] for name, buffer in layers.named_buffers() if "embed_positions" in name
+        buffer.shape[0] for name, buffer in base.named_buffers() if name.endswith("embed_positions")
     ]
     return min(tables, default=None)
 
@@ -364,7 +365,7 @@ class BlockForward:
         with activate(context):
             self._loaded.base(
                 inputs_embeds=context.packed_hidden(),
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
                 use_cache=cache is not None,
                 **extra,
             )

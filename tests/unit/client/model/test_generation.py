@@ -85,6 +85,7 @@ def test_the_text_side_of_a_multimodal_model():
 FILES_OF_A_TOKEN = {
     "connection/event_loop.py",
     "model/distributed.py",
+    "model/generation_call.py",
     "model/inference_session.py",
     "model/padding.py",
     "model/remote_sequential.py",

@@ -48,7 +48,7 @@ def test_leaves_the_config_alone() -> None:
     [
         ("t5", "encoder-decoder"),
         ("bert", "bidirectional"),
-        ("mamba", "recurrent state"),
+        ("rwkv", "recurrent state"),
         ("vit", "no causal language model"),
         ("gemma3n", "per-layer embeddings"),
     ],

@@ -43,7 +43,7 @@ def no_layers(arch: ModelArch, config: PretrainedConfig) -> nn.Module:
         ("mixtral", True),
         ("deepseek_v3", True),
         ("gemma3", False),
-        ("llama4", False),
+        ("mistral3", False),
         ("gpt2", False),
         ("opt", False),
         ("falcon", False),
@@ -53,7 +53,7 @@ def test_logits_are_the_whole_models(
     model_type: str, published: bool, tiny_folder: WriteModel
 ) -> None:
     folder = tiny_folder(model_type, PUBLISHED[model_type] if published else None)
-    wraps_text = model_type in ("gemma3", "llama4")
+    wraps_text = model_type in ("gemma3", "mistral3")
     auto = AutoModelForImageTextToText if wraps_text else AutoModelForCausalLM
     whole = auto.from_pretrained(folder, dtype=torch.float32)
 

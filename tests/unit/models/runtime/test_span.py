@@ -192,7 +192,7 @@ class TestRefuses:
             llama.run([Segment(hidden=torch.zeros(1, WIDTH + 1), blocks=llama.blocks)])
 
     def test_positions_the_model_never_learned(self) -> None:
-        span = whole_model("gptj", max_position_embeddings=24)
+        span = whole_model("codegen", max_position_embeddings=24)
         with pytest.raises(LengthExceeded, match="24"):
             span.run([Segment(hidden=text(25), blocks=span.blocks)])
 
