@@ -132,6 +132,8 @@ class Libp2pTransport:
             self._known[peer] = usable
             if before is not None and before != usable:
                 self._moved.add(peer)
+                if len(self._moved) > _MAX_KNOWN_PEERS:
+                    self._moved.pop()  # it is dialled as the daemon knows it
 
     def known(self) -> tuple[str, ...]:
         return tuple(
