@@ -80,7 +80,7 @@ class Talk:
         next_hops: tuple[NextHop, ...] = (),
     ) -> Step:
         header = self.header(step_id)
-        return Step(header, tuple(starts), tuple(counts), reorder, next_hops)
+        return Step(header, tuple(starts), tuple(counts), reorder, next_hops=next_hops)
 
     async def step(
         self,
