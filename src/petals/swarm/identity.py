@@ -159,8 +159,8 @@ def sole_user(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(
                 f"Another process uses the identity {path}.",
-                hint="Give every server a file of its own with --identity. A server that leaves "
-                "uses its file until it has stopped.",
+                hint="Give every server an identity file of its own. A server that leaves uses its "
+                "file until it has stopped.",
             ) from None
         except OSError:
             pass  # a file system without locks

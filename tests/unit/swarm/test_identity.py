@@ -115,7 +115,7 @@ def test_an_identity_has_one_user(tmp_path):
         with pytest.raises(ConfigError, match="Another process uses the identity") as caught:
             with sole_user(path):
                 pass
-        assert "--identity" in caught.value.hint
+        assert "file of its own" in caught.value.hint
         assert load_or_create_identity(path)  # a command may still say what the peer id is
     with sole_user(path):
         pass
