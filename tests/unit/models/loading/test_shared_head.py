@@ -92,6 +92,8 @@ def test_calls_that_find_the_head_busy_run_as_one_product(
             time.sleep(0)
         # Five threads queue a call each; the sixth follows when its first product is done.
         others = [pool.submit(head, hidden) for hidden in inputs[1:]]
+        while len(head._calls) < 5:
+            time.sleep(0)
         products.may_go_on.set()
         outputs = [call.result(10) for call in [first, *others]]
     assert products.rows == [1, 6]
