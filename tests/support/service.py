@@ -124,8 +124,9 @@ class Worker:
 
     async def check(self) -> None:
         """The server's books are right, as soon as no request is under way."""
-        await self.until(lambda: self.service.is_idle)
-        assert await self.service.check_integrity()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not await self.service.check_integrity():  # it was not idle
+                await asyncio.sleep(0)
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Let things happen until ``holds``."""
