@@ -124,9 +124,11 @@ class Worker:
 
     async def check(self) -> None:
         """The server's books are right, as soon as no request is under way."""
+        is_checked = False
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while not await self.service.check_integrity():  # it was not idle
-                await asyncio.sleep(0)
+            while not is_checked:  # a request may come before the compute thread has counted
+                await self.until(lambda: self.service.is_idle)
+                is_checked = await self.service.check_integrity()
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Let things happen until ``holds``."""
