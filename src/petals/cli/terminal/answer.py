@@ -57,8 +57,9 @@ class WordStream:
         self._show_whole()
 
     def end(self) -> None:
-        """Show the rest."""
-        self._show_whole(last=True)
+        """Show the rest; nothing of an answer that has failed before its first token."""
+        if self._ids:
+            self._show_whole(last=True)
 
     @property
     def text(self) -> str:
