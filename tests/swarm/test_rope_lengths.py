@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StoppingCriteria
 
 from petals.server.policies import SchedulerConfig
 from petals.testing.tiny_models import write_tiny_model
@@ -221,3 +221,39 @@ def test_tokens_that_are_taken_back(remote: PreTrainedModel, local: PreTrainedMo
             cache.crop(-num_back)
         kept.append(torch.cat(logits, dim=1))
     assert_close(kept[0], kept[1])
+
+
+def test_a_cache_that_was_put_aside_keeps_its_factors(
+    folder: Path, remote: PreTrainedModel
+) -> None:
+    """`generate` frees the session of the cache that it returns; going on runs its tokens again."""
+    ids, made = token_ids(1, 20), []
+    for model in (remote, stock(folder)):
+        asked = {"max_new_tokens": 12, "return_dict_in_generate": True, "use_cache": True}
+        first = model.generate(ids, **asked)
+        more = torch.cat([first.sequences, ids[:, :3]], dim=1)
+        cache = first.past_key_values
+        scores = {"output_logits": True, "past_key_values": cache}
+        made.append(torch.cat(model.generate(more, **asked, **scores).logits))
+    assert_close(*made)
+
+
+def test_a_call_that_fails_past_the_limit_leaves_the_factors_before_it(
+    folder: Path, remote: PreTrainedModel
+) -> None:
+    class Fails(StoppingCriteria):
+        def __call__(
+            self, input_ids: torch.Tensor, scores: object, **kwargs: object
+        ) -> torch.Tensor:
+            if input_ids.shape[1] > LIMIT + 4:
+                raise RuntimeError("The criterion is broken.")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    ids, reply = token_ids(1, 12), token_ids(1, 2, seed=3)
+    with remote.inference_session(max_length=60):
+        told = remote.generate(ids, max_new_tokens=4)
+        with pytest.raises(RuntimeError, match="broken"):
+            remote.generate(reply, max_new_tokens=20, stopping_criteria=[Fails()])
+        answer = remote.generate(reply, max_new_tokens=4)
+    whole = stock(folder).generate(torch.cat([told, reply], dim=1), max_new_tokens=4)
+    assert torch.equal(torch.cat([told, answer], dim=1), whole)

@@ -222,14 +222,14 @@ class GeneratingModel(DistributedModel):
         """Remove the tokens that have run already, also where transformers does not.
 
         It does not where it verifies a first draft. A mask as long as the ids says that the ids
-        begin with the cache's, and not only continue them. Where transformers drops the cache to
-        run all ids again (Phi-3, at the length where its rope factors change), the rows of the same
-        session begin anew.
+        begin with the cache's, and not only continue them. Where rope factors change (Phi-3) and
+        all ids have to run again, the rows of the same session begin anew.
         """
         cache, mask = kwargs.get(CACHE_ARGUMENT), kwargs.get("attention_mask")
         if isinstance(cache, SessionCache):
             if self._crosses_rope_limit(cache, input_ids, mask):
                 cache.begin_anew()
+                next_sequence_length = None
             num_past, num_columns = cache.get_seq_length(), input_ids.shape[1]
             begins_with_past = mask is None or mask.shape[1] == num_columns
             if next_sequence_length is None and begins_with_past and 0 < num_past < num_columns:
